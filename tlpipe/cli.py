@@ -1,0 +1,254 @@
+"""The command line: one command a stage, and those that people use beside the graph.
+
+Nothing heavy is imported before a command needs it, so that ``--help`` and refusals are quick.
+"""
+
+import importlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from tlpipe.errors import TlpipeError
+
+if TYPE_CHECKING:
+    from tlpipe.onnx_export.bundle import Bundle
+    from tlpipe.params import Section
+
+# The stages in the graph's order, each with the module that holds its ``Params`` and ``run``.
+STAGES = {
+    "ingest": "tlpipe.data.ingest",
+    "split": "tlpipe.data.split",
+    "embed": "tlpipe.features.embed",
+    "train": "tlpipe.learning.train",
+    "export": "tlpipe.onnx_export.export",
+    "evaluate": "tlpipe.metrics.evaluate",
+    "register": "tlpipe.registry.register",
+}
+
+app = typer.Typer(
+    help="From labelled images to a classifier in production: reproducible, measured, served.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+In = Annotated[Path, typer.Option(help="Input.")]
+Out = Annotated[Path, typer.Option(help="Output.")]
+ParamsFile = Annotated[Path, typer.Option("--params", help="The file of parameters.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A bundle's folder, or NAME@ALIAS in the registry. [default: register.name@champion]",
+    ),
+]
+STAGE_PANEL = "Stages of the graph (dvc.yaml runs them)"
+PARAMS_FILE = Path("params.yaml")
+
+
+def main() -> None:
+    """Run a command; a refusal ends in one line and its own exit code."""
+    # No network unless asked for: these are read when the packages are imported.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tlpipe").setLevel(logging.INFO)
+    try:
+        app()
+    except TlpipeError as error:
+        message = " ".join(str(error).split())
+        print(f"tlpipe: {message.encode(errors='backslashreplace').decode()}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+def load_params(path: Path) -> "dict[str, Section]":
+    """Read every section, also those of other stages: an error is found before any work."""
+    from tlpipe import params
+
+    models = {name: importlib.import_module(module).Params for name, module in STAGES.items()}
+    sections = params.load(path, models)
+    _check_together(sections)
+    return sections
+
+
+def _check_together(sections: "dict[str, Section]") -> None:
+    from tlpipe.data import ingest
+    from tlpipe.data.images import Sampling
+    from tlpipe.features import embed
+
+    read = cast(ingest.Params, sections["ingest"])
+    sampling = Sampling(short_side_px=read.short_side_px, interpolation=read.interpolation)
+    embed.check_sampling(sampling, cast(embed.Params, sections["embed"]))
+
+
+def _run(stage: str, params: Path, **paths: Path) -> None:
+    section = load_params(params)[stage]
+    importlib.import_module(STAGES[stage]).run(params=section, **paths)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def ingest(
+    manifest: Out, rejects: Out, pixels: Out, report: Out, params: ParamsFile = PARAMS_FILE
+) -> None:
+    """Read the source: list, check and decode its images once."""
+    _run("ingest", params, manifest=manifest, rejects=rejects, pixels=pixels, report=report)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def split(manifest: In, split: Out, params: ParamsFile = PARAMS_FILE) -> None:
+    """Say which image trains, validates or tests."""
+    _run("split", params, manifest=manifest, split=split)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def embed(pixels: In, activations: Out, params: ParamsFile = PARAMS_FILE) -> None:
+    """Run the frozen part of the backbone once over every image."""
+    _run("embed", params, pixels=pixels, activations=activations)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def train(
+    activations: In, split: In, model: Out, history: Out, params: ParamsFile = PARAMS_FILE
+) -> None:
+    """Fit what is not frozen."""
+    _run("train", params, activations=activations, split=split, model=model, history=history)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def export(
+    model: In, pixels: In, split: In, bundle: Out, parity: Out, params: ParamsFile = PARAMS_FILE
+) -> None:
+    """Write the ONNX bundle, proven equal to the trained model."""
+    _run("export", params, model=model, pixels=pixels, split=split, bundle=bundle, parity=parity)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def evaluate(
+    bundle: In,
+    pixels: In,
+    split: In,
+    report: Out,
+    predictions: Out,
+    plots: Out,
+    examples: Out,
+    params: ParamsFile = PARAMS_FILE,
+) -> None:
+    """Measure the bundle on the test split."""
+    outputs = {"report": report, "predictions": predictions, "plots": plots, "examples": examples}
+    _run("evaluate", params, bundle=bundle, pixels=pixels, split=split, **outputs)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def register(
+    bundle: In,
+    parity: In,
+    report: In,
+    predictions: In,
+    plots: In,
+    examples: In,
+    history: In,
+    data_report: In,
+    receipt: Out,
+    params: ParamsFile = PARAMS_FILE,
+) -> None:
+    """Make the bundle a run and a model version in MLflow."""
+    measured = {"report": report, "predictions": predictions, "plots": plots, "examples": examples}
+    known = {"parity": parity, "history": history, "data_report": data_report}
+    places = {"receipt": receipt, "workspace": Path()}
+    _run("register", params, bundle=bundle, **measured, **known, **places)
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    model: ModelOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    params: ParamsFile = PARAMS_FILE,
+) -> None:
+    """Answer for image files with the model in production."""
+    from tlpipe.inference import predict
+
+    answers = predict.run(bundle=_bundle(model, params), images=images)
+    if as_json:
+        from tlpipe.files import json_bytes
+
+        print(json_bytes(answers).decode(), end="")
+    else:
+        _print_answers(answers)
+    if any("error" in answer for answer in answers):
+        raise typer.Exit(4)
+
+
+@app.command()
+def serve(
+    model: ModelOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    params: ParamsFile = PARAMS_FILE,
+) -> None:
+    """Answer over HTTP: POST the bytes of an image to /predict."""
+    from tlpipe.serving import serve
+
+    serve.run(bundle=_bundle(model, params), host=host, port=port)
+
+
+@app.command()
+def summary(receipt: Annotated[Path, typer.Argument(help="What register wrote.")]) -> None:
+    """Show what the pipeline made last, and what comes next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tlpipe.registry import summary
+
+    table = Table(show_header=False, title="tlpipe", title_justify="left")
+    for name, value in summary.run(receipt=receipt, workspace=Path()):
+        table.add_row(name, value)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print("next: make ui | tlpipe predict IMAGE | tlpipe serve", markup=False)
+
+
+@app.command(hidden=True)
+def schema() -> None:
+    """Print the JSON Schema of params.yaml."""
+    from tlpipe import params
+    from tlpipe.files import json_bytes
+
+    models = {name: importlib.import_module(module).Params for name, module in STAGES.items()}
+    print(json_bytes(params.json_schema(models)).decode(), end="")
+
+
+def _bundle(model: str | None, params: Path) -> "Bundle":
+    """Load a bundle from a folder, or fetch it from the registry."""
+    from tlpipe.onnx_export import bundle
+
+    if model is not None and "@" not in model:
+        return bundle.load(Path(model))
+    from tlpipe.registry import register, tracking
+
+    if model is None:
+        section = cast(register.Params, load_params(params)["register"])
+        model = f"{section.name}@{tracking.CHAMPION}"
+    return tracking.fetch_bundle(Path(), model)
+
+
+def _print_answers(answers: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("image", "label", "probability", "next")
+    for answer in answers:
+        name = escape(answer["path"])
+        if "error" in answer:
+            table.add_row(name, f"[red]{escape(answer['error'])}[/red]")
+            continue
+        _, *others = answer["probabilities"].items()
+        following = ", ".join(f"{label} {p:.3f}" for label, p in others[:2])
+        table.add_row(name, escape(answer["label"]), f"{answer['probability']:.3f}", following)
+    Console().print(table)

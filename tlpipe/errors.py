@@ -1,0 +1,70 @@
+"""Every refusal of tlpipe, each with the exit code that the command line ends with.
+
+::
+
+    TlpipeError             1
+    |-- ParamsError         3   params.yaml, or a built-in data set's own YAML
+    |-- DataError           4   the user's images and labels
+    |   `-- ImageError          one image, with a reason code
+    |-- WeightsError        5   pretrained weights: absent, altered, unsafe, of another network
+    |-- ArtifactError       6   a stage's file: missing, incomplete, altered, of another run
+    |-- ParityError         7   the exported graph differs from the trained model
+    `-- RegistryError       8   MLflow: not reachable, nothing there, content that differs
+
+A message is one line: what is wrong, what was found, what was expected, what to do.
+Exit code 2 is the command line's own (an unknown option, a missing argument).
+"""
+
+
+class TlpipeError(Exception):
+    """Base of every refusal."""
+
+    exit_code = 1
+
+
+class ParamsError(TlpipeError):
+    """A parameter is unknown, of a wrong type or out of its range."""
+
+    exit_code = 3
+
+
+class DataError(TlpipeError):
+    """The labelled images cannot make a data set."""
+
+    exit_code = 4
+
+
+class ImageError(DataError):
+    """One image cannot be used.
+
+    ``reason`` is one of the codes of ``rejects.csv``, ``detail`` a sentence for people.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class WeightsError(TlpipeError):
+    """Pretrained weights are absent, altered, unsafe or belong to another network."""
+
+    exit_code = 5
+
+
+class ArtifactError(TlpipeError):
+    """A file that a stage wrote is missing, incomplete, altered or of another run."""
+
+    exit_code = 6
+
+
+class ParityError(TlpipeError):
+    """The exported graph does not compute what the trained model computes."""
+
+    exit_code = 7
+
+
+class RegistryError(TlpipeError):
+    """The model registry cannot be reached, or does not hold what was asked for."""
+
+    exit_code = 8

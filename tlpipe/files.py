@@ -1,0 +1,128 @@
+"""Write files so that nothing half-written looks finished, and equal content gives equal bytes."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tlpipe.errors import ArtifactError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk and rename it into place."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success flush it and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path``; on success rename it into place whole.
+
+    The folder that stood there before is kept until the new one is complete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with sorted keys, two spaces of indent and a final newline."""
+    write_bytes(path, json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """Return the canonical JSON of ``content``: sorted keys, UTF-8, no NaN, a final newline."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ArtifactError: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path} is missing; the stage that writes it has not run. Run 'dvc repro'."
+        ) from None
+    except (ValueError, OSError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read as JSON ({error}). Run its stage again: 'dvc repro --force'."
+        ) from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+    return content
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV table (RFC 4180 quoting, newline line ends, UTF-8)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    # File names may hold bytes that are no UTF-8; Python carries them as surrogates.
+    write_bytes(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+def read_csv(path: Path, header: Sequence[str]) -> list[dict[str, str]]:
+    """Read a CSV table that has exactly the columns ``header``.
+
+    Raises:
+        ArtifactError: the file is missing or has other columns.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            found = reader.fieldnames
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path} is missing; the stage that writes it has not run. Run 'dvc repro'."
+        ) from None
+    if list(found or ()) != list(header):
+        raise ArtifactError(f"{path} has the columns {found}; expected {list(header)}.")
+    return rows
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,28 @@
+"""Command ``predict``: answer for image files from a bundle."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tlpipe.errors import ImageError
+from tlpipe.inference.predictor import Predictor
+from tlpipe.onnx_export.bundle import Bundle
+
+
+def run(*, bundle: Bundle, images: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return one answer per image, in order: ``path`` and either the prediction or ``error``.
+
+    A file that cannot be read costs its own answer only.
+    """
+    predictor = Predictor(bundle)
+    return [{"path": str(image), **_answer(predictor, image)} for image in images]
+
+
+def _answer(predictor: Predictor, image: Path) -> dict[str, Any]:
+    try:
+        return asdict(predictor.predict(image.read_bytes()))
+    except ImageError as error:
+        return {"error": str(error)}
+    except OSError as error:
+        return {"error": f"unreadable: {error.strerror}"}

@@ -1,0 +1,153 @@
+"""Solve the head: multinomial logistic regression on frozen features, by L-BFGS.
+
+The objective is convex, so the solution depends on the data and the penalty alone: no seed, no
+learning rate, no number of epochs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Head:
+    """``logits = features @ weight.T + bias``; weight: (C, D), bias: (C,)."""
+
+    weight: Floats
+    bias: Floats
+
+    def logits(self, features: Floats) -> Floats:
+        """Return (N, C) logits of (N, D) features."""
+        return features @ self.weight.T + self.bias
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after one iteration of the solver; losses in nats, accuracy in [0, 1]."""
+
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The head that one penalty leads to, and the way there."""
+
+    penalty: float
+    head: Head
+    history: list[Step]
+    converged: bool
+
+    @property
+    def last(self) -> Step:
+        """The state that the solver ended in."""
+        return self.history[-1]
+
+
+def standardisation(features: Floats) -> tuple[Floats, Floats]:
+    """Return each feature's mean and standard deviation (1 where it is constant), both (D,)."""
+    mean, std = features.mean(axis=0), features.std(axis=0)
+    return mean, np.where(std > 0, std, 1.0)
+
+
+def fold_standardisation(head: Head, mean: Floats, std: Floats) -> Head:
+    """Return the head for raw features that equals ``head`` on standardised ones."""
+    weight = head.weight / std
+    return Head(weight, head.bias - weight @ mean)
+
+
+def solve(
+    train: tuple[Floats, Labels],
+    validation: tuple[Floats, Labels],
+    *,
+    classes: int,
+    penalty: float,
+    max_iterations: int,
+    start: Head | None = None,
+) -> Solution:
+    """Minimise mean cross-entropy + penalty / 2 * |weight|^2 over the training images.
+
+    Source: Bishop, Pattern Recognition and Machine Learning (2006), section 4.3.4, eq. 4.108-4.109.
+    """
+    from scipy.optimize import minimize
+
+    features, labels = train
+    shape = (classes, features.shape[1])
+    targets = np.eye(classes)[labels]  # (N, C)
+
+    def objective(flat: Floats) -> tuple[float, Floats]:
+        head = _unflatten(flat, shape)
+        log_probabilities = log_softmax(head.logits(features))
+        loss = -log_probabilities[targets > 0].mean() + penalty / 2 * (head.weight**2).sum()
+        residual = (np.exp(log_probabilities) - targets) / len(features)  # (N, C)
+        gradient = residual.T @ features + penalty * head.weight
+        return loss, np.concatenate([gradient.ravel(), residual.sum(axis=0)])
+
+    history: list[Step] = []
+
+    def note(flat: Floats) -> None:
+        head = _unflatten(flat, shape)
+        loss, accuracy = score(head, *validation)
+        history.append(Step(score(head, *train)[0], loss, accuracy))
+
+    first = start or Head(np.zeros(shape), np.zeros(classes))
+    result = minimize(
+        objective,
+        np.concatenate([first.weight.ravel(), first.bias]),
+        jac=True,
+        method="L-BFGS-B",
+        callback=note,
+        options={"maxiter": max_iterations, "ftol": 1e-9, "gtol": 1e-5},
+    )
+    if not history:
+        note(result.x)  # the start was the solution
+    return Solution(penalty, _unflatten(result.x, shape), history, bool(result.success))
+
+
+def solve_path(
+    train: tuple[Floats, Labels],
+    validation: tuple[Floats, Labels],
+    *,
+    classes: int,
+    penalties: Sequence[float],
+    max_iterations: int,
+) -> list[Solution]:
+    """Solve for each penalty, the strongest first, each from where the one before it ended."""
+    solutions: list[Solution] = []
+    for penalty in sorted(penalties, reverse=True):
+        solutions.append(
+            solve(
+                train,
+                validation,
+                classes=classes,
+                penalty=penalty,
+                max_iterations=max_iterations,
+                start=solutions[-1].head if solutions else None,
+            )
+        )
+    return solutions
+
+
+def score(head: Head, features: Floats, labels: Labels) -> tuple[float, float]:
+    """Return the mean cross-entropy in nats and the accuracy."""
+    logits = head.logits(features)
+    loss = -log_softmax(logits)[np.arange(len(labels)), labels].mean()
+    return float(loss), float((logits.argmax(axis=1) == labels).mean())
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Return the logarithm of the softmax over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _unflatten(flat: Floats, shape: tuple[int, int]) -> Head:
+    size = shape[0] * shape[1]
+    return Head(flat[:size].reshape(shape), flat[size:])

@@ -1,0 +1,5 @@
+"""What it is worth: the bundle, judged on the test split through the predictor that serves it.
+
+In: bundle, pixels, split table. Out: the report, every prediction, plots, example images.
+Stage: ``evaluate``.
+"""

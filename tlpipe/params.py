@@ -1,0 +1,118 @@
+"""Read ``params.yaml``: one section a stage, each checked against the stage's own model."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from tlpipe.errors import ParamsError
+
+
+class Section(BaseModel):
+    """Base of a stage's parameters: immutable, typed strictly, no unknown keys, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def load(path: Path, models: Mapping[str, type[Section]]) -> dict[str, Section]:
+    """Read a YAML file that has exactly the sections ``models``.
+
+    Raises:
+        ParamsError: the file is missing or no plain YAML, a key is unknown or stands twice, or a
+            value is of a wrong type or out of its range. The message names the key's whole path.
+    """
+    content = read_yaml(path)
+    for name in content:
+        if name not in models:
+            raise ParamsError(_unknown(path, str(name), name, models))
+    sections = {}
+    for name, model in models.items():
+        section = content.get(name)
+        if section is None:
+            section = {}
+        sections[name] = validate(path, model, section, prefix=name)
+    return sections
+
+
+def validate(path: Path, model: type[Section], content: object, *, prefix: str = "") -> Section:
+    """Check what a YAML file holds against a model.
+
+    Raises:
+        ParamsError: at the first key that does not fit.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise ParamsError(_explain(path, model, error.errors()[0], prefix)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping in which no key stands twice and no tag builds an object.
+
+    Raises:
+        ParamsError: the file is missing or holds anything else.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
+    except FileNotFoundError:
+        raise ParamsError(f"{path} is missing; run tlpipe in the folder that holds it.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise ParamsError(f"{path}:{line} {problem}. Expected plain YAML.") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ParamsError(f"{path} holds a {type(content).__name__}; expected sections of keys.")
+    return content
+
+
+def json_schema(models: Mapping[str, type[Section]]) -> dict[str, Any]:
+    """Return the JSON Schema of ``params.yaml``, for editors to complete and check it."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "params.yaml of tlpipe",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {name: model.model_json_schema() for name, model in models.items()},
+    }
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would let the second of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _explain(path: Path, model: type[Section], error: ErrorDetails, prefix: str) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join([prefix, *location] if prefix else location)
+    if error["type"] == "extra_forbidden":
+        return _unknown(path, key, location[-1], model.model_fields)
+    if error["type"] == "missing":
+        return f"{key} is missing. Set it in {path}."
+    expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    return f"{key} is {error['input']!r}; {expected}. Change it in {path}."
+
+
+def _unknown(path: Path, key: str, name: object, known: Mapping[str, object]) -> str:
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    stem = key.rpartition(".")[0]
+    guess = f"did you mean {stem + '.' if stem else ''}{nearest[0]}? " if nearest else ""
+    return f"{key} is no known key; {guess}Known here: {', '.join(known)}. Change it in {path}."

@@ -1,0 +1,54 @@
+"""Command ``summary``: what the last run of the pipeline made, and what to do with it."""
+
+from pathlib import Path
+from typing import Any
+
+from tlpipe import files
+from tlpipe.errors import RegistryError
+from tlpipe.registry import tracking
+
+
+def run(*, receipt: Path, workspace: Path) -> list[tuple[str, str]]:
+    """Return the rows of the table: what it is called, what it is.
+
+    Raises:
+        ArtifactError: nothing was registered from this workspace yet.
+        RegistryError: the registry does not know the version of the receipt.
+    """
+    content = files.read_json(receipt)
+    aliases = _aliases(content, workspace)
+    accuracy = content["accuracy"]
+    interval = (
+        f"{accuracy['value']:.3f} ({accuracy['confidence']:.0%} interval {accuracy['low']:.3f} to "
+        f"{accuracy['high']:.3f}, {content['test_images']} images)"
+    )
+    return [
+        (
+            "data",
+            f"{content['images']:,} images, {content['classes']} classes, "
+            f"{content['rejected']} rejected",
+        ),
+        ("backbone", f"{content['backbone']}, frozen: {content['freeze']}"),
+        ("test accuracy", interval),
+        ("ONNX", f"{content['onnx']}, {content['onnx_bytes'] / 1e6:.1f} MB"),
+        ("model", f"{content['name']} version {content['version']}, {aliases}"),
+    ]
+
+
+def _aliases(content: dict[str, Any], workspace: Path) -> str:
+    from mlflow.exceptions import MlflowException
+
+    with tracking.connection(workspace) as client:
+        try:
+            version = client.get_model_version(content["name"], content["version"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise RegistryError(
+                f"the registry has no {content['name']} version {content['version']}, which was "
+                f"registered from here. Register it again: 'dvc repro --force --single-item "
+                f"register'."
+            ) from None
+        found = client.get_registered_model(content["name"]).aliases
+    mine = sorted(alias for alias, number in found.items() if str(number) == str(version.version))
+    return f"alias {', '.join(mine)}" if mine else "no alias"

@@ -1,0 +1,102 @@
+"""Talk to MLflow: where it is, which experiment is ours, which version serves.
+
+``MLFLOW_TRACKING_URI`` names the server; without it the store is an SQLite file and a folder in
+the workspace.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tlpipe.errors import RegistryError
+from tlpipe.onnx_export.bundle import Bundle, load
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+CHAMPION, CHALLENGER = "champion", "challenger"
+BUNDLE_TAG, BUNDLE_FOLDER = "tlpipe.bundle", "bundle"
+
+
+@contextmanager
+def connection(workspace: Path) -> Iterator["MlflowClient"]:
+    """Yield a client of the registry; bounded retries, and one line where it cannot be used.
+
+    Raises:
+        RegistryError: MLflow refuses a request or cannot be reached.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for chatty in ("alembic", "mlflow"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        mlflow.set_tracking_uri(f"sqlite:///{workspace.resolve() / DATABASE}")
+    try:
+        yield mlflow.MlflowClient()
+    except (MlflowException, SQLAlchemyError, ConnectionError) as error:
+        where = os.environ.get("MLFLOW_TRACKING_URI", DATABASE).rpartition("@")[2]
+        line = " ".join(str(error).split())[:300]
+        raise RegistryError(
+            f"MLflow at {where} does not answer as expected: {line}. Check that it runs; what was "
+            f"built is kept, and the same command continues from here."
+        ) from error
+
+
+def experiment(client: "MlflowClient", name: str, workspace: Path) -> str:
+    """Return the id of the experiment, created where it does not exist."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    local = not os.environ.get("MLFLOW_TRACKING_URI")
+    root = (workspace.resolve() / ARTIFACTS).as_uri() if local else None
+    return str(client.create_experiment(name, artifact_location=root))
+
+
+def find_version(client: "MlflowClient", name: str, alias: str) -> "ModelVersion":
+    """Return the model version behind an alias.
+
+    Raises:
+        RegistryError: the model or the alias does not exist.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise RegistryError(
+            f"the registry has no model {name}@{alias}. Register one: 'dvc repro'."
+        ) from None
+
+
+def fetch_bundle(workspace: Path, reference: str) -> Bundle:
+    """Fetch, verify and return the bundle of ``NAME@ALIAS``.
+
+    Raises:
+        RegistryError: there is no such version, or its stored bundle is not the registered one.
+    """
+    name, _, alias = reference.partition("@")
+    with connection(workspace) as client:
+        version = find_version(client, name, alias or CHAMPION)
+        from mlflow.artifacts import download_artifacts
+
+        local = download_artifacts(run_id=version.run_id, artifact_path=BUNDLE_FOLDER)
+    bundle = load(Path(local))
+    if (expected := version.tags.get(BUNDLE_TAG)) != bundle.digest:
+        raise RegistryError(
+            f"the stored bundle of {name} version {version.version} has the digest "
+            f"{bundle.digest[:16]}...; the registry says {str(expected)[:16]}.... "
+            f"It was swapped or damaged; nothing was loaded."
+        )
+    return bundle

@@ -1,0 +1,63 @@
+"""The HTTP face of a predictor.
+
+=======================  ======================================================
+``POST /predict``        the bytes of one image file -> label and probabilities
+``GET /v2/health/live``  200 while the process answers
+``GET /v2/health/ready`` 200 while a model is loaded, 503 before
+=======================  ======================================================
+
+The health paths are those of the Open Inference Protocol.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+
+from tlpipe.errors import ImageError
+from tlpipe.inference.predictor import Predictor
+
+MAX_BODY_BYTES = 32 * 2**20
+
+
+def create(predictor: Predictor | None) -> FastAPI:
+    """Return the application; without a predictor it lives but is not ready."""
+    app = FastAPI(title="tlpipe", docs_url=None, redoc_url=None)
+
+    @app.get("/v2/health/live")
+    def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready")
+    def ready() -> dict[str, bool | str]:
+        return {"ready": True, "model": _loaded(predictor).bundle.digest}
+
+    @app.post("/predict")
+    async def predict(request: Request) -> dict[str, Any]:
+        loaded = _loaded(predictor)
+        image = await _body(request)
+        try:
+            prediction = await run_in_threadpool(loaded.predict, image)
+        except ImageError as error:
+            detail = f"{error}; expected the bytes of one image file as the body"
+            raise HTTPException(400, detail) from None
+        return {"model": loaded.bundle.digest, **asdict(prediction)}
+
+    return app
+
+
+def _loaded(predictor: Predictor | None) -> Predictor:
+    if predictor is None:
+        raise HTTPException(503, "no model is loaded")
+    return predictor
+
+
+async def _body(request: Request) -> bytes:
+    """Read the body, but never more than the cap, whatever its length is said to be."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    return bytes(body)
