@@ -240,9 +240,9 @@ def _bundle(model: str | None, params: Path) -> "Bundle":
 def _print_answers(answers: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("image", "label", "probability", "next")
+    table = Table(Column("image", overflow="fold"), "label", "probability", "next")
     for answer in answers:
         name = escape(answer["path"])
         if "error" in answer:

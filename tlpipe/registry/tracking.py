@@ -39,15 +39,14 @@ def connection(workspace: Path) -> Iterator["MlflowClient"]:
 
     for chatty in ("alembic", "mlflow"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        mlflow.set_tracking_uri(f"sqlite:///{workspace.resolve() / DATABASE}")
+    address = os.environ.get("MLFLOW_TRACKING_URI") or _local_address(workspace)
+    mlflow.set_tracking_uri(address)
     try:
         yield mlflow.MlflowClient()
     except (MlflowException, SQLAlchemyError, ConnectionError) as error:
-        where = os.environ.get("MLFLOW_TRACKING_URI", DATABASE).rpartition("@")[2]
         line = " ".join(str(error).split())[:300]
         raise RegistryError(
-            f"MLflow at {where} does not answer as expected: {line}. Check that it runs; what was "
+            f"MLflow at {address.rpartition('@')[2]} does not answer as expected: {line}. Check that it runs; what was "
             f"built is kept, and the same command continues from here."
         ) from error
 
@@ -57,8 +56,8 @@ def experiment(client: "MlflowClient", name: str, workspace: Path) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    local = not os.environ.get("MLFLOW_TRACKING_URI")
-    root = (workspace.resolve() / ARTIFACTS).as_uri() if local else None
+    is_local = client.tracking_uri == _local_address(workspace)
+    root = (workspace.resolve() / ARTIFACTS).as_uri() if is_local else None
     return str(client.create_experiment(name, artifact_location=root))
 
 
@@ -100,3 +99,7 @@ def fetch_bundle(workspace: Path, reference: str) -> Bundle:
             f"It was swapped or damaged; nothing was loaded."
         )
     return bundle
+
+
+def _local_address(workspace: Path) -> str:
+    return f"sqlite:///{workspace.resolve() / DATABASE}"

@@ -1,0 +1,51 @@
+"""The pipeline as a Prefect flow: DVC's graph, one task a stage.
+
+Run it with ``python -m flows.pipeline``, or deploy it: ``prefect.yaml`` has a nightly schedule.
+"""
+
+from pathlib import Path
+
+from prefect import flow, get_run_logger, task
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture, wait
+from prefect.states import Completed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import graph
+
+
+@flow(name="tlpipe", task_runner=ThreadPoolTaskRunner(max_workers=8))
+def pipeline(
+    workspace: str = ".", stage_timeout_s: float = 86_400, retries: int = 0
+) -> list[State[None]]:
+    """Reproduce every stage of the workspace's ``dvc.yaml``, independent ones side by side.
+
+    A task ends as Completed, Cached (nothing to do) or Restored (out of DVC's run cache); a stage
+    that fails, or takes longer than ``stage_timeout_s`` seconds, is tried ``retries`` times more.
+    """
+    root = Path(workspace)
+    futures: dict[str, PrefectFuture[State[None]]] = {}
+    with graph.exclusive(root) as lock:
+        runner = graph.Runner(root, timeout_s=stage_timeout_s, inherit=(lock,))
+        try:
+            for stage in graph.read(root):
+                run = task(_reproduce, name=stage.name, task_run_name=stage.name, retries=retries)
+                upstream = [futures[name] for name in stage.upstream]
+                futures[stage.name] = run.submit(runner, stage.name, wait_for=upstream)
+            wait(list(futures.values()))
+        finally:
+            # Also on cancel and Ctrl-C, when stages are still at work.
+            runner.close()
+    return [future.state for future in futures.values()]
+
+
+def _reproduce(runner: graph.Runner, stage: str) -> State[None]:
+    outcome = runner.reproduce(stage, get_run_logger().info)
+    return Completed(name=outcome.value, message=f"{stage}: {outcome.value.lower()}")
+
+
+if __name__ == "__main__":
+    try:
+        pipeline()
+    except graph.BusyError as error:
+        raise SystemExit(f"tlpipe: {error}") from None
