@@ -145,7 +145,7 @@ class Runner:
             if self._closed:
                 raise StageError(f"{stage} was not started: the flow ends")
             process = subprocess.Popen(
-                ["dvc", "repro", "--single-item", stage],
+                ["dvc", "repro", "--wait-for-lock", "--single-item", stage],
                 cwd=self._workspace,
                 env={**os.environ, "PATH": path},
                 stdin=subprocess.DEVNULL,

@@ -4,17 +4,29 @@ Run it with ``python -m flows.pipeline``, or deploy it: ``prefect.yaml`` has a n
 """
 
 from pathlib import Path
+from typing import Any, cast
 
 from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows import graph
 
 
-@flow(name="tlpipe", task_runner=ThreadPoolTaskRunner(max_workers=8))
+@task(cache_policy=NO_CACHE, persist_result=False)
+def reproduce(runner: graph.Runner, stage: str) -> State[None]:
+    """Reproduce one stage; DVC alone decides whether there is anything to do."""
+    outcome = runner.reproduce(stage, get_run_logger().info)
+    return Completed(name=outcome.value, message=f"{stage}: {outcome.value.lower()}")
+
+
+_side_by_side = cast(TaskRunner[PrefectFuture[Any]], ThreadPoolTaskRunner[Any](max_workers=8))
+
+
+@flow(name="tlpipe", task_runner=_side_by_side)
 def pipeline(
     workspace: str = ".", stage_timeout_s: float = 86_400, retries: int = 0
 ) -> list[State[None]]:
@@ -29,19 +41,18 @@ def pipeline(
         runner = graph.Runner(root, timeout_s=stage_timeout_s, inherit=(lock,))
         try:
             for stage in graph.read(root):
-                run = task(_reproduce, name=stage.name, task_run_name=stage.name, retries=retries)
+                named = reproduce.with_options(
+                    name=stage.name, task_run_name=stage.name, retries=retries
+                )
                 upstream = [futures[name] for name in stage.upstream]
-                futures[stage.name] = run.submit(runner, stage.name, wait_for=upstream)
+                futures[stage.name] = named.submit(
+                    runner, stage.name, return_state=False, wait_for=upstream
+                )
             wait(list(futures.values()))
         finally:
             # Also on cancel and Ctrl-C, when stages are still at work.
             runner.close()
     return [future.state for future in futures.values()]
-
-
-def _reproduce(runner: graph.Runner, stage: str) -> State[None]:
-    outcome = runner.reproduce(stage, get_run_logger().info)
-    return Completed(name=outcome.value, message=f"{stage}: {outcome.value.lower()}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Params(Section):
     """How the head is fitted."""
 
     penalties: tuple[PositiveFloat, ...] = Field(
-        default=(0.001, 0.01, 0.1, 1.0),
+        default=(0.0001, 0.001, 0.01, 0.1, 1.0),
         min_length=1,
         strict=False,
         description="Strengths of the L2 penalty to try; validation picks one.",

@@ -46,8 +46,8 @@ def connection(workspace: Path) -> Iterator["MlflowClient"]:
     except (MlflowException, SQLAlchemyError, ConnectionError) as error:
         line = " ".join(str(error).split())[:300]
         raise RegistryError(
-            f"MLflow at {address.rpartition('@')[2]} does not answer as expected: {line}. Check that it runs; what was "
-            f"built is kept, and the same command continues from here."
+            f"MLflow at {address.rpartition('@')[2]} does not answer as expected: {line}. "
+            f"Check that it runs; what was built is kept, and the same command goes on from here."
         ) from error
 
 

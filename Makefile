@@ -1,0 +1,60 @@
+# make run    set up, reproduce the pipeline, say what came out
+# make test   set up, check and test everything
+# make flow   the pipeline as a Prefect flow
+# make ui     MLflow's pages over this workspace's registry
+# make constraints   pin the dependencies anew
+
+PYTHON ?= python3
+# onnxruntime-gpu where an NVIDIA driver is found; ask for it with RUNTIME=gpu.
+RUNTIME ?= $(shell if [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null; then echo gpu; else echo cpu; fi)
+PORT ?= 5000
+READY = .venv/ready-$(RUNTIME)
+PACKAGES = -c constraints.txt -e '.[pipeline,serve,dev,$(RUNTIME)]'
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DO_NOT_TRACK = 1
+export DVC_NO_ANALYTICS = 1
+export MLFLOW_DISABLE_TELEMETRY = true
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+
+.PHONY: run setup test flow ui constraints
+
+run: setup
+	dvc repro
+	@tlpipe summary artifacts/register/receipt.json
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"tlpipe needs Python 3.11 or 3.12; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 run")'
+	rm -f .venv/ready-*
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@# The two runtimes hold the same files: only one may ever be installed.
+	.venv/bin/python -m pip uninstall -q -y onnxruntime onnxruntime-gpu
+	if command -v uv >/dev/null; then \
+	  uv pip install -q --python .venv/bin/python --compile-bytecode $(PACKAGES); \
+	else \
+	  .venv/bin/python -m pip install -q --disable-pip-version-check $(PACKAGES) && \
+	  .venv/bin/python -m compileall -q -j 0 .venv/lib; \
+	fi
+	touch $@
+
+test: setup
+	ruff check
+	ruff format --check
+	mypy
+	lint-imports
+	hadolint Dockerfile
+	pytest
+
+flow: setup
+	python -m flows.pipeline
+
+ui: setup
+	mlflow server --backend-store-uri sqlite:///mlflow.db --default-artifact-root ./mlartifacts --host 127.0.0.1 --port $(PORT)
+
+# Names and versions only, for Python 3.11 and 3.12 and both runtimes.
+constraints:
+	uv pip compile -q pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file constraints.txt
