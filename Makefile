@@ -35,8 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	if command -v uv >/dev/null; then \
 	  uv pip install -q --python .venv/bin/python --compile-bytecode $(PACKAGES); \
 	else \
-	  .venv/bin/python -m pip install -q --disable-pip-version-check $(PACKAGES) && \
-	  .venv/bin/python -m compileall -q -j 0 .venv/lib; \
+	  .venv/bin/python -m pip install -q --disable-pip-version-check --compile $(PACKAGES); \
 	fi
 	touch $@
 

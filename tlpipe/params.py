@@ -47,7 +47,9 @@ def validate(path: Path, model: type[Section], content: object, *, prefix: str =
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ParamsError(_explain(path, model, error.errors()[0], prefix)) from None
+        # An unknown key first: it is often the misspelling of one that is missing.
+        first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        raise ParamsError(_explain(path, model, first, prefix)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -80,10 +80,12 @@ def _place(groups: set[str], shares: dict[str, float], seed: int) -> dict[str, s
     left = sorted(groups, key=lambda group: (position[group], group))
     placed: dict[str, str] = {}
     threshold = 0.0
-    for split, share in shares.items():
+    for still_empty, (split, share) in zip(range(len(shares), 0, -1), shares.items(), strict=True):
         threshold += share
-        # At least one, so that a small class is not measured by chance on nothing.
+        # At least one, and as many left as there are splits without any: a small class would
+        # else by chance be measured, or learned, on nothing.
         chosen = [group for group in left if position[group] < threshold] or left[:1]
+        chosen = chosen[: max(len(left) - still_empty, 0)]
         placed |= dict.fromkeys(chosen, split)
         left = left[len(chosen) :]
     return placed | dict.fromkeys(left, "train")

@@ -1,0 +1,162 @@
+"""Workspaces to test in: copies of this repository, each a Git and DVC repository of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder to run commands in, with the environment that they get."""
+
+    path: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def run(
+        self, *command: str, code: int | None = 0, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command and check its exit code; ``None`` takes any."""
+        result = subprocess.run(
+            command,
+            cwd=self.path,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+        if code is not None:
+            assert result.returncode == code, f"{command}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment, with this Python's commands first."""
+        inherited = {
+            k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PREFECT_"))
+        }
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        return {**inherited, "PATH": path, "DO_NOT_TRACK": "1", **self.env}
+
+    def replace(self, file: str, old: str, new: str) -> None:
+        """Replace the one place where ``old`` stands in a file."""
+        target = self.path / file
+        text = target.read_text()
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
+        target.write_text(text.replace(old, new))
+
+    def set_source(self, source: Path) -> None:
+        self.replace("params.yaml", "source: data/digits.yaml ", f"source: {source} ")
+
+
+def copy_repository(target: Path, env: Mapping[str, str]) -> Workspace:
+    """Copy the files of this repository, committed or not, into a new Git repository."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes((ROOT / name).read_bytes())
+    workspace = Workspace(target, env)
+    for arguments in (
+        ["init", "-q"],
+        ["add", "--all"],
+        ["-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "copy"],
+    ):
+        workspace.run("git", *arguments)
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def cache_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A user's cache folder that starts empty: the frozen part is exported in this session."""
+    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory: pytest.TempPathFactory, cache_env: dict[str, str]) -> Workspace:
+    """A workspace after its first 'dvc repro'. Tests read it and register nothing else in it."""
+    workspace = copy_repository(tmp_path_factory.mktemp("main job") / "copy", cache_env)
+    workspace.run("dvc", "repro")
+    return workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, cache_env: dict[str, str]) -> Workspace:
+    """A fresh copy in which nothing has run."""
+    return copy_repository(tmp_path / "copy", cache_env)
+
+
+@pytest.fixture
+def empty(tmp_path: Path, cache_env: dict[str, str]) -> Workspace:
+    """A folder with nothing but ``params.yaml``."""
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    return Workspace(tmp_path, cache_env)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of twelve tiny images each, as PNG files in class folders."""
+    root = tmp_path / "photos"
+    for number, label in enumerate(("dark", "light")):
+        (root / label).mkdir(parents=True)
+        for i in range(12):
+            shade = 40 + 150 * number + 3 * i
+            Image.new("RGB", (40 + i, 48), (shade, shade // 2, i)).save(root / label / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Return a folder of the real data beside the repository, or skip the test by its name."""
+
+    def folder(name: str) -> Path:
+        path = SHARED / "data" / name
+        if not path.is_dir():
+            pytest.skip(f"the real data {name} is not here")
+        return path
+
+    return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="print the table of docs/faults.md")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print each fault of the catalogue as passed, failed or missing."""
+    if not terminalreporter.config.getoption("--faults"):
+        return
+    outcomes: dict[str, str] = {}
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, fault in getattr(report, "user_properties", ()):
+                if name == "fault" and outcomes.get(fault) != "failed":
+                    outcomes[fault] = "passed" if outcome == "passed" else "failed"
+    catalogue = (ROOT / "docs" / "faults.md").read_text()
+    terminalreporter.section("faults")
+    for fault in re.findall(r"^\| ([A-Z]\d\d) \|", catalogue, re.MULTILINE):
+        terminalreporter.write_line(f"{fault} {outcomes.get(fault, 'missing')}")
+
+
+@pytest.fixture(autouse=True)
+def _note_faults(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    for marker in request.node.iter_markers("fault"):
+        for fault in marker.args:
+            record_property("fault", fault)

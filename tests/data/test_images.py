@@ -1,0 +1,146 @@
+import io
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tlpipe.data.images import Sampling, crop_middle, read_square
+from tlpipe.errors import ImageError
+
+SMALL = Sampling(short_side_px=64, interpolation="bicubic")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def photo(width: int = 200, height: int = 150) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def refused(data: bytes) -> str:
+    with pytest.raises(ImageError) as caught:
+        read_square(data, SMALL)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        pytest.param(b"", "empty", marks=pytest.mark.fault("D02")),
+        pytest.param(b"this is text, not a photo", "not_image", marks=pytest.mark.fault("D03")),
+        pytest.param(encoded(photo(), "JPEG")[:2000], "truncated", marks=pytest.mark.fault("D01")),
+    ],
+)
+def test_what_is_no_image_is_refused_with_its_reason(data: bytes, reason: str) -> None:
+    assert refused(data) == reason
+
+
+def _png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + bytes(4)
+
+
+@pytest.mark.fault("D04", "D05")
+@pytest.mark.parametrize("side", [50_000, 13_000])
+def test_too_many_pixels_are_refused_before_decoding(side: int) -> None:
+    tracemalloc.start()
+    assert refused(_png_header(side, side)) == "too_many_pixels"
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.fault("D06")
+def test_a_wrong_checksum_is_corrupt() -> None:
+    data = bytearray(encoded(photo()))
+    position = data.index(b"IDAT") + 40
+    data[position] ^= 0xFF
+    assert refused(bytes(data)) == "corrupt"
+
+
+@pytest.mark.fault("D09")
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "YCbCr"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    gray = photo().convert("L")
+    if mode == "I;16":
+        wide = np.asarray(gray).astype(np.uint16) * 257
+        image, kind = Image.fromarray(wide), "PNG"
+    else:
+        image = (photo() if mode in ("CMYK", "YCbCr", "RGBA", "P") else gray).convert(mode)
+        kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
+    pixels, header = read_square(encoded(image, kind), SMALL)
+    assert pixels.shape == (64, 64, 3)
+    assert pixels.dtype == np.uint8
+    assert header.mode == mode
+    if mode in ("L", "LA", "I;16"):
+        expected, _ = read_square(encoded(gray.convert("RGB")), SMALL)
+        assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.fault("D09")
+def test_transparency_is_laid_over_white() -> None:
+    clear = Image.new("RGBA", (80, 80), (10, 20, 30, 0))
+    assert (read_square(encoded(clear), SMALL)[0] == 255).all()
+
+
+@pytest.mark.fault("D10")
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_comes_out_upright(orientation: int) -> None:
+    upright = photo()
+    back = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    stored = upright if back is None else upright.transpose(back)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels, _ = read_square(encoded(stored, exif=exif), SMALL)
+    expected, _ = read_square(encoded(upright), SMALL)
+    assert (pixels == expected).all()
+
+
+def test_the_square_is_pillow_s_resize_and_a_centred_crop() -> None:
+    image = photo(333, 150)
+    pixels, _ = read_square(encoded(image), SMALL)
+    wide = image.resize((int(64 * 333 / 150), 64), Image.Resampling.BICUBIC)
+    left = round((wide.width - 64) / 2)
+    assert (pixels == np.asarray(wide)[:, left : left + 64]).all()
+    assert (crop_middle(pixels, 32) == pixels[16:48, 16:48]).all()
+
+
+def test_a_large_jpeg_read_at_reduced_size_stays_close() -> None:
+    data = encoded(photo(2400, 1800), "JPEG", quality=95)
+    pixels, header = read_square(data, SMALL)
+    assert header.size == (2400, 1800)
+    full = Image.open(io.BytesIO(data)).resize((85, 64), Image.Resampling.BICUBIC)
+    expected = np.asarray(full)[:, 10:74].astype(int)
+    assert np.abs(pixels - expected).max() <= 4
+
+
+def test_broken_files_from_the_field_never_raise_anything_else(
+    shared_data: Callable[[str], Path],
+) -> None:
+    files = [path for path in sorted(shared_data("badimages").rglob("*")) if path.is_file()]
+    reasons = set()
+    for path in files:
+        try:
+            read_square(path.read_bytes(), SMALL)
+        except ImageError as error:
+            reasons.add(error.reason)
+    assert len(files) > 1000
+    assert reasons <= {"empty", "not_image", "truncated", "corrupt", "too_many_pixels"}

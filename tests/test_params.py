@@ -1,0 +1,124 @@
+import json
+import os
+import re
+import subprocess
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, Workspace
+
+
+def refused(empty: Workspace, content: str) -> str:
+    """Run a stage on a params.yaml and return the one line in which it is refused."""
+    (empty.path / "params.yaml").write_text(content)
+    before = sorted(os.listdir(empty.path))
+    result = empty.run("tlpipe", "split", "--manifest", "m.csv", "--split", "s.csv", code=3)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("tlpipe: ")
+    assert sorted(os.listdir(empty.path)) == before
+    return lines[0].removeprefix("tlpipe: ")
+
+
+def changed(section: str, key: str, value: object) -> str:
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content.setdefault(section, {})[key] = value
+    return yaml.safe_dump(content)
+
+
+@pytest.mark.fault("P01")
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("split", "test", "0.2", "split.test is '0.2'; it must be a valid number"),
+        ("split", "test", 1.2, "split.test is 1.2; it must be less than 0.5"),
+        ("split", "test", -0.1, "split.test is -0.1; it must be greater than 0"),
+        ("split", "test", 0, "split.test is 0; it must be greater than 0"),
+        ("split", "test", float("nan"), "split.test is nan; it must be a finite number"),
+        ("split", "test", float("inf"), "split.test is inf; it must be a finite number"),
+        ("split", "seed", 1.5, "split.seed is 1.5; it must be a valid integer"),
+        ("split", "seed", True, "split.seed is True; it must be a valid integer"),
+        ("embed", "threads", 0, "embed.threads is 0; it must be greater than or equal to 1"),
+        ("train", "penalties", [0.1, -1], "train.penalties.1 is -1; it must be greater than 0"),
+        ("train", "penalties", [], r"train.penalties is \[\]; .*at least 1 item"),
+        ("register", "name", "a/b", "register.name is 'a/b'"),
+        ("ingest", "source", "", "ingest.source is ''; .*at least 1 character"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_whole_path(
+    empty: Workspace, section: str, key: str, value: object, expected: str
+) -> None:
+    line = refused(empty, changed(section, key, value))
+    assert re.match(expected, line)
+    assert line.endswith("Change it in params.yaml.")
+
+
+@pytest.mark.fault("P02")
+def test_an_unknown_key_is_refused_with_the_nearest(empty: Workspace) -> None:
+    line = refused(empty, changed("train", "max_iteration", 3))
+    assert line.startswith(
+        "train.max_iteration is no known key; did you mean train.max_iterations?"
+    )
+    line = refused(empty, changed("trian", "max_iterations", 3))
+    assert line.startswith("trian is no known key; did you mean train?")
+
+
+@pytest.mark.fault("P03")
+def test_a_key_that_stands_twice_is_refused(empty: Workspace) -> None:
+    assert "line 2: the key 'split' stands twice" in refused(empty, "split: {}\nsplit: {}\n")
+    line = refused(empty, "split:\n  seed: 1\n  seed: 2\n")
+    assert "line 3: the key 'seed' stands twice" in line
+
+
+@pytest.mark.fault("P03")
+def test_no_object_is_built_from_yaml(empty: Workspace) -> None:
+    line = refused(empty, "split: !!python/object/apply:os.system ['touch built']\n")
+    assert "could not determine a constructor" in line
+    assert not (empty.path / "built").exists()
+
+
+@pytest.mark.fault("P04")
+def test_what_makes_no_sense_is_refused_before_any_work(empty: Workspace) -> None:
+    line = refused(empty, changed("train", "max_iterations", 0))
+    assert line.startswith("train.max_iterations is 0; it must be greater than or equal to 1")
+    line = refused(empty, changed("ingest", "short_side_px", 128))
+    assert line == (
+        "ingest.short_side_px is 128; the backbone efficientnet_lite0 was trained with 256. "
+        "Set ingest.short_side_px: 256 in params.yaml."
+    )
+
+
+@pytest.mark.fault("P05")
+def test_unknown_names_are_refused_with_what_there_is(empty: Workspace) -> None:
+    line = refused(empty, changed("embed", "backbone", "resnet51"))
+    assert "embed.backbone is 'resnet51'; it must be one of: efficientnet_lite0." in line
+    line = refused(empty, changed("embed", "freeze", "blocks9"))
+    assert "embed.freeze is 'blocks9'; it must be one of: all." in line
+
+
+def test_what_is_no_mapping_is_refused(empty: Workspace) -> None:
+    assert "holds a list; expected sections" in refused(empty, "- a\n")
+    assert refused(empty, "ingest: [1]\n").startswith("ingest is [1]; it must be")
+    assert "params.yaml: line 2:" in refused(empty, "split: [1\n")
+    (empty.path / "params.yaml").unlink()
+    result = empty.run("tlpipe", "split", "--manifest", "m", "--split", "s", code=3)
+    assert "params.yaml is missing" in result.stderr
+
+
+def test_an_error_in_a_later_section_stops_the_first_stage(workspace: Workspace) -> None:
+    workspace.replace("params.yaml", "name: digits", "nmae: digits")
+    result = workspace.run("dvc", "repro", code=None)
+    assert result.returncode != 0
+    assert "register.nmae is no known key; did you mean register.name?" in result.stderr
+    assert not (workspace.path / "artifacts" / "ingest" / "manifest.csv").exists()
+
+
+def test_editors_get_the_schema_of_the_models() -> None:
+    printed = subprocess.run(["tlpipe", "schema"], capture_output=True, check=True).stdout
+    committed = ROOT / "params.schema.json"
+    assert committed.read_bytes() == printed, "run: tlpipe schema > params.schema.json"
+    first = (ROOT / "params.yaml").read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=params.schema.json"
+    sections = json.loads(printed)["properties"]
+    assert set(yaml.safe_load((ROOT / "params.yaml").read_text())) == set(sections)
