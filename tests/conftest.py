@@ -54,6 +54,10 @@ class Workspace:
         assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
         target.write_text(text.replace(old, new))
 
+    def names(self) -> list[str]:
+        """Return what stands in the folder, sorted."""
+        return sorted(path.name for path in self.path.iterdir())
+
     def set_source(self, source: Path) -> None:
         self.replace("params.yaml", "source: data/digits.yaml ", f"source: {source} ")
 

@@ -7,6 +7,10 @@ from tlpipe import files
 from tlpipe.errors import ArtifactError
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     files.write_json(target, {"old": 1})
@@ -14,7 +18,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) ->
         temporary.write_text("half")
         raise ValueError("disk full")
     assert files.read_json(target) == {"old": 1}
-    assert os.listdir(tmp_path) == ["report.json"]
+    assert names(tmp_path) == ["report.json"]
 
 
 def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
@@ -27,8 +31,8 @@ def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
     assert (target / "a").read_text() == "old"
     with files.replacing_folder(target) as folder:
         (folder / "b").write_text("new")
-    assert os.listdir(target) == ["b"]
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert names(target) == ["b"]
+    assert names(tmp_path) == ["bundle"]
 
 
 def test_equal_content_gives_equal_bytes() -> None:

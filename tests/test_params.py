@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import subprocess
 
@@ -12,12 +11,12 @@ from tests.conftest import ROOT, Workspace
 def refused(empty: Workspace, content: str) -> str:
     """Run a stage on a params.yaml and return the one line in which it is refused."""
     (empty.path / "params.yaml").write_text(content)
-    before = sorted(os.listdir(empty.path))
+    before = empty.names()
     result = empty.run("tlpipe", "split", "--manifest", "m.csv", "--split", "s.csv", code=3)
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("tlpipe: ")
-    assert sorted(os.listdir(empty.path)) == before
+    assert empty.names() == before
     return lines[0].removeprefix("tlpipe: ")
 
 

@@ -6,6 +6,7 @@ A backbone's ``name`` is a key of ``BACKBONES``. Its network maps normalised ima
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,9 @@ def _read_tensors(path: Path) -> Mapping[str, "Tensor"]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle protocol; what matters is refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         line = " ".join(str(error).split())[:120]
         raise WeightsError(
