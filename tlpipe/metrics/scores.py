@@ -23,7 +23,9 @@ def wilson_interval(successes: int, trials: int, confidence: float) -> tuple[flo
     centre = share + z * z / (2 * trials)
     half_width = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
+    low, high = (centre - half_width) / scale, (centre + half_width) / scale
+    # Where all or none succeeded, one end is the share itself but for rounding.
+    return min(max(low, 0.0), share), max(min(high, 1.0), share)
 
 
 def confusion_matrix(truth: Labels, predicted: Labels, classes: int) -> npt.NDArray[np.int64]:

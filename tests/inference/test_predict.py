@@ -1,0 +1,86 @@
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import Workspace
+from tlpipe.data import pixels as packed
+from tlpipe.data.manifest import load_split
+from tlpipe.inference.predictor import Predictor
+from tlpipe.onnx_export.bundle import load
+
+
+@pytest.mark.parametrize("model", [[], ["--model", "artifacts/export/bundle"]])
+def test_it_answers_without_torch(main_job: Workspace, artifacts: Path, model: list[str]) -> None:
+    """From the registry's champion, and from a bundle's folder."""
+    examples = sorted(str(path) for path in (artifacts / "evaluate" / "examples").iterdir())
+    arguments = [*model, *examples]
+    program = (
+        "import sys\nfrom tlpipe.cli import main\n"
+        f"sys.argv = ['tlpipe', 'predict', '--json', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "absent = {'torch', 'torchvision', 'timm'}\n"
+        "assert not absent & set(sys.modules), absent & set(sys.modules)\n"
+        "assert 'onnxruntime' in sys.modules\n"
+    )
+    answers = json.loads(main_job.run("python", "-c", program).stdout)
+    assert [answer["path"] for answer in answers] == examples
+    for answer in answers:
+        assert abs(sum(answer["probabilities"].values()) - 1) < 1e-5
+        assert answer["probability"] == max(answer["probabilities"].values())
+    hits = sum(Path(answer["path"]).stem == answer["label"] for answer in answers)
+    assert hits >= 8
+
+
+def test_the_table_names_image_label_and_failure(main_job: Workspace, artifacts: Path) -> None:
+    image = artifacts / "evaluate" / "examples" / "0.png"
+    wide = Workspace(main_job.path, {**main_job.env, "COLUMNS": "200"})
+    good = wide.run("tlpipe", "predict", str(image))
+    assert "0.png" in good.stdout
+    assert "label" in good.stdout
+    mixed = wide.run("tlpipe", "predict", "params.yaml", str(image), "none.png", code=4)
+    assert "not_image" in mixed.stdout
+    assert "unreadable" in mixed.stdout
+    assert "0.png" in mixed.stdout
+
+
+def test_without_a_model_it_says_what_to_do(empty: Workspace, tmp_path: Path) -> None:
+    result = empty.run("tlpipe", "predict", "x.png", code=8)
+    assert "the registry has no model digits@champion. Register one: 'dvc repro'." in result.stderr
+    result = empty.run("tlpipe", "predict", "--model", "nowhere", "x.png", code=6)
+    assert "nowhere is no bundle" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_serving_sees_the_pixels_that_were_evaluated(artifacts: Path) -> None:
+    """From the file's bytes, the predictor computes what the evaluation read from the store."""
+    from tlpipe.data.sources import find
+
+    predictor = Predictor(load(artifacts / "export" / "bundle"), threads=2)
+    stored = packed.load(artifacts / "ingest" / "pixels").array
+    rows = load_split(artifacts / "split" / "split.csv")
+    candidates = find(artifacts.parent / "data" / "digits.yaml")
+    for i in range(0, len(rows), 97):
+        assert candidates[i].path == rows[i].path
+        answer = predictor.predict(candidates[i].read())
+        _, probabilities = predictor.scores(stored[i : i + 1])
+        assert answer == predictor.name(probabilities[0])
+
+
+def test_orientation_is_respected(artifacts: Path) -> None:
+    predictor = Predictor(load(artifacts / "export" / "bundle"), threads=2)
+    upright = Image.open(artifacts / "evaluate" / "examples" / "4.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = []
+    for image, options in (
+        (upright, {}),
+        (upright.transpose(Image.Transpose.ROTATE_90), {"exif": exif}),
+    ):
+        file = io.BytesIO()
+        image.save(file, "PNG", **options)
+        files.append(predictor.predict(file.getvalue()).probabilities)
+    assert np.allclose(list(files[0].values()), list(files[1].values()))
