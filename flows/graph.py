@@ -112,10 +112,11 @@ class Runner:
         lines = []
         try:
             assert process.stdout is not None
-            for line in process.stdout:
-                if text := line.rstrip():
-                    lines.append(text)
-                    log(text)
+            with process.stdout:
+                for line in process.stdout:
+                    if text := line.rstrip():
+                        lines.append(text)
+                        log(text)
             code = process.wait()
         finally:
             is_over_time = not timer.is_alive()
@@ -145,7 +146,7 @@ class Runner:
             if self._closed:
                 raise StageError(f"{stage} was not started: the flow ends")
             process = subprocess.Popen(
-                ["dvc", "repro", "--wait-for-lock", "--single-item", stage],
+                ["dvc", "--wait-for-lock", "repro", "--single-item", stage],
                 cwd=self._workspace,
                 env={**os.environ, "PATH": path},
                 stdin=subprocess.DEVNULL,

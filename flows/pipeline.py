@@ -56,7 +56,6 @@ def pipeline(
 
 
 if __name__ == "__main__":
-    try:
-        pipeline()
-    except graph.BusyError as error:
-        raise SystemExit(f"tlpipe: {error}") from None
+    end = pipeline(return_state=True)
+    if not end.is_completed():
+        raise SystemExit(f"tlpipe: the flow ended as {end.name}: {end.message}")

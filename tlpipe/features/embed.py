@@ -45,7 +45,7 @@ class Params(Section):
         default=2,
         ge=1,
         le=256,
-        description="Threads to compute with, here and in training; part of the provenance.",
+        description="Threads to compute with, here and in later stages; part of the provenance.",
     )
 
     @field_validator("backbone")

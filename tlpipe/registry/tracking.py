@@ -6,6 +6,7 @@ the workspace.
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,16 +38,16 @@ def connection(workspace: Path) -> Iterator["MlflowClient"]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    for chatty in ("alembic", "mlflow"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for chatty in ("alembic", "mlflow", "urllib3"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     address = os.environ.get("MLFLOW_TRACKING_URI") or _local_address(workspace)
     mlflow.set_tracking_uri(address)
     try:
         yield mlflow.MlflowClient()
     except (MlflowException, SQLAlchemyError, ConnectionError) as error:
-        line = " ".join(str(error).split())[:300]
+        line = _without_credentials(" ".join(str(error).split()))[:300]
         raise RegistryError(
-            f"MLflow at {address.rpartition('@')[2]} does not answer as expected: {line}. "
+            f"MLflow at {_without_credentials(address)} does not answer as expected: {line}. "
             f"Check that it runs; what was built is kept, and the same command goes on from here."
         ) from error
 
@@ -99,6 +100,10 @@ def fetch_bundle(workspace: Path, reference: str) -> Bundle:
             f"It was swapped or damaged; nothing was loaded."
         )
     return bundle
+
+
+def _without_credentials(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def _local_address(workspace: Path) -> str:

@@ -1,0 +1,161 @@
+"""The flow on a real Prefect server: run by hand, and deployed to a worker."""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, Workspace, copy_repository, free_port, server
+from tests.flows.test_graph import change, descendants
+from tests.flows.test_graph import repository as repository
+
+pytestmark = pytest.mark.slow
+
+# Asked in a process of its own, with Prefect's client alone.
+RUNS = """
+import asyncio, json
+from prefect.client.orchestration import get_client
+
+async def main():
+    async with get_client() as client:
+        found = []
+        for run in await client.read_flow_runs():
+            logs = await client.read_logs()
+            tasks = await client.read_task_runs()
+            found.append({
+                "state": run.state.name, "type": run.state.type.value, "message": run.state.message,
+                "deployment": run.deployment_id is not None, "start": str(run.start_time),
+                "tasks": {t.name: [t.state.name, str(t.start_time), str(t.end_time)]
+                          for t in tasks if t.flow_run_id == run.id},
+                "logs": [log.message for log in logs if log.flow_run_id == run.id],
+            })
+        found.sort(key=lambda run: run["start"])
+        print(json.dumps(found))
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment of a client of a Prefect server that starts empty."""
+    home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    env = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.2",
+        "PYTHONPATH": str(ROOT),
+    }
+    start = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
+    with server(Workspace(home, env), *start, ready=f"{env['PREFECT_API_URL']}/health"):
+        yield env
+
+
+def runs(workspace: Workspace) -> list[dict]:
+    return json.loads(workspace.run("python", "-c", RUNS).stdout.splitlines()[-1])
+
+
+def test_each_stage_is_a_task_with_its_state_and_its_output(
+    repository: Workspace, api: dict[str, str]
+) -> None:
+    mine = Workspace(repository.path, api)
+    mine.run("python", "-m", "flows.pipeline")
+    first = runs(mine)[-1]
+    assert (first["state"], set(first["tasks"])) == ("Completed", {"a", "b", "c", "d"})
+    assert {task[0] for task in first["tasks"].values()} == {"Completed"}
+    assert "Running stage 'b':" in first["logs"]
+    assert "> echo a > a.txt" in first["logs"]
+    # b and c sleep two seconds each; one after the other, the later would end two seconds later.
+    ends = [float((mine.path / f"{name}.txt").read_text()) for name in "bc"]
+    assert abs(ends[0] - ends[1]) < 1.8
+
+    mine.run("python", "-m", "flows.pipeline")
+    assert {task[0] for task in runs(mine)[-1]["tasks"].values()} == {"Cached"}
+
+    mine.replace("params.yaml", "a: 1", "a: 2")
+    change(mine, a="echo b > a.txt")
+    mine.run("python", "-m", "flows.pipeline")
+    change(mine, a="echo a > a.txt")
+    mine.replace("params.yaml", "a: 2", "a: 1")
+    mine.run("python", "-m", "flows.pipeline")
+    assert {task[0] for task in runs(mine)[-1]["tasks"].values()} == {"Restored"}
+
+    change(mine, c="echo 'tlpipe: c cannot' >&2; exit 4")
+    mine.run("python", "-m", "flows.pipeline", code=1)
+    failed = runs(mine)[-1]
+    assert failed["state"] == "Failed"
+    assert {name: task[0] for name, task in failed["tasks"].items() if name != "d"} == {
+        "a": "Cached",
+        "b": "Cached",
+        "c": "Failed",
+    }
+    assert any("c cannot" in message for message in failed["logs"])
+
+
+def test_a_cancelled_flow_leaves_no_process(repository: Workspace, api: dict[str, str]) -> None:
+    mine = Workspace(repository.path, api)
+    change(mine, a="sleep 4323 & sleep 4323")
+    flow = subprocess.Popen(
+        ["python", "-m", "flows.pipeline"],
+        cwd=mine.path,
+        env=mine.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while len(descendants("4323")) < 2:
+        assert flow.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    busy = mine.run("python", "-m", "flows.pipeline", code=1)
+    assert f"another flow works in {mine.path}: process {flow.pid}" in busy.stderr
+    flow.send_signal(signal.SIGTERM)
+    flow.wait(40)
+    assert not descendants("4323")
+    assert runs(mine)[-2]["type"] in ("CRASHED", "CANCELLED", "FAILED")
+
+
+def test_the_deployment_runs_on_a_worker(
+    main_job: Workspace, api: dict[str, str], tmp_path: Path
+) -> None:
+    """'prefect deploy' as the README says, a worker, a triggered run of the real pipeline."""
+    mine = copy_repository(tmp_path / "deployed", {**main_job.env, **api})
+    mine.replace("data/digits.yaml", "images_per_class: 100", "images_per_class: 12")
+    pool = "tlpipe"
+    mine.run("prefect", "work-pool", "create", pool, "--type", "process")
+    mine.run("prefect", "--no-prompt", "deploy", "--name", "nightly")
+    inspected = json.loads(
+        mine.run("prefect", "deployment", "inspect", "tlpipe/nightly", "--output", "json").stdout
+    )
+    (schedule,) = inspected["schedules"]
+    assert (schedule["schedule"]["cron"], schedule["active"]) == ("0 3 * * *", True)
+    assert inspected["work_pool_name"] == pool
+    before = len(runs(mine))
+    health = free_port()
+    worker = Workspace(
+        mine.path,
+        {
+            **mine.env,
+            "PREFECT_WORKER_WEBSERVER_PORT": str(health),
+            "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+        },
+    )
+    start = ("prefect", "worker", "start", "--pool", pool, "--with-healthcheck")
+    with server(worker, *start, ready=f"http://127.0.0.1:{health}/health"):
+        mine.run("prefect", "deployment", "run", "tlpipe/nightly", "--watch", timeout=280)
+    done = [run for run in runs(mine)[before:] if run["deployment"] and run["tasks"]]
+    (run,) = done
+    assert run["state"] == "Completed", run["logs"]
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert {name: task[0] for name, task in run["tasks"].items()} == dict.fromkeys(
+        stages, "Completed"
+    )
+    assert any("test accuracy" in message for message in run["logs"])
+    assert (mine.path / "artifacts/register/receipt.json").exists()

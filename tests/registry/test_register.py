@@ -1,0 +1,257 @@
+import json
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.conftest import ROOT, Workspace, free_port, server
+
+COMMAND = shlex.split(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["register"]["cmd"])
+# Asked in a process of its own, as somebody else would: with MLflow alone.
+STATE = """
+import json, os, mlflow
+client = mlflow.MlflowClient()
+runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+versions = client.search_model_versions()
+models = client.search_logged_models([e.experiment_id for e in client.search_experiments()])
+print(json.dumps({
+    "runs": [[run.info.status, run.data.tags, run.data.metrics, run.data.params] for run in runs],
+    "inputs": [len(run.inputs.dataset_inputs) for run in runs],
+    "curve": [len(client.get_metric_history(run.info.run_id, "train_loss")) for run in runs],
+    "versions": [[v.name, int(v.version), v.tags] for v in versions],
+    "models": [str(model.status) for model in models],
+    "aliases": {m.name: {a: int(v) for a, v in m.aliases.items()}
+                for m in client.search_registered_models()},
+    "artifacts": [[sorted(a.path for a in client.list_artifacts(run.info.run_id)),
+                   sorted(a.path for a in client.list_artifacts(run.info.run_id, "plots"))]
+                  for run in runs],
+}))
+"""
+
+
+def state(workspace: Workspace, uri: str | None = None) -> dict:
+    address = uri or f"sqlite:///{workspace.path / 'mlflow.db'}"
+    asker = Workspace(workspace.path, {**workspace.env, "MLFLOW_TRACKING_URI": address})
+    return json.loads(asker.run("python", "-c", STATE).stdout.splitlines()[-1])
+
+
+def test_one_run_and_one_version_tell_where_the_bundle_comes_from(main_job: Workspace) -> None:
+    found = state(main_job)
+    ((status, tags, metrics, params),) = found["runs"]
+    receipt = json.loads((main_job.path / "artifacts/register/receipt.json").read_text())
+    report = json.loads((main_job.path / "artifacts/evaluate/report.json").read_text())
+    origin = json.loads((main_job.path / "artifacts/train/model/model.json").read_text())["origin"]
+    head = main_job.run("git", "rev-parse", "HEAD").stdout.strip()
+    assert status == "FINISHED"
+    assert tags["tlpipe.bundle"] == receipt["bundle"] == report["bundle"]
+    assert tags["tlpipe.git_commit"] == tags["mlflow.source.git.commit"] == head
+    assert tags["tlpipe.git_changed"] == "false"
+    assert tags["tlpipe.data_sha256"] == origin["data_sha256"]
+    assert tags["tlpipe.weights_sha256"] == origin["weights_sha256"]
+    assert (tags["tlpipe.backbone"], tags["tlpipe.freeze"]) == ("efficientnet_lite0", "all")
+    onnx = main_job.path / "artifacts/export/bundle/model.onnx"
+    assert tags["tlpipe.onnx_sha256"] == main_job.run("sha256sum", str(onnx)).stdout[:64]
+    assert len(tags["tlpipe.dvc_lock_sha256"]) == 64
+    assert metrics["test_accuracy"] == report["precisions"]["fp32"]["accuracy"]["value"]
+    assert (params["threads"], params["weights"], params["crop_px"]) == ("2", "imagenet", "224")
+    history = (main_job.path / "artifacts/train/history.csv").read_text().splitlines()
+    assert found["curve"] == [len(history) - 1]
+    assert found["inputs"] == [1]
+    ((name, version, version_tags),) = found["versions"]
+    assert (name, version) == ("digits", 1)
+    assert version_tags["tlpipe.onnx_sha256"] == tags["tlpipe.onnx_sha256"]
+    assert found["aliases"] == {"digits": {"challenger": 1, "champion": 1}}
+    ((files, plots),) = found["artifacts"]
+    expected = {"bundle", "history.csv", "parity.json", "plots", "predictions.csv", "report.json"}
+    assert expected <= set(files)
+    assert plots == ["plots/confusion.png", "plots/mistakes.png"]
+    assert (main_job.path / "mlartifacts").is_dir()
+    assert not (main_job.path / "mlruns").exists()
+
+
+def test_the_lock_s_hash_leaves_out_the_stage_itself(main_job: Workspace, tmp_path: Path) -> None:
+    from tlpipe.registry.lineage import lock_sha256
+
+    lock = yaml.safe_load((main_job.path / "dvc.lock").read_text())
+    ((_, tags, _, _),) = state(main_job)["runs"]
+    assert lock_sha256(main_job.path / "dvc.lock") == tags["tlpipe.dvc_lock_sha256"]
+    lock["stages"]["split"]["params"]["params.yaml"]["split"]["seed"] = 7
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump(lock))
+    assert lock_sha256(tmp_path / "dvc.lock") != tags["tlpipe.dvc_lock_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R02", "O05")
+def test_killed_anywhere_and_replayed_there_is_one_run_and_one_version(built: Workspace) -> None:
+    """Kill -9 after ever longer times, on one registry, until the stage gets through."""
+    kills, delay = 0, 0.3
+    while True:
+        process = subprocess.Popen(
+            COMMAND, cwd=built.path, env=built.environment(), stderr=subprocess.DEVNULL
+        )
+        try:
+            assert process.wait(delay) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        delay += 0.15
+    assert kills >= 5
+    receipt = (built.path / "artifacts/register/receipt.json").read_bytes()
+    built.run(*COMMAND)
+    assert (built.path / "artifacts/register/receipt.json").read_bytes() == receipt
+    found = state(built)
+    assert [run[0] for run in found["runs"]] == ["FINISHED"]
+    assert len(found["versions"]) == 1
+    assert found["inputs"] == [1]
+    assert found["models"] == ["READY"]
+    history = (built.path / "artifacts/train/history.csv").read_text().splitlines()
+    assert found["curve"] == [len(history) - 1]
+    assert found["aliases"] == {"digits": {"challenger": 1, "champion": 1}}
+
+
+def test_another_bundle_is_a_version_that_only_challenges(built: Workspace) -> None:
+    from tlpipe import files
+    from tlpipe.onnx_export import bundle as bundles
+
+    built.run(*COMMAND)
+    folder = built.path / "artifacts/export/bundle"
+    old = bundles.load(folder)
+    bundles.save(
+        folder,
+        model=old.model.read_bytes(),
+        labels=old.labels,
+        preprocessing=old.preprocessing,
+        provenance={**old.provenance, "penalty": 0.5},
+    )
+    error = built.run(*COMMAND, code=6).stderr
+    assert "report.json measures another bundle than artifacts/export/bundle" in error
+    report = built.path / "artifacts/evaluate/report.json"
+    content = json.loads(report.read_text())
+    files.write_json(report, {**content, "bundle": bundles.load(folder).digest})
+    built.run(*COMMAND)
+    assert state(built)["aliases"] == {"digits": {"challenger": 2, "champion": 1}}
+    assert len(state(built)["runs"]) == 2
+
+
+@pytest.mark.slow
+def test_others_use_it_with_mlflow_alone(built: Workspace, artifacts: Path) -> None:
+    """A real tracking server with a database; somebody else's load_model and models serve."""
+    port, serve_port = free_port(), free_port()
+    uri = f"http://127.0.0.1:{port}"
+    settings = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    remote = Workspace(built.path, {**built.env, **settings})
+    store = ("--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "stored")
+    where = ("--host", "127.0.0.1", "--port", str(port))
+    with server(built, "mlflow", "server", *store, *where, ready=f"{uri}/health"):
+        remote.run(*COMMAND)
+        assert not (built.path / "mlflow.db").exists()
+        assert state(built, uri)["aliases"] == {"digits": {"challenger": 1, "champion": 1}}
+        example = artifacts / "evaluate/examples/0.png"
+        predicted = json.loads(remote.run("tlpipe", "predict", "--json", str(example)).stdout)
+        program = (
+            "import json, mlflow, numpy as np, onnxruntime, PIL.Image as images\n"
+            "model = mlflow.onnx.load_model('models:/digits@champion')\n"
+            "session = onnxruntime.InferenceSession(model.SerializeToString())\n"
+            f"pixels = np.asarray(images.open({str(example)!r}))[None, 16:240, 16:240]\n"
+            "_, probabilities = session.run(None, {'images': np.ascontiguousarray(pixels)})\n"
+            "print(json.dumps(probabilities[0].tolist()))\n"
+            "open('request.json', 'w').write(json.dumps({'inputs': pixels.tolist()}))\n"
+        )
+        loaded = json.loads(remote.run("python", "-c", program).stdout.splitlines()[-1])
+        assert np.argmax(loaded) == int(predicted[0]["label"])
+        assert max(loaded) == pytest.approx(predicted[0]["probability"], abs=1e-5)
+
+        serve = ("mlflow", "models", "serve", "-m", "models:/digits@champion")
+        options = ("--env-manager", "local", "--host", "127.0.0.1", "--port", str(serve_port))
+        ready = f"http://127.0.0.1:{serve_port}/ping"
+        elsewhere = Workspace(built.path.parent, remote.env)
+        with server(elsewhere, *serve, *options, ready=ready):
+            served = _post_json(ready.replace("ping", "invocations"), built.path / "request.json")
+        assert served["predictions"]["probabilities"][0] == pytest.approx(loaded, abs=1e-5)
+
+
+@pytest.mark.fault("R01")
+def test_a_server_that_is_down_is_refused_soon_and_the_bundle_kept(built: Workspace) -> None:
+    down = Workspace(
+        built.path,
+        {
+            **built.env,
+            "MLFLOW_TRACKING_URI": f"http://user:secret@127.0.0.1:{free_port()}",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+            "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        },
+    )
+    started = time.monotonic()
+    error = down.run(*COMMAND, code=8).stderr
+    assert time.monotonic() - started < 30
+    (line,) = error.splitlines()
+    assert line.startswith("tlpipe: MLflow at http://127.0.0.1:")
+    assert "the same command goes on from here" in line
+    assert "secret" not in error
+    assert (built.path / "artifacts/export/bundle/SHA256SUMS").exists()
+    assert not (built.path / "artifacts/register").exists()
+
+
+@pytest.mark.fault("R05")
+def test_a_model_swapped_in_the_store_is_not_loaded(built: Workspace, artifacts: Path) -> None:
+    built.run(*COMMAND)
+    (stored,) = (built.path / "mlartifacts").rglob("bundle/model.onnx")
+    content = bytearray(stored.read_bytes())
+    content[len(content) // 2] ^= 1
+    stored.write_bytes(content)
+    example = str(artifacts / "evaluate/examples/0.png")
+    error = built.run("tlpipe", "predict", example, code=6).stderr
+    assert "model.onnx has the sha256" in error
+    # Also where the swap brought its own seal along.
+    from tlpipe.onnx_export import bundle as bundles
+
+    old = bundles.load(artifacts / "export/bundle")
+    bundles.save(
+        stored.parent,
+        model=old.model.read_bytes(),
+        labels=old.labels[::-1],
+        preprocessing=old.preprocessing,
+        provenance=old.provenance,
+    )
+    error = built.run("tlpipe", "predict", example, code=8).stderr
+    assert "It was swapped or damaged; nothing was loaded." in error
+
+
+def test_the_summary_shows_the_last_run_and_what_comes_next(main_job: Workspace) -> None:
+    receipt = "artifacts/register/receipt.json"
+    table = main_job.run("tlpipe", "summary", receipt).stdout
+    for text in (
+        "1,000 images, 10 classes, 0 rejected",
+        "efficientnet_lite0, frozen: all",
+        "95% interval",
+        "artifacts/export/bundle/model.onnx, 13.5 MB",
+        "digits version 1, alias challenger, champion",
+        "make ui | tlpipe predict IMAGE | tlpipe serve",
+    ):
+        assert text in table
+
+
+def test_a_lost_registry_is_said(built: Workspace) -> None:
+    built.run(*COMMAND)
+    for path in built.path.glob("mlflow.db*"):
+        path.unlink()
+    error = built.run("tlpipe", "summary", "artifacts/register/receipt.json", code=8).stderr
+    assert "the registry has no digits version 1" in error
+    assert "'dvc repro --force --single-item register'" in error
+
+
+def _post_json(address: str, body: Path) -> dict:
+    import urllib.request
+
+    request = urllib.request.Request(
+        address, data=body.read_bytes(), headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.loads(response.read())
