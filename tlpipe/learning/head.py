@@ -133,18 +133,24 @@ def solve_path(
     max_iterations: int,
 ) -> list[Solution]:
     """Solve for each penalty, the strongest first, each from where the one before it ended."""
+    import scipy.optimize  # noqa: F401  loads SciPy's BLAS: only what is loaded can be limited
+    from threadpoolctl import threadpool_limits
+
     solutions: list[Solution] = []
-    for penalty in sorted(penalties, reverse=True):
-        solutions.append(
-            solve(
-                train,
-                validation,
-                classes=classes,
-                penalty=penalty,
-                max_iterations=max_iterations,
-                start=solutions[-1].head if solutions else None,
+    # NumPy and SciPy bring a BLAS each; with more threads the two pools spin against each other,
+    # for twenty times the CPU seconds on the digits, and the sums depend on their number.
+    with threadpool_limits(1):
+        for penalty in sorted(penalties, reverse=True):
+            solutions.append(
+                solve(
+                    train,
+                    validation,
+                    classes=classes,
+                    penalty=penalty,
+                    max_iterations=max_iterations,
+                    start=solutions[-1].head if solutions else None,
+                )
             )
-        )
     return solutions
 
 

@@ -40,8 +40,6 @@ def run(*, activations: Path, split: Path, model: Path, history: Path, params: P
     Raises:
         ArtifactError: activations and split table are of different data.
     """
-    from threadpoolctl import threadpool_limits
-
     features, origin = stored.load(activations)
     assignments = load_split(split)
     if len(features) != len(assignments):
@@ -52,10 +50,7 @@ def run(*, activations: Path, split: Path, model: Path, history: Path, params: P
     labels = tuple(sorted({row.label for row in assignments}))
     train = _select(features, assignments, labels, "train")
     validation = _select(features, assignments, labels, "validation")
-    # NumPy and SciPy bring a BLAS each; with more threads the two pools spin against each other,
-    # for twenty times the CPU seconds on the digits.
-    with threadpool_limits(1):
-        best = _fit(train, validation, len(labels), params)
+    best = _fit(train, validation, len(labels), params)
     card = models.Card(
         labels=labels,
         origin=origin,

@@ -78,6 +78,6 @@ def check(parity: Parity, tolerance: float) -> None:
             f"the exported graph differs from the trained model: logits by up to "
             f"{parity.max_difference:.2g}, the top label on {parity.images - parity.same_top1} of "
             f"{parity.images} images; expected at most {tolerance:g} and 0. Nothing was exported. "
-            f"The logits spread by {parity.logit_spread:.2g}; far beyond 10, more is to be expected: "
-            f"raise train.penalties, or export.parity_tolerance."
+            f"The logits spread by {parity.logit_spread:.2g}; far beyond 10, more is to be "
+            f"expected: raise train.penalties, or export.parity_tolerance."
         )

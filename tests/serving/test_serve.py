@@ -1,0 +1,96 @@
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Workspace, free_port, server
+from tlpipe.onnx_export.bundle import load
+
+
+@pytest.fixture(scope="module")
+def port(main_job: Workspace) -> Iterator[int]:
+    """A real server that answers from the registry's champion."""
+    number = free_port()
+    ready = f"http://127.0.0.1:{number}/v2/health/ready"
+    with server(main_job, "tlpipe", "serve", "--port", str(number), ready=ready):
+        yield number
+
+
+def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, dict]:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request(method, path, body=body)
+        with connection.getresponse() as response:
+            return response.status, json.loads(response.read())
+
+
+def test_it_answers_as_predict_does(main_job: Workspace, artifacts: Path, port: int) -> None:
+    examples = sorted((artifacts / "evaluate/examples").iterdir())
+    printed = main_job.run("tlpipe", "predict", "--json", *map(str, examples)).stdout
+    digest = load(artifacts / "export/bundle").digest
+    for path, expected in zip(examples, json.loads(printed), strict=True):
+        status, answer = ask(port, "POST", "/predict", path.read_bytes())
+        assert status == 200
+        assert answer["model"] == digest
+        assert answer["label"] == expected["label"]
+        assert answer["probability"] == pytest.approx(expected["probability"], abs=1e-5)
+        assert set(answer["probabilities"]) == set("0123456789")
+
+
+def test_it_lives_and_is_ready(artifacts: Path, port: int) -> None:
+    assert ask(port, "GET", "/v2/health/live") == (200, {"live": True})
+    digest = load(artifacts / "export/bundle").digest
+    assert ask(port, "GET", "/v2/health/ready") == (200, {"ready": True, "model": digest})
+
+
+@pytest.mark.fault("S11")
+@pytest.mark.parametrize("body", [b"", b"not an image", b"http://127.0.0.1/a.png", b"/etc/passwd"])
+def test_what_is_no_image_is_refused(port: int, body: bytes) -> None:
+    status, answer = ask(port, "POST", "/predict", body)
+    assert status == 400
+    assert "expected the bytes of one image file as the body" in answer["detail"]
+
+
+@pytest.mark.fault("S01")
+def test_a_body_beyond_the_cap_is_refused_also_in_chunks(port: int) -> None:
+    chunks = (b"x" * 2**20 for _ in range(200))
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        # The server answers and closes before it was sent everything.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            connection.request("POST", "/predict", body=chunks, encode_chunked=True)
+        with connection.getresponse() as response:
+            status = response.status
+    assert status == 413
+    assert ask(port, "GET", "/v2/health/live")[0] == 200
+
+
+@pytest.mark.fault("S14")
+def test_without_a_model_it_lives_and_is_not_ready(tmp_path: Path) -> None:
+    number = free_port()
+    program = (
+        "import uvicorn\nfrom tlpipe.serving.app import create\n"
+        f"uvicorn.run(create(None), port={number}, log_level='error')"
+    )
+    live = f"http://127.0.0.1:{number}/v2/health/live"
+    with server(Workspace(tmp_path), sys.executable, "-c", program, ready=live):
+        assert ask(number, "GET", "/v2/health/ready")[0] == 503
+        assert ask(number, "POST", "/predict", b"x") == (503, {"detail": "no model is loaded"})
+
+
+def test_sigterm_ends_it(artifacts: Path) -> None:
+    number = free_port()
+    bundle = str(artifacts / "export/bundle")
+    workspace = Workspace(artifacts.parent)
+    command = ("tlpipe", "serve", "--model", bundle, "--port", str(number))
+    with server(workspace, *command, ready=f"http://127.0.0.1:{number}/v2/health/live") as pid:
+        subprocess.run(["kill", f"-{signal.SIGTERM.value}", str(pid)], check=True)
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

@@ -1,0 +1,138 @@
+"""What is installed, and where: the constraints, the Makefile, the Dockerfile."""
+
+import json
+import re
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Workspace, answers, free_port, server
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+
+
+def install_steps(target: str) -> list[str]:
+    """Return the target's own RUN lines that install Python packages, and those of its base."""
+    stages = re.split(r"^FROM (?:\S+) AS (\w+)$", DOCKERFILE, flags=re.MULTILINE)
+    bodies = dict(zip(stages[1::2], stages[2::2], strict=True))
+    steps = []
+    for body in (bodies["base"], bodies[target]):
+        for line in re.findall(r"^RUN (.*)$", body, re.MULTILINE):
+            steps += [step.strip() for step in line.split("&&") if "pip install" in step]
+    return [re.sub(r"--mount=\S+\s+", "", step) for step in steps]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[[str], Workspace]:
+    """Run a target's steps by hand, in a fresh folder and a fresh virtual environment."""
+
+    def run(target: str) -> Workspace:
+        app, environment = tmp_path / "app", tmp_path / "venv"
+        app.mkdir()
+        for name in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE)[0].split():
+            (app / name).write_bytes((ROOT / name).read_bytes())
+        subprocess.run(["cp", "-r", str(ROOT / "tlpipe"), str(app)], check=True)
+        venv.create(environment, with_pip=True)
+        path = f"{environment / 'bin'}:/usr/local/bin:/usr/bin:/bin"
+        workspace = Workspace(app, {"VIRTUAL_ENV": str(environment)})
+        for step in install_steps(target):
+            workspace.run("bash", "-c", f"PATH={path!r}; {step}", timeout=600)
+        return workspace
+
+    return run
+
+
+def test_dockerfile_has_steps_to_run() -> None:
+    serve, pipeline = install_steps("serve"), install_steps("pipeline")
+    assert serve[0] == pipeline[0] == "pip install --no-cache-dir uv==0.13.8"
+    assert "'.[serve,cpu]'" in serve[1]
+    assert "'.[pipeline,gpu]'" in pipeline[1]
+    assert len(serve) == len(pipeline) == 2
+
+
+@pytest.mark.slow
+def test_the_serve_target_answers_without_torch(
+    build: Callable[[str], Workspace], artifacts: Path
+) -> None:
+    app = build("serve")
+    python = str(Path(app.env["VIRTUAL_ENV"]) / "bin" / "python")
+    listed = json.loads(app.run(python, "-m", "pip", "list", "--format", "json").stdout)
+    names = {package["name"].lower() for package in listed}
+    assert {"onnxruntime", "numpy", "pillow", "fastapi", "uvicorn"} <= names
+    unwanted = {"torch", "timm", "mlflow", "dvc", "prefect", "scikit-learn", "onnxruntime-gpu"}
+    assert not unwanted & names
+    packages = next((Path(app.env["VIRTUAL_ENV"]) / "lib").glob("python*/site-packages"))
+    tooling = {"pip", "setuptools", "uv"}
+    size = sum(
+        path.stat().st_size
+        for path in packages.rglob("*")
+        if path.is_file() and path.relative_to(packages).parts[0] not in tooling
+    )
+    assert size < 300e6
+    command = [python, "-m", "tlpipe", "serve", "--model", str(artifacts / "export/bundle")]
+    port = free_port()
+    ready = f"http://127.0.0.1:{port}/v2/health/ready"
+    with server(app, *command, "--port", str(port), ready=ready):
+        assert answers(ready)
+
+
+@pytest.mark.slow
+def test_the_pipeline_target_has_what_the_stages_import(
+    build: Callable[[str], Workspace],
+) -> None:
+    app = build("pipeline")
+    python = str(Path(app.env["VIRTUAL_ENV"]) / "bin" / "python")
+    needed = "torch, torchvision, timm, onnx, onnxscript, onnxruntime, mlflow.onnx, dvc, prefect"
+    stages = "tlpipe.learning.train, tlpipe.registry.register, tlpipe.cli"
+    program = f"import {needed}, scipy.optimize, matplotlib.figure, mlxtend.data, {stages}"
+    app.run(python, "-W", "ignore", "-c", program)
+    listed = json.loads(app.run(python, "-m", "pip", "list", "--format", "json").stdout)
+    names = {package["name"].lower() for package in listed}
+    assert "onnxruntime-gpu" in names
+    assert "onnxruntime" not in names
+
+
+def test_one_runtime_is_installed_and_everything_is_as_pinned() -> None:
+    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in distributions()}
+    assert len({"onnxruntime", "onnxruntime-gpu"} & set(installed)) == 1
+    pins = (ROOT / "constraints.txt").read_text()
+    for name in ("torch", "torchvision", "timm", "mlflow", "dvc", "prefect", "onnx", "pillow"):
+        assert f"{name}=={installed[name]}\n" in pins
+
+
+def test_constraints_are_names_and_versions_only() -> None:
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9a-z.+!]+( ; [^:@/]+)?", line), line
+
+
+def test_the_makefile_finds_the_runtime_and_refuses_other_pythons(tmp_path: Path) -> None:
+    shown = subprocess.run(
+        ["make", "-n", "-B", "setup"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert (
+        shown.count("'.[pipeline,serve,dev,cpu]'") + shown.count("'.[pipeline,serve,dev,gpu]'") == 2
+    )
+    asked = subprocess.run(
+        ["make", "-n", "-B", "setup", "RUNTIME=gpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "'.[pipeline,serve,dev,gpu]'" in asked
+    old = tmp_path / "python3.9"
+    old.write_text(
+        f"#!/bin/sh\nexec '{sys.executable}' -c "
+        '"import sys; sys.version_info = (3, 9); exec(\\"\\"\\"$2\\"\\"\\")"\n'
+    )
+    old.chmod(0o755)
+    refused = subprocess.run(
+        ["make", "-B", "setup", f"PYTHON={old}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert refused.returncode != 0
+    assert "tlpipe needs Python 3.11 or 3.12" in refused.stderr
