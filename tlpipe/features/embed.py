@@ -18,7 +18,7 @@ from tlpipe.progress import track
 from tlpipe.runtime import open_session
 
 _log = logging.getLogger(__name__)
-_BATCH = 16
+_BATCH = 8
 FREEZE_LEVELS = ("all",)
 
 

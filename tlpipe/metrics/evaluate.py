@@ -22,7 +22,7 @@ from tlpipe.params import Section
 from tlpipe.progress import track
 
 _log = logging.getLogger(__name__)
-_BATCH = 16
+_BATCH = 8
 PREDICTIONS = ("path", "label", "predicted", "probability", "true_probability")
 
 

@@ -15,7 +15,7 @@ from tlpipe.onnx_export.bundle import IMAGES, LOGITS
 from tlpipe.progress import track
 from tlpipe.runtime import open_session
 
-_BATCH = 16
+_BATCH = 4
 
 
 @dataclass(frozen=True)
