@@ -20,19 +20,21 @@ pytestmark = pytest.mark.slow
 RUNS = """
 import asyncio, json
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 
 async def main():
     async with get_client() as client:
         found = []
         for run in await client.read_flow_runs():
-            logs = await client.read_logs()
+            only = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+            pages = [await client.read_logs(only, offset=200 * page) for page in range(5)]
             tasks = await client.read_task_runs()
             found.append({
                 "state": run.state.name, "type": run.state.type.value, "message": run.state.message,
                 "deployment": run.deployment_id is not None, "start": str(run.start_time),
                 "tasks": {t.name: [t.state.name, str(t.start_time), str(t.end_time)]
                           for t in tasks if t.flow_run_id == run.id},
-                "logs": [log.message for log in logs if log.flow_run_id == run.id],
+                "logs": [log.message for logs in pages for log in logs],
             })
         found.sort(key=lambda run: run["start"])
         print(json.dumps(found))

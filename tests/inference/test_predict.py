@@ -47,9 +47,13 @@ def test_the_table_names_image_label_and_failure(main_job: Workspace, artifacts:
     assert "0.png" in mixed.stdout
 
 
-def test_without_a_model_it_says_what_to_do(empty: Workspace, tmp_path: Path) -> None:
+def test_without_a_model_it_says_what_to_do(main_job: Workspace, empty: Workspace) -> None:
+    result = main_job.run("tlpipe", "predict", "--model", "nobody@champion", "x.png", code=8)
+    assert "the registry has no model nobody@champion. Register one: 'dvc repro'." in result.stderr
+    result = main_job.run("tlpipe", "predict", "--model", "digits@previous", "x.png", code=8)
+    assert "the registry has no model digits@previous." in result.stderr
     result = empty.run("tlpipe", "predict", "x.png", code=8)
-    assert "the registry has no model digits@champion. Register one: 'dvc repro'." in result.stderr
+    assert "there is no registry yet: mlflow.db is missing" in result.stderr
     result = empty.run("tlpipe", "predict", "--model", "nowhere", "x.png", code=6)
     assert "nowhere is no bundle" in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -243,6 +243,15 @@ def test_a_lost_registry_is_said(built: Workspace) -> None:
     for path in built.path.glob("mlflow.db*"):
         path.unlink()
     error = built.run("tlpipe", "summary", "artifacts/register/receipt.json", code=8).stderr
+    assert "there is no registry yet: mlflow.db is missing" in error
+    assert not list(built.path.glob("*mlflow.db*"))
+    (built.path / "params.yaml").write_text(
+        (built.path / "params.yaml").read_text().replace("name: digits", "name: others")
+    )
+    kept = (built.path / "artifacts/register/receipt.json").read_bytes()
+    built.run(*COMMAND)
+    (built.path / "artifacts/register/receipt.json").write_bytes(kept)
+    error = built.run("tlpipe", "summary", "artifacts/register/receipt.json", code=8).stderr
     assert "the registry has no digits version 1" in error
     assert "'dvc repro --force --single-item register'" in error
 

@@ -65,7 +65,7 @@ def run(
     result, data = files.read_json(report), files.read_json(data_report)
     if result["bundle"] != shipped.digest:
         raise ArtifactError(f"{report} measures another bundle than {bundle}. Run 'dvc repro'.")
-    with tracking.connection(workspace) as client:
+    with tracking.connection(workspace, create=True) as client:
         experiment_id = tracking.experiment(client, params.name, workspace)
         found = _find_run(client, experiment_id, shipped) or client.create_run(
             experiment_id,

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tlpipe import files
 from tlpipe.errors import RegistryError
 from tlpipe.onnx_export.bundle import Bundle, load
 
@@ -25,11 +26,13 @@ BUNDLE_TAG, BUNDLE_FOLDER = "tlpipe.bundle", "bundle"
 
 
 @contextmanager
-def connection(workspace: Path) -> Iterator["MlflowClient"]:
+def connection(workspace: Path, *, create: bool = False) -> Iterator["MlflowClient"]:
     """Yield a client of the registry; bounded retries, and one line where it cannot be used.
 
+    ``create``: make the workspace's own store where there is none yet.
+
     Raises:
-        RegistryError: MLflow refuses a request or cannot be reached.
+        RegistryError: MLflow refuses a request or cannot be reached, or there is no store.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -41,6 +44,14 @@ def connection(workspace: Path) -> Iterator["MlflowClient"]:
     for chatty in ("alembic", "mlflow", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     address = os.environ.get("MLFLOW_TRACKING_URI") or _local_address(workspace)
+    database = workspace / DATABASE
+    if address == _local_address(workspace) and not database.exists():
+        if not create:
+            raise RegistryError(
+                f"there is no registry yet: {database} is missing and MLFLOW_TRACKING_URI is not "
+                f"set. Register a model: 'dvc repro'."
+            )
+        _create(database)
     mlflow.set_tracking_uri(address)
     try:
         yield mlflow.MlflowClient()
@@ -100,6 +111,15 @@ def fetch_bundle(workspace: Path, reference: str) -> Bundle:
             f"It was swapped or damaged; nothing was loaded."
         )
     return bundle
+
+
+def _create(database: Path) -> None:
+    """Make MLflow's tables under a temporary name: a kill between two of them would be for good."""
+    import mlflow
+
+    with files.replacing(database) as temporary:
+        temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
+        mlflow.MlflowClient(f"sqlite:///{temporary.resolve()}").search_experiments()
 
 
 def _without_credentials(text: str) -> str:
