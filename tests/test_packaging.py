@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.request
 import venv
 from collections.abc import Callable
 from importlib.metadata import distributions
@@ -56,6 +57,7 @@ def test_dockerfile_has_steps_to_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_serve_target_answers_without_torch(
     build: Callable[[str], Workspace], artifacts: Path
 ) -> None:
@@ -82,6 +84,7 @@ def test_the_serve_target_answers_without_torch(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_pipeline_target_has_what_the_stages_import(
     build: Callable[[str], Workspace],
 ) -> None:
@@ -103,6 +106,25 @@ def test_one_runtime_is_installed_and_everything_is_as_pinned() -> None:
     pins = (ROOT / "constraints.txt").read_text()
     for name in ("torch", "torchvision", "timm", "mlflow", "dvc", "prefect", "onnx", "pillow"):
         assert f"{name}=={installed[name]}\n" in pins
+
+
+def test_make_ui_shows_the_registry(main_job: Workspace) -> None:
+    """The recipe's own command, in a workspace that has run."""
+    port = free_port()
+    recipe = subprocess.run(
+        ["make", "-n", "ui", f"PORT={port}"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()[-1]
+    env = {**main_job.env, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    address = f"http://127.0.0.1:{port}"
+    with server(Workspace(main_job.path, env), *recipe.split(), ready=f"{address}/health"):
+        assert answers(f"{address}/")
+        found = f"{address}/api/2.0/mlflow/registered-models/alias?name=digits&alias=champion"
+        with urllib.request.urlopen(found, timeout=30) as response:
+            version = json.loads(response.read())["model_version"]
+        assert version["version"] == "1"
+        artifact = f"{address}/get-artifact?run_uuid={version['run_id']}&path=plots/confusion.png"
+        with urllib.request.urlopen(artifact, timeout=30) as response:
+            assert response.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 def test_constraints_are_names_and_versions_only() -> None:
