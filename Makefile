@@ -21,6 +21,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 .PHONY: run setup test flow ui constraints
 
 run: setup
+	@tlpipe check
 	dvc repro
 	@tlpipe summary artifacts/register/receipt.json
 

@@ -107,7 +107,13 @@ class Runner:
                 line in which it said why.
         """
         process = self._start(stage)
-        timer = threading.Timer(self._timeout_s, _end_group, [process])
+        is_over_time = threading.Event()
+
+        def end() -> None:
+            is_over_time.set()
+            _end_group(process)
+
+        timer = threading.Timer(self._timeout_s, end)
         timer.start()
         lines = []
         try:
@@ -119,13 +125,12 @@ class Runner:
                         log(text)
             code = process.wait()
         finally:
-            is_over_time = not timer.is_alive()
             timer.cancel()
             with self._lock:
                 self._running.discard(process)
         if self._closed:
             raise StageError(f"{stage} was ended with the flow")
-        if is_over_time:
+        if is_over_time.is_set():
             raise StageError(f"{stage} took longer than {self._timeout_s:g} s and was ended")
         if code != 0:
             raise StageError(_reason(stage, lines, code))

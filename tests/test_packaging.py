@@ -111,9 +111,10 @@ def test_one_runtime_is_installed_and_everything_is_as_pinned() -> None:
 def test_make_ui_shows_the_registry(main_job: Workspace) -> None:
     """The recipe's own command, in a workspace that has run."""
     port = free_port()
-    recipe = subprocess.run(
+    printed = subprocess.run(
         ["make", "-n", "ui", f"PORT={port}"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()[-1]
+    ).stdout
+    (recipe,) = [line for line in printed.splitlines() if line.startswith("mlflow server ")]
     env = {**main_job.env, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     address = f"http://127.0.0.1:{port}"
     with server(Workspace(main_job.path, env), *recipe.split(), ready=f"{address}/health"):

@@ -77,6 +77,15 @@ def test_no_object_is_built_from_yaml(empty: Workspace) -> None:
     assert not (empty.path / "built").exists()
 
 
+def test_a_key_that_is_no_word_is_refused(empty: Workspace) -> None:
+    assert "a key is no plain word" in refused(empty, "split:\n  ? [1]\n  : 2\n")
+
+
+def test_numbers_are_read_as_dvc_reads_them(empty: Workspace) -> None:
+    line = refused(empty, "ingest:\n  source: x\nexport:\n  parity_tolerance: 2e+1\n")
+    assert line.startswith("export.parity_tolerance is 20.0; it must be less than or equal to 0.1")
+
+
 @pytest.mark.fault("P04")
 def test_what_makes_no_sense_is_refused_before_any_work(empty: Workspace) -> None:
     line = refused(empty, changed("train", "max_iterations", 0))

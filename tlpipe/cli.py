@@ -61,8 +61,7 @@ def main() -> None:
     try:
         app()
     except TlpipeError as error:
-        message = " ".join(str(error).split())
-        print(f"tlpipe: {message.encode(errors='backslashreplace').decode()}", file=sys.stderr)
+        print(f"tlpipe: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 
@@ -175,9 +174,9 @@ def predict(
 
     answers = predict.run(bundle=_bundle(model, params), images=images)
     if as_json:
-        from tlpipe.files import json_bytes
+        import json
 
-        print(json_bytes(answers).decode(), end="")
+        print(json.dumps(answers, indent=2))
     else:
         _print_answers(answers)
     if any("error" in answer for answer in answers):
@@ -213,6 +212,14 @@ def summary(receipt: Annotated[Path, typer.Argument(help="What register wrote.")
     console.print("next: make ui | tlpipe predict IMAGE | tlpipe serve", markup=False)
 
 
+@app.command()
+def check(params: ParamsFile = PARAMS_FILE) -> None:
+    """Check params.yaml and that the source is there, before anything runs."""
+    from tlpipe.data import ingest, sources
+
+    sources.find(Path(cast(ingest.Params, load_params(params)["ingest"]).source))
+
+
 @app.command(hidden=True)
 def schema() -> None:
     """Print the JSON Schema of params.yaml."""
@@ -244,11 +251,17 @@ def _print_answers(answers: list[dict[str, Any]]) -> None:
 
     table = Table(Column("image", overflow="fold"), "label", "probability", "next")
     for answer in answers:
-        name = escape(answer["path"])
+        name = escape(_printable(answer["path"]))
         if "error" in answer:
-            table.add_row(name, f"[red]{escape(answer['error'])}[/red]")
+            table.add_row(name, f"[red]{escape(_printable(answer['error']))}[/red]")
             continue
         _, *others = answer["probabilities"].items()
-        following = ", ".join(f"{label} {p:.3f}" for label, p in others[:2])
-        table.add_row(name, escape(answer["label"]), f"{answer['probability']:.3f}", following)
+        following = ", ".join(f"{_printable(label)} {p:.3f}" for label, p in others[:2])
+        label = escape(_printable(answer["label"]))
+        table.add_row(name, label, f"{answer['probability']:.3f}", escape(following))
     Console().print(table)
+
+
+def _printable(text: str) -> str:
+    """Escape what would move the cursor, colour the terminal or be no UTF-8: names may hold it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

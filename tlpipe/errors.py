@@ -9,7 +9,8 @@
     |-- WeightsError        5   pretrained weights: absent, altered, unsafe, of another network
     |-- ArtifactError       6   a stage's file: missing, incomplete, altered, of another run
     |-- ParityError         7   the exported graph differs from the trained model
-    `-- RegistryError       8   MLflow: not reachable, nothing there, content that differs
+    |-- RegistryError       8   MLflow: not reachable, nothing there, content that differs
+    `-- ServingError        9   the address to serve on is not free
 
 A message is one line: what is wrong, what was found, what was expected, what to do.
 Exit code 2 is the command line's own (an unknown option, a missing argument).
@@ -68,3 +69,9 @@ class RegistryError(TlpipeError):
     """The model registry cannot be reached, or does not hold what was asked for."""
 
     exit_code = 8
+
+
+class ServingError(TlpipeError):
+    """The server cannot listen where it was told to."""
+
+    exit_code = 9

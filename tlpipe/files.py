@@ -24,7 +24,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    # Named by the process: the cache folder is shared by all workspaces of a user.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
@@ -64,7 +65,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def json_bytes(content: Any) -> bytes:
     """Return the canonical JSON of ``content``: sorted keys, UTF-8, no NaN, a final newline."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode()
+    # Names of files may hold bytes that are no UTF-8; as escapes they survive the way back.
+    return (text + "\n").encode(errors="backslashreplace")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -89,9 +91,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV table (RFC 4180 quoting, newline line ends, UTF-8)."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    """Write a CSV table (RFC 4180, UTF-8)."""
+    text = io.StringIO(newline="")
+    # With this line end both of its characters are quoted inside a field.
+    writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(header)
     writer.writerows(rows)
     # File names may hold bytes that are no UTF-8; Python carries them as surrogates.

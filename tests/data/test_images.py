@@ -59,6 +59,12 @@ def test_too_many_pixels_are_refused_before_decoding(side: int) -> None:
     tracemalloc.stop()
 
 
+def test_a_line_of_pixels_is_refused_before_it_is_resized() -> None:
+    for size in ((1, 3000), (3000, 100)):
+        assert refused(encoded(Image.new("RGB", size))) == "too_thin"
+    assert read_square(encoded(Image.new("RGB", (2000, 100))), SMALL)[0].shape == (64, 64, 3)
+
+
 @pytest.mark.fault("D06")
 def test_a_wrong_checksum_is_corrupt() -> None:
     data = bytearray(encoded(photo()))
@@ -143,4 +149,5 @@ def test_broken_files_from_the_field_never_raise_anything_else(
         except ImageError as error:
             reasons.add(error.reason)
     assert len(files) > 1000
-    assert reasons <= {"empty", "not_image", "truncated", "corrupt", "too_many_pixels"}
+    known = {"empty", "not_image", "truncated", "corrupt", "too_many_pixels", "too_thin"}
+    assert reasons <= known

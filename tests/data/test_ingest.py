@@ -62,7 +62,7 @@ def test_bad_files_are_named_and_the_rest_goes_on(empty: Workspace, photos: Path
     assert tuple(stored[row, 128, 128]) == Image.open(photos / "dark" / "3.png").getpixel((5, 5))
 
 
-@pytest.mark.fault("D13", "D14", "D28")
+@pytest.mark.fault("D12", "D13", "D14")
 def test_only_readable_files_inside_the_source_are_opened(
     empty: Workspace, photos: Path, tmp_path: Path
 ) -> None:
@@ -71,12 +71,14 @@ def test_only_readable_files_inside_the_source_are_opened(
     (photos / "dark" / "link.png").symlink_to(outside)
     os.mkfifo(photos / "dark" / "pipe.png")
     (photos / "dark" / "gone.png").symlink_to(photos / "nowhere.png")
+    (photos / "dark" / "loop").symlink_to(photos)
     ingest(empty, photos)
     rejects = {row["path"]: row["reason"] for row in rows(empty.path / "out" / "rejects.csv")}
     assert rejects == {
         "dark/link.png": "outside_root",
         "dark/pipe.png": "not_a_file",
         "dark/gone.png": "unreadable",
+        "dark/loop": "not_a_file",
     }
 
 
@@ -128,6 +130,19 @@ def test_one_image_under_two_labels_is_refused_in_both(empty: Workspace, photos:
             marks=pytest.mark.fault("D21"),
         ),
         (lambda root: shutil.rmtree(root / "dark"), "holds 1 class folders with files"),
+        (lambda root: (root / "none").mkdir(), "none is empty. Add images or take the folder out."),
+        (
+            lambda root: (root / "dark").rename(root / os.fsdecode(b"caf\xe9")),
+            r"the class folder 'caf\udce9' has a name that is not UTF-8 or not printable",
+        ),
+        (
+            lambda root: [
+                shutil.copytree(root / "dark", root / split / label)
+                for split in ("train", "val")
+                for label in ("a", "b")
+            ],
+            "holds train and held-out folders, and beside them dark, light",
+        ),
         (lambda root: shutil.rmtree(root), "does not exist; expected a folder of class folders"),
     ],
 )

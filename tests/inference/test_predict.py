@@ -1,5 +1,6 @@
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,27 @@ def test_the_table_names_image_label_and_failure(main_job: Workspace, artifacts:
     assert "0.png" in mixed.stdout
 
 
+@pytest.mark.fault("D18")
+def test_any_file_name_is_answered_for_and_escaped(artifacts: Path, tmp_path: Path) -> None:
+    image = (artifacts / "evaluate/examples/0.png").read_bytes()
+    names = ["a b.png", os.fsdecode(b"\xff.png"), "\x1b[31mred.png", "new\nline.png", "[bold].png"]
+    for name in names:
+        (tmp_path / name).write_bytes(image)
+    workspace = Workspace(tmp_path, {"COLUMNS": "200"})
+    command = ("tlpipe", "predict", "--model", str(artifacts / "export/bundle"))
+    answers = json.loads(workspace.run(*command, "--json", *names).stdout)
+    assert [answer["path"] for answer in answers] == names
+    table = workspace.run(*command, *names).stdout
+    assert "\x1b" not in table
+    for shown in (r"\udcff.png", r"\x1b[31mred.png", r"new\nline.png", "[bold].png"):
+        assert shown in table
+    error = workspace.run(*command[:3], "\x1b[31mno", "x.png", code=6).stderr
+    assert r"\x1b[31mno is no bundle" in error
+
+
 def test_without_a_model_it_says_what_to_do(main_job: Workspace, empty: Workspace) -> None:
     result = main_job.run("tlpipe", "predict", "--model", "nobody@champion", "x.png", code=8)
-    assert "the registry has no model nobody@champion. Register one: 'dvc repro'." in result.stderr
+    assert "the registry has no model nobody@champion. Register what was built: " in result.stderr
     result = main_job.run("tlpipe", "predict", "--model", "digits@previous", "x.png", code=8)
     assert "the registry has no model digits@previous." in result.stderr
     result = empty.run("tlpipe", "predict", "x.png", code=8)

@@ -83,6 +83,13 @@ def test_without_a_model_it_lives_and_is_not_ready(tmp_path: Path) -> None:
         assert ask(number, "POST", "/predict", b"x") == (503, {"detail": "no model is loaded"})
 
 
+def test_a_port_that_is_taken_is_refused(artifacts: Path, port: int) -> None:
+    command = ("tlpipe", "serve", "--model", str(artifacts / "export/bundle"), "--port", str(port))
+    error = Workspace(artifacts.parent).run(*command, code=9).stderr
+    assert f"tlpipe: cannot listen on 127.0.0.1:{port}: Address already in use" in error
+    assert "serving" not in error
+
+
 def test_sigterm_ends_it(artifacts: Path) -> None:
     number = free_port()
     bundle = str(artifacts / "export/bundle")

@@ -12,6 +12,7 @@ from tlpipe.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000
+MAX_ASPECT = 20
 Pixels = npt.NDArray[np.uint8]
 
 # Our own limit below is stricter and is decided before decoding; Pillow's would only warn.
@@ -46,7 +47,8 @@ def read_square(data: bytes, sampling: Sampling) -> tuple[Pixels, Image.Image]:
         size, mode and format.
 
     Raises:
-        ImageError: the file is empty, no image of ``FORMATS``, too large, cut off or corrupt.
+        ImageError: the file is empty, no image of ``FORMATS``, too large, too thin, cut off or
+            corrupt.
     """
     header = _open(data)
     try:
@@ -83,6 +85,10 @@ def _open(data: bytes) -> Image.Image:
     if width * height > MAX_PIXELS:
         detail = f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded"
         raise ImageError("too_many_pixels", detail)
+    # Resized by its shorter side, a line of pixels would grow without bound.
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        detail = f"{width} x {height} pixels; one side may be {MAX_ASPECT} times the other at most"
+        raise ImageError("too_thin", detail)
     return image
 
 

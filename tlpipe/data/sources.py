@@ -81,6 +81,12 @@ def _class_folders(root: Path) -> list[Candidate]:
     folders = _subfolders(root)
     given = {folder: _SPLIT_FOLDERS.get(folder.name.lower()) for folder in folders}
     if "train" not in given.values() or None in given.values():
+        if "train" in given.values() and {"validation", "test"} & set(given.values()):
+            others = ", ".join(folder.name for folder, split in given.items() if split is None)
+            raise DataError(
+                f"{root} holds train and held-out folders, and beside them {others}; expected "
+                f"splits only, or classes only. Move {others} elsewhere."
+            )
         return [file for folder in folders for file in _files(root, folder, folder.name, "")]
     # With no test folder, the held-out one is what the result is measured on.
     has_test = "test" in given.values()
@@ -100,14 +106,21 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _files(root: Path, folder: Path, label: str, split: str) -> list[Candidate]:
     candidates = []
-    for where, _, names in os.walk(folder):
-        for name in names:
+    for where, subfolders, names in os.walk(folder, onerror=_refuse):
+        links = [name for name in subfolders if Path(where, name).is_symlink()]
+        for name in [*names, *links]:
             if name.startswith(".") or name == "Thumbs.db":
                 continue
             file = Path(where, name)
             relative = file.relative_to(root).as_posix()
             candidates.append(Candidate(relative, label, split, partial(_read_file, file, root)))
+    if not candidates:
+        raise DataError(f"the class folder {folder} is empty. Add images or take the folder out.")
     return candidates
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}.")
 
 
 def _read_file(file: Path, root: Path) -> bytes:
@@ -120,7 +133,7 @@ def _read_file(file: Path, root: Path) -> bytes:
         if not file.resolve(strict=True).is_relative_to(root.resolve()):
             raise ImageError("outside_root", "a link that leads outside the source")
         if not file.is_file():
-            raise ImageError("not_a_file", "a pipe, socket or device")
+            raise ImageError("not_a_file", "a link to a folder, a pipe, a socket or a device")
         return file.read_bytes()
     except (OSError, RuntimeError) as error:
         raise ImageError("unreadable", str(error)) from None
@@ -134,6 +147,11 @@ def _check_classes(labels: set[str], source: Path) -> None:
         )
     seen: dict[str, str] = {}
     for label in sorted(labels):
+        if not label.isprintable():
+            raise DataError(
+                f"the class folder {label!r} has a name that is not UTF-8 or not printable. "
+                f"Rename it."
+            )
         other = seen.setdefault(label.casefold(), label)
         if other != label:
             raise DataError(

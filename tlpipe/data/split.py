@@ -48,7 +48,8 @@ def assign(entries: Sequence[Entry], params: Params) -> list[str]:
     """Return a split for each image.
 
     A group is placed by the hash of the seed and its name alone, so that images added later move
-    no old one; classes are about evenly spread, and none is left without an image in a split.
+    no old one; classes are about evenly spread. Only in a class so small that a split would stay
+    empty is the nearest image moved there, and it may move back when the class has grown.
     Splits that the source gives are kept; what they lack is drawn from their training images.
     """
     given = {entry.split for entry in entries if entry.split}

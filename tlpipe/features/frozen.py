@@ -36,8 +36,9 @@ def frozen_graph(backbone: Backbone, weights: Weights) -> Path:
         return path
     _log.info("exporting the frozen part of %s to %s, once", backbone.name, path)
     model = _export(load_network(backbone, weights), backbone.preprocessing)
-    files.write_bytes(path, model.SerializeToString(deterministic=True))
-    files.write_bytes(seal, files.sha256(path).encode())
+    content = model.SerializeToString(deterministic=True)
+    files.write_bytes(path, content)
+    files.write_bytes(seal, hashlib.sha256(content).hexdigest().encode())
     return path
 
 
@@ -105,7 +106,7 @@ def _key(backbone: Backbone, weights: Weights) -> str:
         backbone.stages[-1],
         str(OPSET),
         *(version(package) for package in ("torch", "timm", "onnx", "onnxscript")),
-        files.sha256(Path(__file__)),
+        *(files.sha256(Path(__file__).with_name(name)) for name in ("backbone.py", "frozen.py")),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

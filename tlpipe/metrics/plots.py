@@ -50,8 +50,10 @@ def mistakes(path: Path, squares: Sequence[Pixels], captions: Sequence[str], *, 
 
 def _figure(width: float, height: float) -> "Figure":
     # The figure alone: pyplot would start a window system where there is one.
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 

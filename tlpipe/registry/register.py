@@ -36,7 +36,8 @@ class Params(Section):
 
     name: str = Field(
         default="tlpipe",
-        pattern=r"^[^/:.%\"'@]+$",
+        pattern=r"^[^\s/:.%\"'@][^/:.%\"'@]*$",
+        max_length=200,
         description="Name of the registered model and of the experiment.",
     )
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 CHAMPION, CHALLENGER = "champion", "challenger"
+# DVC alone would say that nothing has changed: it does not see the registry.
+_REGISTER = "Register what was built: 'dvc repro --force --single-item register'."
 BUNDLE_TAG, BUNDLE_FOLDER = "tlpipe.bundle", "bundle"
 
 
@@ -49,7 +51,7 @@ def connection(workspace: Path, *, create: bool = False) -> Iterator["MlflowClie
         if not create:
             raise RegistryError(
                 f"there is no registry yet: {database} is missing and MLFLOW_TRACKING_URI is not "
-                f"set. Register a model: 'dvc repro'."
+                f"set. {_REGISTER}"
             )
         _create(database)
     mlflow.set_tracking_uri(address)
@@ -86,9 +88,7 @@ def find_version(client: "MlflowClient", name: str, alias: str) -> "ModelVersion
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise RegistryError(
-            f"the registry has no model {name}@{alias}. Register one: 'dvc repro'."
-        ) from None
+        raise RegistryError(f"the registry has no model {name}@{alias}. {_REGISTER}") from None
 
 
 def fetch_bundle(workspace: Path, reference: str) -> Bundle:

@@ -12,9 +12,20 @@ _log = logging.getLogger(__name__)
 
 
 def run(*, bundle: Bundle, host: str, port: int) -> None:
-    """Serve a bundle; returns after SIGTERM or Ctrl-C, when accepted requests are answered."""
+    """Serve a bundle; returns after SIGTERM or Ctrl-C, when accepted requests are answered.
+
+    Raises:
+        ServingError: the address is not free.
+    """
     predictor = Predictor(bundle)
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as error:
+        raise ServingError(
+            f"cannot listen on {host}:{port}: {error.strerror}. Name another with --port."
+        ) from None
     _log.info(
         "serving %s on http://%s:%s with %s", bundle.digest[:16], host, port, predictor.provider
     )
-    uvicorn.run(app.create(predictor), host=host, port=port, log_level="warning")
+    config = uvicorn.Config(app.create(predictor), log_level="warning")
+    uvicorn.Server(config).run(sockets=[listener])
