@@ -1,9 +1,11 @@
 """Command ``serve``: answer over HTTP until the process is told to stop."""
 
 import logging
+import socket
 
 import uvicorn
 
+from tlpipe.errors import ServingError
 from tlpipe.inference.predictor import Predictor
 from tlpipe.onnx_export.bundle import Bundle
 from tlpipe.serving import app
