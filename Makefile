@@ -49,6 +49,7 @@ test: setup
 	pytest
 
 flow: setup
+	@tlpipe check
 	python -m flows.pipeline
 
 ui: setup

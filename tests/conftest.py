@@ -1,5 +1,7 @@
 """Workspaces to test in: copies of this repository, each a Git and DVC repository of its own."""
 
+import csv
+import json
 import os
 import re
 import signal
@@ -63,8 +65,28 @@ class Workspace:
         """Return what stands in the folder, sorted."""
         return sorted(path.name for path in self.path.iterdir())
 
-    def set_source(self, source: Path) -> None:
-        self.replace("params.yaml", "source: data/digits.yaml ", f"source: {source} ")
+    def set_source(self, source: Path | str, **options: object) -> None:
+        """Read ``source`` instead of the digits; options are further keys of ``ingest``."""
+        lines = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in options.items())
+        self.replace("params.yaml", "  source: data/digits.yaml ", f"{lines}  source: {source} ")
+
+    def ingest(self, *, code: int = 0) -> str:
+        """Run the stage ``ingest`` alone, into ``out``; return what it says."""
+        outputs = (
+            *("--manifest", "out/manifest.csv", "--rejects", "out/rejects.csv"),
+            *("--duplicates", "out/duplicates.csv"),
+            *("--pixels", "out/pixels", "--report", "out/report.json"),
+        )
+        return self.run("tlpipe", "ingest", *outputs, code=code).stderr
+
+    def rows(self, table: str) -> list[dict[str, str]]:
+        """Return the rows of a CSV table."""
+        with (self.path / table).open(newline="", errors="surrogateescape") as file:
+            return list(csv.DictReader(file))
+
+    def rejects(self) -> dict[str, str]:
+        """Return the reason of each rejected file after ``ingest``."""
+        return {row["path"]: row["reason"] for row in self.rows("out/rejects.csv")}
 
 
 def copy_repository(target: Path, env: Mapping[str, str]) -> Workspace:
@@ -225,3 +247,20 @@ def answers(address: str) -> bool:
 def artifacts(main_job: Workspace) -> Path:
     """What the stages of the main job wrote."""
     return main_job.path / "artifacts"
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A local S3 server with an empty bucket; yields the environment of its clients."""
+    port = free_port()
+    env = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    command = ("moto_server", "-H", "127.0.0.1", "-p", str(port))
+    with server(Workspace(tmp_path), *command, ready=f"http://127.0.0.1:{port}/moto-api/"):
+        program = "import boto3; boto3.client('s3').create_bucket(Bucket='bucket')"
+        Workspace(tmp_path, env).run("python", "-c", program)
+        yield env

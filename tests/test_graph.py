@@ -96,8 +96,9 @@ def test_the_order_is_that_of_the_data() -> None:
         "ingest": (),
         "split": ("ingest",),
         "embed": ("ingest",),
+        "audit": ("embed", "ingest", "split"),
         "train": ("embed", "split"),
         "export": ("ingest", "split", "train"),
         "evaluate": ("export", "ingest", "split"),
-        "register": ("evaluate", "export", "ingest", "train"),
+        "register": ("audit", "evaluate", "export", "ingest", "split", "train"),
     }

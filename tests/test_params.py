@@ -12,7 +12,8 @@ def refused(empty: Workspace, content: str) -> str:
     """Run a stage on a params.yaml and return the one line in which it is refused."""
     (empty.path / "params.yaml").write_text(content)
     before = empty.names()
-    result = empty.run("tlpipe", "split", "--manifest", "m.csv", "--split", "s.csv", code=3)
+    paths = ("--manifest", "m.csv", "--split", "s.csv", "--report", "r.json")
+    result = empty.run("tlpipe", "split", *paths, code=3)
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("tlpipe: ")
@@ -110,7 +111,8 @@ def test_what_is_no_mapping_is_refused(empty: Workspace) -> None:
     assert refused(empty, "ingest: [1]\n").startswith("ingest is [1]; it must be")
     assert "params.yaml: line 2:" in refused(empty, "split: [1\n")
     (empty.path / "params.yaml").unlink()
-    result = empty.run("tlpipe", "split", "--manifest", "m", "--split", "s", code=3)
+    paths = ("--manifest", "m", "--split", "s", "--report", "r")
+    result = empty.run("tlpipe", "split", *paths, code=3)
     assert "params.yaml is missing" in result.stderr
 
 

@@ -8,8 +8,12 @@ from tests.conftest import Workspace, copy_repository
 from tlpipe import files
 
 OUTPUTS = (
+    "artifacts/ingest/manifest.csv",
+    "artifacts/ingest/pixels/index.json",
+    "artifacts/ingest/pixels/thumbnails.npy",
     "artifacts/split/split.csv",
     "artifacts/embed/activations/activations.npy",
+    "artifacts/audit/suspects.csv",
     "artifacts/train/model/model.safetensors",
     "artifacts/train/model/model.json",
     "artifacts/export/bundle/model.onnx",
@@ -38,7 +42,7 @@ def test_nothing_is_done_twice(main_job: Workspace) -> None:
     before = (main_job.path / "dvc.lock").read_bytes()
     result = main_job.run("dvc", "repro")
     assert "Running stage" not in result.stdout
-    assert result.stdout.count("didn't change, skipping") == 7
+    assert result.stdout.count("didn't change, skipping") == 8
     assert (main_job.path / "dvc.lock").read_bytes() == before
 
 
@@ -53,5 +57,5 @@ def test_a_change_reruns_only_what_it_concerns(main_job: Workspace, tmp_path: Pa
     status = mine.run("dvc", "repro", "--downstream", "ingest").stdout
     skipped = {name for name in ("ingest", "embed") if f"Stage '{name}' didn't change" in status}
     assert skipped == {"ingest", "embed"}
-    for name in ("split", "train", "export", "evaluate", "register"):
+    for name in ("split", "audit", "train", "export", "evaluate", "register"):
         assert f"Running stage '{name}'" in status

@@ -23,11 +23,14 @@ STAGES = {
     "ingest": "tlpipe.data.ingest",
     "split": "tlpipe.data.split",
     "embed": "tlpipe.features.embed",
+    "audit": "tlpipe.learning.audit",
     "train": "tlpipe.learning.train",
     "export": "tlpipe.onnx_export.export",
     "evaluate": "tlpipe.metrics.evaluate",
     "register": "tlpipe.registry.register",
 }
+
+_log = logging.getLogger("tlpipe")
 
 app = typer.Typer(
     help="From labelled images to a classifier in production: reproducible, measured, served.",
@@ -92,16 +95,33 @@ def _run(stage: str, params: Path, **paths: Path) -> None:
 
 @app.command(rich_help_panel=STAGE_PANEL)
 def ingest(
-    manifest: Out, rejects: Out, pixels: Out, report: Out, params: ParamsFile = PARAMS_FILE
+    manifest: Out,
+    rejects: Out,
+    duplicates: Out,
+    pixels: Out,
+    report: Out,
+    params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Read the source: list, check and decode its images once."""
-    _run("ingest", params, manifest=manifest, rejects=rejects, pixels=pixels, report=report)
+    from tlpipe import versioning
+    from tlpipe.data import ingest
+
+    section = cast(ingest.Params, load_params(params)["ingest"])
+    ingest.run(
+        manifest=manifest,
+        rejects=rejects,
+        duplicates=duplicates,
+        pixels=pixels,
+        report=report,
+        data_version=versioning.data_version(params.parent),
+        params=section,
+    )
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
-def split(manifest: In, split: Out, params: ParamsFile = PARAMS_FILE) -> None:
+def split(manifest: In, split: Out, report: Out, params: ParamsFile = PARAMS_FILE) -> None:
     """Say which image trains, validates or tests."""
-    _run("split", params, manifest=manifest, split=split)
+    _run("split", params, manifest=manifest, split=split, report=report)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -111,10 +131,28 @@ def embed(pixels: In, activations: Out, params: ParamsFile = PARAMS_FILE) -> Non
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
+def audit(
+    manifest: In,
+    pixels: In,
+    split: In,
+    activations: In,
+    data_report: In,
+    suspects: Out,
+    plots: Out,
+    params: ParamsFile = PARAMS_FILE,
+) -> None:
+    """Show the data set, and the labels that its features speak against."""
+    known = {"pixels": pixels, "split": split, "activations": activations}
+    outputs = {"suspects": suspects, "plots": plots}
+    _run("audit", params, manifest=manifest, data_report=data_report, **known, **outputs)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
 def train(
     activations: In, split: In, model: Out, history: Out, params: ParamsFile = PARAMS_FILE
 ) -> None:
     """Fit what is not frozen."""
+    _say_what_changed(split, params)
     _run("train", params, activations=activations, split=split, model=model, history=history)
 
 
@@ -152,14 +190,20 @@ def register(
     examples: In,
     history: In,
     data_report: In,
+    split_report: In,
+    rejects: In,
+    suspects: In,
+    data_plots: In,
     receipt: Out,
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Make the bundle a run and a model version in MLflow."""
     measured = {"report": report, "predictions": predictions, "plots": plots, "examples": examples}
-    known = {"parity": parity, "history": history, "data_report": data_report}
+    data = {"data_report": data_report, "split_report": split_report, "rejects": rejects}
+    audited = {"suspects": suspects, "data_plots": data_plots}
+    trained = {"parity": parity, "history": history}
     places = {"receipt": receipt, "workspace": Path()}
-    _run("register", params, bundle=bundle, **measured, **known, **places)
+    _run("register", params, bundle=bundle, **measured, **trained, **data, **audited, **places)
 
 
 @app.command()
@@ -215,9 +259,14 @@ def summary(receipt: Annotated[Path, typer.Argument(help="What register wrote.")
 @app.command()
 def check(params: ParamsFile = PARAMS_FILE) -> None:
     """Check params.yaml and that the source is there, before anything runs."""
-    from tlpipe.data import ingest, sources
+    from tlpipe import versioning
+    from tlpipe.data import ingest
 
-    sources.find(Path(cast(ingest.Params, load_params(params)["ingest"]).source))
+    section = cast(ingest.Params, load_params(params)["ingest"])
+    with ingest.opened(section):
+        pass
+    for pattern in versioning.hide_unreadable(params.parent, Path(section.source)):
+        print(f"{pattern} cannot be read and is now in .dvcignore; see rejects.csv after ingest")
 
 
 @app.command(hidden=True)
@@ -228,6 +277,22 @@ def schema() -> None:
 
     models = {name: importlib.import_module(module).Params for name, module in STAGES.items()}
     print(json_bytes(params.json_schema(models)).decode(), end="")
+
+
+def _say_what_changed(split: Path, params: Path) -> None:
+    """Say which classes were taken away or added since the model in production was trained."""
+    from tlpipe.data.manifest import load_split
+    from tlpipe.registry import register, tracking
+
+    name = cast(register.Params, load_params(params)["register"]).name
+    if (known := tracking.champion_labels(params.parent, name)) is None:
+        return
+    labels = {row.label for row in load_split(split) if row.split == "train"}
+    gone, new = sorted(known - labels), sorted(labels - known)
+    if gone or new:
+        changes = [f"gone: {', '.join(gone)}"] * bool(gone) + [f"new: {', '.join(new)}"] * bool(new)
+        what = _printable("; ".join(changes))
+        _log.warning("the classes differ from those of %s@%s: %s", name, tracking.CHAMPION, what)
 
 
 def _bundle(model: str | None, params: Path) -> "Bundle":

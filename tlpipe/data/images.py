@@ -1,14 +1,18 @@
 """Turn the bytes of an image file into pixels: the one way, for training and for serving."""
 
 import io
+import struct
+import threading
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from tlpipe.errors import ImageError
+from tlpipe.sources.candidates import Box
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000
@@ -17,6 +21,22 @@ Pixels = npt.NDArray[np.uint8]
 
 # Our own limit below is stricter and is decided before decoding; Pillow's would only warn.
 Image.MAX_IMAGE_PIXELS = None
+
+# Of images that take hundreds of megabytes when decoded, only so many at a time.
+_LARGE_PIXELS = 20_000_000
+_LARGE = threading.BoundedSemaphore(2)
+
+# What EXIF's orientation asks for (CIPA DC-008, tag 0x0112).
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Sampling(BaseModel):
@@ -40,28 +60,93 @@ class Preprocessing(Sampling):
     std: tuple[float, float, float]
 
 
-def read_square(data: bytes, sampling: Sampling) -> tuple[Pixels, Image.Image]:
-    """Decode an image file and return its square of pixels, and the decoded image's header.
+@dataclass(frozen=True)
+class Header:
+    """What the file says of its image, as stored: before it is turned upright or converted."""
 
-    Returns: (short_side_px, short_side_px, 3) uint8 RGB; the opened image, for its original
-        size, mode and format.
+    width: int
+    height: int
+    mode: str
+    format: str
+
+
+def read_square(data: bytes, sampling: Sampling) -> tuple[Pixels, Header]:
+    """Decode an image file and return its square of pixels, and what its header said.
+
+    Returns: (short_side_px, short_side_px, 3) uint8 RGB; the header.
 
     Raises:
         ImageError: the file is empty, no image of ``FORMATS``, too large, too thin, cut off or
             corrupt.
     """
-    header = _open(data)
+    image, header = read_upright(data, enough_px=2 * sampling.short_side_px)
+    return np.asarray(square(image, sampling)), header
+
+
+def read_upright(data: bytes, *, enough_px: int | None = None) -> tuple[Image.Image, Header]:
+    """Decode an image file to upright RGB; of an animation the first frame.
+
+    ``enough_px``: a JPEG may be decoded at half, quarter or eighth size, as long as neither side
+    falls below it.
+
+    Raises:
+        ImageError: as ``read_square``.
+    """
+    image = _open(data)
+    header = Header(*image.size, image.mode, str(image.format))
     try:
-        # For JPEG this decodes at half, quarter or eighth size, never below twice the target.
-        image = _open(data)
-        image.draft("RGB", (2 * sampling.short_side_px, 2 * sampling.short_side_px))
-        image.load()
-        pixels = _square(_to_rgb(ImageOps.exif_transpose(image)), sampling)
+        if enough_px is not None:
+            image.draft("RGB", (enough_px, enough_px))
+        if image.width * image.height <= _LARGE_PIXELS:
+            return _decode(image), header
+        with _LARGE:
+            return _decode(image), header
     except Exception as error:
         # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more.
-        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
-        raise ImageError(reason, f"{type(error).__name__}: {error}") from None
-    return pixels, header
+        raise _damage(error) from None
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Return the width and height that an image will have when it is upright; decodes nothing.
+
+    Raises:
+        ImageError: as ``read_square``, as far as the header tells.
+    """
+    image = _open(data)
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def square(image: Image.Image, sampling: Sampling, box: Box | None = None) -> Image.Image:
+    """Resize the shorter side of an RGB image and keep the middle square.
+
+    ``box``: left, upper, right and lower edge of the part to take for the image, in pixels.
+
+    Returns: short_side_px x short_side_px, RGB.
+
+    Raises:
+        ImageError: the image, or the part, is too thin.
+    """
+    side = sampling.short_side_px
+    if box is not None:
+        image = image.crop(box)
+    width, height = image.size
+    check_aspect(width, height)
+    # The arithmetic of torchvision's Resize and CenterCrop, on which the pretrained networks were
+    # measured; but only what is kept of the resized image is computed.
+    left, right = _kept(width, side, side if width <= height else int(side * width / height))
+    upper, lower = _kept(height, side, side if height <= width else int(side * height / width))
+    method = Image.Resampling[sampling.interpolation.upper()]
+    # Columns, then rows, as Pillow does for a whole image: in the other order, and so with one
+    # box for both, clipping between the two passes moves sharp edges by several grey levels.
+    image = image.resize((side, height), method, box=(left, 0, right, height))
+    return image.resize((side, side), method, box=(0, upper, side, lower))
+
+
+def _kept(length: float, side: int, resized: int) -> tuple[float, float]:
+    """Return from where to where a side is kept, if the middle is kept after resizing it."""
+    offset = round((resized - side) / 2)
+    return offset * length / resized, min((offset + side) * length / resized, length)
 
 
 def crop_middle(pixels: Pixels, crop_px: int) -> Pixels:
@@ -71,6 +156,19 @@ def crop_middle(pixels: Pixels, crop_px: int) -> Pixels:
     return pixels[..., top : top + crop_px, left : left + crop_px, :]
 
 
+def check_aspect(width: float, height: float) -> None:
+    """Refuse a line of pixels, which would grow without bound when its shorter side is resized.
+
+    Raises:
+        ImageError: one side is more than ``MAX_ASPECT`` times the other.
+    """
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        detail = (
+            f"{width:g} x {height:g} pixels; one side may be {MAX_ASPECT} times the other at most"
+        )
+        raise ImageError("too_thin", detail)
+
+
 def _open(data: bytes) -> Image.Image:
     """Read the header only; refuse by kind and size before anything is decoded."""
     if not data:
@@ -78,18 +176,58 @@ def _open(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError("not_image", f"not one of {', '.join(FORMATS)}") from None
+        raise _unidentified(data) from None
     except Exception as error:
-        raise ImageError("corrupt", f"{type(error).__name__}: {error}") from None
+        raise _damage(error) from None
     width, height = image.size
     if width * height > MAX_PIXELS:
         detail = f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded"
         raise ImageError("too_many_pixels", detail)
-    # Resized by its shorter side, a line of pixels would grow without bound.
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        detail = f"{width} x {height} pixels; one side may be {MAX_ASPECT} times the other at most"
-        raise ImageError("too_thin", detail)
+    check_aspect(width, height)
     return image
+
+
+def _unidentified(data: bytes) -> ImageError:
+    """Say by the first bytes alone what a file is that no allowed decoder wants."""
+    Image.init()
+    for name, (_, accepts) in sorted(Image.OPEN.items()):
+        try:
+            if accepts is None or accepts(data[:16]) is not True:
+                continue
+        except (struct.error, IndexError):
+            continue  # fewer bytes than the beginning of that format
+        if name in FORMATS:
+            return ImageError("corrupt", f"begins like {name}, but its header makes no sense")
+        return ImageError("format", f"{name}; expected one of {', '.join(FORMATS)}")
+    for name, (start, magic) in _OTHER_FORMATS.items():
+        if data[start : start + len(magic)] == magic:
+            return ImageError("format", f"{name}; expected one of {', '.join(FORMATS)}")
+    return ImageError("not_image", f"not one of {', '.join(FORMATS)}")
+
+
+# Photos of telephones and drawings, which Pillow does not know.
+_OTHER_FORMATS = {"HEIC": (4, b"ftyphe"), "HEIF": (4, b"ftypmif1"), "SVG": (0, b"<svg")}
+
+
+def _damage(error: Exception) -> ImageError:
+    if isinstance(error, MemoryError):
+        return ImageError("out_of_memory", "the image does not fit into memory when decoded")
+    reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+    return ImageError(reason, f"{type(error).__name__}: {error}")
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return 1  # the remarks beside the pixels are damaged; the pixels are not
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -101,17 +239,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _square(image: Image.Image, sampling: Sampling) -> Pixels:
-    side = sampling.short_side_px
-    width, height = image.size
-    # The arithmetic of torchvision's Resize, on which the pretrained networks were measured.
-    if width <= height:
-        size = (side, int(side * height / width))
-    else:
-        size = (int(side * width / height), side)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling[sampling.interpolation.upper()])
-    return crop_middle(np.asarray(image), side)
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -2,23 +2,30 @@
 
 import hashlib
 import logging
-import os
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+import PIL
+from pydantic import Field, field_validator
 
 from tlpipe import files
-from tlpipe.data import pixels as packed
-from tlpipe.data import sources
-from tlpipe.data.images import Pixels, Sampling, read_square
-from tlpipe.data.manifest import Entry, Reject, save_manifest, save_rejects
-from tlpipe.errors import DataError, ImageError
+from tlpipe.data import images, reading
+from tlpipe.data.earlier import Earlier, remember
+from tlpipe.data.images import Sampling
+from tlpipe.data.journal import Journal
+from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
+from tlpipe.data.reading import read_all
+from tlpipe.errors import DataError
 from tlpipe.params import Section
 from tlpipe.progress import track
+from tlpipe.sources import listing
+from tlpipe.sources.candidates import Reject
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +35,32 @@ class Params(Section):
 
     source: str = Field(
         min_length=1,
-        description="A folder of class folders, or the YAML file of a built-in data set.",
+        description="A folder, a zip or tar archive, an address like s3://BUCKET/FOLDER, or the "
+        "YAML file of a built-in data set.",
+    )
+    kind: listing.Kind = Field(
+        default="auto",
+        description="What labels are read from; recognised by default.",
+    )
+    pattern: str | None = Field(
+        default=None,
+        description="For folders: a regular expression, searched in each file's path; its group "
+        "'label', and if wanted 'split' and 'group', say what they match.",
+    )
+    box_margin: float = Field(
+        default=0.1,
+        ge=0,
+        le=2,
+        description="For boxes: what is added on each side, as a share of the box's longer side. "
+        "The part is then widened to a square as far as the photo reaches.",
+    )
+    background: str | None = Field(
+        default=None,
+        min_length=1,
+        description="For boxes: a class of this name, of one square a photo that no box touches.",
+    )
+    max_rejected: float = Field(
+        default=0.5, ge=0, le=1, description="Share of rejected images above which nothing is made."
     )
     short_side_px: int = Field(
         default=256, ge=32, le=1024, description="Length of the stored images' side, in pixels."
@@ -37,100 +69,174 @@ class Params(Section):
         default="bicubic", description="How images are resized."
     )
 
+    @field_validator("pattern")
+    @classmethod
+    def _has_label(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            groups = re.compile(pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"it is no regular expression: {error}") from None
+        if "label" not in groups:
+            raise ValueError("it must have a group (?P<label>...)")
+        return pattern
 
-def run(*, manifest: Path, rejects: Path, pixels: Path, report: Path, params: Params) -> None:
-    """Write the manifest, the rejected files, the pixels and the data report.
+
+def run(
+    *,
+    manifest: Path,
+    rejects: Path,
+    duplicates: Path,
+    pixels: Path,
+    report: Path,
+    data_version: str,
+    params: Params,
+) -> None:
+    """Write the manifest, the rejected files, the near duplicates, the pixels and the data report.
+
+    ``data_version`` is DVC's hash of the source. What stands in the outputs from an earlier run is
+    used: images that it has are not decoded again.
 
     Raises:
         DataError: the source is missing, or what is usable of it makes no data set.
     """
-    candidates = sources.find(Path(params.source))
     sampling = Sampling(short_side_px=params.short_side_px, interpolation=params.interpolation)
-    with files.replacing_folder(pixels) as folder:
-        array = packed.create(folder, len(candidates), sampling)
-        outcomes = _read_all(candidates, array, sampling)
-        outcomes = _without_conflicts(outcomes)
-        entries = [outcome for outcome in outcomes if isinstance(outcome, Entry)]
-        refused = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
+    decoder = _decoder(params)
+    outputs = (manifest, duplicates, pixels, report)
+    earlier = Earlier(*outputs, sampling=sampling, decoder=decoder)
+    with opened(params) as source, files.replacing_folder(pixels) as folder:
+        journal = Journal(folder, sampling, earlier.pixels)
+        outcomes = read_all(source, sampling, params.box_margin, earlier)
+        total = source.counts.total()
+        for outcome in track(outcomes, total=total, description="ingest"):
+            journal.add(outcome)
+        journal.close()
+        groups = journal.group(earlier)
+        refused = sorted([*journal.rejects, *source.rejects], key=lambda reject: reject.path)
         save_rejects(rejects, refused)
-        _check_usable(candidates, entries, rejects)
-        if refused:
-            usable = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Entry)]
-            packed.keep_rows(folder, usable)
-        save_manifest(manifest, entries)
-        packed.finish(folder, sampling, files.sha256(manifest))
-    files.write_json(report, _describe(params.source, entries, refused))
-    _log.info("%s images in %s classes, %s rejected", *_counts(entries, refused))
-
-
-def _read_all(
-    candidates: Sequence[sources.Candidate], array: Pixels, sampling: Sampling
-) -> list[Entry | Reject]:
-    """Decode every file into its row of ``array``, on all cores; order and bytes stay the same."""
-
-    def read(row: int) -> Entry | Reject:
-        candidate = candidates[row]
-        try:
-            data = candidate.read()
-            array[row], header = read_square(data, sampling)
-        except ImageError as error:
-            return Reject(candidate.path, error.reason, error.detail)
-        sha256 = hashlib.sha256(data).hexdigest()
-        return Entry(
-            path=candidate.path,
-            label=candidate.label,
-            sha256=sha256,
-            bytes=len(data),
-            width=header.width,
-            height=header.height,
-            mode=header.mode,
-            group=sha256[:16],
-            split=candidate.split,
+        usable = journal.labels(groups.keep)
+        _check_usable(source.counts, usable, refused, rejects, params.max_rejected)
+        writer = journal.pixels(groups.keep)
+        entries = (
+            replace(entry, group=f"{name:016x}", data_version=data_version)
+            for entry, name, keep in zip(journal.entries(), groups.name, groups.keep, strict=True)
+            if keep
         )
+        described = _Description()
+        save_duplicates(duplicates, described.compare(journal.duplicates(groups.pairs)))
+        save_manifest(manifest, described.watch(entries))
+        remember(manifest, journal.seen())
+        journal.remove()
+        writer.finish(files.sha256(manifest), data_version)
+    content = {
+        "source": Path(params.source).name,
+        "data_version": data_version,
+        "decoder": decoder,
+        "rejected": dict(sorted(Counter(reject.reason for reject in refused).items())),
+        "duplicates": {
+            "equal": groups.equal,
+            "nearly_equal": groups.nearly_equal,
+            "under_two_labels": described.under_two_labels,
+        },
+        **described.content(),
+    }
+    files.write_json(report, content)
+    _log.info(
+        "%s images in %s classes, %s rejected, %s decoded; %s equal to another one, %s nearly so",
+        usable.total(),
+        len(usable),
+        len(refused),
+        journal.decoded,
+        groups.equal,
+        groups.nearly_equal,
+    )
 
-    count = len(candidates)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(track(pool.map(read, range(count)), total=count, description="ingest"))
+
+def opened(params: Params) -> AbstractContextManager[listing.Source]:
+    """Open the source and list it; what cannot be a data set is refused before any work.
+
+    Raises:
+        DataError: as ``listing.opened``.
+    """
+    return listing.opened(
+        params.source, kind=params.kind, pattern=params.pattern, background=params.background
+    )
 
 
-def _without_conflicts(outcomes: Sequence[Entry | Reject]) -> list[Entry | Reject]:
-    """Refuse every file whose very bytes stand under two labels."""
-    labels = defaultdict(set)
-    for outcome in outcomes:
-        if isinstance(outcome, Entry):
-            labels[outcome.sha256].add(outcome.label)
-    checked: list[Entry | Reject] = []
-    for outcome in outcomes:
-        if isinstance(outcome, Entry) and len(labels[outcome.sha256]) > 1:
-            names = ", ".join(sorted(labels[outcome.sha256]))
-            outcome = Reject(outcome.path, "conflict", f"the same image under the labels {names}")
-        checked.append(outcome)
-    return checked
+def _decoder(params: Params) -> str:
+    """Return what the pixels depend on beside the files: by another decoder none is reused."""
+    own = b"".join(Path(str(module.__file__)).read_bytes() for module in (images, reading))
+    digest = hashlib.sha256(own).hexdigest()[:16]
+    return f"Pillow {PIL.__version__}, {digest}, margin {params.box_margin:g}"
 
 
 def _check_usable(
-    candidates: Sequence[sources.Candidate], entries: Sequence[Entry], rejects: Path
+    found: Counter[str],
+    usable: Counter[str],
+    refused: Sequence[Reject],
+    rejects: Path,
+    max_rejected: float,
 ) -> None:
-    usable = Counter(entry.label for entry in entries)
-    for label, found in sorted(Counter(candidate.label for candidate in candidates).items()):
-        if usable[label] < 3:
+    for label in sorted(found):
+        if usable[label] == 0:
             raise DataError(
-                f"the class {label!r} has {usable[label]} usable images of {found}; expected at "
-                f"least 3: one each to train, to validate and to test. Add images or take the "
-                f"class out; {rejects} says what was refused."
+                f"the class {label!r} has 0 usable images of {found[label]}; expected at least 3: "
+                f"one each to train, to validate and to test. Add images or take the class out; "
+                f"{rejects} says what was refused."
             )
+    share = len(refused) / max(len(refused) + usable.total(), 1)
+    if share > max_rejected:
+        reasons = Counter(reject.reason for reject in refused)
+        worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
+        raise DataError(
+            f"{len(refused)} of {len(refused) + usable.total()} images were rejected ({worst}), a "
+            f"share of {share:.3f}; ingest.max_rejected is {max_rejected:g}. {rejects} names each; "
+            f"mend or remove them, or raise ingest.max_rejected."
+        )
 
 
-def _describe(source: str, entries: Sequence[Entry], refused: Sequence[Reject]) -> dict[str, Any]:
-    return {
-        "source": Path(source).name,
-        "images": len(entries),
-        "classes": dict(Counter(entry.label for entry in entries)),
-        "given_splits": dict(Counter(entry.split for entry in entries if entry.split)),
-        "rejected": dict(Counter(reject.reason for reject in refused)),
-        "modes": dict(Counter(entry.mode for entry in entries)),
-    }
+_EXTENSIONS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".jpg", ".jpeg", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+}
 
 
-def _counts(entries: Sequence[Entry], refused: Sequence[Reject]) -> tuple[int, int, int]:
-    return len(entries), len({entry.label for entry in entries}), len(refused)
+class _Description:
+    """Counts what passes by, for the data report."""
+
+    def __init__(self) -> None:
+        self._by: dict[str, Counter[str]] = {
+            name: Counter() for name in ("classes", "given_splits", "modes", "formats", "sides")
+        }
+        self._misnamed = 0
+        self.under_two_labels = 0
+
+    def watch(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """Yield the entries on, counting them."""
+        for entry in entries:
+            self._by["classes"][entry.label] += 1
+            self._by["given_splits"][entry.split] += bool(entry.split)
+            self._by["modes"][entry.mode] += 1
+            self._by["formats"][entry.format] += 1
+            # The longer side, in steps of a factor of two.
+            self._by["sides"][str(2 ** int(math.log2(max(entry.width, entry.height))))] += 1
+            file = entry.path.split("#")[0].lower()
+            self._misnamed += not file.endswith(_EXTENSIONS[entry.format])
+            yield entry
+
+    def compare(self, pairs: Iterable[Duplicate]) -> Iterator[Duplicate]:
+        """Yield nearly equal images on, counting the pairs under two labels."""
+        for pair in pairs:
+            self.under_two_labels += pair.label != pair.other_label
+            yield pair
+
+    def content(self) -> dict[str, Any]:
+        """Return the counts."""
+        counts = {name: dict(+counter) for name, counter in self._by.items()}
+        return {"images": sum(counts["classes"].values()), "misnamed": self._misnamed, **counts}

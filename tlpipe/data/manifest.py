@@ -4,82 +4,118 @@ The three formats have their ``save`` and ``load`` here. Row *i* of the manifest
 table and of the pixels is the same image; the order is that of the paths.
 """
 
-from collections.abc import Sequence
+import binascii
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 
 from tlpipe import files
+from tlpipe.sources.candidates import Reject
 
 SPLITS = ("train", "validation", "test")
+UNUSED = "unused"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One usable image.
 
-    ``sha256`` is of the file's bytes; images of one ``group`` must stay in one split; ``split`` is
-    the one that the source gives, or empty.
+    ``sha256`` is of the file's bytes; ``box`` is the part of it that the image is, as
+    ``left upper right lower`` in pixels, or empty; ``width``, ``height``, ``mode`` and ``format``
+    are those of the file. Images of one ``group`` must stay in one split: equal or nearly equal
+    ones, parts of one photo, and those that the source groups. ``split`` is the one that the source
+    gives, or empty. ``data_version`` is DVC's hash of the whole source.
     """
 
     path: str
     label: str
     sha256: str
-    bytes: int
+    box: str
+    file_bytes: int
     width: int
     height: int
     mode: str
+    format: str
     group: str
     split: str
+    data_version: str
+
+    @property
+    def key(self) -> bytes:
+        """Eight bytes that say which image it is: of its file's hash, and of its part of the file.
+
+        Two of a million images share them with a probability of about 3e-8.
+        """
+        if not self.box:
+            return binascii.unhexlify(self.sha256[:16])
+        return hashlib.sha256(f"{self.sha256} {self.box}".encode()).digest()[:8]
 
 
 @dataclass(frozen=True)
-class Reject:
-    """One refused file: ``reason`` is a code, ``detail`` a sentence."""
+class Duplicate:
+    """Two nearly equal images of different files, by their paths, and their labels."""
 
     path: str
-    reason: str
-    detail: str
+    other: str
+    label: str
+    other_label: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Assignment:
-    """The split of one image: ``train``, ``validation`` or ``test``."""
+    """The split of one image: ``train``, ``validation``, ``test``, or ``unused``.
+
+    ``fold`` is its number among ``split.folds``, or empty. ``sha256`` and ``box`` say which image
+    it is, whatever its path.
+    """
 
     path: str
     label: str
     split: str
+    fold: str
+    sha256: str
+    box: str
 
 
-def save_manifest(path: Path, entries: Sequence[Entry]) -> None:
+def save_manifest(path: Path, entries: Iterable[Entry]) -> None:
     """Write the manifest as CSV."""
-    files.write_csv(path, _names(Entry), map(astuple, entries))
+    files.write_csv(path, _names(Entry), map(attrgetter(*_names(Entry)), entries))
 
 
-def load_manifest(path: Path) -> list[Entry]:
-    """Read the manifest.
+def load_manifest(path: Path) -> Iterator[Entry]:
+    """Yield the rows of the manifest.
 
     Raises:
         ArtifactError: it is missing or has other columns.
     """
-    return [
-        Entry(
-            path=row["path"],
-            label=row["label"],
-            sha256=row["sha256"],
-            bytes=int(row["bytes"]),
-            width=int(row["width"]),
-            height=int(row["height"]),
-            mode=row["mode"],
-            group=row["group"],
-            split=row["split"],
-        )
-        for row in files.read_csv(path, _names(Entry))
-    ]
+    return (entry_of(list(row.values())) for row in files.read_csv(path, _names(Entry)))
 
 
-def save_rejects(path: Path, rejects: Sequence[Reject]) -> None:
+def entry_of(values: Sequence[str]) -> Entry:
+    """Return the entry of a row of the manifest."""
+    path, label, sha256, box, count, width, height, *rest = values
+    return Entry(path, label, sha256, box, int(count), int(width), int(height), *rest)
+
+
+def save_rejects(path: Path, rejects: Iterable[Reject]) -> None:
     """Write the table of refused files as CSV."""
     files.write_csv(path, _names(Reject), map(astuple, rejects))
+
+
+def save_duplicates(path: Path, pairs: Iterable[Duplicate]) -> None:
+    """Write the table of nearly equal images as CSV."""
+    files.write_csv(path, _names(Duplicate), map(astuple, pairs))
+
+
+def load_duplicates(path: Path) -> Iterator[Duplicate]:
+    """Yield the pairs of nearly equal images.
+
+    Raises:
+        ArtifactError: it is missing or has other columns.
+    """
+    return (Duplicate(**row) for row in files.read_csv(path, _names(Duplicate)))
 
 
 def save_split(path: Path, assignments: Sequence[Assignment]) -> None:

@@ -17,8 +17,9 @@ _ARRAY, _INDEX = "activations.npy", "index.json"
 class Origin(BaseModel):
     """What the activations were computed from; every later artifact carries it on.
 
-    ``data_sha256`` is of the manifest; ``threads`` is the number that ONNX Runtime, here and in
-    every later stage, computes with, since another number may round differently.
+    ``data_sha256`` is of the manifest, ``data_version`` DVC's hash of the source; ``threads`` is
+    the number that ONNX Runtime, here and in every later stage, computes with, since another
+    number may round differently.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +31,7 @@ class Origin(BaseModel):
     boundary: str
     preprocessing: Preprocessing
     data_sha256: str
+    data_version: str
     provider: str
     threads: int
 

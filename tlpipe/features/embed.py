@@ -100,6 +100,7 @@ def run(*, pixels: Path, activations: Path, params: Params) -> None:
             boundary=backbone.stages[-1],
             preprocessing=backbone.preprocessing,
             data_sha256=images.data_sha256,
+            data_version=images.data_version,
             provider=session.get_providers()[0],
             threads=params.threads,
         )

@@ -47,7 +47,7 @@ def run(*, activations: Path, split: Path, model: Path, history: Path, params: P
             f"{activations} holds {len(features)} images and {split} {len(assignments)}; "
             f"expected the same images. Run 'dvc repro'."
         )
-    labels = tuple(sorted({row.label for row in assignments}))
+    labels = tuple(sorted({row.label for row in assignments if row.split == "train"}))
     train = _select(features, assignments, labels, "train")
     validation = _select(features, assignments, labels, "validation")
     best = _fit(train, validation, len(labels), params)

@@ -58,16 +58,17 @@ def per_class(confusion: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
 
 
 def measure(probabilities: Floats, truth: Labels, confidence: float) -> dict[str, Any]:
-    """Return every number of the report; accuracy with its interval."""
+    """Return every number of the report; accuracy with its interval, macro F1 of tested classes."""
     classes = probabilities.shape[1]
     predicted = probabilities.argmax(axis=1)
     confusion = confusion_matrix(truth, predicted, classes)
     correct, images = int(np.trace(confusion)), len(truth)
     low, high = wilson_interval(correct, images, confidence)
     rows = per_class(confusion)
+    tested = [row for row in rows if row["images"]]
     return {
         "accuracy": {"value": correct / images, "low": low, "high": high, "confidence": confidence},
-        "macro_f1": sum(row["f1"] for row in rows) / classes,
+        "macro_f1": sum(row["f1"] for row in tested) / len(tested),
         "log_loss": log_loss(probabilities, truth),
         "per_class": rows,
         "confusion": confusion.tolist(),

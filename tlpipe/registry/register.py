@@ -52,6 +52,10 @@ def run(
     examples: Path,
     history: Path,
     data_report: Path,
+    split_report: Path,
+    rejects: Path,
+    suspects: Path,
+    data_plots: Path,
     receipt: Path,
     workspace: Path,
     params: Params,
@@ -76,9 +80,15 @@ def run(
         run_id = found.info.run_id
         _log_numbers(client, found, shipped, result, files.read_json(parity), history)
         _log_data(client, found, shipped, data)
-        for artifact in (report, parity, predictions, history, data_report):
+        for artifact in (report, parity, predictions, history):
             client.log_artifact(run_id, str(artifact))
         client.log_artifacts(run_id, str(plots), "plots")
+        for artifact in (rejects, suspects):
+            client.log_artifact(run_id, str(artifact), "data")
+        # Both are called report.json in the workspace, each in its stage's folder.
+        client.log_dict(run_id, data, "data/ingest.json")
+        client.log_dict(run_id, files.read_json(split_report), "data/split.json")
+        client.log_artifacts(run_id, str(data_plots), "data/plots")
         client.log_artifacts(run_id, str(bundle), tracking.BUNDLE_FOLDER)
         model_uri = _log_model(client, found, shipped, examples)
         version = _version(client, params.name, run_id, model_uri, shipped)
@@ -111,6 +121,7 @@ def _tags(shipped: Bundle) -> dict[str, str]:
         tracking.BUNDLE_TAG: shipped.digest,
         "tlpipe.onnx_sha256": shipped.model_sha256,
         "tlpipe.data_sha256": origin["data_sha256"],
+        "tlpipe.data_version": origin["data_version"],
         "tlpipe.backbone": origin["backbone"],
         "tlpipe.weights_sha256": origin["weights_sha256"],
         "tlpipe.freeze": origin["freeze"],
@@ -185,7 +196,12 @@ def _log_data(
         name=data["source"],
         digest=digest[:36],  # MLflow's limit
         source_type="tlpipe",
-        source=files.json_bytes({"manifest_sha256": digest}).decode(),
+        source=files.json_bytes(
+            {
+                "manifest_sha256": digest,
+                "data_version": shipped.provenance["origin"]["data_version"],
+            }
+        ).decode(),
         profile=files.json_bytes(data).decode(),
     )
     context = InputTag("mlflow.data.context", "training")

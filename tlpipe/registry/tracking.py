@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from tlpipe import files
 from tlpipe.errors import RegistryError
-from tlpipe.onnx_export.bundle import Bundle, load
+from tlpipe.onnx_export.bundle import LABELS, Bundle, load
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+_log = logging.getLogger(__name__)
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 CHAMPION, CHALLENGER = "champion", "challenger"
 # DVC alone would say that nothing has changed: it does not see the registry.
@@ -89,6 +90,22 @@ def find_version(client: "MlflowClient", name: str, alias: str) -> "ModelVersion
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         raise RegistryError(f"the registry has no model {name}@{alias}. {_REGISTER}") from None
+
+
+def champion_labels(workspace: Path, name: str) -> frozenset[str] | None:
+    """Return the labels of the model in production; None if there is none, or nobody answers."""
+    if "MLFLOW_TRACKING_URI" not in os.environ and not (workspace / DATABASE).exists():
+        return None
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    try:
+        with connection(workspace) as client:
+            version = find_version(client, name, CHAMPION)
+            from mlflow.artifacts import load_dict
+
+            return frozenset(load_dict(f"runs:/{version.run_id}/{BUNDLE_FOLDER}/{LABELS}"))
+    except RegistryError as error:
+        _log.info("what is in production is not known: %s", error)
+        return None
 
 
 def fetch_bundle(workspace: Path, reference: str) -> Bundle:

@@ -1,0 +1,72 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.conftest import Workspace
+from tlpipe.data.manifest import load_manifest, save_manifest
+from tlpipe.features import activations as stored
+from tlpipe.learning.audit import Params, find_suspects
+
+
+def test_labels_that_were_swapped_are_suspicious(main_job: Workspace) -> None:
+    folder = main_job.path / "artifacts"
+    entries = list(load_manifest(folder / "ingest/manifest.csv"))
+    features, _ = stored.load(folder / "embed/activations")
+    before = {suspect.row for suspect in find_suspects(entries, features, Params())}
+    swapped = range(5, 1000, 50)
+    for row in swapped:
+        other = str((int(entries[row].label) + 3) % 10)
+        entries[row] = replace(entries[row], label=other)
+    found = [suspect.row for suspect in find_suspects(entries, features, Params())]
+    assert len(set(found) & set(swapped)) >= 16
+    assert len(set(found) - set(swapped) - before) <= 15
+    assert len(set(found[:20]) & set(swapped)) >= 12
+
+
+def test_a_class_too_small_to_judge_is_left_out(main_job: Workspace) -> None:
+    folder = main_job.path / "artifacts"
+    entries = list(load_manifest(folder / "ingest/manifest.csv"))
+    features, _ = stored.load(folder / "embed/activations")
+    for row in (0, 100):
+        entries[row] = replace(entries[row], label="tiny")
+    assert not {0, 100} & {s.row for s in find_suspects(entries, features, Params())}
+
+
+def test_the_main_job_shows_its_data(main_job: Workspace) -> None:
+    plots = main_job.path / "artifacts/audit/plots"
+    names = {path.name for path in plots.iterdir()}
+    sheets = {f"sheet-{number:03d}.png" for number in range(10)}
+    assert names == {"classes.png", "sizes.png", "rejects.png", "suspects.png"} | sheets
+    for path in plots.iterdir():
+        with Image.open(path) as picture:
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+    suspects = main_job.rows("artifacts/audit/suspects.csv")
+    assert 0 < len(suspects) < 60
+    assert {row["label"] for row in suspects} <= set("0123456789")
+    doubts = [float(row["label_probability"]) for row in suspects]
+    assert doubts == sorted(doubts)
+
+
+def test_plots_are_shown_by_dvc(main_job: Workspace, tmp_path: Path) -> None:
+    main_job.run("dvc", "plots", "show", "--out", str(tmp_path / "shown"))
+    page = (tmp_path / "shown" / "index.html").read_text()
+    for name in ("classes.png", "suspects.png", "sheet-009.png"):
+        assert name in page
+
+
+def test_data_of_another_source_are_refused(main_job: Workspace, empty: Workspace) -> None:
+    folder = main_job.path / "artifacts"
+    entries = list(load_manifest(folder / "ingest/manifest.csv"))
+    save_manifest(empty.path / "manifest.csv", entries[:-1])
+    paths = [
+        *("--manifest", "manifest.csv", "--pixels", str(folder / "ingest/pixels")),
+        *("--split", str(folder / "split/split.csv")),
+        *("--activations", str(folder / "embed/activations")),
+        *("--data-report", str(folder / "ingest/report.json")),
+    ]
+    outputs = ("--suspects", "s.csv", "--plots", "plots")
+    error = empty.run("tlpipe", "audit", *paths, *outputs, code=6).stderr
+    assert "manifest.csv holds 999 images" in error
+    assert not (empty.path / "plots").exists()

@@ -1,0 +1,278 @@
+import io
+import os
+import shutil
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import Workspace
+
+
+def contents(workspace: Workspace) -> dict[str, bytes]:
+    """Return what ingest wrote, but for the report, which names the source."""
+    out = workspace.path / "out"
+    names = [
+        "manifest.csv",
+        "rejects.csv",
+        *(f"pixels/{p.name}" for p in (out / "pixels").iterdir()),
+    ]
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def pack(photos: Path, target: Path) -> Path:
+    kind = {"zip": "zip", "tar": "tar", "tgz": "gztar", "bz2": "bztar", "xz": "xztar"}
+    made = shutil.make_archive(str(target), kind[target.suffix[1:]], photos.parent, photos.name)
+    return Path(made)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tgz", "bz2", "xz"])
+def test_an_archive_is_read_as_the_folder_in_it(
+    empty: Workspace, photos: Path, tmp_path: Path, kind: str
+) -> None:
+    (photos / "dark" / "bad.png").write_bytes(b"no image")
+    archive = pack(photos, tmp_path / f"packed.{kind}")
+    empty.set_source(photos)
+    empty.ingest()
+    expected = contents(empty)
+    empty.replace("params.yaml", f"source: {photos} ", f"source: {archive} ")
+    shutil.rmtree(empty.path / "out")
+    before = empty.names()
+    empty.ingest()
+    assert contents(empty) == expected
+    assert empty.names() == sorted([*before, "out"])
+
+
+def tar_with(name: str, photos: Path, change: Callable[[tarfile.TarInfo], None]) -> Path:
+    path = photos.parent / name
+    with tarfile.open(path, "w") as archive:
+        archive.add(photos, "photos")
+        member = tarfile.TarInfo("photos/dark/extra.png")
+        member.size = 4
+        change(member)
+        archive.addfile(member, io.BytesIO(b"data"))
+    return path
+
+
+def set_to(**values: object) -> Callable[[tarfile.TarInfo], None]:
+    def change(member: tarfile.TarInfo) -> None:
+        for name, value in values.items():
+            setattr(member, name, value)
+
+    return change
+
+
+@pytest.mark.fault("D15")
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (set_to(name="../evil.png"), "'../evil.png', a path that leads outside"),
+        (set_to(name="photos/../../evil.png"), "a path that leads outside"),
+        (set_to(name="/tmp/evil.png"), "'/tmp/evil.png', a path that leads outside"),
+        (set_to(name="..\\evil.png"), "a path that leads outside"),
+        (
+            set_to(type=tarfile.SYMTYPE, linkname="/etc/passwd", size=0),
+            "a link, a pipe or a device",
+        ),
+        (set_to(type=tarfile.LNKTYPE, linkname="photos/dark/1.png", size=0), "a link, a pipe"),
+        (set_to(type=tarfile.CHRTYPE, size=0), "a link, a pipe or a device"),
+        (set_to(type=tarfile.FIFOTYPE, size=0), "a link, a pipe or a device"),
+    ],
+)
+def test_a_tar_that_leads_outside_is_refused(
+    empty: Workspace, photos: Path, change: Callable[[tarfile.TarInfo], None], what: str
+) -> None:
+    empty.set_source(tar_with("bad.tar", photos, change))
+    before = set(empty.path.parent.rglob("*"))
+    assert what in empty.ingest(code=4)
+    assert set(empty.path.parent.rglob("*")) == before
+
+
+@pytest.mark.fault("D15")
+@pytest.mark.parametrize("name", ["../evil.png", "/tmp/evil.png", "C:/evil.png", "link"])
+def test_a_zip_that_leads_outside_is_refused(empty: Workspace, photos: Path, name: str) -> None:
+    path = pack(photos, photos.parent / "bad.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        member = zipfile.ZipInfo(name)
+        if name == "link":
+            member.external_attr = 0o120777 << 16
+        archive.writestr(member, "/etc/passwd")
+    empty.set_source(path)
+    assert f"{name!r}, a " in empty.ingest(code=4)
+    assert not (empty.path / "out").exists()
+
+
+@pytest.mark.fault("D16")
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(empty: Workspace, photos: Path) -> None:
+    path = pack(photos, photos.parent / "bomb.zip")
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(3):
+            with archive.open(f"photos/dark/{number}-zeros.png", "w", force_zip64=True) as member:
+                for _ in range(100):
+                    member.write(bytes(5_000_000))
+    empty.set_source(path)
+    assert "at most 100 times as many are read" in empty.ingest(code=4)
+
+
+@pytest.mark.fault("D16")
+def test_a_compressed_tar_bomb_is_refused_at_the_cap(empty: Workspace, photos: Path) -> None:
+    path = photos.parent / "bomb.tar.xz"
+    with tarfile.open(path, "w:xz", preset=0) as archive:
+        archive.add(photos, "photos")
+        member = tarfile.TarInfo("photos/dark/zeros.png")
+        member.size = 1_500_000_000
+        with Path("/dev/zero").open("rb") as zeros:
+            archive.addfile(member, zeros)
+    empty.set_source(path)
+    assert "at most 100 times as many are read" in empty.ingest(code=4)
+
+
+@pytest.mark.fault("D16")
+def test_a_million_members_are_refused(empty: Workspace, tmp_path: Path) -> None:
+    path = tmp_path / "million.zip"
+    with path.open("wb") as file:
+        for start in range(0, 1_000_000, 10_000):
+            entries = []
+            for number in range(start, start + 10_000):
+                name = b"%07d.png" % number
+                entry = bytearray(46)
+                entry[:4] = b"PK\1\2"
+                struct.pack_into("<H", entry, 28, len(name))
+                entries.append(bytes(entry) + name)
+            file.write(b"".join(entries))
+        size = file.tell()
+        end64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, *[1_000_000] * 2, size, 0)
+        file.write(end64 + struct.pack("<4sLQL", b"PK\6\7", 0, size, 1))
+        file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, 2**32 - 1, 2**32 - 1, 0))
+    empty.set_source(path)
+    assert "holds 1,000,000 members or more; at most 500,000 are read" in empty.ingest(code=4)
+
+
+@pytest.mark.fault("D17")
+def test_members_that_unicode_holds_equal_are_refused(empty: Workspace, photos: Path) -> None:
+    path = pack(photos, photos.parent / "twice.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("caf\u00e9.png", "cafe\u0301.png"):
+            archive.write(photos / "dark/1.png", f"photos/dark/{name}")
+    empty.set_source(path)
+    assert "one name in Unicode's normal form" in empty.ingest(code=4)
+
+
+@pytest.mark.fault("D33")
+def test_damaged_members_are_named_and_the_rest_goes_on(empty: Workspace, photos: Path) -> None:
+    path = photos.parent / "damaged.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(photos.rglob("*.png")):
+            archive.write(file, file.relative_to(photos).as_posix())
+        offset = archive.getinfo("dark/1.png").header_offset
+    data = bytearray(path.read_bytes())
+    data[offset + 80] ^= 0xFF
+    path.write_bytes(data)
+    empty.set_source(path)
+    empty.ingest()
+    assert empty.rejects() == {"dark/1.png": "unreadable"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.zip", b"PK\3\4 no", "a.zip cannot be read as an archive"),
+        ("b.tar", b"x" * 600, "b.tar cannot be read as an archive"),
+        ("c.tar.gz", b"\x1f\x8b no", "c.tar.gz is damaged"),
+        ("labels.csv", b"path,label\na.png,a\n", "A table is read from the folder that holds it"),
+    ],
+)
+def test_what_is_no_archive_is_refused(
+    empty: Workspace, tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    empty.set_source(tmp_path / name)
+    assert message in empty.ingest(code=4)
+
+
+UPLOAD = """
+import pathlib, sys, boto3
+client, root = boto3.client("s3"), pathlib.Path(sys.argv[1])
+for path in [root] if root.is_file() else root.rglob("*"):
+    if path.is_file():
+        name = sys.argv[2] + ("" if root.is_file() else "/" + path.relative_to(root).as_posix())
+        client.upload_file(str(path), "bucket", name)
+"""
+
+
+@pytest.mark.slow
+def test_a_bucket_is_read_as_the_folder_in_it(
+    empty: Workspace, photos: Path, bucket: dict[str, str], tmp_path: Path
+) -> None:
+    (photos / "dark" / "bad.png").write_bytes(b"no image")
+    empty.set_source(photos)
+    empty.ingest()
+    expected = contents(empty)
+    remote = Workspace(empty.path, {**empty.env, **bucket})
+    remote.run("python", "-c", UPLOAD, str(photos), "photos")
+    remote.run("python", "-c", UPLOAD, str(pack(photos, tmp_path / "packed.zip")), "p.zip")
+    last = str(photos)
+    for address in ("s3://bucket/photos", "s3://bucket/p.zip"):
+        remote.replace("params.yaml", f"source: {last} ", f"source: {address} ")
+        shutil.rmtree(empty.path / "out")
+        remote.ingest()
+        assert contents(empty) == expected
+        last = address
+    for address, message in (
+        ("s3://bucket/nothing", "s3://bucket/nothing holds no files"),
+        ("s3://nowhere/photos", "s3://nowhere/photos"),
+        ("nokind://x/y", "nokind://x/y cannot be reached: ValueError: Protocol not known"),
+    ):
+        remote.replace("params.yaml", f"source: {last} ", f"source: {address} ")
+        assert message in remote.ingest(code=4)
+        last = address
+
+
+@pytest.mark.slow
+def test_dvc_watches_a_bucket(workspace: Workspace, photos: Path, bucket: dict[str, str]) -> None:
+    remote = Workspace(workspace.path, {**workspace.env, **bucket})
+    remote.run("python", "-c", UPLOAD, str(photos), "photos")
+    remote.set_source("s3://bucket/photos")
+    remote.run("dvc", "repro", "split")
+    rows = remote.rows("artifacts/ingest/manifest.csv")
+    assert len(rows) == 24
+    assert len(rows[0]["data_version"]) >= 32
+    assert rows[0]["data_version"] in (remote.path / "dvc.lock").read_text()
+    assert "Data and pipelines are up to date" in remote.run("dvc", "repro", "split").stdout
+    Image.effect_noise((60, 60), 90).save(photos / "dark" / "new.png")
+    remote.run("python", "-c", UPLOAD, str(photos / "dark" / "new.png"), "photos/dark/new.png")
+    remote.run("dvc", "repro", "split")
+    assert len(remote.rows("artifacts/ingest/manifest.csv")) == 25
+
+
+@pytest.mark.fault("D12", "D14", "D28")
+@pytest.mark.slow
+def test_what_dvc_cannot_read_is_hidden_from_it_and_reported(
+    workspace: Workspace, photos: Path
+) -> None:
+    inside = workspace.path / "data" / "photos"
+    shutil.copytree(photos, inside)
+    os.mkfifo(inside / "dark" / "pipe [1].png")
+    (inside / "light" / "gone.png").symlink_to("nowhere.png")
+    (inside / "light" / "loop.png").symlink_to("loop.png")
+    (inside / "light" / "loop").symlink_to("..")
+    workspace.set_source("data/photos")
+    said = workspace.run("tlpipe", "check").stdout
+    assert r"/data/photos/dark/pipe\ \[1\].png cannot be read and is now in .dvcignore" in said
+    assert workspace.run("tlpipe", "check").stdout == ""
+    workspace.run("dvc", "repro", "split", timeout=60)
+    rejects = workspace.rows("artifacts/ingest/rejects.csv")
+    assert {row["path"]: row["reason"] for row in rejects} == {
+        "dark/pipe [1].png": "not_a_file",
+        "light/gone.png": "unreadable",
+        "light/loop.png": "unreadable",
+        "light/loop": "not_a_file",
+    }
+    workspace.replace("params.yaml", "source: data/photos ", f"source: {photos} ")
+    os.mkfifo(photos / "dark" / "pipe.png")
+    error = workspace.run("tlpipe", "check", code=4).stderr
+    assert "pipe.png' is a pipe, a socket or a device, which DVC cannot read" in error

@@ -1,0 +1,113 @@
+"""Data under DVC: added, pushed, pulled, taken back; which version a model has seen."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import yaml
+from PIL import Image
+
+from tests.conftest import Workspace
+
+pytestmark = pytest.mark.slow
+
+COMMIT = ("-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qam")
+
+
+def photographs(workspace: Workspace, count: int) -> None:
+    """Fill data/photos up to so many images of each of two kinds of noise."""
+    for label, amount in (("rough", 120), ("smooth", 20)):
+        folder = workspace.path / "data" / "photos" / label
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            if not (folder / f"{number}.png").exists():
+                noise = Image.effect_noise((40 + number, 40), amount)
+                noise.save(folder / f"{number}.png")
+
+
+def commit(workspace: Workspace, message: str) -> None:
+    workspace.run("git", "add", "--all")
+    workspace.run("git", *COMMIT, message)
+
+
+def test_data_go_to_a_remote_and_back_and_an_older_version_is_restored(
+    workspace: Workspace, tmp_path: Path, cache_env: dict[str, str]
+) -> None:
+    workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    photographs(workspace, 20)
+    workspace.run("dvc", "add", "data/photos")
+    workspace.set_source("data/photos")
+    workspace.run("dvc", "repro")
+    first = (workspace.path / "artifacts/export/bundle/model.onnx").read_bytes()
+    commit(workspace, "one")
+    version = yaml.safe_load((workspace.path / "data/photos.dvc").read_text())["outs"][0]["md5"]
+    _reaches_everything(workspace, version)
+
+    photographs(workspace, 30)
+    workspace.run("dvc", "add", "data/photos")
+    workspace.run("dvc", "repro")
+    assert (workspace.path / "artifacts/export/bundle/model.onnx").read_bytes() != first
+    commit(workspace, "two")
+    workspace.run("dvc", "push", "--all-commits")
+
+    clone = Workspace(tmp_path / "clone", cache_env)
+    workspace.run("git", "clone", "-q", str(workspace.path), str(clone.path))
+    clone.run("dvc", "pull")
+    assert len(list((clone.path / "data/photos/rough").iterdir())) == 30
+    assert "Data and pipelines are up to date" in clone.run("dvc", "repro", "evaluate").stdout
+
+    clone.run("git", "checkout", "-q", "HEAD~1")
+    clone.run("dvc", "pull")
+    assert len(list((clone.path / "data/photos/rough").iterdir())) == 20
+    assert (clone.path / "artifacts/export/bundle/model.onnx").read_bytes() == first
+    assert "Running stage" not in clone.run("dvc", "repro", "evaluate").stdout
+
+
+def _reaches_everything(workspace: Workspace, version: str) -> None:
+    """The manifest, the bundle, the ONNX file's metadata and the MLflow run know the version."""
+    assert version.endswith(".dir")
+    rows = workspace.rows("artifacts/ingest/manifest.csv")
+    assert {row["data_version"] for row in rows} == {version}
+    model = onnx.load(workspace.path / "artifacts/export/bundle/model.onnx")
+    metadata = {prop.key: prop.value for prop in model.metadata_props}
+    assert json.loads(metadata["tlpipe.provenance"])["origin"]["data_version"] == version
+    run_id = json.loads((workspace.path / "artifacts/register/receipt.json").read_text())["run_id"]
+    program = (
+        "import json, mlflow; mlflow.set_tracking_uri('sqlite:///mlflow.db'); "
+        f"run = mlflow.get_run({run_id!r}); dataset = run.inputs.dataset_inputs[0].dataset; "
+        "print(json.dumps([run.data.tags['tlpipe.data_version'], json.loads(dataset.source)]))"
+    )
+    tag, source = json.loads(workspace.run("python", "-c", program).stdout)
+    assert tag == source["data_version"] == version
+
+
+def test_data_go_to_a_bucket_and_back(
+    workspace: Workspace, bucket: dict[str, str], tmp_path: Path
+) -> None:
+    local = Workspace(workspace.path, {**workspace.env, **bucket})
+    photographs(local, 5)
+    local.run("dvc", "add", "data/photos")
+    local.run("dvc", "remote", "add", "--default", "store", "s3://bucket/store")
+    commit(local, "photos")
+    local.run("dvc", "push")
+    clone = Workspace(tmp_path / "clone", local.env)
+    local.run("git", "clone", "-q", str(local.path), str(clone.path))
+    clone.run("dvc", "pull", "data/photos.dvc")
+    names = [path.name for path in (clone.path / "data/photos/rough").iterdir()]
+    assert sorted(names) == [f"{number}.png" for number in range(5)]
+    for name in names:
+        here, there = (w.path / "data/photos/rough" / name for w in (local, clone))
+        assert here.read_bytes() == there.read_bytes()
+
+
+@pytest.mark.fault("D22", "D23")
+def test_classes_that_changed_since_the_champion_are_said_before_training(
+    workspace: Workspace,
+) -> None:
+    photographs(workspace, 20)
+    workspace.set_source("data/photos")
+    assert "differ from those" not in workspace.run("dvc", "repro").stderr
+    (workspace.path / "data/photos/smooth").rename(workspace.path / "data/photos/silky")
+    said = workspace.run("dvc", "repro", "train").stderr
+    assert "the classes differ from those of digits@champion: gone: smooth; new: silky" in said

@@ -1,0 +1,85 @@
+"""What an earlier run of ``ingest`` has left, so that nothing is decoded twice.
+
+An image is known by its content. A file need not even be read to know its content, if it lies there
+as it did: the file ``.seen.csv`` beside the manifest notes how. That one is no output, since times
+and inodes are not the same anywhere else; without it files are only read again.
+"""
+
+import csv
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tlpipe import files
+from tlpipe.data import pixels as packed
+from tlpipe.data.images import Sampling
+from tlpipe.data.manifest import Entry, load_duplicates, load_manifest
+from tlpipe.data.pixels import PackedPixels
+from tlpipe.errors import ArtifactError
+
+_SEEN = ("name", "stamp", "sha256")
+Known = tuple[Entry, int]
+
+
+class Earlier:
+    """Images that need not be decoded; none, where they were made in another way."""
+
+    def __init__(
+        self,
+        manifest: Path,
+        duplicates: Path,
+        pixels: Path,
+        report: Path,
+        *,
+        sampling: Sampling,
+        decoder: str,
+    ) -> None:
+        """Take what lies at the outputs' paths, if it belongs together.
+
+        ``near`` are the pairs of images that were found nearly equal, by their keys as numbers, the
+        smaller first.
+        """
+        self.pixels: PackedPixels | None = None
+        self.near: set[tuple[int, int]] = set()
+        self._by_key: dict[bytes, Known] = {}
+        self._seen: dict[str, Sequence[str]] = {}
+        try:
+            found = packed.load(pixels)
+            decoded_by = files.read_json(report).get("decoder")
+            if (found.sampling, decoded_by) != (sampling, decoder):
+                return
+            if found.data_sha256 != files.sha256(manifest):
+                return
+            entries = list(load_manifest(manifest))
+            keys = {entry.path: int.from_bytes(entry.key) for entry in entries}
+            pairs = [(keys[d.path], keys[d.other]) for d in load_duplicates(duplicates)]
+        except (ArtifactError, OSError, KeyError, ValueError, TypeError):
+            return
+        self.pixels = found
+        self.near = {(min(pair), max(pair)) for pair in pairs}
+        self._by_key = {entry.key: (entry, row) for row, entry in enumerate(entries)}
+        with (
+            suppress(OSError),
+            _seen_path(manifest).open(newline="", errors="surrogateescape") as f,
+        ):
+            self._seen = {name: known for name, *known in csv.reader(f)}
+
+    def by_key(self, key: bytes) -> Known | None:
+        """Return the entry of an equal image and its row, if there is one."""
+        return self._by_key.get(key)
+
+    def by_stamp(self, name: str, stamp: str) -> Known | None:
+        """Return what a whole file is known as, if it lies there as it did."""
+        known = self._seen.get(name)
+        if known is None or not stamp or known[0] != stamp:
+            return None
+        return self._by_key.get(bytes.fromhex(known[1][:16]))
+
+
+def remember(manifest: Path, seen: Iterable[tuple[str, str, str]]) -> None:
+    """Note how the files of this run lie there: name, stamp and sha256 of each."""
+    files.write_csv(_seen_path(manifest), _SEEN, seen)
+
+
+def _seen_path(manifest: Path) -> Path:
+    return manifest.with_name(".seen.csv")

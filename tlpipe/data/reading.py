@@ -1,0 +1,204 @@
+"""Read the files of a source: each once, on all cores, in the order of their names."""
+
+import hashlib
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+
+import numpy as np
+from PIL import Image
+
+from tlpipe.data import pixels as packed
+from tlpipe.data.earlier import Earlier, Known
+from tlpipe.data.images import Header, Pixels, Sampling, read_upright, square, upright_size
+from tlpipe.data.manifest import Entry
+from tlpipe.errors import ImageError
+from tlpipe.seeds import uniform
+from tlpipe.sources.candidates import Box, Candidate, Reject
+from tlpipe.sources.listing import Source
+
+_AHEAD = 64  # files read ahead of the one that is written
+_SMALLEST_BACKGROUND_PX = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Usable:
+    """An image that was read, or is known: then ``square`` is its row of the earlier pixels.
+
+    ``stamp`` says how its file lies there, or is empty. Group and version of the entry come later.
+    """
+
+    entry: Entry
+    square: Pixels | int
+    thumbnail: Pixels
+    stamp: str
+
+
+Outcome = Usable | Reject
+
+
+def read_all(
+    source: Source, sampling: Sampling, margin: float, earlier: Earlier
+) -> Iterator[Outcome]:
+    """Yield what becomes of each candidate of a source, in their order.
+
+    ``margin``: what is added to a box on each side, as a share of its longer side.
+
+    Raises:
+        DataError: a file changes while it is read.
+    """
+
+    def read(parts: Sequence[Candidate], stamp: str) -> list[Outcome]:
+        try:
+            data = source.storage.read(parts[0].file)
+        except ImageError as error:
+            return [Reject(part.name, error.reason, error.detail) for part in parts]
+        return list(_read_parts(data, parts, stamp, sampling, margin, earlier))
+
+    waiting: deque[Future[list[Outcome]] | list[Outcome]] = deque()
+
+    def first() -> list[Outcome]:
+        found = waiting.popleft()
+        return found if isinstance(found, list) else found.result()
+
+    # Reading from afar waits more than it computes.
+    with ThreadPoolExecutor((os.cpu_count() or 1) * (1 if source.is_local else 8)) as pool:
+        try:
+            for file, group in groupby(source.candidates(), key=lambda part: part.file):
+                parts, stamp = list(group), source.storage.stamp(file)
+                known = earlier.by_stamp(file, stamp) if _is_whole(parts) else None
+                if known is not None:
+                    waiting.append([_recall(parts[0], known, stamp, earlier)])
+                else:
+                    waiting.append(pool.submit(read, parts, stamp))
+                if len(waiting) >= _AHEAD:
+                    yield from first()
+            while waiting:
+                yield from first()
+        finally:
+            for found in waiting:
+                if isinstance(found, Future):
+                    found.cancel()
+
+
+def _is_whole(parts: Sequence[Candidate]) -> bool:
+    return len(parts) == 1 and parts[0].box is None and parts[0].avoid is None
+
+
+def _recall(part: Candidate, known: Known, stamp: str, earlier: Earlier) -> Usable:
+    entry, row = known
+    assert earlier.pixels is not None
+    return Usable(_entry(part, entry), row, earlier.pixels.thumbnails[row], stamp)
+
+
+def _entry(part: Candidate, image: Entry) -> Entry:
+    """Return the entry of a candidate whose image is that of ``image``."""
+    return Entry(
+        path=part.name,
+        label=part.label,
+        sha256=image.sha256,
+        box=image.box,
+        file_bytes=image.file_bytes,
+        width=image.width,
+        height=image.height,
+        mode=image.mode,
+        format=image.format,
+        group=part.group,
+        split=part.split,
+        data_version="",
+    )
+
+
+def _read_parts(
+    data: bytes,
+    parts: Sequence[Candidate],
+    stamp: str,
+    sampling: Sampling,
+    margin: float,
+    earlier: Earlier,
+) -> Iterator[Outcome]:
+    """Yield what became of one file's parts; the file is decoded once, and not at all if known."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    is_whole = _is_whole(parts)
+    decoded: tuple[Image.Image, Header] | None = None
+    for part in parts:
+        try:
+            has_box = part.box is not None or part.avoid is not None
+            box = _part(part, upright_size(data), margin) if has_box else None
+            image = Entry(
+                path="",
+                label="",
+                sha256=sha256,
+                box=" ".join(map(str, box or ())),
+                file_bytes=len(data),
+                width=0,
+                height=0,
+                mode="",
+                format="",
+                group="",
+                split="",
+                data_version="",
+            )
+            if (known := earlier.by_key(image.key)) is not None:
+                yield _recall(part, known, stamp, earlier)
+                continue
+            if decoded is None:
+                enough = 2 * sampling.short_side_px if is_whole else None
+                decoded = read_upright(data, enough_px=enough)
+            picture, header = decoded
+            kept = square(picture, sampling, box)
+        except ImageError as error:
+            yield Reject(part.name, error.reason, error.detail)
+            continue
+        entry = replace(_entry(part, image), **asdict(header))
+        yield Usable(entry, np.asarray(kept), packed.thumbnail(kept), stamp)
+
+
+def _part(candidate: Candidate, size: tuple[int, int], margin: float) -> Box:
+    """Return the part of an image of this size to take: a box with its margin, made square.
+
+    Raises:
+        ImageError: the box does not lie in the image, or there is no room beside the boxes.
+    """
+    if candidate.avoid is not None:
+        return _beside(candidate.avoid, candidate.file, size)
+    assert candidate.box is not None
+    left, upper, right, lower = candidate.box
+    width, height = size
+    # Boxes are drawn by hand: a pixel beyond the edge is no mistake.
+    slack = 1 + 0.01 * max(width, height)
+    if left < -slack or upper < -slack or right > width + slack or lower > height + slack:
+        shown = ", ".join(f"{edge:g}" for edge in candidate.box)
+        raise ImageError("box_outside", f"{shown} in an image of {width} x {height} pixels")
+    longer = max(right - left, lower - upper)
+    side = longer * (1 + 2 * margin)
+    x, y = (left + right) / 2, (upper + lower) / 2
+    return (
+        max(math.floor(x - side / 2), 0),
+        max(math.floor(y - side / 2), 0),
+        min(math.ceil(x + side / 2), width),
+        min(math.ceil(y + side / 2), height),
+    )
+
+
+def _beside(boxes: Sequence[Box], name: str, size: tuple[int, int]) -> Box:
+    """Return the largest square among those tried, by the file's name, that touches no box."""
+    width, height = size
+    for share in (0.75, 0.5, 0.375, 0.25, 0.125):
+        side = int(min(width, height) * share)
+        if side < _SMALLEST_BACKGROUND_PX:
+            break
+        for attempt in range(60):
+            left = int(uniform(attempt, f"{name} x") * (width - side + 1))
+            upper = int(uniform(attempt, f"{name} y") * (height - side + 1))
+            right, lower = left + side, upper + side
+            if all(
+                right <= box[0] or left >= box[2] or lower <= box[1] or upper >= box[3]
+                for box in boxes
+            ):
+                return left, upper, right, lower
+    raise ImageError("no_background", "the boxes leave no room for a square")

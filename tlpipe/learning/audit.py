@@ -1,0 +1,207 @@
+"""Stage ``audit``: show the data set, and the labels that its own features speak against.
+
+Each image is judged by a head that has not seen it, nor anything of its group; where that head is
+sure of another class, confident learning calls the label suspicious. Nothing is changed by it.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from tlpipe import files, pictures
+from tlpipe.data import charts
+from tlpipe.data import pixels as packed
+from tlpipe.data.manifest import Entry, load_manifest, load_split
+from tlpipe.errors import ArtifactError
+from tlpipe.features import activations as stored
+from tlpipe.learning import head as heads
+from tlpipe.params import Section
+from tlpipe.progress import track
+from tlpipe.seeds import uniform
+
+_log = logging.getLogger(__name__)
+SUSPECTS = ("path", "label", "suggested", "label_probability", "suggested_probability")
+_MOST_SHEETS = 100
+
+
+class Params(Section):
+    """How closely to look."""
+
+    folds: int = Field(
+        default=3, ge=2, le=20, description="Heads to judge with, each for the images it missed."
+    )
+    penalty: float = Field(
+        default=0.01, gt=0, le=100, description="Strength of the weight penalty of these heads."
+    )
+    suspects: int = Field(
+        default=24, ge=0, le=240, description="Most suspicious labels to draw, at most."
+    )
+    sheet_images: int = Field(
+        default=24, ge=1, le=240, description="Images on each class's contact sheet, at most."
+    )
+
+
+def run(
+    *,
+    manifest: Path,
+    pixels: Path,
+    split: Path,
+    activations: Path,
+    data_report: Path,
+    suspects: Path,
+    plots: Path,
+    params: Params,
+) -> None:
+    """Write the table of suspicious labels, and pictures of the data set.
+
+    Raises:
+        ArtifactError: manifest, pixels and activations are of different data.
+    """
+    entries = list(load_manifest(manifest))
+    squares = packed.load(pixels).array
+    features, _ = stored.load(activations)
+    if not len(entries) == len(squares) == len(features):
+        raise ArtifactError(
+            f"{manifest} holds {len(entries)} images, {pixels} {len(squares)} and {activations} "
+            f"{len(features)}; expected the same. Run 'dvc repro'."
+        )
+    found = find_suspects(entries, features, params)
+    files.write_csv(
+        suspects,
+        SUSPECTS,
+        [
+            (
+                entries[s.row].path,
+                entries[s.row].label,
+                s.suggested,
+                f"{s.label_probability:.6f}",
+                f"{s.suggested_probability:.6f}",
+            )
+            for s in found
+        ],
+    )
+    report = files.read_json(data_report)
+    with files.replacing_folder(plots) as folder:
+        charts.classes(folder / "classes.png", load_split(split))
+        charts.sizes(folder / "sizes.png", entries)
+        charts.rejects(folder / "rejects.png", report["rejected"], report["duplicates"])
+        _draw_suspects(folder / "suspects.png", entries, squares, found, params.suspects)
+        _draw_sheets(folder, entries, squares, params.sheet_images)
+    _log.info("%s of %s labels are suspicious: %s", len(found), len(entries), suspects)
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An image that looks like another class, and how sure of both the head is."""
+
+    row: int
+    suggested: str
+    label_probability: float
+    suggested_probability: float
+
+
+def find_suspects(
+    entries: Sequence[Entry], features: npt.NDArray[np.float16], params: Params
+) -> list[Suspect]:
+    """Return the suspicious labels, the worst first. ``features``: (N, D).
+
+    A class of fewer groups than folds is left out: no head has seen enough of it.
+
+    Source: Northcutt, Jiang and Chuang (2021), Confident learning, JAIR 70.
+    """
+    from cleanlab.filter import find_label_issues
+
+    groups: dict[str, set[str]] = {}
+    for entry in entries:
+        groups.setdefault(entry.label, set()).add(entry.group)
+    labels = sorted(label for label, members in groups.items() if len(members) >= params.folds)
+    rows = [row for row, entry in enumerate(entries) if entry.label in set(labels)]
+    if len(labels) < 2:
+        return []
+    number = {label: position for position, label in enumerate(labels)}
+    targets = np.array([number[entries[row].label] for row in rows], dtype=np.int64)
+    folds = _deal([entries[row] for row in rows], params.folds)
+    probabilities = _judge(features, np.array(rows), targets, folds, params)
+    issues = find_label_issues(
+        targets, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1
+    )
+    return [
+        Suspect(
+            row=rows[i],
+            suggested=labels[int(probabilities[i].argmax())],
+            label_probability=float(probabilities[i, targets[i]]),
+            suggested_probability=float(probabilities[i].max()),
+        )
+        for i in issues
+    ]
+
+
+def _deal(entries: Sequence[Entry], folds: int) -> heads.Labels:
+    """Return a fold for each image: groups whole, and each class over all folds."""
+    fold: dict[str, int] = {}
+    dealt: dict[str, int] = {}
+    for entry in sorted(entries, key=lambda e: (e.label, uniform(0, e.group))):
+        if entry.group not in fold:
+            fold[entry.group] = dealt.get(entry.label, 0) % folds
+            dealt[entry.label] = dealt.get(entry.label, 0) + 1
+    return np.array([fold[entry.group] for entry in entries], dtype=np.int64)
+
+
+def _judge(
+    features: npt.NDArray[np.float16],
+    rows: npt.NDArray[np.int64],
+    targets: heads.Labels,
+    folds: heads.Labels,
+    params: Params,
+) -> heads.Floats:
+    """Return (N, C) probabilities of each image by the head that has not seen its fold."""
+    classes = int(targets.max()) + 1
+    probabilities = np.zeros((len(rows), classes))
+    for fold in track(range(params.folds), total=params.folds, description="audit"):
+        seen, unseen = folds != fold, folds == fold
+        known, asked = (features[rows[part]].astype(np.float64) for part in (seen, unseen))
+        mean, scale = heads.standardisation(known)
+        solution = heads.solve_path(
+            ((known - mean) / scale, targets[seen]),
+            ((asked - mean) / scale, targets[unseen]),
+            classes=classes,
+            penalties=[params.penalty],
+            max_iterations=100,
+        )[0]
+        logits = solution.head.logits((asked - mean) / scale)
+        probabilities[unseen] = np.exp(heads.log_softmax(logits))
+    return probabilities
+
+
+def _draw_suspects(
+    path: Path,
+    entries: Sequence[Entry],
+    squares: packed.Squares,
+    found: Sequence[Suspect],
+    most: int,
+) -> None:
+    shown = found[:most]
+    captions = [f"{entries[s.row].label}, or {s.suggested}?" for s in shown]
+    title = f"Most suspicious labels: {len(shown)} of {len(found)}"
+    pictures.gallery(path, [squares[s.row] for s in shown], captions, title=title)
+
+
+def _draw_sheets(
+    folder: Path, entries: Sequence[Entry], squares: packed.Squares, most: int
+) -> None:
+    """Draw a sheet of each class, its images taken evenly from the whole class."""
+    rows: dict[str, list[int]] = {}
+    for row, entry in enumerate(entries):
+        rows.setdefault(entry.label, []).append(row)
+    for number, label in enumerate(sorted(rows)[:_MOST_SHEETS]):
+        step = max(len(rows[label]) / most, 1.0)
+        shown = [rows[label][int(i * step)] for i in range(min(most, len(rows[label])))]
+        captions = [Path(entries[row].path).name[-24:] for row in shown]
+        title = f"{label}: {len(shown)} of {len(rows[label])} images"
+        path = folder / f"sheet-{number:03d}.png"
+        pictures.gallery(path, [squares[row] for row in shown], captions, title=title)
