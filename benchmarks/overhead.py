@@ -108,7 +108,7 @@ def main() -> None:
         digits = clone / "data" / "digits.yaml"
         digits.write_text(digits.read_text().replace("seed: 0", "seed: 1"))
         stages = yaml.safe_load((clone / "dvc.yaml").read_text())["stages"]
-        order = ["ingest", "split", "embed", "train", "export", "evaluate", "register"]
+        order = ["ingest", "split", "embed", "audit", "train", "export", "evaluate", "register"]
         by_stage = {
             name: measure(["dvc", "repro", "--single-item", name], clone, env) for name in order
         }
