@@ -132,5 +132,11 @@ def load_split(path: Path) -> list[Assignment]:
     return [Assignment(**row) for row in files.read_csv(path, _names(Assignment))]
 
 
+def evenly(rows: Sequence[int], count: int) -> list[int]:
+    """Return at most ``count`` of the rows, spread evenly."""
+    step = max(len(rows) / count, 1.0)
+    return [rows[int(i * step)] for i in range(min(count, len(rows)))]
+
+
 def _names(row_type: type) -> list[str]:
     return [field.name for field in fields(row_type)]

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,6 @@ def run(*, manifest: Path, split: Path, report: Path, params: Params) -> None:
 
 
 Image = tuple[str, str]  # sha256 and box: which image, whatever its path
-Place = tuple[str, str]  # split and fold
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,8 @@ class Result:
     """For each image its split and its fold; how many were left out as leaks."""
 
     splits: list[str]
-    folds: list[str] = field(default_factory=list)
-    leaks: int = 0
+    folds: list[str]
+    leaks: int
 
 
 def assign(

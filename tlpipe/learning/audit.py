@@ -16,7 +16,7 @@ from pydantic import Field
 from tlpipe import files, pictures
 from tlpipe.data import charts
 from tlpipe.data import pixels as packed
-from tlpipe.data.manifest import Entry, load_manifest, load_split
+from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split
 from tlpipe.errors import ArtifactError
 from tlpipe.features import activations as stored
 from tlpipe.learning import head as heads
@@ -199,8 +199,7 @@ def _draw_sheets(
     for row, entry in enumerate(entries):
         rows.setdefault(entry.label, []).append(row)
     for number, label in enumerate(sorted(rows)[:_MOST_SHEETS]):
-        step = max(len(rows[label]) / most, 1.0)
-        shown = [rows[label][int(i * step)] for i in range(min(most, len(rows[label])))]
+        shown = evenly(rows[label], most)
         captions = [Path(entries[row].path).name[-24:] for row in shown]
         title = f"{label}: {len(shown)} of {len(rows[label])} images"
         path = folder / f"sheet-{number:03d}.png"

@@ -1,7 +1,6 @@
 """Stage ``export``: write the bundle, after the graph has proven equal to the trained model."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,7 @@ from pydantic import Field
 
 from tlpipe import files
 from tlpipe.data import pixels as packed
-from tlpipe.data.manifest import load_split
+from tlpipe.data.manifest import evenly, load_split
 from tlpipe.features.backbone import BACKBONES, find_weights
 from tlpipe.features.frozen import frozen_graph
 from tlpipe.learning import model as models
@@ -52,7 +51,7 @@ def run(
     metadata = bundles.metadata(trained.card.labels, origin.preprocessing, provenance)
     onnx_bytes = graph.classifier(frozen_graph(backbone, weights), trained, metadata)
     test = [i for i, row in enumerate(load_split(split)) if row.split == "test"]
-    rows = _evenly(test, params.parity_images)
+    rows = evenly(test, params.parity_images)
     measured = parities.measure(
         onnx_bytes, trained, backbone, weights, packed.load(pixels).array, rows
     )
@@ -79,9 +78,3 @@ def _provenance(card: models.Card) -> dict[str, Any]:
         **card.model_dump(exclude={"labels"}),
         "packages": {package: version(package) for package in _PACKAGES},
     }
-
-
-def _evenly(rows: Sequence[int], count: int) -> list[int]:
-    """Return at most ``count`` of the rows, spread evenly."""
-    step = max(len(rows) / count, 1.0)
-    return [rows[int(i * step)] for i in range(min(count, len(rows)))]

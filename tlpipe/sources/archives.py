@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import takewhile
 from pathlib import PurePosixPath
@@ -16,9 +16,9 @@ from typing import IO
 from tlpipe.errors import DataError, ImageError
 from tlpipe.sources.storage import (
     MAX_FILE_BYTES,
+    Listed,
     check_collisions,
     check_inside,
-    folders_of,
     identity,
     is_ignored,
 )
@@ -30,7 +30,7 @@ _SPARE_BYTES = 2**30
 Member = tuple[int, Callable[[], bytes]]  # its size, and what reads it
 
 
-class Archive:
+class Archive(Listed):
     """The members of a zip or tar file, read from where they lie in it."""
 
     def __init__(self, file: IO[bytes], address: str, members: Mapping[str, Member]) -> None:
@@ -45,18 +45,7 @@ class Archive:
             if not any(is_ignored(part) for part in name.split("/"))
         }
         check_collisions(address, self._members)
-
-    def names(self) -> Iterator[str]:
-        """Yield the names in order."""
-        return iter(sorted(self._members))
-
-    def folders(self, under: str = "") -> list[str]:
-        """Return the folders directly in ``under``."""
-        return folders_of(self._members, under)
-
-    def has_files(self, under: str) -> bool:
-        """Return whether any file lies in ``under``."""
-        return any(name.startswith(under) for name in self._members)
+        super().__init__(self._members)
 
     def read(self, name: str) -> bytes:
         """Return a member's bytes, never more than its header states.
@@ -80,10 +69,6 @@ class Archive:
             # zlib, bz2 and lzma raise errors of their own.
             raise ImageError("corrupt", f"{type(error).__name__}: {error}") from None
         return data
-
-    def stamp(self, name: str) -> str:  # noqa: ARG002
-        """Return nothing: members are read quickly."""
-        return ""
 
     def close(self) -> None:
         """Close the file.

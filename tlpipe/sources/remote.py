@@ -1,22 +1,21 @@
 """Folders and archives at an address that ``fsspec`` knows, such as S3's."""
 
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 from tlpipe.errors import DataError, ImageError
 from tlpipe.sources import archives
 from tlpipe.sources.storage import (
     MAX_FILE_BYTES,
+    Listed,
     Storage,
     check_collisions,
     check_inside,
-    folders_of,
     is_ignored,
 )
 
 
-class Remote:
+class Remote(Listed):
     """A folder at an address that ``fsspec`` knows."""
 
     def __init__(self, filesystem: Any, root: str) -> None:
@@ -29,18 +28,7 @@ class Remote:
         self._sizes = {name: int(info.get("size") or 0) for name, info in kept.items()}
         self._tags = {name: str(info.get("ETag") or "") for name, info in kept.items()}
         check_collisions(root, self._sizes)
-
-    def names(self) -> Iterator[str]:
-        """Yield the names in order."""
-        return iter(sorted(self._sizes))
-
-    def folders(self, under: str = "") -> list[str]:
-        """Return the folders directly in ``under``."""
-        return folders_of(self._sizes, under)
-
-    def has_files(self, under: str) -> bool:
-        """Return whether any file lies in ``under``."""
-        return any(name.startswith(under) for name in self._sizes)
+        super().__init__(self._sizes)
 
     def read(self, name: str) -> bytes:
         """Fetch a file's bytes.
@@ -62,9 +50,6 @@ class Remote:
     def stamp(self, name: str) -> str:
         """Return the tag that the server gives each content, where it gives one."""
         return self._tags.get(name, "")
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def open_remote(address: str) -> Storage:

@@ -42,35 +42,45 @@ class Storage(Protocol):
         """Let go of everything; refuse if what was read has changed meanwhile."""
 
 
-class Memory:
-    """Files that are made when they are read."""
+class Listed:
+    """Base of what knows all of its files' names from the start."""
 
-    def __init__(self, files: Mapping[str, Callable[[], bytes]]) -> None:
-        """Take the maker of each file's bytes, by name."""
-        self._files = files
+    def __init__(self, names: Iterable[str]) -> None:
+        """Take the names, in any order."""
+        self._names = sorted(names)
 
     def names(self) -> Iterator[str]:
         """Yield the names in order."""
-        return iter(sorted(self._files))
+        return iter(self._names)
 
     def folders(self, under: str = "") -> list[str]:
         """Return the folders directly in ``under``."""
-        return folders_of(self._files, under)
+        rests = (name.removeprefix(under) for name in self._names if name.startswith(under))
+        return sorted({rest.split("/")[0] for rest in rests if "/" in rest})
 
     def has_files(self, under: str) -> bool:
         """Return whether any file lies in ``under``."""
-        return any(name.startswith(under) for name in self._files)
-
-    def read(self, name: str) -> bytes:
-        """Return a file's bytes."""
-        return self._files[name]()
+        return any(name.startswith(under) for name in self._names)
 
     def stamp(self, name: str) -> str:  # noqa: ARG002
-        """Return nothing."""
+        """Return nothing: reading again is quick, or nobody knows what has changed."""
         return ""
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class Memory(Listed):
+    """Files that are made when they are read."""
+
+    def __init__(self, files: Mapping[str, Callable[[], bytes]]) -> None:
+        """Take the maker of each file's bytes, by name."""
+        super().__init__(files)
+        self._files = files
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes."""
+        return self._files[name]()
 
 
 class Folder:
@@ -194,12 +204,6 @@ def check_collisions(where: str, names: Iterable[str]) -> None:
                 f"{where or 'the source'} holds {other!r} and {name!r}, which are one name in "
                 f"Unicode's normal form (NFC); expected one of them. Rename or remove the other."
             )
-
-
-def folders_of(names: Iterable[str], under: str) -> list[str]:
-    """Return the folders directly in ``under``, of files listed by their names."""
-    rests = (name.removeprefix(under) for name in names if name.startswith(under))
-    return sorted({rest.split("/")[0] for rest in rests if "/" in rest})
 
 
 def is_ignored(name: str) -> bool:
