@@ -152,8 +152,13 @@ def train(
     activations: In, split: In, model: Out, history: Out, params: ParamsFile = PARAMS_FILE
 ) -> None:
     """Fit what is not frozen."""
-    _say_what_changed(split, params)
-    _run("train", params, activations=activations, split=split, model=model, history=history)
+    from tlpipe.learning import train
+    from tlpipe.registry import register
+
+    sections = load_params(params)
+    _say_what_changed(split, params.parent, cast(register.Params, sections["register"]).name)
+    section = cast(train.Params, sections["train"])
+    train.run(activations=activations, split=split, model=model, history=history, params=section)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -279,13 +284,12 @@ def schema() -> None:
     print(json_bytes(params.json_schema(models)).decode(), end="")
 
 
-def _say_what_changed(split: Path, params: Path) -> None:
+def _say_what_changed(split: Path, workspace: Path, name: str) -> None:
     """Say which classes were taken away or added since the model in production was trained."""
     from tlpipe.data.manifest import load_split
-    from tlpipe.registry import register, tracking
+    from tlpipe.registry import tracking
 
-    name = cast(register.Params, load_params(params)["register"]).name
-    if (known := tracking.champion_labels(params.parent, name)) is None:
+    if (known := tracking.champion_labels(workspace, name)) is None:
         return
     labels = {row.label for row in load_split(split) if row.split == "train"}
     gone, new = sorted(known - labels), sorted(labels - known)

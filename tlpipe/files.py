@@ -8,9 +8,12 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from tlpipe.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import _csv
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -91,13 +94,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV table (RFC 4180, UTF-8), row by row."""
-    # File names may hold bytes that are no UTF-8; Python carries them as surrogates.
-    with (
-        replacing(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        # With this line end both of its characters are quoted inside a field.
-        writer = csv.writer(file, lineterminator="\r\n")
+    with replacing(path) as temporary, open_csv(temporary, "w") as file:
+        writer = csv_writer(file)
         writer.writerow(header)
         writer.writerows(rows)
 
@@ -106,19 +104,30 @@ def read_csv(path: Path, header: Sequence[str]) -> Iterator[dict[str, str]]:
     """Return the rows of a CSV table that has exactly the columns ``header``; read one by one.
 
     Raises:
-        ArtifactError: the file is missing or has other columns.
+        ArtifactError: the file is missing or has other columns; or, while they are read, a row has.
     """
     try:
-        file = path.open(newline="", encoding="utf-8", errors="surrogateescape")
+        file = open_csv(path, "r")
     except FileNotFoundError:
         raise ArtifactError(
             f"{path} is missing; the stage that writes it has not run. Run 'dvc repro'."
         ) from None
-    reader = csv.DictReader(file)
-    if list(reader.fieldnames or ()) != list(header):
+    reader = csv.reader(file)
+    if (found := next(reader, [])) != list(header):
         file.close()
-        raise ArtifactError(f"{path} has the columns {reader.fieldnames}; expected {list(header)}.")
-    return _rows(file, reader)
+        raise ArtifactError(f"{path} has the columns {found}; expected {list(header)}.")
+    return _rows(path, file, reader, header)
+
+
+def open_csv(path: Path, mode: Literal["r", "w"]) -> TextIO:
+    """Open a table's file; names of files may hold bytes that are no UTF-8."""
+    return cast(TextIO, path.open(mode, newline="", encoding="utf-8", errors="surrogateescape"))
+
+
+def csv_writer(file: TextIO) -> "_csv.Writer":
+    """Return a writer of rows."""
+    # With this line end both of its characters are quoted inside a field.
+    return csv.writer(file, lineterminator="\r\n")
 
 
 def sha256(path: Path) -> str:
@@ -127,9 +136,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _rows(file: TextIO, reader: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
+def _rows(
+    path: Path, file: TextIO, reader: Iterable[list[str]], header: Sequence[str]
+) -> Iterator[dict[str, str]]:
     with file:
-        yield from reader
+        for number, row in enumerate(reader, start=1):
+            if len(row) != len(header):
+                raise ArtifactError(
+                    f"row {number} of {path} has {len(row)} columns; expected {len(header)}. "
+                    f"Run its stage again: 'dvc repro --force'."
+                )
+            yield dict(zip(header, row, strict=True))
 
 
 def _flush(path: Path) -> None:

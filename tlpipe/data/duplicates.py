@@ -7,7 +7,10 @@ is aligned and compared pixel by pixel, contours apart from areas. Of each image
 in memory; the rest is read from the thumbnails' file.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import islice
+from tempfile import TemporaryFile
+from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +18,10 @@ import numpy.typing as npt
 from tlpipe.data.pixels import Thumbnails
 
 Floats = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
+Codes = npt.NDArray[np.int8]
+Points = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int32]
 
 # Measured on 2,000 photographs with planted copies (tests/data/test_duplicates.py): copies that
 # lose up to 6 % of each side lie within 0.43; of 5,000 handwritten digits, all alike, a handful of
@@ -23,34 +29,35 @@ Rows = npt.NDArray[np.int64]
 _RADIUS = 0.45
 _LIKE_AREAS, _LIKE_CONTOURS, _MAYBE = 0.98, 0.96, 0.9
 _FREQUENCIES, _LOWEST = 8, 12
-_NEIGHBOURS, _NEAREST = 48, 4
+_NEIGHBOURS, _NEAREST = 49, 4  # the first of them is the row itself
 _FLAT = 4.0  # gray levels of standard deviation, below which there is nothing to compare
 _MOST_CHANGE = 0.25  # of half a side, that a crop may move or stretch an image
-_BLOCK, _PAIRS = 2048, 256
-_STEPS = 127  # frequencies are at most 1, and kept as so many steps
+_BLOCK, _PAIRS = 256, 64
+_STEPS = 127  # frequencies are at most 1, and kept as so many steps: distances are then exact
+_REACH = (_RADIUS * _STEPS) ** 2
+_FEW = 2**25  # comparisons that take less time than to load the tree that would spare them
 
 
 def near_pairs(
-    thumbnails: Thumbnails, is_known: Callable[[int, int], bool] = lambda _i, _j: False
+    thumbnails: Thumbnails, which: Flags | None = None, new: Flags | None = None
 ) -> Iterator[tuple[int, int]]:
     """Yield the pairs of rows (i, j), i < j, whose images are nearly the same.
 
-    ``is_known``: whether a pair was found so before, and need not be compared.
+    ``which``: (N,) the rows to compare, by default all; ``new``: (N,) the rows of which each pair
+    has at least one, by default all.
     """
     from threadpoolctl import threadpool_limits
 
     # Threads of a BLAS that wait for one another burn more than these small products take.
-    with threadpool_limits(1):
-        unsure = []
-        for i, j, is_mirrored in _candidates(_neighbours(thumbnails)):
-            if is_known(i, j):
+    with threadpool_limits(1), _Frequencies(thumbnails, which) as frequencies:
+        rows = frequencies.rows
+        is_new = np.ones(len(rows), dtype=bool) if new is None else new[rows]
+        pairs = _candidates(_neighbours(frequencies, is_new), is_new)
+        while some := list(islice(pairs, _PAIRS)):
+            found = np.array(some, dtype=np.int32)
+            found[:, :2] = rows[found[:, :2]]
+            for i, j, _ in found[_are_same(thumbnails, found)].tolist():
                 yield i, j
-            else:
-                unsure.append((i, j, is_mirrored))
-            if len(unsure) == _PAIRS:
-                yield from _confirmed(thumbnails, unsure)
-                unsure = []
-        yield from _confirmed(thumbnails, unsure)
 
 
 def describe(thumbnails: npt.NDArray[np.uint8]) -> Floats:
@@ -80,60 +87,151 @@ _COSINES = _cosines(32)
 # A mirrored image has the same frequencies; those that are odd from left to right change sign.
 _MIRROR = np.where(np.arange(_FREQUENCIES) % 2 == 1, -1, 1).astype(np.int8)
 # The lowest ones, without the constant; a distance in these alone is never the larger one.
-_LOW = sorted(
-    ((v, h) for v in range(_FREQUENCIES) for h in range(_FREQUENCIES) if v + h),
-    key=lambda place: (place[0] ** 2 + place[1] ** 2, place),
-)[:_LOWEST]
+_LOW = np.array(
+    sorted(
+        ((v, h) for v in range(_FREQUENCIES) for h in range(_FREQUENCIES) if v + h),
+        key=lambda place: (place[0] ** 2 + place[1] ** 2, place),
+    )[:_LOWEST]
+)
 
 
-def _neighbours(thumbnails: Thumbnails) -> npt.NDArray[np.int32]:
-    """Return (N, 4): the nearest rows within reach, ``~row`` where mirrored, else the row's own."""
-    from scipy.spatial import KDTree
+class _Frequencies:
+    """Low frequencies in whole steps, on disk; ``rows`` are those wanted that have structure."""
 
-    count = thumbnails.count
-    codes = np.empty((count, _FREQUENCIES, _FREQUENCIES), np.int8)
-    points = np.empty((count, _LOWEST))
-    for start in range(0, count, _BLOCK):
-        block = slice(start, min(start + _BLOCK, count))
-        frequencies = describe(thumbnails.rows(block.start, block.stop))
-        codes[block] = np.round(np.nan_to_num(frequencies) * _STEPS)
-        for column, (vertical, horizontal) in enumerate(_LOW):
-            signed = frequencies[:, vertical, horizontal]
-            points[block, column] = np.abs(signed) if horizontal % 2 else signed
-    is_flat = np.isnan(points[:, 0])
-    # Out of everybody's reach, and of one another's.
-    points[is_flat] = 10 + np.arange(is_flat.sum())[:, None]
-    nearest = np.repeat(np.arange(count, dtype=np.int32)[:, None], _NEAREST, axis=1)
-    tree = KDTree(points, leafsize=64)
-    for start in range(0, count, _BLOCK):
-        mine = np.arange(start, min(start + _BLOCK, count), dtype=np.int32)
-        _, found = tree.query(points[mine], k=_NEIGHBOURS + 1, distance_upper_bound=_RADIUS)
-        others = np.minimum(found, count - 1).astype(np.int32)  # (B, k); absent ones are count
-        absent = (found == count) | (others == mine[:, None])
-        straight = _distances(codes[mine], codes[others])
-        turned = _distances(codes[mine] * _MIRROR, codes[others])
-        distances = np.minimum(straight, turned)
-        absent |= distances > _RADIUS
-        distances[absent] = np.inf
-        order = np.argsort(distances, axis=1, kind="stable")[:, :_NEAREST]
-        chosen = np.where(turned < straight, ~others, others)
-        chosen = np.where(absent, mine[:, None], chosen)
-        nearest[mine] = np.take_along_axis(chosen, order, axis=1)
+    def __init__(self, thumbnails: Thumbnails, which: Flags | None) -> None:
+        self._file = TemporaryFile()  # noqa: SIM115  closed on exit
+        wanted = np.ones(thumbnails.count, dtype=bool) if which is None else which.copy()
+        for start in range(0, thumbnails.count, _BLOCK):
+            block = slice(start, min(start + _BLOCK, thumbnails.count))
+            frequencies = describe(thumbnails.rows(block.start, block.stop))
+            wanted[block] &= ~np.isnan(frequencies[:, 0, 0])
+            np.round(frequencies[wanted[block]] * _STEPS).astype(np.int8).tofile(self._file)
+        self.rows = np.flatnonzero(wanted).astype(np.int32)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def codes(self) -> Codes:
+        """Return (N, 8, 8)."""
+        self._file.seek(0)
+        return self._next(len(self.rows))
+
+    def points(self) -> Points:
+        """Return (N, 12) of the lowest ones, equal for an image and its mirror image."""
+        points = np.empty((len(self.rows), len(_LOW)))
+        self._file.seek(0)
+        for mine in _split(np.arange(len(points)), _BLOCK):
+            codes = self._next(len(mine))
+            for column, (vertical, horizontal) in enumerate(_LOW):
+                signed = codes[:, vertical, horizontal]
+                points[mine, column] = np.abs(signed) if horizontal % 2 else signed
+        return points
+
+    def _next(self, count: int) -> Codes:
+        codes = np.fromfile(self._file, np.int8, count * _FREQUENCIES**2)
+        return codes.reshape(count, _FREQUENCIES, _FREQUENCIES)
+
+
+def _neighbours(frequencies: _Frequencies, is_new: Flags) -> Rows:
+    """Return (N, 4): the nearest in reach, ``~number`` where mirrored, else each one's own number.
+
+    Those that are neither new nor in reach of a new one have none.
+    """
+    # What may be in reach waits on disk, so that the tree is gone when the rest is compared.
+    with TemporaryFile() as file:
+        asked = _save_reach(frequencies, is_new, file)
+        file.seek(0)
+        codes = frequencies.codes()
+        nearest = np.repeat(np.arange(len(codes), dtype=np.int32)[:, None], _NEAREST, axis=1)
+        for mine in _split(asked, _BLOCK):
+            others = np.fromfile(file, np.int32, len(mine) * _NEIGHBOURS).reshape(len(mine), -1)
+            straight = _squares(codes[mine], codes[others])
+            turned = _squares(codes[mine] * _MIRROR, codes[others])
+            squares = np.minimum(straight, turned)
+            absent = (others == mine[:, None]) | (squares > _REACH)
+            squares[absent] = np.inf
+            order = np.argsort(squares, axis=1, kind="stable")[:, :_NEAREST]
+            chosen = np.where(turned < straight, ~others, others)
+            chosen = np.where(absent, mine[:, None], chosen)
+            nearest[mine] = np.take_along_axis(chosen, order, axis=1)
     return nearest
 
 
-def _distances(mine: npt.NDArray[np.int8], others: npt.NDArray[np.int8]) -> Floats:
-    """Return (B, k) distances of (B, 8, 8) and (B, k, 8, 8) frequencies."""
+def _save_reach(frequencies: _Frequencies, is_new: Flags, file: IO[bytes]) -> Rows:
+    """Write (A, 49) int32: for each one asked those that may be in reach, filled with its own.
+
+    Returns: who was asked: every new one, and every one in reach of a new one.
+    """
+    asked = _reached(frequencies.codes(), is_new)
+    points = frequencies.points()
+    if len(asked) * len(points) <= _FEW:
+        for mine in _split(asked, _part(points)):
+            others = np.repeat(mine[:, None], _NEIGHBOURS, axis=1)
+            for position, squares in enumerate(_far(points[mine], points)):
+                found = np.flatnonzero(squares <= _REACH)
+                nearest = np.argsort(squares[found], kind="stable")[:_NEIGHBOURS]
+                others[position, : len(nearest)] = np.sort(found[nearest])
+            others.tofile(file)
+        return asked
+    from scipy.spatial import KDTree
+
+    tree = KDTree(points, leafsize=64)
+    for mine in _split(asked, _BLOCK):
+        _, found = tree.query(points[mine], _NEIGHBOURS, distance_upper_bound=_REACH**0.5)
+        others = np.where(found == len(points), mine[:, None], found)
+        np.sort(others, axis=1).astype(np.int32).tofile(file)
+    return asked
+
+
+def _reached(codes: Codes, is_new: Flags) -> Rows:
+    """Return who is new or lies in reach of a new one; everyone, where there are many new ones."""
+    if is_new.all() or is_new.sum() * len(codes) > _FEW:
+        return np.arange(len(codes), dtype=np.int32)
+    asked = is_new.copy()
+    flat = codes.reshape(len(codes), _FREQUENCIES**2)
+    straight = flat[is_new].astype(np.float32)
+    turned = straight * np.tile(_MIRROR, _FREQUENCIES)
+    for others in _split(np.arange(len(codes)), _part(straight)):
+        theirs = flat[others].astype(np.float32)
+        squares = np.minimum(_far(straight, theirs), _far(turned, theirs))
+        asked[others] |= (squares <= _REACH).any(axis=0)
+    return np.flatnonzero(asked).astype(np.int32)
+
+
+def _far(mine: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return (B, N) squared distances of (B, d) and (N, d) whole numbers; exact."""
+    lengths = (mine**2).sum(axis=1)[:, None] + (others**2).sum(axis=1)
+    return np.asarray(lengths - 2 * mine @ others.T)
+
+
+def _squares(mine: Codes, others: Codes) -> Floats:
+    """Return (B, k) squared distances of (B, 8, 8) and (B, k, 8, 8) frequencies; exact."""
     difference = mine[:, None].astype(np.float32) - others
-    squares = np.einsum("bkij,bkij->bk", difference, difference)
-    return np.asarray(np.sqrt(squares) / _STEPS, np.float32)
+    return np.asarray(np.einsum("bkij,bkij->bk", difference, difference), np.float32)
 
 
-def _candidates(neighbours: npt.NDArray[np.int32]) -> Iterator[tuple[int, int, bool]]:
-    """Yield each pair of neighbours once: row, later row, whether mirrored."""
-    for i in range(len(neighbours)):
+def _part(rows: npt.NDArray[Any]) -> int:
+    """Return how many others are compared with all of the rows at once."""
+    return max(2**20 // max(len(rows), 1), 1)
+
+
+def _split(rows: npt.NDArray[Any], size: int) -> Iterator[Rows]:
+    """Yield the rows in parts."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _candidates(neighbours: Rows, is_new: Flags) -> Iterator[tuple[int, int, bool]]:
+    """Yield each pair of neighbours with a new one once: row, later row, whether mirrored."""
+    has_any = (neighbours != np.arange(len(neighbours))[:, None]).any(axis=1)
+    for i in np.flatnonzero(has_any).tolist():
         for found in neighbours[i].tolist():
             j, is_mirrored = (~found, True) if found < 0 else (found, False)
+            if not (is_new[i] or is_new[j]):
+                continue
             # From the later one's side it is seen only if the earlier one does not list it.
             if j > i:
                 yield i, j, is_mirrored
@@ -141,16 +239,7 @@ def _candidates(neighbours: npt.NDArray[np.int32]) -> Iterator[tuple[int, int, b
                 yield j, i, is_mirrored
 
 
-def _confirmed(
-    thumbnails: Thumbnails, unsure: list[tuple[int, int, bool]]
-) -> Iterator[tuple[int, int]]:
-    if unsure:
-        pairs = np.array(unsure, dtype=np.int64)
-        for i, j, _ in pairs[_are_same(thumbnails, pairs)].tolist():
-            yield i, j
-
-
-def _are_same(thumbnails: Thumbnails, pairs: Rows) -> npt.NDArray[np.bool_]:
+def _are_same(thumbnails: Thumbnails, pairs: Rows) -> Flags:
     """Compare (P, 3) candidates; a coarse look spares most of them the fine one."""
     images = thumbnails.pick(pairs[:, 0].tolist()).astype(np.float32)
     others = thumbnails.pick(pairs[:, 1].tolist()).astype(np.float32)
@@ -196,10 +285,10 @@ def likeness(
             y = (1 + change[:, 2:3]) * grid + change[:, 3:4]
             warped = _sample(others, x, y)
             overlap = _within(y)[:, :, None] * _within(x)[:, None, :]
-            a, a_scale = _normalised(template, overlap)
-            b, _ = _normalised(warped, overlap)
             if step == steps:
                 break
+            a, a_scale = _normalised(template, overlap)
+            b, _ = _normalised(warped, overlap)
             by_x, by_y = slope_x / a_scale * overlap, slope_y / a_scale * overlap
             columns = (by_x * grid[:, None, :], by_x, by_y * grid[:, :, None], by_y)
             jacobian = np.stack(columns, axis=1).reshape(count, 4, -1)
@@ -208,12 +297,10 @@ def likeness(
             residual = ((a - b) * overlap).reshape(count, -1, 1)
             change += np.linalg.solve(hessian, jacobian @ residual)[..., 0]
             change = np.clip(change, -_MOST_CHANGE, _MOST_CHANGE)
-    share = overlap / overlap.sum(axis=(1, 2), keepdims=True)
     inner = overlap.copy()
     inner[:, [0, -1], :] = inner[:, :, [0, -1]] = 0
-    return (a * b * share).sum(axis=(1, 2)), _correlation(
-        _contours(template), _contours(warped), inner
-    )
+    contours = _correlation(_contours(template), _contours(warped), inner)
+    return _correlation(template, warped, overlap), contours
 
 
 def _shrink(images: Floats, factor: int) -> Floats:

@@ -5,10 +5,11 @@ as it did: the file ``.seen.csv`` beside the manifest notes how. That one is no 
 and inodes are not the same anywhere else; without it files are only read again.
 """
 
-import csv
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from tlpipe import files
 from tlpipe.data import pixels as packed
@@ -36,11 +37,12 @@ class Earlier:
     ) -> None:
         """Take what lies at the outputs' paths, if it belongs together.
 
-        ``near`` are the pairs of images that were found nearly equal, by their keys as numbers, the
-        smaller first.
+        ``keys`` are the images' keys as numbers; ``near`` are the pairs of keys whose images were
+        found nearly equal, of all that were kept.
         """
         self.pixels: PackedPixels | None = None
-        self.near: set[tuple[int, int]] = set()
+        self.keys = np.empty(0, np.uint64)
+        self.near: list[tuple[int, int]] = []
         self._by_key: dict[bytes, Known] = {}
         self._seen: dict[str, Sequence[str]] = {}
         try:
@@ -56,13 +58,12 @@ class Earlier:
         except (ArtifactError, OSError, KeyError, ValueError, TypeError):
             return
         self.pixels = found
-        self.near = {(min(pair), max(pair)) for pair in pairs}
+        self.keys = np.array([int.from_bytes(entry.key) for entry in entries], np.uint64)
+        self.near = pairs
         self._by_key = {entry.key: (entry, row) for row, entry in enumerate(entries)}
-        with (
-            suppress(OSError),
-            _seen_path(manifest).open(newline="", errors="surrogateescape") as f,
-        ):
-            self._seen = {name: known for name, *known in csv.reader(f)}
+        with suppress(ArtifactError):
+            rows = files.read_csv(_seen_path(manifest), _SEEN)
+            self._seen = {name: known for name, *known in map(dict.values, rows)}
 
     def by_key(self, key: bytes) -> Known | None:
         """Return the entry of an equal image and its row, if there is one."""

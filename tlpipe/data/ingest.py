@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,9 @@ import PIL
 from pydantic import Field, field_validator
 
 from tlpipe import files
+from tlpipe.data import duplicates as near_duplicates
 from tlpipe.data import images, reading
+from tlpipe.data import pixels as packed
 from tlpipe.data.earlier import Earlier, remember
 from tlpipe.data.images import Sampling
 from tlpipe.data.journal import Journal
@@ -118,11 +119,7 @@ def run(
         usable = journal.labels(groups.keep)
         _check_usable(source.counts, usable, refused, rejects, params.max_rejected)
         writer = journal.pixels(groups.keep)
-        entries = (
-            replace(entry, group=f"{name:016x}", data_version=data_version)
-            for entry, name, keep in zip(journal.entries(), groups.name, groups.keep, strict=True)
-            if keep
-        )
+        entries = journal.entries(groups, data_version)
         described = _Description()
         save_duplicates(duplicates, described.compare(journal.duplicates(groups.pairs)))
         save_manifest(manifest, described.watch(entries))
@@ -165,8 +162,9 @@ def opened(params: Params) -> AbstractContextManager[listing.Source]:
 
 
 def _decoder(params: Params) -> str:
-    """Return what the pixels depend on beside the files: by another decoder none is reused."""
-    own = b"".join(Path(str(module.__file__)).read_bytes() for module in (images, reading))
+    """Return what the outputs depend on beside the files: of another decoder's none is reused."""
+    modules = (images, reading, packed, near_duplicates)
+    own = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     digest = hashlib.sha256(own).hexdigest()[:16]
     return f"Pillow {PIL.__version__}, {digest}, margin {params.box_margin:g}"
 

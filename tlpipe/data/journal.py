@@ -2,17 +2,18 @@
 
 import csv
 import hashlib
-from array import array
+import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tlpipe import allocator, files
 from tlpipe.data import duplicates as near_duplicates
 from tlpipe.data import pixels as packed
 from tlpipe.data.earlier import Earlier
@@ -26,6 +27,8 @@ Keys = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 _values = attrgetter(*Entry.__slots__)
+_RECORD = struct.Struct("<QQQI")
+_RECORDS = np.dtype([("content", "<u8"), ("of_file", "<u8"), ("given", "<u8"), ("label", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,14 @@ class Journal:
         self.rejects: list[Reject] = []
         self._folder = folder
         self._entries, self._seen = folder / "entries.csv", folder / "seen.csv"
-        self._files = [
-            path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
-            for path in (self._entries, self._seen)
-        ]
-        self._write_entry, self._write_seen = (
-            csv.writer(file, lineterminator="\r\n").writerow for file in self._files
-        )
+        self._records = folder / "records"
+        tables = [files.open_csv(path, "w") for path in (self._entries, self._seen)]
+        numbers = self._records.open("wb")
+        self._files: list[IO[Any]] = [*tables, numbers]
+        self._write_entry, self._write_seen = (files.csv_writer(file).writerow for file in tables)
+        self._write_record = numbers.write
         self._pixels = packed.Writer(folder, sampling, known)
-        self._content, self._of_file, self._given = array("Q"), array("Q"), array("Q")
-        self._label, self._labels = array("I"), dict[str, int]()
+        self._labels = dict[str, int]()
 
     def add(self, outcome: Outcome) -> None:
         """Note what became of one candidate."""
@@ -74,10 +75,13 @@ class Journal:
         self._write_entry(_values(entry))
         if outcome.stamp:
             self._write_seen((entry.path, outcome.stamp, entry.sha256))
-        self._content.append(int.from_bytes(entry.key))
-        self._of_file.append(int(entry.sha256[:16], 16))
-        self._given.append(_number(entry.group) if entry.group else 0)
-        self._label.append(self._labels.setdefault(entry.label, len(self._labels)))
+        record = (
+            int.from_bytes(entry.key),
+            int(entry.sha256[:16], 16),
+            _number(entry.group) if entry.group else 0,
+            self._labels.setdefault(entry.label, len(self._labels)),
+        )
+        self._write_record(_RECORD.pack(*record))
         self.count += 1
         self.decoded += not isinstance(outcome.square, int)
 
@@ -86,25 +90,25 @@ class Journal:
         for file in self._files:
             file.close()
         self._pixels.close()
+        allocator.trim()
 
     def group(self, earlier: Earlier) -> Groups:
         """Put together what is equal, nearly equal, of one photo or of one given group.
 
         ``earlier``: what was found among the images of an earlier run.
         """
-        content, of_file, given = map(_numbers, (self._content, self._of_file, self._given))
-        labels = _numbers(self._label)
-        keep = self._without_conflicts(content, labels)
+        keep = self._without_conflicts()
+        # While these are looked for, the records are not in memory.
+        found = list(self._near(keep, earlier))
+        allocator.trim()
+        records = self._load_records()
+        content, of_file, given = (records[name] for name in ("content", "of_file", "given"))
         parents = np.arange(self.count, dtype=np.int32)
         for keys, which in ((content, keep), (of_file, keep), (given, keep & (given != 0))):
             _link_equal(parents, keys, which)
-        near: list[tuple[int, int]] = []
-        thumbnails = Thumbnails(self._folder, self.count)
-        for i, j in near_duplicates.near_pairs(thumbnails, self._knows(earlier)):
-            if keep[i] and keep[j] and of_file[i] != of_file[j]:
-                _union(parents, i, j)
-                near.append((i, j))
-        thumbnails.close()
+        near = sorted((i, j) for i, j in found if of_file[i] != of_file[j])
+        for i, j in near:
+            _union(parents, i, j)
         roots = np.fromiter((_root(parents, row) for row in range(self.count)), np.int32)
         # Named by its smallest member, whatever the order of the files.
         name = np.full(self.count, np.iinfo(np.uint64).max, np.uint64)
@@ -114,7 +118,7 @@ class Journal:
             name=name[roots],
             equal=int(keep.sum()) - len(np.unique(content[keep])),
             nearly_equal=len({row for pair in near for row in pair}),
-            pairs=sorted(near),
+            pairs=near,
         )
 
     def duplicates(self, pairs: Sequence[tuple[int, int]]) -> Iterator[Duplicate]:
@@ -126,38 +130,62 @@ class Journal:
 
     def labels(self, keep: Flags) -> Counter[str]:
         """Count the labels of the images that are kept."""
-        counts = np.bincount(_numbers(self._label)[keep], minlength=len(self._labels))
+        counts = np.bincount(self._load_records()["label"][keep], minlength=len(self._labels))
         return Counter(dict(zip(self._labels, counts.tolist(), strict=True)))
 
-    def entries(self) -> Iterator[Entry]:
-        """Yield the entries in order."""
-        with self._entries.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            yield from map(entry_of, csv.reader(file))
+    def entries(self, groups: Groups, data_version: str) -> Iterator[Entry]:
+        """Yield the entries that are kept, in order and complete."""
+        for values, name, keep in zip(self._rows(), groups.name, groups.keep, strict=True):
+            if keep:
+                *known, _, split, _ = values
+                yield entry_of([*known, f"{name:016x}", split, data_version])
 
     def seen(self) -> Iterator[tuple[str, str, str]]:
         """Yield name, stamp and sha256 of the files that have a stamp."""
-        with self._seen.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with files.open_csv(self._seen, "r") as file:
             yield from csv.reader(file)
 
     def pixels(self, keep: Flags) -> packed.Writer:
         """Return the writer of the images that are kept."""
         if keep.all():
             return self._pixels
-        keys = [number.to_bytes(8) for number in self._content]
-        return packed.keep_rows(self._pixels, keys, np.flatnonzero(keep).tolist())
+        keys = self._load_records()["content"].astype(">u8")
+        return packed.keep_rows(self._pixels, keys, np.flatnonzero(keep))
 
     def remove(self) -> None:
         """Remove what is no part of the pixels."""
         self._entries.unlink()
         self._seen.unlink()
+        self._records.unlink()
 
-    def _knows(self, earlier: Earlier) -> Callable[[int, int], bool]:
-        """Return what says whether two rows were found nearly equal before."""
-        content, pairs = self._content, earlier.near
-        return lambda i, j: (min(content[i], content[j]), max(content[i], content[j])) in pairs
+    def _near(self, keep: Flags, earlier: Earlier) -> Iterator[tuple[int, int]]:
+        """Yield the pairs of rows that are nearly equal; of equal ones the first stands for all."""
+        which, new, known = self._to_compare(keep, earlier)
+        yield from known
+        thumbnails = Thumbnails(self._folder, self.count)
+        yield from near_duplicates.near_pairs(thumbnails, which, new)
+        thumbnails.close()
 
-    def _without_conflicts(self, content: Keys, labels: Keys) -> Flags:
+    def _to_compare(
+        self, keep: Flags, earlier: Earlier
+    ) -> tuple[Flags, Flags, list[tuple[int, int]]]:
+        """Return (N,) which rows to compare, (N,) which of them are new, and the known pairs."""
+        kept = np.flatnonzero(keep)
+        keys, first = np.unique(self._load_records()["content"][kept], return_index=True)
+        rows = kept[first]
+        which, new = np.zeros((2, self.count), dtype=bool)
+        which[rows] = new[rows] = True
+        # Where one has gone, others may now be among the nearest that were not compared before.
+        if not np.isin(earlier.keys, keys).all():
+            return which, new, []
+        new[rows[np.isin(keys, earlier.keys)]] = False
+        near = rows[np.searchsorted(keys, np.array(earlier.near, np.uint64).reshape(-1, 2))]
+        return which, new, [(i, j) for i, j in np.sort(near, axis=1).tolist()]
+
+    def _without_conflicts(self) -> Flags:
         """Return (N,): not the very same image under two labels. Those become rejects."""
+        records = self._load_records()
+        content, labels = records["content"], records["label"]
         order = np.lexsort((labels, content))
         same = content[order][1:] == content[order][:-1]
         differs = same & (labels[order][1:] != labels[order][:-1])
@@ -171,17 +199,19 @@ class Journal:
             self.rejects.append(Reject(entry.path, "conflict", detail))
         return keep
 
+    def _load_records(self) -> npt.NDArray[np.void]:
+        return np.fromfile(self._records, _RECORDS)
+
     def _some(self, rows: Iterable[int]) -> Iterator[tuple[int, Entry]]:
         wanted = set(rows)
         if wanted:
-            for row, entry in enumerate(self.entries()):
+            for row, values in enumerate(self._rows()):
                 if row in wanted:
-                    yield row, entry
+                    yield row, entry_of(values)
 
-
-def _numbers(values: "array[int]") -> "npt.NDArray[Any]":
-    """Return an array's numbers without a copy."""
-    return np.frombuffer(values, values.typecode) if values else np.empty(0, values.typecode)
+    def _rows(self) -> Iterator[list[str]]:
+        with files.open_csv(self._entries, "r") as file:
+            yield from csv.reader(file)
 
 
 def _number(group: str) -> int:

@@ -55,6 +55,10 @@ class Squares(Sequence[Pixels]):
             picked[position] = self._row(int(row))
         return picked
 
+    def unmap(self) -> None:
+        """Let go of the chunks; they are mapped again when they are read."""
+        self._open.clear()
+
     def _row(self, row: int) -> Pixels:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         if number not in self._open:
@@ -133,13 +137,15 @@ class Writer:
         name = f"{hashlib.sha256(b''.join(self._keys)).hexdigest()[:32]}.npy"
         self.chunks.append((name, len(self._keys)))
         path = self.folder / name
-        if path.exists():
-            pass  # the very same images stood together before
-        elif self._known is not None and name in self._known_chunks:
-            _link(self._known.folder / name, path)
-        else:
-            rows = [s if isinstance(s, np.ndarray) else self._recall(s) for s in self._pending]
-            np.save(path, np.stack(rows))
+        # The very same images may have stood together before.
+        if not path.exists():
+            if self._known is not None and name in self._known_chunks:
+                _link(self._known.folder / name, path)
+            else:
+                rows = [s if isinstance(s, np.ndarray) else self._recall(s) for s in self._pending]
+                np.save(path, np.stack(rows))
+                if self._known is not None:
+                    self._known.array.unmap()
         self._keys, self._pending = [], []
 
     def _recall(self, row: int) -> Pixels:
@@ -147,8 +153,10 @@ class Writer:
         return self._known.array[row]
 
 
-def keep_rows(everything: Writer, keys: Sequence[bytes], rows: Sequence[int]) -> Writer:
-    """Write a folder again, in place, with the given rows only."""
+def keep_rows(
+    everything: Writer, keys: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64]
+) -> Writer:
+    """Write a folder again, in place, with the given rows only; ``keys``: (N,) big-endian."""
     folder, sampling = everything.folder, everything.sampling
     old = folder / "everything"
     old.mkdir()
@@ -158,8 +166,8 @@ def keep_rows(everything: Writer, keys: Sequence[bytes], rows: Sequence[int]) ->
     (folder / _INDEX).rename(old / _INDEX)
     thumbnails = Thumbnails(old, len(keys))
     kept = Writer(folder, sampling, load(old))
-    for row in rows:
-        kept.append(keys[row], row, thumbnails.rows(row, row + 1)[0])
+    for row in map(int, rows):
+        kept.append(keys[row : row + 1].tobytes(), row, thumbnails.rows(row, row + 1)[0])
     kept.close()
     thumbnails.close()
     shutil.rmtree(old)

@@ -21,7 +21,7 @@ from tlpipe.seeds import uniform
 from tlpipe.sources.candidates import Box, Candidate, Reject
 from tlpipe.sources.listing import Source
 
-_AHEAD = 64  # files read ahead of the one that is written
+_AHEAD = 32  # files read ahead of the one that is written
 _SMALLEST_BACKGROUND_PX = 32
 
 

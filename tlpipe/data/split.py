@@ -159,7 +159,8 @@ class _Groups:
             self._members[entry.label].add(entry.group)
             if entry.split in ("validation", "test"):
                 self.given.add(entry.group)
-                self.place[entry.group] = entry.split
+                if self.place.get(entry.group) != "test":
+                    self.place[entry.group] = entry.split
             elif place := earlier.get((entry.sha256, entry.box)):
                 before[entry.group][place] += 1
         for group, places in before.items():
@@ -275,22 +276,14 @@ def _leaks(entries: Sequence[Entry], groups: _Groups, params: Params) -> set[int
     Raises:
         DataError: there are such rows and ``split.leaks`` does not allow for it.
     """
-    given: dict[str, set[str]] = defaultdict(set)
-    for entry in entries:
-        given[entry.group].add(entry.split)
-    strongest = {
-        group: next(s for s in ("test", "validation", "train", "") if s in found)
-        for group, found in given.items()
-    }
     leaks = {
         row
         for row, entry in enumerate(entries)
-        if entry.split and entry.split != strongest[entry.group]
+        if entry.group in groups.given and entry.split not in ("", groups.place[entry.group])
     }
-    groups.place |= {g: s for g, s in strongest.items() if s in ("validation", "test")}
     if leaks and params.leaks == "refuse":
         row = min(leaks)
-        kind = strongest[entries[row].group]
+        kind = groups.place[entries[row].group]
         twin = next(e for e in entries if e.group == entries[row].group and e.split == kind)
         raise DataError(
             f"{len(leaks)} images stand in two of the given splits, equal or nearly so: "

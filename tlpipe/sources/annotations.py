@@ -4,9 +4,10 @@ import json
 import math
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any
 
 from tlpipe.errors import DataError, ImageError
 from tlpipe.sources import tables
@@ -23,9 +24,9 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Found:
-    """The names of the annotation files of a source, by kind."""
+    """The annotation files of a source, by kind: what COCO's hold, the names of the others."""
 
-    coco: tuple[str, ...] = ()
+    coco: dict[str, Any] = field(default_factory=dict)
     voc: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
 
@@ -42,14 +43,14 @@ def find(storage: Storage) -> Found:
         elif depth == 0:
             on_top.append(name)
     return Found(
-        coco=tuple(name for name in coco if _is_coco(storage, name)),
+        coco={name: content for name in coco if (content := _coco(storage, name))},
         voc=tuple(voc) if voc and _is_voc(storage, voc[0]) else (),
         tables=tuple(name for name in on_top if tables.is_table(storage, name)),
     )
 
 
 def read_coco(
-    storage: Storage, files: Sequence[str], background: str | None, rejects: list[Reject]
+    storage: Storage, files: Mapping[str, Any], background: str | None, rejects: list[Reject]
 ) -> list[Candidate]:
     """Read COCO JSON: each box is an image of its own; an annotation without a box, the photo.
 
@@ -60,8 +61,7 @@ def read_coco(
     """
     find_image = _image_finder(storage)
     candidates = []
-    for file in files:
-        content = json.loads(storage.read(file))
+    for file, content in files.items():
         split = _split_in(file, "COCO files") if len(files) > 1 else ""
         try:
             labels = {category["id"]: str(category["name"]) for category in content["categories"]}
@@ -215,12 +215,13 @@ def _voc_splits(storage: Storage) -> dict[str, str]:
     return splits
 
 
-def _is_coco(storage: Storage, name: str) -> bool:
+def _coco(storage: Storage, name: str) -> dict[str, Any] | None:
     try:
         content = json.loads(storage.read(name))
     except (ValueError, ImageError, RecursionError):
-        return False
-    return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
+        return None
+    parts = {"images", "annotations", "categories"}
+    return content if isinstance(content, dict) and parts <= content.keys() else None
 
 
 def _is_voc(storage: Storage, name: str) -> bool:

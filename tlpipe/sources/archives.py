@@ -15,10 +15,10 @@ from typing import IO
 
 from tlpipe.errors import DataError, ImageError
 from tlpipe.sources.storage import (
-    MAX_FILE_BYTES,
     Listed,
     check_collisions,
     check_inside,
+    check_size,
     identity,
     is_ignored,
 )
@@ -58,9 +58,7 @@ class Archive(Listed):
         if member is None:
             raise ImageError("missing", "the archive has no such member")
         size, read = member
-        if size > MAX_FILE_BYTES:
-            detail = f"{size:,} bytes; at most {MAX_FILE_BYTES:,} are read"
-            raise ImageError("too_many_bytes", detail)
+        check_size(size)
         try:
             data: bytes = read()
         except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, EOFError) as error:

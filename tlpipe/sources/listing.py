@@ -90,10 +90,12 @@ def _list(
 ) -> Source:
     by_name_alone = kind == "folders" or pattern is not None
     described = annotations.Found() if by_name_alone else annotations.find(storage)
+    rejects: list[Reject] = []
+    coco, voc, table = described.coco, described.voc, described.tables
     for name, found, read in (
-        ("coco", described.coco, annotations.read_coco),
-        ("voc", described.voc, annotations.read_voc),
-        ("table", described.tables, tables.read_table),
+        ("coco", coco, partial(annotations.read_coco, storage, coco, background)),
+        ("voc", voc, partial(annotations.read_voc, storage, voc, background)),
+        ("table", table, partial(tables.read_table, storage, table)),
     ):
         if kind == name and not found:
             raise DataError(
@@ -101,10 +103,8 @@ def _list(
                 f"{annotations.EXPECTED[name]}. Change ingest.kind or ingest.source."
             )
         if kind == name or (kind == "auto" and found):
-            rejects: list[Reject] = []
-            listed = read(storage, found, background, rejects)
+            listed = read(rejects)
             return Source(storage, partial(iter, sorted(listed, key=lambda c: c.name)), rejects)
-    rejects = []
     layout = _given_splits(storage, address) if pattern is None else {}
     search = re.compile(pattern).search if pattern is not None else None
     for folder in storage.folders() if pattern is None else ():

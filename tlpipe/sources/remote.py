@@ -6,11 +6,11 @@ from typing import Any
 from tlpipe.errors import DataError, ImageError
 from tlpipe.sources import archives
 from tlpipe.sources.storage import (
-    MAX_FILE_BYTES,
     Listed,
     Storage,
     check_collisions,
     check_inside,
+    check_size,
     is_ignored,
 )
 
@@ -37,9 +37,7 @@ class Remote(Listed):
             ImageError: it is missing, too large, or cannot be fetched.
         """
         check_inside(name)
-        if self._sizes.get(name, 0) > MAX_FILE_BYTES:
-            detail = f"{self._sizes[name]:,} bytes; at most {MAX_FILE_BYTES:,} are read"
-            raise ImageError("too_many_bytes", detail)
+        check_size(self._sizes.get(name, 0))
         try:
             return bytes(self._filesystem.cat_file(self._root + name))
         except FileNotFoundError:

@@ -8,7 +8,7 @@ import os
 import stat
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -89,6 +89,7 @@ class Folder:
     def __init__(self, root: Path) -> None:
         """Take the folder."""
         self._root = root
+        self._start = os.path.join(root, "")  # noqa: PTH118
         self._real_root = os.path.realpath(root)
         self._is_inside = lru_cache(maxsize=4096)(self._leads_inside)
 
@@ -98,7 +99,7 @@ class Folder:
 
     def folders(self, under: str = "") -> list[str]:
         """Return the folders directly in ``under``."""
-        return sorted(e.name for e in self._entries(under) if e.is_dir(follow_symlinks=False))
+        return [name[:-1] for name in self._listed(under) if name.endswith("/")]
 
     def has_files(self, under: str) -> bool:
         """Return whether any file lies in ``under``."""
@@ -112,7 +113,7 @@ class Folder:
             DataError: it changes while it is read.
         """
         check_inside(name)
-        path = os.path.join(self._root, name)  # noqa: PTH118  a million times
+        path = self._start + name
         try:
             if not self._is_inside(os.path.dirname(path)):  # noqa: PTH120
                 raise ImageError("outside_root", "a folder that leads outside the source")
@@ -124,9 +125,7 @@ class Folder:
                 before = os.stat(path)  # noqa: PTH116
             if not stat.S_ISREG(before.st_mode):
                 raise ImageError("not_a_file", "a folder, a pipe, a socket or a device")
-            if before.st_size > MAX_FILE_BYTES:
-                detail = f"{before.st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read"
-                raise ImageError("too_many_bytes", detail)
+            check_size(before.st_size)
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123
                 data = file.read(before.st_size + 1)
                 after = os.fstat(file.fileno())
@@ -143,7 +142,7 @@ class Folder:
     def stamp(self, name: str) -> str:
         """Return size, time and inode of a regular file that was not written just now."""
         try:
-            found = os.lstat(os.path.join(self._root, name))  # noqa: PTH118
+            found = os.lstat(self._start + name)
         except OSError:
             return ""
         # A second change within the clock's tick would leave the time as it is.
@@ -154,21 +153,23 @@ class Folder:
         """Do nothing: every file was checked when it was read."""
 
     def _walk(self, under: str) -> Iterator[str]:
-        entries = self._entries(under)
-        check_collisions(under, [entry.name for entry in entries])
-        folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
-        # With its slash a folder sorts as its files do: the names come in one order.
-        names = [e.name + "/" if e.name in folders else e.name for e in entries]
-        for name in sorted(names):
+        names = self._listed(under)
+        check_collisions(under, [name.rstrip("/") for name in names])
+        for name in names:
             if name.endswith("/"):
                 yield from self._walk(under + name)
             else:
                 yield under + name
 
-    def _entries(self, under: str) -> list["os.DirEntry[str]"]:
+    def _listed(self, under: str) -> list[str]:
+        """Return what lies in a folder; with its slash a folder sorts as its files do."""
         try:
             with os.scandir(self._root / under) as entries:
-                return [entry for entry in entries if not is_ignored(entry.name)]
+                return sorted(
+                    entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
+                    for entry in entries
+                    if not is_ignored(entry.name)
+                )
         except OSError as error:
             raise DataError(
                 f"the folder {error.filename} cannot be read: {error.strerror}."
@@ -190,12 +191,25 @@ def check_inside(name: str) -> None:
         raise ImageError("outside_root", "a path that leads outside the source")
 
 
-def check_collisions(where: str, names: Iterable[str]) -> None:
+def check_size(file_bytes: int) -> None:
+    """Refuse a file that is no image any more, before it is read.
+
+    Raises:
+        ImageError: it has more than ``MAX_FILE_BYTES``.
+    """
+    if file_bytes > MAX_FILE_BYTES:
+        detail = f"{file_bytes:,} bytes; at most {MAX_FILE_BYTES:,} are read"
+        raise ImageError("too_many_bytes", detail)
+
+
+def check_collisions(where: str, names: Collection[str]) -> None:
     """Refuse names that some file systems hold equal.
 
     Raises:
         DataError: two names have the same normal form.
     """
+    if all(map(str.isascii, names)):
+        return
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(unicodedata.normalize("NFC", name), name)

@@ -20,9 +20,7 @@ def is_table(storage: Storage, name: str) -> bool:
     )
 
 
-def read_table(
-    storage: Storage, tables: Sequence[str], _: str | None, rejects: list[Reject]
-) -> list[Candidate]:
+def read_table(storage: Storage, tables: Sequence[str], rejects: list[Reject]) -> list[Candidate]:
     """Read ``path,label[,split][,group]``; paths are relative to the table, other columns unused.
 
     Raises:
