@@ -47,7 +47,7 @@ def test_any_file_name_survives_a_table(tmp_path: Path) -> None:
     names.append(os.fsdecode(b"\xff\xfe"))
     table = tmp_path / "t.csv"
     files.write_csv(table, ("path", "n"), [(name, 1) for name in names])
-    assert [row["path"] for row in files.read_csv(table, ("path", "n"))] == names
+    assert [name for name, _ in files.read_csv(table, ("path", "n"))] == names
 
 
 def test_what_is_missing_or_of_another_kind_is_said(tmp_path: Path) -> None:
@@ -62,3 +62,6 @@ def test_what_is_missing_or_of_another_kind_is_said(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ArtifactError, match=r"has the columns \['a', 'b'\]; expected \['a'\]"):
         files.read_csv(tmp_path / "t.csv", ("a",))
+    (tmp_path / "half.csv").write_text("a,b\n1,2\n3\n")
+    with pytest.raises(ArtifactError, match=r"row 2 of .*half.csv has 1 columns; expected 2"):
+        list(files.read_csv(tmp_path / "half.csv", ("a", "b")))

@@ -100,7 +100,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         writer.writerows(rows)
 
 
-def read_csv(path: Path, header: Sequence[str]) -> Iterator[dict[str, str]]:
+def read_csv(path: Path, header: Sequence[str]) -> Iterator[list[str]]:
     """Return the rows of a CSV table that has exactly the columns ``header``; read one by one.
 
     Raises:
@@ -138,7 +138,7 @@ def sha256(path: Path) -> str:
 
 def _rows(
     path: Path, file: TextIO, reader: Iterable[list[str]], header: Sequence[str]
-) -> Iterator[dict[str, str]]:
+) -> Iterator[list[str]]:
     with file:
         for number, row in enumerate(reader, start=1):
             if len(row) != len(header):
@@ -146,7 +146,7 @@ def _rows(
                     f"row {number} of {path} has {len(row)} columns; expected {len(header)}. "
                     f"Run its stage again: 'dvc repro --force'."
                 )
-            yield dict(zip(header, row, strict=True))
+            yield row
 
 
 def _flush(path: Path) -> None:

@@ -28,7 +28,7 @@ def test_class_folders_become_a_data_set(empty: Workspace, photos: Path) -> None
     assert (first["width"], first["height"]) == ("40", "48")
     stored = packed.load(out / "pixels")
     assert stored.array.shape == (24, 256, 256, 3)
-    assert isinstance(stored.array[0].base, np.memmap)
+    assert isinstance(stored.array[0].base.base, np.memmap)
     assert json.loads((out / "report.json").read_text())["classes"] == {"dark": 12, "light": 12}
 
 

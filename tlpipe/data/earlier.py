@@ -53,17 +53,20 @@ class Earlier:
             if found.data_sha256 != files.sha256(manifest):
                 return
             entries = list(load_manifest(manifest))
-            keys = {entry.path: int.from_bytes(entry.key) for entry in entries}
-            pairs = [(keys[d.path], keys[d.other]) for d in load_duplicates(duplicates)]
+            keys = [entry.key for entry in entries]
+            numbers = [int.from_bytes(key) for key in keys]
+            of = dict(zip((entry.path for entry in entries), numbers, strict=True))
+            pairs = [(of[pair.path], of[pair.other]) for pair in load_duplicates(duplicates)]
         except (ArtifactError, OSError, KeyError, ValueError, TypeError):
             return
         self.pixels = found
-        self.keys = np.array([int.from_bytes(entry.key) for entry in entries], np.uint64)
+        self.keys = np.array(numbers, np.uint64)
         self.near = pairs
-        self._by_key = {entry.key: (entry, row) for row, entry in enumerate(entries)}
+        known = zip(entries, range(len(entries)), strict=True)
+        self._by_key = dict(zip(keys, known, strict=True))
         with suppress(ArtifactError):
             rows = files.read_csv(_seen_path(manifest), _SEEN)
-            self._seen = {name: known for name, *known in map(dict.values, rows)}
+            self._seen = {name: known for name, *known in rows}
 
     def by_key(self, key: bytes) -> Known | None:
         """Return the entry of an equal image and its row, if there is one."""

@@ -27,6 +27,7 @@ Keys = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 _values = attrgetter(*Entry.__slots__)
+_BLOCK = 4096
 _RECORD = struct.Struct("<QQQI")
 _RECORDS = np.dtype([("content", "<u8"), ("of_file", "<u8"), ("given", "<u8"), ("label", "<u4")])
 
@@ -101,25 +102,22 @@ class Journal:
         # While these are looked for, the records are not in memory.
         found = list(self._near(keep, earlier))
         allocator.trim()
-        records = self._load_records()
-        content, of_file, given = (records[name] for name in ("content", "of_file", "given"))
         parents = np.arange(self.count, dtype=np.int32)
-        for keys, which in ((content, keep), (of_file, keep), (given, keep & (given != 0))):
-            _link_equal(parents, keys, which)
+        equal = _link_equal(parents, self._column("content"), keep)
+        of_file = self._column("of_file")
+        _link_equal(parents, of_file, keep)
         near = sorted((i, j) for i, j in found if of_file[i] != of_file[j])
         for i, j in near:
             _union(parents, i, j)
-        roots = np.fromiter((_root(parents, row) for row in range(self.count)), np.int32)
+        given = self._column("given")
+        _link_equal(parents, given, keep & (given != 0))
         # Named by its smallest member, whatever the order of the files.
+        own = np.where(given, given, self._column("content"))
         name = np.full(self.count, np.iinfo(np.uint64).max, np.uint64)
-        np.minimum.at(name, roots[keep], np.where(given, given, content)[keep])
-        return Groups(
-            keep=keep,
-            name=name[roots],
-            equal=int(keep.sum()) - len(np.unique(content[keep])),
-            nearly_equal=len({row for pair in near for row in pair}),
-            pairs=near,
-        )
+        roots = np.fromiter((_root(parents, row) for row in range(self.count)), np.int32)
+        np.minimum.at(name, roots[keep], own[keep])
+        rows = {row for pair in near for row in pair}
+        return Groups(keep, name[roots], equal, len(rows), near)
 
     def duplicates(self, pairs: Sequence[tuple[int, int]]) -> Iterator[Duplicate]:
         """Yield the images of some pairs of rows."""
@@ -130,7 +128,7 @@ class Journal:
 
     def labels(self, keep: Flags) -> Counter[str]:
         """Count the labels of the images that are kept."""
-        counts = np.bincount(self._load_records()["label"][keep], minlength=len(self._labels))
+        counts = np.bincount(self._column("label")[keep], minlength=len(self._labels))
         return Counter(dict(zip(self._labels, counts.tolist(), strict=True)))
 
     def entries(self, groups: Groups, data_version: str) -> Iterator[Entry]:
@@ -149,7 +147,8 @@ class Journal:
         """Return the writer of the images that are kept."""
         if keep.all():
             return self._pixels
-        keys = self._load_records()["content"].astype(">u8")
+        allocator.trim()
+        keys = self._column("content").astype(">u8")
         return packed.keep_rows(self._pixels, keys, np.flatnonzero(keep))
 
     def remove(self) -> None:
@@ -161,6 +160,7 @@ class Journal:
     def _near(self, keep: Flags, earlier: Earlier) -> Iterator[tuple[int, int]]:
         """Yield the pairs of rows that are nearly equal; of equal ones the first stands for all."""
         which, new, known = self._to_compare(keep, earlier)
+        allocator.trim()
         yield from known
         thumbnails = Thumbnails(self._folder, self.count)
         yield from near_duplicates.near_pairs(thumbnails, which, new)
@@ -171,7 +171,7 @@ class Journal:
     ) -> tuple[Flags, Flags, list[tuple[int, int]]]:
         """Return (N,) which rows to compare, (N,) which of them are new, and the known pairs."""
         kept = np.flatnonzero(keep)
-        keys, first = np.unique(self._load_records()["content"][kept], return_index=True)
+        keys, first = np.unique(self._column("content")[kept], return_index=True)
         rows = kept[first]
         which, new = np.zeros((2, self.count), dtype=bool)
         which[rows] = new[rows] = True
@@ -184,8 +184,7 @@ class Journal:
 
     def _without_conflicts(self) -> Flags:
         """Return (N,): not the very same image under two labels. Those become rejects."""
-        records = self._load_records()
-        content, labels = records["content"], records["label"]
+        content, labels = self._column("content"), self._column("label")
         order = np.lexsort((labels, content))
         same = content[order][1:] == content[order][:-1]
         differs = same & (labels[order][1:] != labels[order][:-1])
@@ -199,8 +198,14 @@ class Journal:
             self.rejects.append(Reject(entry.path, "conflict", detail))
         return keep
 
-    def _load_records(self) -> npt.NDArray[np.void]:
-        return np.fromfile(self._records, _RECORDS)
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        """Return (N,) numbers of all rows, read anew: so much less is in memory at once."""
+        column = np.empty(self.count, _RECORDS[name])
+        with self._records.open("rb") as file:
+            for start in range(0, self.count, _BLOCK):
+                block = np.fromfile(file, _RECORDS, min(_BLOCK, self.count - start))
+                column[start : start + len(block)] = block[name]
+        return column
 
     def _some(self, rows: Iterable[int]) -> Iterator[tuple[int, Entry]]:
         wanted = set(rows)
@@ -218,12 +223,14 @@ def _number(group: str) -> int:
     return int.from_bytes(hashlib.sha256(group.encode(errors="surrogateescape")).digest()[:8])
 
 
-def _link_equal(parents: Rows, keys: Keys, which: Flags) -> None:
-    """Put together the rows ``which`` with equal keys."""
+def _link_equal(parents: Rows, keys: Keys, which: Flags) -> int:
+    """Put together the rows ``which`` with equal keys; return how many equal an earlier one."""
     rows = np.flatnonzero(which)
     order = rows[np.argsort(keys[rows], kind="stable")]
-    for i in np.flatnonzero(keys[order][1:] == keys[order][:-1]).tolist():
+    found = np.flatnonzero(keys[order][1:] == keys[order][:-1]).tolist()
+    for i in found:
         _union(parents, order[i], order[i + 1])
+    return len(found)
 
 
 def _union(parents: Rows, i: int, j: int) -> None:

@@ -90,7 +90,7 @@ def load_manifest(path: Path) -> Iterator[Entry]:
     Raises:
         ArtifactError: it is missing or has other columns.
     """
-    return (entry_of(list(row.values())) for row in files.read_csv(path, _names(Entry)))
+    return map(entry_of, files.read_csv(path, _names(Entry)))
 
 
 def entry_of(values: Sequence[str]) -> Entry:
@@ -115,7 +115,7 @@ def load_duplicates(path: Path) -> Iterator[Duplicate]:
     Raises:
         ArtifactError: it is missing or has other columns.
     """
-    return (Duplicate(**row) for row in files.read_csv(path, _names(Duplicate)))
+    return (Duplicate(*row) for row in files.read_csv(path, _names(Duplicate)))
 
 
 def save_split(path: Path, assignments: Sequence[Assignment]) -> None:
@@ -129,7 +129,7 @@ def load_split(path: Path) -> list[Assignment]:
     Raises:
         ArtifactError: it is missing or has other columns.
     """
-    return [Assignment(**row) for row in files.read_csv(path, _names(Assignment))]
+    return [Assignment(*row) for row in files.read_csv(path, _names(Assignment))]
 
 
 def evenly(rows: Sequence[int], count: int) -> list[int]:

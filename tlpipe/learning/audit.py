@@ -16,6 +16,7 @@ from pydantic import Field
 from tlpipe import files, pictures
 from tlpipe.data import charts
 from tlpipe.data import pixels as packed
+from tlpipe.data.chunks import Chunks
 from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split
 from tlpipe.errors import ArtifactError
 from tlpipe.features import activations as stored
@@ -181,7 +182,7 @@ def _judge(
 def _draw_suspects(
     path: Path,
     entries: Sequence[Entry],
-    squares: packed.Squares,
+    squares: Chunks,
     found: Sequence[Suspect],
     most: int,
 ) -> None:
@@ -191,9 +192,7 @@ def _draw_suspects(
     pictures.gallery(path, [squares[s.row] for s in shown], captions, title=title)
 
 
-def _draw_sheets(
-    folder: Path, entries: Sequence[Entry], squares: packed.Squares, most: int
-) -> None:
+def _draw_sheets(folder: Path, entries: Sequence[Entry], squares: Chunks, most: int) -> None:
     """Draw a sheet of each class, its images taken evenly from the whole class."""
     rows: dict[str, list[int]] = {}
     for row, entry in enumerate(entries):

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from tlpipe import files, pictures
 from tlpipe.data import pixels as packed
+from tlpipe.data.chunks import Chunks
 from tlpipe.data.manifest import Assignment, load_split
 from tlpipe.errors import ArtifactError
 from tlpipe.inference.predictor import Prediction, Predictor
@@ -109,9 +110,7 @@ def _class_numbers(rows: Sequence[Assignment], labels: Sequence[str]) -> scores.
     return np.array([numbers[row.label] for row in rows], dtype=np.int64)
 
 
-def _probabilities(
-    predictor: Predictor, squares: packed.Squares, rows: Sequence[int]
-) -> scores.Floats:
+def _probabilities(predictor: Predictor, squares: Chunks, rows: Sequence[int]) -> scores.Floats:
     """Return (N, C) probabilities for the given rows of the stored pixels."""
     starts = range(0, len(rows), _BATCH)
     batches = [
@@ -135,7 +134,7 @@ def _save_predictions(path: Path, answers: Sequence[Answer]) -> None:
     files.write_csv(path, PREDICTIONS, table)
 
 
-def _save_examples(folder: Path, squares: packed.Squares, answers: Sequence[Answer]) -> None:
+def _save_examples(folder: Path, squares: Chunks, answers: Sequence[Answer]) -> None:
     """Write the first test image of each class as a file, to try the classifier on."""
     first: dict[str, Answer] = {}
     for answer in answers:
@@ -146,9 +145,7 @@ def _save_examples(folder: Path, squares: packed.Squares, answers: Sequence[Answ
             Image.fromarray(squares[answer.index]).save(target / f"{label}.png")
 
 
-def _draw_mistakes(
-    path: Path, squares: packed.Squares, answers: Sequence[Answer], most: int
-) -> None:
+def _draw_mistakes(path: Path, squares: Chunks, answers: Sequence[Answer], most: int) -> None:
     wrong = [answer for answer in answers if answer.prediction.label != answer.row.label]
     worst = sorted(wrong, key=lambda answer: -answer.prediction.probability)[:most]
     captions = [

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import crop_middle
-from tlpipe.data.pixels import Squares
 from tlpipe.errors import ParityError
 from tlpipe.features.backbone import Backbone, Weights, load_network
 from tlpipe.features.frozen import with_normalisation
@@ -34,7 +34,7 @@ def measure(
     model: Model,
     backbone: Backbone,
     weights: Weights,
-    pixels: Squares,
+    pixels: Chunks,
     rows: Sequence[int],
 ) -> Parity:
     """Run both on the given rows of the stored pixels."""
