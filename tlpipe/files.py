@@ -50,7 +50,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
+            # One that is linked was flushed by who wrote it.
+            if file.is_file() and file.stat().st_nlink == 1:
                 _flush(file)
         if path.exists():
             shutil.rmtree(path)

@@ -2,7 +2,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,16 +76,16 @@ def test_nor_do_those_that_join_a_group_or_fill_a_class(empty: Workspace) -> Non
     before = run(empty, old)
     # Each new image is like an old one, and its group takes the new image's name.
     new = [
-        replace(row, path=f"{row.label}/new-{i}", sha256=f"{i:064x}", group=f"{i:016x}")
+        row._replace(path=f"{row.label}/new-{i}", sha256=f"{i:064x}", group=f"{i:016x}")
         for i, row in enumerate(old)
     ]
-    joined = [replace(row, group=f"{i:016x}") for i, row in enumerate(old)]
+    joined = [row._replace(group=f"{i:016x}") for i, row in enumerate(old)]
     more = entries(400, start=2000, labels="abc")
     after = run(empty, joined + new + more)
     assert {path: after[path] for path in before} == before
     for i, row in enumerate(old):
         assert after[f"{row.label}/new-{i}"] == before[row.path]
-    renamed = [replace(row, path=f"{row.label}/renamed-{row.path[2:]}") for row in old]
+    renamed = [row._replace(path=f"{row.label}/renamed-{row.path[2:]}") for row in old]
     moved = run(empty, renamed)
     assert [moved[row.path] for row in renamed] == [before[row.path] for row in old]
 
@@ -96,8 +95,8 @@ def test_an_image_like_two_old_ones_in_different_splits_is_left_out(empty: Works
     before = run(empty, old)
     a = next(row for row in old if before[row.path] == "train")
     b = next(row for row in old if before[row.path] == "test" and row.label == a.label)
-    bridge = replace(a, path=f"{a.label}/bridge", sha256="f" * 64, group="one")
-    rows = [replace(row, group="one") if row in (a, b) else row for row in old]
+    bridge = a._replace(path=f"{a.label}/bridge", sha256="f" * 64, group="one")
+    rows = [row._replace(group="one") if row in (a, b) else row for row in old]
     after = run(empty, [*rows, bridge])
     assert after.pop(bridge.path) == "unused"
     assert after == before
@@ -135,7 +134,7 @@ def test_given_splits_are_kept_and_completed() -> None:
 @pytest.mark.fault("D24", "D25", "D31")
 def test_given_splits_that_share_images_are_refused_or_mended() -> None:
     train, test = entries(60, "train"), entries(40, "test", start=60)
-    copies = [replace(row, path=f"copy/{i}", split="train") for i, row in enumerate(test[:3])]
+    copies = [row._replace(path=f"copy/{i}", split="train") for i, row in enumerate(test[:3])]
     with pytest.raises(DataError, match=r"3 images stand in two of the given splits.*copy/0 is in"):
         splits(train + test + copies)
     result = assign(train + test + copies, Params(leaks="drop"))
@@ -169,7 +168,7 @@ def test_photos_of_many_small_classes_each_train_somewhere() -> None:
     for photo in range(40):
         for label in (f"rare {photo // 2}", "common"):
             row = entries(1, start=photo)[0]
-            rows.append(replace(row, label=label, box=label, path=f"{photo}#{label}"))
+            rows.append(row._replace(label=label, box=label, path=f"{photo}#{label}"))
     result = splits(rows, small_classes="train")
     assert {row.label for row, split in zip(rows, result, strict=True) if split == "train"} == {
         row.label for row in rows
@@ -197,7 +196,7 @@ def test_folds_test_every_image_once_and_are_even() -> None:
 
 def test_folds_keep_groups_whole_and_old_images_in_place(empty: Workspace) -> None:
     empty.replace("params.yaml", "test: 0.2\n", "test: 0.2\n  folds: 4\n")
-    rows = [replace(row, group=f"{i // 2:016x}") for i, row in enumerate(entries(80))]
+    rows = [row._replace(group=f"{i // 2:016x}") for i, row in enumerate(entries(80))]
     save_manifest(empty.path / "manifest.csv", rows)
     empty.run(*SPLIT)
     before = {row["path"]: row["fold"] for row in empty.rows("out/split.csv")}

@@ -23,7 +23,7 @@ Names = Sequence[tuple[str, int]]
 # A chunk ends after every 32nd row on average, and before it has more bytes than this.
 _ENDS, _BYTES = 32, 2**24
 _MOST_MAPPED = 16_384  # a quarter of what Linux allows a process
-_UNFINISHED = ".chunk"
+_UNFINISHED, _BUFFER = ".chunk", 2**18
 
 
 class Chunks(Sequence[Array]):
@@ -143,7 +143,7 @@ class RowFile:
         """Begin a file of rows of this shape."""
         self._row, self._dtype = row, np.dtype(dtype)
         self._count = 0
-        self._file: IO[bytes] = path.open("wb")
+        self._file: IO[bytes] = path.open("wb", buffering=_BUFFER)
         self._write_header()
 
     def append(self, row: Array) -> None:

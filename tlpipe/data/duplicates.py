@@ -67,9 +67,9 @@ def describe(thumbnails: npt.NDArray[np.uint8]) -> Floats:
 
     Returns: (N, 6, 6), rows are vertical frequencies; NaN for images without structure.
     """
-    wide = thumbnails.astype(np.uint16)
-    rows = wide[:, ::2] + wide[:, 1::2]
-    small = (rows[:, :, ::2] + rows[:, :, 1::2]).astype(np.float32) / 4
+    rows = np.add(thumbnails[:, ::2], thumbnails[:, 1::2], dtype=np.uint16)
+    small = np.add(rows[:, :, ::2], rows[:, :, 1::2], dtype=np.float32)
+    small *= 0.25
     small -= small.mean(axis=(1, 2), keepdims=True)
     norm = np.sqrt(np.einsum("nij,nij->n", small, small))[:, None, None]
     norm[norm < _FLAT * small.shape[1]] = np.nan
@@ -218,7 +218,7 @@ def _squares(mine: Codes, others: Codes) -> Floats:
 
 def _part(rows: npt.NDArray[Any]) -> int:
     """Return how many others are compared with all of the rows at once."""
-    return max(2**20 // max(len(rows), 1), 1)
+    return max(2**16 // max(len(rows), 1), 1)
 
 
 def _split(rows: npt.NDArray[Any], size: int) -> Iterator[Rows]:

@@ -5,7 +5,7 @@ as it did: the file ``.seen.csv`` beside the manifest notes how. That one is no 
 and inodes are not the same anywhere else; without it files are only read again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tlpipe.data.manifest import Entry, load_duplicates, load_manifest
 from tlpipe.data.pixels import PackedPixels
 from tlpipe.errors import ArtifactError
 
-_SEEN = ("name", "stamp", "sha256")
+SEEN = ("name", "stamp", "sha256")
 Known = tuple[Entry, int]
 
 
@@ -65,7 +65,7 @@ class Earlier:
         known = zip(entries, range(len(entries)), strict=True)
         self._by_key = dict(zip(keys, known, strict=True))
         with suppress(ArtifactError):
-            rows = files.read_csv(_seen_path(manifest), _SEEN)
+            rows = files.read_csv(_seen_path(manifest), SEEN)
             self._seen = {name: known for name, *known in rows}
 
     def by_key(self, key: bytes) -> Known | None:
@@ -80,9 +80,9 @@ class Earlier:
         return self._by_key.get(bytes.fromhex(known[1][:16]))
 
 
-def remember(manifest: Path, seen: Iterable[tuple[str, str, str]]) -> None:
-    """Note how the files of this run lie there: name, stamp and sha256 of each."""
-    files.write_csv(_seen_path(manifest), _SEEN, seen)
+def remember(manifest: Path, seen: Path) -> None:
+    """Keep the table that notes how the files of this run lie there, a row of ``SEEN`` for each."""
+    seen.replace(_seen_path(manifest))
 
 
 def _seen_path(manifest: Path) -> Path:

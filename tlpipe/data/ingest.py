@@ -123,7 +123,7 @@ def run(
         described = _Description()
         save_duplicates(duplicates, described.compare(journal.duplicates(groups.pairs)))
         save_manifest(manifest, described.watch(entries))
-        remember(manifest, journal.seen())
+        remember(manifest, journal.seen)
         journal.remove()
         writer.finish(files.sha256(manifest), data_version)
     content = {

@@ -6,7 +6,6 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from tlpipe import allocator, files
 from tlpipe.data import duplicates as near_duplicates
 from tlpipe.data import pixels as packed
-from tlpipe.data.earlier import Earlier
+from tlpipe.data.earlier import SEEN, Earlier
 from tlpipe.data.images import Sampling
 from tlpipe.data.manifest import Duplicate, Entry, entry_of
 from tlpipe.data.pixels import PackedPixels, Thumbnails
@@ -26,7 +25,6 @@ from tlpipe.sources.candidates import Reject
 Keys = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
-_values = attrgetter(*Entry.__slots__)
 _BLOCK = 4096
 _RECORD = struct.Struct("<QQQI")
 _RECORDS = np.dtype([("content", "<u8"), ("of_file", "<u8"), ("given", "<u8"), ("label", "<u4")])
@@ -52,16 +50,20 @@ class Journal:
     """Takes down what becomes of each candidate, in a folder that is still being made."""
 
     def __init__(self, folder: Path, sampling: Sampling, known: PackedPixels | None) -> None:
-        """Begin; ``known``: the pixels that recalled images are rows of."""
+        """Begin; ``known``: the pixels that recalled images are rows of.
+
+        ``seen`` is the table of those whole files that have a stamp.
+        """
         self.count = self.decoded = 0
         self.rejects: list[Reject] = []
         self._folder = folder
-        self._entries, self._seen = folder / "entries.csv", folder / "seen.csv"
+        self._entries, self.seen = folder / "entries.csv", folder / "seen.csv"
         self._records = folder / "records"
-        tables = [files.open_csv(path, "w") for path in (self._entries, self._seen)]
+        tables = [files.open_csv(path, "w") for path in (self._entries, self.seen)]
         numbers = self._records.open("wb")
         self._files: list[IO[Any]] = [*tables, numbers]
         self._write_entry, self._write_seen = (files.csv_writer(file).writerow for file in tables)
+        self._write_seen(SEEN)
         self._write_record = numbers.write
         self._pixels = packed.Writer(folder, sampling, known)
         self._labels = dict[str, int]()
@@ -73,7 +75,7 @@ class Journal:
             return
         entry = outcome.entry
         self._pixels.append(entry.key, outcome.square, outcome.thumbnail)
-        self._write_entry(_values(entry))
+        self._write_entry(entry)
         if outcome.stamp:
             self._write_seen((entry.path, outcome.stamp, entry.sha256))
         record = (
@@ -138,11 +140,6 @@ class Journal:
                 *known, _, split, _ = values
                 yield entry_of([*known, f"{name:016x}", split, data_version])
 
-    def seen(self) -> Iterator[tuple[str, str, str]]:
-        """Yield name, stamp and sha256 of the files that have a stamp."""
-        with files.open_csv(self._seen, "r") as file:
-            yield from csv.reader(file)
-
     def pixels(self, keep: Flags) -> packed.Writer:
         """Return the writer of the images that are kept."""
         if keep.all():
@@ -154,7 +151,6 @@ class Journal:
     def remove(self) -> None:
         """Remove what is no part of the pixels."""
         self._entries.unlink()
-        self._seen.unlink()
         self._records.unlink()
 
     def _near(self, keep: Flags, earlier: Earlier) -> Iterator[tuple[int, int]]:

@@ -7,9 +7,8 @@ table and of the pixels is the same image; the order is that of the paths.
 import binascii
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
-from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from tlpipe import files
 from tlpipe.sources.candidates import Reject
@@ -18,8 +17,7 @@ SPLITS = ("train", "validation", "test")
 UNUSED = "unused"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One usable image.
 
     ``sha256`` is of the file's bytes; ``box`` is the part of it that the image is, as
@@ -53,8 +51,7 @@ class Entry:
         return hashlib.sha256(f"{self.sha256} {self.box}".encode()).digest()[:8]
 
 
-@dataclass(frozen=True)
-class Duplicate:
+class Duplicate(NamedTuple):
     """Two nearly equal images of different files, by their paths, and their labels."""
 
     path: str
@@ -63,8 +60,7 @@ class Duplicate:
     other_label: str
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """The split of one image: ``train``, ``validation``, ``test``, or ``unused``.
 
     ``fold`` is its number among ``split.folds``, or empty. ``sha256`` and ``box`` say which image
@@ -81,7 +77,7 @@ class Assignment:
 
 def save_manifest(path: Path, entries: Iterable[Entry]) -> None:
     """Write the manifest as CSV."""
-    files.write_csv(path, _names(Entry), map(attrgetter(*_names(Entry)), entries))
+    files.write_csv(path, Entry._fields, entries)
 
 
 def load_manifest(path: Path) -> Iterator[Entry]:
@@ -90,7 +86,7 @@ def load_manifest(path: Path) -> Iterator[Entry]:
     Raises:
         ArtifactError: it is missing or has other columns.
     """
-    return map(entry_of, files.read_csv(path, _names(Entry)))
+    return map(entry_of, files.read_csv(path, Entry._fields))
 
 
 def entry_of(values: Sequence[str]) -> Entry:
@@ -101,12 +97,12 @@ def entry_of(values: Sequence[str]) -> Entry:
 
 def save_rejects(path: Path, rejects: Iterable[Reject]) -> None:
     """Write the table of refused files as CSV."""
-    files.write_csv(path, _names(Reject), map(astuple, rejects))
+    files.write_csv(path, Reject._fields, rejects)
 
 
 def save_duplicates(path: Path, pairs: Iterable[Duplicate]) -> None:
     """Write the table of nearly equal images as CSV."""
-    files.write_csv(path, _names(Duplicate), map(astuple, pairs))
+    files.write_csv(path, Duplicate._fields, pairs)
 
 
 def load_duplicates(path: Path) -> Iterator[Duplicate]:
@@ -115,12 +111,12 @@ def load_duplicates(path: Path) -> Iterator[Duplicate]:
     Raises:
         ArtifactError: it is missing or has other columns.
     """
-    return (Duplicate(*row) for row in files.read_csv(path, _names(Duplicate)))
+    return (Duplicate(*row) for row in files.read_csv(path, Duplicate._fields))
 
 
 def save_split(path: Path, assignments: Sequence[Assignment]) -> None:
     """Write the split table as CSV."""
-    files.write_csv(path, _names(Assignment), map(astuple, assignments))
+    files.write_csv(path, Assignment._fields, assignments)
 
 
 def load_split(path: Path) -> list[Assignment]:
@@ -129,14 +125,10 @@ def load_split(path: Path) -> list[Assignment]:
     Raises:
         ArtifactError: it is missing or has other columns.
     """
-    return [Assignment(*row) for row in files.read_csv(path, _names(Assignment))]
+    return [Assignment(*row) for row in files.read_csv(path, Assignment._fields)]
 
 
 def evenly(rows: Sequence[int], count: int) -> list[int]:
     """Return at most ``count`` of the rows, spread evenly."""
     step = max(len(rows) / count, 1.0)
     return [rows[int(i * step)] for i in range(min(count, len(rows)))]
-
-
-def _names(row_type: type) -> list[str]:
-    return [field.name for field in fields(row_type)]

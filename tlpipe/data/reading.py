@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
 
 import numpy as np
@@ -154,7 +154,7 @@ def _read_parts(
         except ImageError as error:
             yield Reject(part.name, error.reason, error.detail)
             continue
-        entry = replace(_entry(part, image), **asdict(header))
+        entry = _entry(part, image)._replace(**asdict(header))
         yield Usable(entry, np.asarray(kept), packed.thumbnail(kept), stamp)
 
 

@@ -1,6 +1,6 @@
 """One labelled image of a source, before anyone looked inside."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 Box = tuple[int, int, int, int]
 _SPLITS = {
@@ -15,8 +15,7 @@ _SPLITS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A file, or a part of one, under a label.
 
     ``name`` is unique in the source; ``file`` is what the storage reads; ``split`` and ``group``
@@ -34,8 +33,7 @@ class Candidate:
     avoid: tuple[Box, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Reject:
+class Reject(NamedTuple):
     """One refused file or part: ``reason`` is a code, ``detail`` a sentence."""
 
     path: str

@@ -103,7 +103,9 @@ class Folder:
 
     def has_files(self, under: str) -> bool:
         """Return whether any file lies in ``under``."""
-        return next(self._walk(under), None) is not None
+        # Not by the walk, which would list the whole folder to sort it.
+        names = self._unsorted(under)
+        return any(not n.endswith("/") or self.has_files(under + n) for n in names)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a regular file that lies inside the folder.
@@ -163,13 +165,15 @@ class Folder:
 
     def _listed(self, under: str) -> list[str]:
         """Return what lies in a folder; with its slash a folder sorts as its files do."""
+        return sorted(self._unsorted(under))
+
+    def _unsorted(self, under: str) -> Iterator[str]:
         try:
             with os.scandir(self._root / under) as entries:
-                return sorted(
-                    entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
-                    for entry in entries
-                    if not is_ignored(entry.name)
-                )
+                for entry in entries:
+                    if not is_ignored(entry.name):
+                        is_folder = entry.is_dir(follow_symlinks=False)
+                        yield entry.name + "/" if is_folder else entry.name
         except OSError as error:
             raise DataError(
                 f"the folder {error.filename} cannot be read: {error.strerror}."
