@@ -34,7 +34,7 @@ _FREQUENCIES, _LOWEST = 6, 8
 _NEIGHBOURS, _NEAREST = 49, 4  # the first of them is the row itself
 _FLAT = 4.0  # gray levels of standard deviation, below which there is nothing to compare
 _MOST_CHANGE = 0.25  # of half a side, that a crop may move or stretch an image
-_BLOCK, _PAIRS = 256, 64
+_BLOCK, _PAIRS = 256, 32
 _STEPS = 127  # frequencies are at most 1, and kept as so many steps: distances are then exact
 _REACH, _LOW_REACH = (_RADIUS * _STEPS) ** 2, (_LOW_RADIUS * _STEPS) ** 2
 _FEW = 2**25  # comparisons that take less time than to load the tree that would spare them
@@ -54,7 +54,9 @@ def near_pairs(
     with threadpool_limits(1), _Frequencies(thumbnails, which) as frequencies:
         rows = frequencies.rows
         is_new = np.ones(len(rows), dtype=bool) if new is None else new[rows]
-        pairs = _candidates(_neighbours(frequencies, is_new), is_new)
+        neighbours = _neighbours(frequencies, is_new)
+        allocator.trim()
+        pairs = _candidates(neighbours, is_new)
         while some := list(islice(pairs, _PAIRS)):
             found = np.array(some, dtype=np.int32)
             found[:, :2] = rows[found[:, :2]]
