@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ def test_labels_that_were_swapped_are_suspicious(main_job: Workspace) -> None:
     swapped = range(5, 1000, 50)
     for row in swapped:
         other = str((int(entries[row].label) + 3) % 10)
-        entries[row] = replace(entries[row], label=other)
+        entries[row] = entries[row]._replace(label=other)
     found = [suspect.row for suspect in find_suspects(entries, features, Params())]
     assert len(set(found) & set(swapped)) >= 16
     assert len(set(found) - set(swapped) - before) <= 15
@@ -30,7 +29,7 @@ def test_a_class_too_small_to_judge_is_left_out(main_job: Workspace) -> None:
     entries = list(load_manifest(folder / "ingest/manifest.csv"))
     features, _ = stored.load(folder / "embed/activations")
     for row in (0, 100):
-        entries[row] = replace(entries[row], label="tiny")
+        entries[row] = entries[row]._replace(label="tiny")
     assert not {0, 100} & {s.row for s in find_suspects(entries, features, Params())}
 
 
