@@ -120,6 +120,8 @@ class Writer:
         for row in self._recalled:
             assert self._known is not None
             chunk.append(self._known[row])
+            if chunk.count % _ENDS == 0:
+                self._known.unmap()  # what was read would count as memory until the chunk ends
         self._recalled = []
 
     def _finish(self) -> None:
@@ -141,8 +143,8 @@ class RowFile:
 
     def __init__(self, path: Path, row: tuple[int, ...], dtype: str) -> None:
         """Begin a file of rows of this shape."""
+        self.count = 0
         self._row, self._dtype = row, np.dtype(dtype)
-        self._count = 0
         self._file: IO[bytes] = path.open("wb", buffering=_BUFFER)
         self._write_header()
 
@@ -150,7 +152,7 @@ class RowFile:
         """Write one more row."""
         assert row.shape == self._row and row.dtype == self._dtype
         self._file.write(np.ascontiguousarray(row).data)
-        self._count += 1
+        self.count += 1
 
     def close(self) -> None:
         """Complete the file."""
@@ -161,7 +163,7 @@ class RowFile:
         # NumPy leaves room in the header for the first axis to grow.
         self._file.seek(0)
         descr = np.lib.format.dtype_to_descr(self._dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (self._count, *self._row)}
+        header = {"descr": descr, "fortran_order": False, "shape": (self.count, *self._row)}
         np.lib.format.write_array_header_1_0(self._file, header)
 
 

@@ -232,7 +232,7 @@ def _split(rows: npt.NDArray[Any], size: int) -> Iterator[Rows]:
 def _candidates(neighbours: Rows, is_new: Flags) -> Iterator[tuple[int, int, bool]]:
     """Yield each pair of neighbours with a new one once: row, later row, whether mirrored."""
     has_any = (neighbours != np.arange(len(neighbours))[:, None]).any(axis=1)
-    for i in np.flatnonzero(has_any).tolist():
+    for i in map(int, np.flatnonzero(has_any)):  # a list would take more than the neighbours
         for found in neighbours[i].tolist():
             j, is_mirrored = (~found, True) if found < 0 else (found, False)
             if not (is_new[i] or is_new[j]):
