@@ -46,7 +46,7 @@ test: setup
 	mypy
 	lint-imports
 	hadolint Dockerfile
-	pytest
+	pytest -n 2 --dist loadscope
 
 flow: setup
 	@tlpipe check

@@ -58,7 +58,7 @@ def main() -> None:
     # No network unless asked for: these are read when the packages are imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tlpipe").setLevel(logging.INFO)
     try:
@@ -272,6 +272,37 @@ def check(params: ParamsFile = PARAMS_FILE) -> None:
         pass
     for pattern in versioning.hide_unreadable(params.parent, Path(section.source)):
         print(f"{pattern} cannot be read and is now in .dvcignore; see rejects.csv after ingest")
+
+
+@app.command()
+def backbones(
+    pattern: Annotated[
+        str, typer.Argument(help="A name, or a pattern such as 'resnet*' or 'timm/vit_tiny*'.")
+    ] = "*",
+) -> None:
+    """List pretrained networks: their stages, what these give, whether weights are here."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tlpipe.features import backbone, weights
+    from tlpipe.progress import track
+
+    console = Console()
+    names = backbone.matching(pattern)
+    for name in track(names, total=len(names), description="backbones"):
+        found = backbone.describe(name)
+        at_hand = "weights here" if weights.at_hand(found.pretrained) else "weights to be fetched"
+        what = at_hand if found.pretrained else "no pretrained weights"
+        side = found.preprocessing.crop_px
+        title = f"{name}: {found.parameters:,} parameters, {side} px, {what}"
+        table = Table("stage", "gives", "KiB an image", "parameters", title=title)
+        table.title_justify = "left"
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for stage in found.stages:
+            shape = " x ".join(map(str, stage.shape))
+            table.add_row(stage.name, shape, f"{stage.kib:.1f}", f"{stage.parameters:,}")
+        console.print(table)
 
 
 @app.command(hidden=True)

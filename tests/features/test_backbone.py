@@ -1,17 +1,28 @@
 import hashlib
 import pickle
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 
-from tests.conftest import Workspace
+from tests.conftest import SHARED, Workspace, free_port, server
 from tlpipe.errors import WeightsError
-from tlpipe.features.backbone import BACKBONES, IMAGENET, Weights, find_weights, load_network
+from tlpipe.features import activations
+from tlpipe.features import weights as pretrained
+from tlpipe.features.backbone import Backbone, describe, load_network
+from tlpipe.features.weights import IMAGENET, NONE, Pretrained, Weights
 
-LITE0 = BACKBONES["efficientnet_lite0"]
+LITE0 = describe("efficientnet_lite0")
+
+
+def find_weights(backbone: Backbone, source: str, sha256: str | None) -> Weights:
+    return pretrained.find(backbone.name, backbone.pretrained, source, sha256)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +36,7 @@ def digest(path: Path) -> str:
 
 def test_the_stages_in_order_are_the_whole_network(imagenet: Weights) -> None:
     network = load_network(LITE0, imagenet)
-    assert tuple(name for name, _ in network.named_children()) == LITE0.stages
+    assert [name for name, _ in network.named_children()] == [s.name for s in LITE0.stages]
     assert not network.training
     images = torch.linspace(-1, 1, 3 * 224 * 224).reshape(1, 3, 224, 224)
     with torch.inference_mode():
@@ -38,7 +49,6 @@ def test_the_stages_in_order_are_the_whole_network(imagenet: Weights) -> None:
 
 def test_the_packaged_weights_are_the_ones_that_recognise_insects(imagenet: Weights) -> None:
     """The mapping of names is right: a wrong one also loads, and recognises nothing."""
-    from tests.conftest import SHARED
     from tlpipe.data.images import crop_middle, read_square
     from tlpipe.features.frozen import with_normalisation
 
@@ -133,3 +143,139 @@ def test_embed_refuses_in_one_line_and_leaves_nothing(
     assert line.startswith("tlpipe: ")
     assert message in line
     assert not (empty.path / "a").exists()
+
+
+def test_a_backbone_is_described_stage_by_stage() -> None:
+    """The sizes are those of the networks' papers; classifiers are left out."""
+    kib = {stage.name: round(stage.kib, 1) for stage in LITE0.stages}
+    assert kib == {
+        "stem": 784,
+        "blocks0": 392,
+        "blocks1": 147,
+        "blocks2": 61.2,
+        "blocks3": 30.6,
+        "blocks4": 42.9,
+        "blocks5": 18.4,
+        "blocks6": 30.6,
+        "features": 2.5,
+    }
+    resnet = describe("resnet18")
+    assert [stage.shape for stage in resnet.stages][-2:] == [(512, 7, 7), (512,)]
+    assert resnet.parameters == 11_689_512 - 513 * 1000  # what torchvision states, less the head
+    assert (resnet.preprocessing.crop_px, resnet.preprocessing.interpolation) == (224, "bilinear")
+    inception = describe("inception_v3").preprocessing
+    assert (inception.short_side_px, inception.crop_px) == (342, 299)
+    timm = describe("timm/vit_tiny_patch16_224").preprocessing
+    assert (timm.short_side_px, timm.mean) == (248, (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_larger_lites_come_from_their_packages(number: int) -> None:
+    backbone = describe(f"efficientnet_lite{number}")
+    network = load_network(backbone, find_weights(backbone, IMAGENET, None))
+    side = backbone.preprocessing.crop_px
+    assert side == (240, 260)[number - 1]
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, side, side)).shape == (1, 1280)
+
+
+def test_random_weights_are_the_same_every_time() -> None:
+    backbone = describe("mobilenet_v3_small")
+    first, second = (
+        load_network(backbone, find_weights(backbone, NONE, None)).state_dict() for _ in range(2)
+    )
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "builder"),
+    [
+        ("resnet18", lambda: torchvision.models.resnet18(num_classes=7)),
+        ("googlenet", lambda: torchvision.models.googlenet(aux_logits=False, init_weights=False)),
+        ("densenet121", lambda: torchvision.models.densenet121(num_classes=3)),
+        ("timm/resnet18", lambda: timm.create_model("resnet18", num_classes=7)),
+        ("timm/resnet18", lambda: timm.create_model("resnet18", num_classes=0)),
+        ("timm/vit_tiny_patch16_224", lambda: timm.create_model("vit_tiny_patch16_224")),
+    ],
+)
+def test_a_file_of_weights_fits_whatever_its_classifier(
+    name: str, builder: Callable[[], torch.nn.Module], tmp_path: Path
+) -> None:
+    saved = builder()
+    path = tmp_path / "mine.pth"
+    torch.save(saved.state_dict(), path)
+    backbone = describe(name)
+    network = load_network(backbone, find_weights(backbone, str(path), digest(path)))
+    expected = saved.state_dict()
+    found = {key: tensor for stage in network for key, tensor in stage.state_dict().items()}
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    assert len(found) > 50
+
+
+def test_weights_that_others_trained_load_into_their_network() -> None:
+    path = SHARED / "weights" / "mobilenet_v2-qatdeq-47b54f94.pth"
+    if not path.exists():
+        pytest.skip("the real weights are not here")
+    backbone = describe("mobilenet_v2")
+    network = load_network(backbone, find_weights(backbone, str(path), digest(path)))
+    stem = next(network.children()).state_dict()["features.0.0.weight"]
+    assert torch.equal(stem, torch.load(path, weights_only=True)["features.0.0.weight"])
+
+
+def test_weights_that_cannot_be_fetched_are_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    here = Pretrained(url=f"http://127.0.0.1:{free_port()}/resnet18-f37072fd.pth")
+    with pytest.raises(WeightsError, match=r"weights of mine are not here .* name a file"):
+        pretrained.find("mine", here, IMAGENET, None)
+    with pytest.raises(WeightsError, match=r"nobody offers pretrained weights of mine"):
+        pretrained.find("mine", None, IMAGENET, None)
+    absent = Pretrained(package="no_such_package", file="a.pth")
+    with pytest.raises(WeightsError, match="expected the package no-such-package"):
+        pretrained.find("mine", absent, IMAGENET, None)
+
+
+def test_weights_are_fetched_once_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    content = b"weights"
+    (tmp_path / "a.pth").write_bytes(content)
+    known = hashlib.sha256(content).hexdigest()
+    (tmp_path / f"net-{known[:8]}.pth").write_bytes(content)
+    port = free_port()
+    command = (sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1")
+    with server(Workspace(tmp_path), *command, ready=f"http://127.0.0.1:{port}/a.pth"):
+        here = Pretrained(url=f"http://127.0.0.1:{port}/net-{known[:8]}.pth", sha256=known[:8])
+        assert pretrained.find("net", here, IMAGENET, None).sha256 == known
+        altered = Pretrained(url=f"http://127.0.0.1:{port}/a.pth", sha256="0" * 8)
+        with pytest.raises(WeightsError, match="invalid hash value"):
+            pretrained.find("net", altered, IMAGENET, None)
+    assert pretrained.find("net", here, IMAGENET, None).sha256 == known  # the server is gone
+    assert pretrained.at_hand(altered) is None
+
+
+def test_backbones_lists_stages_and_what_they_give(empty: Workspace) -> None:
+    shown = empty.run("tlpipe", "backbones", "efficientnet_lite0").stdout
+    for text in ("3,371,008 parameters, 224 px", "weights here", "112 x 14 x 14", "42.9"):
+        assert text in " ".join(shown.split())
+    refused = empty.run("tlpipe", "backbones", "no_such*", code=3).stderr
+    assert refused.startswith("tlpipe: no backbone matches 'no_such*'")
+
+
+@pytest.mark.slow
+def test_another_backbone_embeds_and_says_what_it_was_trained_on(
+    empty: Workspace, photos: Path
+) -> None:
+    empty.replace("params.yaml", "backbone: efficientnet_lite0", "backbone: resnet18")
+    empty.replace("params.yaml", "weights: imagenet", "weights: none")
+    empty.set_source(photos)
+    refused = empty.ingest(code=3)
+    assert "ingest.interpolation is bicubic; the backbone resnet18 was trained with bili" in refused
+    empty.replace("params.yaml", "interpolation: bicubic", "interpolation: bilinear")
+    empty.ingest()
+    empty.run("tlpipe", "embed", "--pixels", "out/pixels", "--activations", "out/activations")
+    features, origin = activations.load(empty.path / "out" / "activations")
+    assert features.shape == (24, 512)
+    assert (origin.backbone, origin.weights, origin.boundary) == ("resnet18", "none", "features")

@@ -6,10 +6,11 @@ import pytest
 from tests.conftest import ROOT, Workspace
 
 EXPORT = """
-from tlpipe.features.backbone import BACKBONES, IMAGENET, find_weights
+from tlpipe.features.backbone import describe
 from tlpipe.features.frozen import frozen_graph
-backbone = BACKBONES["efficientnet_lite0"]
-print(frozen_graph(backbone, find_weights(backbone, IMAGENET, None)))
+from tlpipe.features.weights import IMAGENET, find
+backbone = describe("efficientnet_lite0")
+print(frozen_graph(backbone, find(backbone.name, backbone.pretrained, IMAGENET, None)))
 """
 
 

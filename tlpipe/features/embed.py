@@ -11,7 +11,8 @@ from tlpipe.data import pixels as packed
 from tlpipe.data.images import Sampling, crop_middle
 from tlpipe.errors import ParamsError, WeightsError
 from tlpipe.features import activations as stored
-from tlpipe.features.backbone import BACKBONES, IMAGENET, find_weights
+from tlpipe.features import weights as pretrained
+from tlpipe.features.backbone import describe
 from tlpipe.features.frozen import frozen_graph
 from tlpipe.params import Section
 from tlpipe.progress import track
@@ -26,12 +27,14 @@ class Params(Section):
     """Which pretrained network, and how much of it stays as it is."""
 
     backbone: str = Field(
-        default="efficientnet_lite0", description="Name of the pretrained network."
+        default="efficientnet_lite0",
+        min_length=1,
+        description="Name of the pretrained network; 'tlpipe backbones' lists them.",
     )
     weights: str = Field(
-        default=IMAGENET,
+        default=pretrained.IMAGENET,
         min_length=1,
-        description="'imagenet', or the path of a .safetensors or .pth file.",
+        description="'imagenet', 'none' for random ones, or a .safetensors or .pth file.",
     )
     weights_sha256: str | None = Field(
         default=None,
@@ -47,13 +50,6 @@ class Params(Section):
         le=256,
         description="Threads to compute with, here and in later stages; part of the provenance.",
     )
-
-    @field_validator("backbone")
-    @classmethod
-    def _known_backbone(cls, name: str) -> str:
-        if name not in BACKBONES:
-            raise ValueError(f"it must be one of: {', '.join(BACKBONES)}")
-        return name
 
     @field_validator("freeze")
     @classmethod
@@ -72,8 +68,10 @@ def run(*, pixels: Path, activations: Path, params: Params) -> None:
     """
     images = packed.load(pixels)
     check_sampling(images.sampling, params)
-    backbone = BACKBONES[params.backbone]
-    weights = find_weights(backbone, params.weights, params.weights_sha256)
+    backbone = describe(params.backbone)
+    weights = pretrained.find(
+        backbone.name, backbone.pretrained, params.weights, params.weights_sha256
+    )
     session = open_session(frozen_graph(backbone, weights), threads=params.threads)
     count, width = len(images.array), session.get_outputs()[0].shape[1]
     _log.info("%s x %s activations, %.1f MiB", count, width, count * width * 2 / 2**20)
@@ -97,7 +95,7 @@ def run(*, pixels: Path, activations: Path, params: Params) -> None:
             weights=params.weights,
             weights_sha256=weights.sha256,
             freeze=params.freeze,
-            boundary=backbone.stages[-1],
+            boundary=backbone.stages[-1].name,
             preprocessing=backbone.preprocessing,
             data_sha256=images.data_sha256,
             data_version=images.data_version,
@@ -111,9 +109,9 @@ def check_sampling(found: Sampling, params: Params) -> None:
     """Check that images are stored as the backbone was trained to see them.
 
     Raises:
-        ParamsError: another side or another interpolation.
+        ParamsError: another side or another interpolation, or no such backbone.
     """
-    expected = BACKBONES[params.backbone].preprocessing
+    expected = describe(params.backbone).preprocessing
     for key in Sampling.model_fields:
         if (value := getattr(found, key)) != (wanted := getattr(expected, key)):
             raise ParamsError(

@@ -6,7 +6,6 @@ returns features (N, D) float32. It is the first part of every classifier built 
 
 import hashlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from tlpipe import files
 from tlpipe.data.images import Preprocessing
-from tlpipe.features.backbone import Backbone, Weights, load_network
+from tlpipe.features.backbone import Backbone, cache_folder, load_network
+from tlpipe.features.weights import Weights
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 OPSET = 20
 IMAGES, FEATURES = "images", "features"
+_MODULES = ("backbone", "stages", "frozen")
 _log = logging.getLogger(__name__)
 
 
 def frozen_graph(backbone: Backbone, weights: Weights) -> Path:
     """Return the frozen part's ONNX file, exporting it if the cache does not hold it intact."""
-    path = _cache_folder() / f"{backbone.name}-{_key(backbone, weights)}.onnx"
+    name = backbone.name.replace("/", "--")
+    path = cache_folder("frozen") / f"{name}-{_key(backbone, weights)}.onnx"
     seal = path.with_suffix(".sha256")
     if path.exists() and seal.exists() and seal.read_text() == files.sha256(path):
         return path
@@ -103,17 +105,12 @@ def _key(backbone: Backbone, weights: Weights) -> str:
     parts = [
         weights.sha256,
         backbone.preprocessing.model_dump_json(),
-        backbone.stages[-1],
+        backbone.stages[-1].name,
         str(OPSET),
-        *(version(package) for package in ("torch", "timm", "onnx", "onnxscript")),
-        *(files.sha256(Path(__file__).with_name(name)) for name in ("backbone.py", "frozen.py")),
+        *(version(package) for package in ("torch", "torchvision", "timm", "onnx", "onnxscript")),
+        *(files.sha256(Path(__file__).with_name(f"{name}.py")) for name in _MODULES),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tlpipe" / "frozen"
 
 
 @contextmanager

@@ -11,14 +11,15 @@ from pydantic import Field
 from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import evenly, load_split
-from tlpipe.features.backbone import BACKBONES, find_weights
+from tlpipe.features.backbone import describe
 from tlpipe.features.frozen import frozen_graph
+from tlpipe.features.weights import find
 from tlpipe.learning import model as models
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.params import Section
 
 _log = logging.getLogger(__name__)
-_PACKAGES = ("torch", "timm", "onnx", "onnxscript", "numpy", "scipy", "pillow")
+_PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "scipy", "pillow")
 
 
 class Params(Section):
@@ -45,8 +46,8 @@ def run(
 
     trained = models.load(model)
     origin = trained.card.origin
-    backbone = BACKBONES[origin.backbone]
-    weights = find_weights(backbone, origin.weights, origin.weights_sha256)
+    backbone = describe(origin.backbone)
+    weights = find(backbone.name, backbone.pretrained, origin.weights, origin.weights_sha256)
     provenance = _provenance(trained.card)
     metadata = bundles.metadata(trained.card.labels, origin.preprocessing, provenance)
     onnx_bytes = graph.classifier(frozen_graph(backbone, weights), trained, metadata)

@@ -9,8 +9,9 @@ import numpy.typing as npt
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import crop_middle
 from tlpipe.errors import ParityError
-from tlpipe.features.backbone import Backbone, Weights, load_network
+from tlpipe.features.backbone import Backbone, load_network
 from tlpipe.features.frozen import with_normalisation
+from tlpipe.features.weights import Weights
 from tlpipe.learning.model import Model
 from tlpipe.onnx_export.bundle import IMAGES, LOGITS
 from tlpipe.progress import track

@@ -1,0 +1,179 @@
+"""Pretrained weights: found or fetched, their hash checked before anything parses them.
+
+A file of weights is read as tensors and nothing else: safetensors, or a pickle of which only the
+tensors are taken.
+"""
+
+import importlib.util
+import os
+import urllib.error
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from tlpipe import files
+from tlpipe.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGENET, NONE = "imagenet", "none"
+
+
+class Pretrained(BaseModel):
+    """Where the weights that a network is known for come from: a pip package, an address, a hub.
+
+    ``package`` and ``file``: the file inside of an installed package; ``url``: what torchvision
+    fetches; ``repository`` and ``file``: a file on the Hugging Face hub. ``sha256``: what the bytes
+    must hash to, or how that begins; empty where nobody says.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    package: str = ""
+    url: str = ""
+    repository: str = ""
+    file: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file of weights with its hash; no file where they are drawn at random."""
+
+    path: Path | None
+    sha256: str
+
+
+def find(name: str, pretrained: Pretrained | None, source: str, sha256: str | None) -> Weights:
+    """Return the weights of the network ``name``, fetched where they were asked for by name.
+
+    ``source`` is ``imagenet``, ``none``, or the path of a file, whose ``sha256`` must be given.
+
+    Raises:
+        WeightsError: they are missing, cannot be fetched, or are not the pinned ones.
+    """
+    if source == NONE:
+        return Weights(None, "")
+    if source == IMAGENET:
+        path = fetch(name, pretrained)
+        expected = sha256 or (pretrained.sha256 if pretrained else "")
+    elif sha256 is None:
+        raise WeightsError(
+            f"embed.weights is the file {source}, and embed.weights_sha256 is not set; a file of "
+            f"weights is read only with its hash pinned. Set embed.weights_sha256 in params.yaml."
+        )
+    else:
+        path, expected = Path(source), sha256
+    try:
+        found = files.sha256(path)
+    except OSError as error:
+        raise WeightsError(
+            f"the weights {path} cannot be read: {error.strerror}. Check embed.weights."
+        ) from None
+    if not found.startswith(expected):
+        raise WeightsError(
+            f"the weights {path} have the sha256 {found}; expected {expected}. "
+            f"The file is another one or was altered: install or fetch it again."
+        )
+    return Weights(path, found)
+
+
+def at_hand(pretrained: Pretrained | None) -> Path | None:
+    """Return the file of the pretrained weights, if it lies on this machine."""
+    if pretrained is None:
+        return None
+    if pretrained.package:
+        spec = importlib.util.find_spec(pretrained.package)
+        path = Path(spec.origin).parent / pretrained.file if spec and spec.origin else None
+    elif pretrained.url:
+        path = _torch_cache() / pretrained.url.rpartition("/")[2]
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(pretrained.repository, pretrained.file)
+        path = Path(cached) if isinstance(cached, str) else None
+    return path if path is not None and path.is_file() else None
+
+
+def fetch(name: str, pretrained: Pretrained | None) -> Path:
+    """Return the file of the pretrained weights, downloaded once where it is not there yet.
+
+    Raises:
+        WeightsError: nobody offers any, the package is not installed, or the download fails.
+    """
+    if (path := at_hand(pretrained)) is not None:
+        return path
+    if pretrained is None:
+        raise WeightsError(
+            f"nobody offers pretrained weights of {name}; expected a file in embed.weights, or "
+            f"'none' to begin from random ones. Change embed.weights in params.yaml."
+        )
+    if pretrained.package:
+        raise WeightsError(
+            f"the ImageNet weights of {name} are not installed; expected the package "
+            f"{pretrained.package.replace('_', '-')}. Install it with pip."
+        )
+    try:
+        if pretrained.url:
+            import torch
+
+            path = _torch_cache() / pretrained.url.rpartition("/")[2]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(pretrained.url, str(path), pretrained.sha256 or None)
+            return path
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(pretrained.repository, pretrained.file))
+    except (OSError, RuntimeError, ValueError, urllib.error.URLError) as error:
+        line = " ".join(str(error).split())[:160]
+        raise WeightsError(
+            f"the weights of {name} are not here and could not be fetched from "
+            f"{pretrained.url or pretrained.repository}: {line}. Connect to the network once, or "
+            f"name a file in embed.weights."
+        ) from None
+
+
+def read_tensors(path: Path) -> Mapping[str, "Tensor"]:
+    """Read a file of tensors by their names; nothing else in it is run.
+
+    Raises:
+        WeightsError: it holds something else.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors: dict[str, Tensor] = load_file(path)
+        except SafetensorError as error:
+            raise WeightsError(f"the weights {path} are no safetensors file: {error}.") from None
+        return tensors
+    import pickle
+
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle protocol; what matters is refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        line = " ".join(str(error).split())[:120]
+        raise WeightsError(
+            f"the weights {path} hold more than tensors, or are damaged ({line}); nothing in them "
+            f"was run. Expected a state_dict; save the tensors alone, best as .safetensors."
+        ) from None
+    if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
+        raise WeightsError(f"the weights {path} are no state_dict; save the tensors alone.")
+    return content
+
+
+def _torch_cache() -> Path:
+    """Return where torch keeps what it has fetched, without importing it."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("TORCH_HOME") or Path(base) / "torch"
+    return Path(home).expanduser() / "hub" / "checkpoints"
