@@ -70,12 +70,16 @@ def main() -> None:
 
 def load_params(path: Path) -> "dict[str, Section]":
     """Read every section, also those of other stages: an error is found before any work."""
+    sections = _read_params(path)
+    _check_together(sections)
+    return sections
+
+
+def _read_params(path: Path) -> "dict[str, Section]":
     from tlpipe import params
 
     models = {name: importlib.import_module(module).Params for name, module in STAGES.items()}
-    sections = params.load(path, models)
-    _check_together(sections)
-    return sections
+    return params.load(path, models)
 
 
 def _check_together(sections: "dict[str, Section]") -> None:
@@ -339,7 +343,8 @@ def _bundle(model: str | None, params: Path) -> "Bundle":
     from tlpipe.registry import register, tracking
 
     if model is None:
-        section = cast(register.Params, load_params(params)["register"])
+        # Those who answer need not have what describes a backbone.
+        section = cast(register.Params, _read_params(params)["register"])
         model = f"{section.name}@{tracking.CHAMPION}"
     return tracking.fetch_bundle(Path(), model)
 
