@@ -79,6 +79,11 @@ class Workspace:
         )
         return self.run("tlpipe", "ingest", *outputs, code=code).stderr
 
+    def embed(self, activations: str = "out/activations", *, code: int = 0) -> str:
+        """Run the stage ``embed`` alone, on what ``ingest`` has written; return what it says."""
+        known = ("--manifest", "out/manifest.csv", "--pixels", "out/pixels")
+        return self.run("tlpipe", "embed", *known, "--activations", activations, code=code).stderr
+
     def rows(self, table: str) -> list[dict[str, str]]:
         """Return the rows of a CSV table."""
         with (self.path / table).open(newline="", errors="surrogateescape") as file:

@@ -97,7 +97,7 @@ def test_the_order_is_that_of_the_data() -> None:
         "split": ("ingest",),
         "embed": ("ingest",),
         "audit": ("embed", "ingest", "split"),
-        "train": ("embed", "split"),
+        "train": ("embed", "ingest", "split"),
         "export": ("ingest", "split", "train"),
         "evaluate": ("export", "ingest", "split"),
         "register": ("audit", "evaluate", "export", "ingest", "split", "train"),

@@ -112,7 +112,13 @@ def test_unknown_names_are_refused_with_what_there_is(empty: Workspace) -> None:
     assert line.startswith("embed.backbone is 'resnet51'; no backbone has that name, did you mean ")
     assert "resnet50" in line
     line = refused(empty, changed("embed", "freeze", "blocks9"))
-    assert "embed.freeze is 'blocks9'; it must be one of: all." in line
+    assert (
+        "embed.freeze is 'blocks9'; expected all, none, auto, a number of stages from 0 to 9"
+        in line
+    )
+    assert "or the last stage to freeze: stem, blocks0, blocks1, " in line
+    line = refused(empty, changed("embed", "freeze", 10))
+    assert "embed.freeze is 10; expected all, none, auto, a number of stages from 0 to 9" in line
 
 
 def test_what_is_no_mapping_is_refused(empty: Workspace) -> None:

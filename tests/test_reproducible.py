@@ -12,7 +12,8 @@ OUTPUTS = (
     "artifacts/ingest/pixels/index.json",
     "artifacts/ingest/pixels/thumbnails.npy",
     "artifacts/split/split.csv",
-    "artifacts/embed/activations/activations.npy",
+    "artifacts/embed/activations/index.json",
+    "artifacts/embed/activations/keys.npy",
     "artifacts/audit/suspects.csv",
     "artifacts/train/model/model.safetensors",
     "artifacts/train/model/model.json",
@@ -36,6 +37,9 @@ def test_another_clone_gives_the_same_bytes(main_job: Workspace, tmp_path: Path)
     other.run("dvc", "repro")
     for output in OUTPUTS:
         assert files.sha256(other.path / output) == files.sha256(main_job.path / output), output
+    chunks = "artifacts/embed/activations/features"
+    for path in (main_job.path / chunks).iterdir():
+        assert files.sha256(path) == files.sha256(other.path / chunks / path.name), path.name
 
 
 def test_nothing_is_done_twice(main_job: Workspace) -> None:

@@ -89,7 +89,9 @@ def _check_together(sections: "dict[str, Section]") -> None:
 
     read = cast(ingest.Params, sections["ingest"])
     sampling = Sampling(short_side_px=read.short_side_px, interpolation=read.interpolation)
-    embed.check_sampling(sampling, cast(embed.Params, sections["embed"]))
+    frozen = cast(embed.Params, sections["embed"])
+    embed.check_freeze(frozen)
+    embed.check_sampling(sampling, frozen)
 
 
 def _run(stage: str, params: Path, **paths: Path) -> None:
@@ -129,9 +131,9 @@ def split(manifest: In, split: Out, report: Out, params: ParamsFile = PARAMS_FIL
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
-def embed(pixels: In, activations: Out, params: ParamsFile = PARAMS_FILE) -> None:
-    """Run the frozen part of the backbone once over every image."""
-    _run("embed", params, pixels=pixels, activations=activations)
+def embed(manifest: In, pixels: In, activations: Out, params: ParamsFile = PARAMS_FILE) -> None:
+    """Run the pretrained network once over every image."""
+    _run("embed", params, manifest=manifest, pixels=pixels, activations=activations)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -153,16 +155,31 @@ def audit(
 
 @app.command(rich_help_panel=STAGE_PANEL)
 def train(
-    activations: In, split: In, model: Out, history: Out, params: ParamsFile = PARAMS_FILE
+    activations: In,
+    pixels: In,
+    split: In,
+    model: Out,
+    history: Out,
+    params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Fit what is not frozen."""
     from tlpipe.learning import train
     from tlpipe.registry import register
 
     sections = load_params(params)
-    _say_what_changed(split, params.parent, cast(register.Params, sections["register"]).name)
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes it starts
+    if is_first:
+        _say_what_changed(split, params.parent, cast(register.Params, sections["register"]).name)
     section = cast(train.Params, sections["train"])
-    train.run(activations=activations, split=split, model=model, history=history, params=section)
+    train.run(
+        activations=activations,
+        pixels=pixels,
+        split=split,
+        model=model,
+        history=history,
+        params=section,
+        is_first=is_first,
+    )
 
 
 @app.command(rich_help_panel=STAGE_PANEL)

@@ -10,7 +10,9 @@
     |-- ArtifactError       6   a stage's file: missing, incomplete, altered, of another run
     |-- ParityError         7   the exported graph differs from the trained model
     |-- RegistryError       8   MLflow: not reachable, nothing there, content that differs
-    `-- ServingError        9   the address to serve on is not free
+    |-- ServingError        9   the address to serve on is not free
+    |-- TrainingError      10   training cannot go on: no number, no memory, no room
+    `-- Interrupted       130   somebody asked it to stop; it can be resumed
 
 A message is one line: what is wrong, what was found, what was expected, what to do.
 Exit code 2 is the command line's own (an unknown option, a missing argument).
@@ -75,3 +77,15 @@ class ServingError(TlpipeError):
     """The server cannot listen where it was told to."""
 
     exit_code = 9
+
+
+class TrainingError(TlpipeError):
+    """Training cannot go on."""
+
+    exit_code = 10
+
+
+class Interrupted(TlpipeError):  # noqa: N818  as Python's own
+    """Somebody asked training to stop; what was done so far is kept."""
+
+    exit_code = 130

@@ -1,6 +1,7 @@
 """Write files so that nothing half-written looks finished, and equal content gives equal bytes."""
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
-from tlpipe.errors import ArtifactError
+from tlpipe.errors import ArtifactError, TrainingError
 
 if TYPE_CHECKING:
     import _csv
@@ -58,6 +59,29 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Keep others out until the block ends, or the process does: the lock is the system's.
+
+    Raises:
+        TrainingError: another process is inside; it is named.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise TrainingError(
+                f"{what} runs in {path.parent} already, as process {file.read().strip() or '?'}; "
+                f"expected one at a time. Wait for it, or stop it."
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

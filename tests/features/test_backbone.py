@@ -50,13 +50,13 @@ def test_the_stages_in_order_are_the_whole_network(imagenet: Weights) -> None:
 def test_the_packaged_weights_are_the_ones_that_recognise_insects(imagenet: Weights) -> None:
     """The mapping of names is right: a wrong one also loads, and recognises nothing."""
     from tlpipe.data.images import crop_middle, read_square
-    from tlpipe.features.frozen import with_normalisation
+    from tlpipe.features.frozen import from_pixels
 
     folder = SHARED / "data" / "hymenoptera" / "val"
     if not folder.is_dir():
         pytest.skip("the real data hymenoptera is not here")
     state = torch.load(imagenet.path, weights_only=True)
-    network = with_normalisation(load_network(LITE0, imagenet), LITE0.preprocessing)
+    network = from_pixels(load_network(LITE0, imagenet), LITE0.preprocessing)
     hits = total = 0
     for name, ours in (("ants", 310), ("bees", 309)):
         for path in sorted((folder / name).iterdir())[:20]:
@@ -138,8 +138,8 @@ def test_embed_refuses_in_one_line_and_leaves_nothing(
     empty.ingest()
     setting = setting.format(path=path, sha256=digest(path))
     empty.replace("params.yaml", "weights: imagenet", setting)
-    result = empty.run("tlpipe", "embed", "--pixels", "out/pixels", "--activations", "a", code=5)
-    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("exporting")]
+    result = empty.embed("a", code=5)
+    *_, line = result.splitlines()
     assert line.startswith("tlpipe: ")
     assert message in line
     assert not (empty.path / "a").exists()
@@ -275,7 +275,8 @@ def test_another_backbone_embeds_and_says_what_it_was_trained_on(
     assert "ingest.interpolation is bicubic; the backbone resnet18 was trained with bili" in refused
     empty.replace("params.yaml", "interpolation: bicubic", "interpolation: bilinear")
     empty.ingest()
-    empty.run("tlpipe", "embed", "--pixels", "out/pixels", "--activations", "out/activations")
-    features, origin = activations.load(empty.path / "out" / "activations")
-    assert features.shape == (24, 512)
+    empty.embed("out/activations")
+    found = activations.load(empty.path / "out" / "activations")
+    origin = found.origin
+    assert found.features.shape == (24, 512)
     assert (origin.backbone, origin.weights, origin.boundary) == ("resnet18", "none", "features")

@@ -7,10 +7,10 @@ from tests.conftest import ROOT, Workspace
 
 EXPORT = """
 from tlpipe.features.backbone import describe
-from tlpipe.features.frozen import frozen_graph
+from tlpipe.features.frozen import whole_graph
 from tlpipe.features.weights import IMAGENET, find
 backbone = describe("efficientnet_lite0")
-print(frozen_graph(backbone, find(backbone.name, backbone.pretrained, IMAGENET, None)))
+print(whole_graph(backbone, find(backbone.name, backbone.pretrained, IMAGENET, None)))
 """
 
 

@@ -12,7 +12,7 @@ from tlpipe.learning.audit import Params, find_suspects
 def test_labels_that_were_swapped_are_suspicious(main_job: Workspace) -> None:
     folder = main_job.path / "artifacts"
     entries = list(load_manifest(folder / "ingest/manifest.csv"))
-    features, _ = stored.load(folder / "embed/activations")
+    features = stored.load(folder / "embed/activations").features
     before = {suspect.row for suspect in find_suspects(entries, features, Params())}
     swapped = range(5, 1000, 50)
     for row in swapped:
@@ -27,7 +27,7 @@ def test_labels_that_were_swapped_are_suspicious(main_job: Workspace) -> None:
 def test_a_class_too_small_to_judge_is_left_out(main_job: Workspace) -> None:
     folder = main_job.path / "artifacts"
     entries = list(load_manifest(folder / "ingest/manifest.csv"))
-    features, _ = stored.load(folder / "embed/activations")
+    features = stored.load(folder / "embed/activations").features
     for row in (0, 100):
         entries[row] = entries[row]._replace(label="tiny")
     assert not {0, 100} & {s.row for s in find_suspects(entries, features, Params())}

@@ -14,8 +14,8 @@ def test_the_model_holds_what_was_learned(main_job: Workspace) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
     tensors = load_file(folder / "model.safetensors")
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
-        "head.weight": (10, 1280),
-        "head.bias": (10,),
+        "head.0.weight": (10, 1280),
+        "head.0.bias": (10,),
     }
     card = json.loads((folder / "model.json").read_text())
     assert card["labels"] == [str(digit) for digit in range(10)]
@@ -43,7 +43,9 @@ def test_activations_and_split_of_different_data_are_refused(
     shorter = empty.path / "split.csv"
     shorter.write_text("\n".join(split.read_text().splitlines()[:-1]) + "\n")
     activations = str(main_job.path / "artifacts/embed/activations")
-    paths = ("--activations", activations, "--split", "split.csv", "--model", "m")
+    pixels = str(main_job.path / "artifacts/ingest/pixels")
+    known = ("--activations", activations, "--pixels", pixels, "--split", "split.csv")
+    paths = (*known, "--model", "m")
     result = empty.run("tlpipe", "train", *paths, "--history", "h.csv", code=6)
     assert "holds 1000 images and split.csv 999; expected the same images" in result.stderr
     assert not (empty.path / "m").exists()
@@ -52,8 +54,9 @@ def test_activations_and_split_of_different_data_are_refused(
 def test_activations_are_half_precision_and_mapped(main_job: Workspace) -> None:
     from tlpipe.features.activations import load
 
-    array, origin = load(main_job.path / "artifacts/embed/activations")
-    assert isinstance(array, np.memmap)
-    assert (array.shape, array.dtype) == ((1000, 1280), np.float16)
-    assert origin.boundary == "features"
-    assert origin.provider == "CPUExecutionProvider"
+    found = load(main_job.path / "artifacts/embed/activations")
+    assert (found.features.shape, found.features.dtype) == ((1000, 1280), np.float16)
+    assert isinstance(found.features[0].base.base, np.memmap)
+    assert found.boundary is None
+    assert found.origin.boundary == "features"
+    assert found.origin.provider == "CPUExecutionProvider"

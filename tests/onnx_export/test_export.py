@@ -77,7 +77,7 @@ def test_the_graph_equals_an_independent_torch_twin_on_every_test_image(artifact
     twin = timm.create_model("tf_efficientnet_lite0", num_classes=10).eval()
     renamed = zip(list(twin.state_dict())[:-2], trunk.state_dict().values(), strict=True)
     head = load_file(artifacts / "train" / "model" / "model.safetensors")
-    classifier = {f"classifier.{key.removeprefix('head.')}": head[key] for key in head}
+    classifier = {f"classifier.{key.removeprefix('head.0.')}": head[key] for key in head}
     twin.load_state_dict(dict(renamed) | classifier)
 
     test = [

@@ -42,13 +42,8 @@ class Entry(NamedTuple):
 
     @property
     def key(self) -> bytes:
-        """Eight bytes that say which image it is: of its file's hash, and of its part of the file.
-
-        Two of a million images share them with a probability of about 3e-8.
-        """
-        if not self.box:
-            return binascii.unhexlify(self.sha256[:16])
-        return hashlib.sha256(f"{self.sha256} {self.box}".encode()).digest()[:8]
+        """Which image it is."""
+        return image_key(self.sha256, self.box)
 
 
 class Duplicate(NamedTuple):
@@ -73,6 +68,21 @@ class Assignment(NamedTuple):
     fold: str
     sha256: str
     box: str
+
+    @property
+    def key(self) -> bytes:
+        """Which image it is."""
+        return image_key(self.sha256, self.box)
+
+
+def image_key(sha256: str, box: str) -> bytes:
+    """Return eight bytes that say which image it is: of its file, and of its part of the file.
+
+    Two of a million images share them with a probability of about 3e-8.
+    """
+    if not box:
+        return binascii.unhexlify(sha256[:16])
+    return hashlib.sha256(f"{sha256} {box}".encode()).digest()[:8]
 
 
 def save_manifest(path: Path, entries: Iterable[Entry]) -> None:

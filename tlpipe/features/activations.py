@@ -1,25 +1,38 @@
-"""The activations at the freeze boundary: a folder with one array and an index, written last."""
+"""The activations of every image: a folder of chunks and an index, written last.
 
+::
+
+    features/    (N, D) float16: what the whole pretrained network gives
+    boundary/    (N, 1 + K, ...) float16: what the last frozen stage gives, for the image as it is
+                 and for K augmented views; only where that is not the same as features
+    keys.npy     (N,) uint64: which image a row is of
+    index.json   the shapes and the origin
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from tlpipe import files
+from tlpipe.data import chunks
 from tlpipe.data.images import Preprocessing
-from tlpipe.errors import ArtifactError
+from tlpipe.features.augment import Augmentation
 
-_ARRAY, _INDEX = "activations.npy", "index.json"
+_INDEX, _KEYS, _FEATURES, _BOUNDARY = "index.json", "keys.npy", "features", "boundary"
 
 
 class Origin(BaseModel):
     """What the activations were computed from; every later artifact carries it on.
 
-    ``data_sha256`` is of the manifest, ``data_version`` DVC's hash of the source; ``threads`` is
-    the number that ONNX Runtime, here and in every later stage, computes with, since another
-    number may round differently.
+    ``boundary`` is the last frozen stage, or empty; ``graph`` names all that the frozen part
+    depends on. ``data_sha256`` is of the manifest, ``data_version`` DVC's hash of the source;
+    ``threads`` is the number that tlpipe, here and in every later stage, computes with, since
+    another number may round differently.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,38 +40,114 @@ class Origin(BaseModel):
     backbone: str
     weights: str
     weights_sha256: str
-    freeze: str
+    graph: str
+    freeze: str | int
     boundary: str
+    views: int
+    augmentation: Augmentation
     preprocessing: Preprocessing
     data_sha256: str
     data_version: str
     provider: str
     threads: int
 
-
-def create(folder: Path, count: int, width: int) -> "np.memmap[Any, np.dtype[np.float16]]":
-    """Create the array inside ``folder`` on disk and return it, to be filled batch by batch."""
-    return np.lib.format.open_memmap(
-        folder / _ARRAY, mode="w+", dtype=np.float16, shape=(count, width)
-    )
+    @property
+    def computation(self) -> dict[str, object]:
+        """All that one image's row depends on beside the image."""
+        return self.model_dump(exclude={"freeze", "weights", "data_sha256", "data_version"})
 
 
-def finish(folder: Path, origin: Origin) -> None:
-    """Write the index, which says that the folder is complete."""
-    files.write_json(folder / _INDEX, origin.model_dump())
+@dataclass(frozen=True)
+class Activations:
+    """``boundary``: None where nothing is frozen, or where features are all that there is."""
+
+    features: chunks.Chunks
+    boundary: chunks.Chunks | None
+    keys: npt.NDArray[np.uint64]
+    origin: Origin
 
 
-def load(folder: Path) -> tuple[npt.NDArray[np.float16], Origin]:
-    """Map the activations (N, D) float16 into memory.
+class Writer:
+    """Appends images to a folder; memory does not grow with their number."""
+
+    def __init__(
+        self,
+        folder: Path,
+        origin: Origin,
+        *,
+        width: int,
+        boundary: tuple[int, ...] | None,
+        known: Activations | None,
+    ) -> None:
+        """Write rows of ``width`` features, and of the shape ``boundary`` where that is given.
+
+        ``known``: activations whose rows may be taken over.
+        """
+        self._folder, self._origin = folder, origin
+        self._keys: list[bytes] = []
+        self._parts: dict[str, tuple[chunks.Writer, tuple[int, ...]]] = {}
+        rows = {_FEATURES: (width,), _BOUNDARY: boundary}
+        for name, row in rows.items():
+            if row is not None:
+                (folder / name).mkdir()
+                old = getattr(known, name) if known else None
+                self._parts[name] = (chunks.Writer(folder / name, row, "<f2", old), row)
+
+    def append(
+        self,
+        key: bytes,
+        features: npt.NDArray[np.float16] | int,
+        boundary: npt.NDArray[np.float16] | int,
+    ) -> None:
+        """Write one image: its rows, or the number that it has among the known ones."""
+        self._keys.append(key)
+        self._parts[_FEATURES][0].append(key, features)
+        if _BOUNDARY in self._parts:
+            self._parts[_BOUNDARY][0].append(key, boundary)
+
+    def finish(self) -> None:
+        """Complete the files and write the index, which says that the folder is complete."""
+        index: dict[str, object] = {"origin": self._origin.model_dump()}
+        for name, (writer, row) in self._parts.items():
+            writer.close()
+            index[name] = {"chunks": writer.names, "row": row}
+        np.save(self._folder / _KEYS, np.frombuffer(b"".join(self._keys), ">u8").astype("<u8"))
+        files.write_json(self._folder / _INDEX, index)
+
+
+def load(folder: Path) -> Activations:
+    """Map activations into memory.
 
     Raises:
         ArtifactError: the folder is missing or incomplete.
     """
-    origin = Origin(**files.read_json(folder / _INDEX))
+    index = files.read_json(folder / _INDEX)
+
+    def part(name: str) -> chunks.Chunks | None:
+        if name not in index:
+            return None
+        names = tuple((str(chunk), int(count)) for chunk, count in index[name]["chunks"])
+        return chunks.Chunks(folder / name, names, tuple(index[name]["row"]), "<f2")
+
+    features = part(_FEATURES)
+    assert features is not None
+    keys: npt.NDArray[np.uint64] = chunks.load_mapped(folder / _KEYS)
+    return Activations(features, part(_BOUNDARY), keys, Origin(**index["origin"]))
+
+
+def digest(folder: Path) -> str:
+    """Return a hash that names the whole content: chunks are called by their images."""
+    return files.sha256(folder / _INDEX)
+
+
+def keep(folder: Path, target: Path) -> None:
+    """Keep a folder's files a second time, without copying where links can be made."""
+    with files.replacing_folder(target) as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
     try:
-        array = np.load(folder / _ARRAY, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{folder / _ARRAY} cannot be read: {error}. Run 'dvc repro'."
-        ) from None
-    return array, origin
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,8 +43,6 @@ PACKAGED = {
         )
     )
 }
-
-
 # An auxiliary output helps where a network is trained from nothing; it is not kept.
 _AUXILIARY = ("AuxLogits.", "aux")
 
@@ -60,10 +59,7 @@ class Stage(BaseModel):
     @property
     def kib(self) -> float:
         """What its activations of one image take in half precision, in KiB."""
-        size = 2 / 1024
-        for length in self.shape:
-            size *= length
-        return size
+        return 2 * prod(self.shape) / 1024
 
 
 class Backbone(BaseModel):
@@ -80,6 +76,10 @@ class Backbone(BaseModel):
     def parameters(self) -> int:
         """How many parameters all stages have together."""
         return sum(stage.parameters for stage in self.stages)
+
+    def position(self, boundary: str) -> int:
+        """Return how many stages end at the boundary, the name of the last of them, or empty."""
+        return ["", *(stage.name for stage in self.stages)].index(boundary)
 
 
 def describe(name: str) -> Backbone:
@@ -134,10 +134,10 @@ def matching(pattern: str) -> list[str]:
     )
 
 
-def load_network(backbone: Backbone, weights: Weights) -> "nn.Sequential":
+def load_network(backbone: Backbone, weights: Weights, seed: int = 0) -> "nn.Sequential":
     """Build the network in evaluation mode, with its weights: a sequence of the named stages.
 
-    Without a file the weights are drawn at random, the same every time.
+    Without a file the weights are drawn at random, with the seed.
 
     Raises:
         WeightsError: the file holds more than tensors, or tensors of another network.
@@ -148,7 +148,7 @@ def load_network(backbone: Backbone, weights: Weights) -> "nn.Sequential":
 
     if weights.path is None:
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             network = _build(backbone.name)
     else:
         tensors = read_tensors(weights.path)

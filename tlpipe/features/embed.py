@@ -1,26 +1,34 @@
-"""Stage ``embed``: run the frozen part of the backbone once over every image."""
+"""Stage ``embed``: run the pretrained network once over every image."""
 
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field, field_validator
+import numpy.typing as npt
+from pydantic import Field
 
 from tlpipe import files
 from tlpipe.data import pixels as packed
-from tlpipe.data.images import Sampling, crop_middle
-from tlpipe.errors import ParamsError, WeightsError
+from tlpipe.data.chunks import Chunks
+from tlpipe.data.images import Pixels, Sampling, crop_middle
+from tlpipe.data.manifest import Entry, load_manifest
+from tlpipe.errors import ArtifactError, ParamsError, WeightsError
 from tlpipe.features import activations as stored
+from tlpipe.features import augment
 from tlpipe.features import weights as pretrained
-from tlpipe.features.backbone import describe
-from tlpipe.features.frozen import frozen_graph
+from tlpipe.features.augment import Augmentation
+from tlpipe.features.backbone import Backbone, describe
+from tlpipe.features.forward import Forward, open_forward
+from tlpipe.features.freeze import ALL, frozen_stages
+from tlpipe.features.frozen import graph_key
 from tlpipe.params import Section
 from tlpipe.progress import track
-from tlpipe.runtime import open_session
+from tlpipe.seeds import generator
 
 _log = logging.getLogger(__name__)
-_BATCH = 8
-FREEZE_LEVELS = ("all",)
+_KEPT = ".activations"
+_UNMAP_IMAGES = 1024
 
 
 class Params(Section):
@@ -41,8 +49,19 @@ class Params(Section):
         pattern="^[0-9a-f]{64}$",
         description="The hash that a file of weights must have.",
     )
-    freeze: str = Field(
-        default="all", description="What keeps its pretrained weights: 'all' but the head."
+    freeze: str | int = Field(
+        default=ALL,
+        description="What keeps its weights: 'all' (but the head), 'none', a number of stages, the "
+        "last frozen stage, or 'auto'.",
+    )
+    views: int = Field(
+        default=0, ge=0, le=64, description="Augmented views of each image to store beside it."
+    )
+    augmentation: Augmentation = Field(
+        default=Augmentation(), description="How views, or images where nothing is frozen, vary."
+    )
+    max_gib: float = Field(
+        default=16.0, gt=0, description="Most that the activations may take on disk, in GiB."
     )
     threads: int = Field(
         default=2,
@@ -51,58 +70,77 @@ class Params(Section):
         description="Threads to compute with, here and in later stages; part of the provenance.",
     )
 
-    @field_validator("freeze")
-    @classmethod
-    def _known_freeze(cls, level: str) -> str:
-        if level not in FREEZE_LEVELS:
-            raise ValueError(f"it must be one of: {', '.join(FREEZE_LEVELS)}")
-        return level
 
-
-def run(*, pixels: Path, activations: Path, params: Params) -> None:
-    """Write the activations of every image at the freeze boundary.
+def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> None:
+    """Write the features of every image, and its activations at the freeze boundary.
 
     Raises:
-        ParamsError: the pixels were stored in another way than the backbone wants them.
+        ParamsError: the pixels were stored in another way than the backbone wants them, there is
+            no such boundary, or the activations would be larger than allowed.
         WeightsError: the weights are missing or not the pinned ones.
     """
     images = packed.load(pixels)
     check_sampling(images.sampling, params)
+    entries = list(load_manifest(manifest))
+    if len(entries) != len(images.array):
+        raise ArtifactError(
+            f"{manifest} holds {len(entries)} images and {pixels} {len(images.array)}; expected "
+            f"the same. Run 'dvc repro'."
+        )
     backbone = describe(params.backbone)
+    count = frozen_stages(
+        params.freeze, [stage.name for stage in backbone.stages], (e.label for e in entries)
+    )
+    boundary = backbone.stages[count - 1] if count else None
+    _log.info("frozen: %s", _share(backbone, count))
+    shape = _boundary_shape(backbone, count, params.views)
+    _check_size(backbone, len(entries), shape, params)
     weights = pretrained.find(
         backbone.name, backbone.pretrained, params.weights, params.weights_sha256
     )
-    session = open_session(frozen_graph(backbone, weights), threads=params.threads)
-    count, width = len(images.array), session.get_outputs()[0].shape[1]
-    _log.info("%s x %s activations, %.1f MiB", count, width, count * width * 2 / 2**20)
+    forward = open_forward(backbone, weights, _stages(backbone, count), threads=params.threads)
+    origin = stored.Origin(
+        backbone=backbone.name,
+        weights=params.weights,
+        weights_sha256=weights.sha256,
+        graph=graph_key(backbone, weights),
+        freeze=params.freeze,
+        boundary=boundary.name if boundary else "",
+        views=params.views,
+        augmentation=params.augmentation,
+        preprocessing=backbone.preprocessing,
+        data_sha256=images.data_sha256,
+        data_version=images.data_version,
+        provider=forward.provider,
+        threads=params.threads,
+    )
+    kept = activations.with_name(_KEPT)
+    known = _known(kept, origin)
+    rows = {} if known is None else {int(key): row for row, key in enumerate(known.keys)}
+    new = [row for row, entry in enumerate(entries) if int.from_bytes(entry.key) not in rows]
+    if known is not None:
+        _log.info("%s of %s images are known already", len(entries) - len(new), len(entries))
     with files.replacing_folder(activations) as folder:
-        array = stored.create(folder, count, width)
-        starts = range(0, count, _BATCH)
-        for start in track(starts, total=len(starts), description="embed"):
-            batch = crop_middle(
-                images.array[start : start + _BATCH], backbone.preprocessing.crop_px
-            )
-            features = session.run(None, {"images": np.ascontiguousarray(batch)})[0]
-            if not (np.abs(features) < np.finfo(np.float16).max).all():
-                raise WeightsError(
-                    f"{params.backbone} gives activations that are not finite or beyond float16 "
-                    f"for images {start} to {start + len(batch) - 1}; check embed.weights."
-                )
-            array[start : start + _BATCH] = features
-        array.flush()
-        origin = stored.Origin(
-            backbone=backbone.name,
-            weights=params.weights,
-            weights_sha256=weights.sha256,
-            freeze=params.freeze,
-            boundary=backbone.stages[-1].name,
-            preprocessing=backbone.preprocessing,
-            data_sha256=images.data_sha256,
-            data_version=images.data_version,
-            provider=session.get_providers()[0],
-            threads=params.threads,
-        )
-        stored.finish(folder, origin)
+        width = backbone.stages[-1].shape[0]
+        writer = stored.Writer(folder, origin, width=width, boundary=shape, known=known)
+        computed = _compute(forward, images.array, entries, new, params, backbone)
+        for entry in entries:
+            if (row := rows.get(int.from_bytes(entry.key))) is not None:
+                writer.append(entry.key, row, row)
+            else:
+                writer.append(entry.key, *next(computed))
+        writer.finish()
+    stored.keep(activations, kept)
+
+
+def check_freeze(params: Params) -> None:
+    """Check that the backbone has such a boundary.
+
+    Raises:
+        ParamsError: it has not.
+    """
+    names = [stage.name for stage in describe(params.backbone).stages]
+    frozen_stages(params.freeze, names, labels=[""])
 
 
 def check_sampling(found: Sampling, params: Params) -> None:
@@ -118,3 +156,112 @@ def check_sampling(found: Sampling, params: Params) -> None:
                 f"ingest.{key} is {value}; the backbone {params.backbone} was trained with "
                 f"{wanted}. Set ingest.{key}: {wanted} in params.yaml."
             )
+
+
+def _share(backbone: Backbone, count: int) -> str:
+    parameters = sum(stage.parameters for stage in backbone.stages[:count])
+    upto = f"up to {backbone.stages[count - 1].name}, " if count else ""
+    return (
+        f"{count} of {len(backbone.stages)} stages, {upto}{parameters:,} of "
+        f"{backbone.parameters:,} parameters"
+    )
+
+
+def _stages(backbone: Backbone, count: int) -> list[str]:
+    """Return the stages whose results are stored: the last one, and the boundary."""
+    names = [backbone.stages[-1].name]
+    return (
+        names if count in (0, len(backbone.stages)) else [*names, backbone.stages[count - 1].name]
+    )
+
+
+def _boundary_shape(backbone: Backbone, count: int, views: int) -> tuple[int, ...] | None:
+    """Return the shape of what is stored at the boundary, or None where features are enough."""
+    if count == 0 or (count == len(backbone.stages) and views == 0):
+        return None
+    return (1 + views, *backbone.stages[count - 1].shape)
+
+
+def _check_size(
+    backbone: Backbone, images: int, shape: tuple[int, ...] | None, params: Params
+) -> None:
+    """Say how much will be stored, and refuse more than is allowed."""
+    views = 1 + params.views
+
+    def gib(kib: float) -> float:
+        return images * kib / 2**20
+
+    features = backbone.stages[-1].kib
+    size = gib(features + (2 * int(np.prod(shape)) / 1024 if shape else 0))
+    _log.info("activations of %s images: %.3g GiB", images, size)
+    if size <= params.max_gib:
+        return
+    smaller = [
+        f"{stage.name} ({gib(features + views * stage.kib):.3g} GiB)"
+        for stage in backbone.stages
+        if gib(features + views * stage.kib) <= params.max_gib
+    ]
+    advice = f"freeze up to {', '.join(smaller)}, or " if smaller else ""
+    fewer = "store fewer embed.views, " if params.views else ""
+    raise ParamsError(
+        f"the activations of {images} images would take {size:.3g} GiB; embed.max_gib allows "
+        f"{params.max_gib:g}. Set embed.freeze: {advice}'none', {fewer}or raise embed.max_gib."
+    )
+
+
+def _known(folder: Path, origin: stored.Origin) -> stored.Activations | None:
+    """Return what an earlier run has kept, where it was computed in the same way."""
+    try:
+        known = stored.load(folder)
+    except (ArtifactError, ValueError, KeyError):
+        return None
+    return known if known.origin.computation == origin.computation else None
+
+
+def _compute(
+    forward: Forward,
+    squares: Chunks,
+    entries: Sequence[Entry],
+    rows: Sequence[int],
+    params: Params,
+    backbone: Backbone,
+) -> Iterator[tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]]:
+    """Yield the features (D,) and what is stored at the boundary (1 + K, ...) of each row."""
+    crop_px = backbone.preprocessing.crop_px
+    starts = range(0, len(rows), forward.batch)
+    for start in track(starts, total=len(starts), description="embed"):
+        batch = rows[start : start + forward.batch]
+        images = squares[list(batch)]
+        features, *rest = _finite(forward, crop_middle(images, crop_px), params)
+        views = [(rest or [features])[0]]
+        for view in range(params.views):
+            keys = [entries[row].key.hex() for row in batch]
+            seen = _augmented(images, keys, view, params.augmentation, crop_px)
+            views.append(_finite(forward, seen, params)[-1])
+        yield from zip(features, np.stack(views, axis=1), strict=True)
+        if start % _UNMAP_IMAGES < forward.batch:
+            squares.unmap()  # what was read would count as memory
+
+
+def _finite(forward: Forward, images: Pixels, params: Params) -> list[npt.NDArray[np.float16]]:
+    found = forward.compute(images)
+    for array in found:
+        if not (np.abs(array) < np.finfo(np.float16).max).all():
+            raise WeightsError(
+                f"{params.backbone} gives activations that are not finite or beyond float16; "
+                f"check embed.weights."
+            )
+    return [array.astype(np.float16) for array in found]
+
+
+def _augmented(
+    images: Pixels, keys: Sequence[str], view: int, augmentation: Augmentation, crop_px: int
+) -> Pixels:
+    """Return a view of each image: the same for the same image, whatever stands beside it."""
+    import torch
+
+    chances = [generator(view, f"view {key}").random(augment.CHANCES) for key in keys]
+    draws = augment.draw(augmentation, np.stack(chances))
+    seen = augment.apply(torch.from_numpy(images), torch.from_numpy(draws), crop_px)
+    pixels: Pixels = seen.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return pixels

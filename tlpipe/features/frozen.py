@@ -1,13 +1,14 @@
 """The frozen part of a backbone as an ONNX graph: exported once, kept in the user's cache folder.
 
-The graph takes images (N, crop, crop, 3) uint8 RGB, normalises them, runs every frozen stage and
-returns features (N, D) float32. It is the first part of every classifier built on this backbone.
+The graph takes images (N, crop, crop, 3) uint8 RGB, normalises them and runs every stage. Its part
+up to the boundary is the first part of every classifier built on this backbone.
 """
 
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from io import StringIO
@@ -21,72 +22,131 @@ from tlpipe.features.weights import Weights
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-    from torch import nn
+    from torch import Tensor, nn
 
 OPSET = 20
-IMAGES, FEATURES = "images", "features"
+IMAGES = "images"
 _MODULES = ("backbone", "stages", "frozen")
 _log = logging.getLogger(__name__)
 
 
-def frozen_graph(backbone: Backbone, weights: Weights) -> Path:
-    """Return the frozen part's ONNX file, exporting it if the cache does not hold it intact."""
+def whole_graph(backbone: Backbone, weights: Weights) -> Path:
+    """Return the pretrained network's ONNX file, exporting it if the cache does not hold it intact.
+
+    Every stage's result is an output of it, so that one export serves every boundary.
+    """
     name = backbone.name.replace("/", "--")
-    path = cache_folder("frozen") / f"{name}-{_key(backbone, weights)}.onnx"
+    path = cache_folder("frozen") / f"{name}-{graph_key(backbone, weights)}.onnx"
     seal = path.with_suffix(".sha256")
     if path.exists() and seal.exists() and seal.read_text() == files.sha256(path):
         return path
-    _log.info("exporting the frozen part of %s to %s, once", backbone.name, path)
-    model = _export(load_network(backbone, weights), backbone.preprocessing)
+    _log.info("exporting %s to %s, once", backbone.name, path)
+    network = from_pixels(load_network(backbone, weights), backbone.preprocessing)
+    names = [output(stage.name) for stage in backbone.stages]
+    model = export(_every_stage(network), IMAGES, names, images(backbone.preprocessing))
     content = model.SerializeToString(deterministic=True)
     files.write_bytes(path, content)
     files.write_bytes(seal, hashlib.sha256(content).hexdigest().encode())
     return path
 
 
-def with_normalisation(network: "nn.Module", preprocessing: Preprocessing) -> "nn.Module":
-    """Return a module from images (N, H, W, 3) uint8 RGB to what ``network`` makes of them."""
+def output(stage: str) -> str:
+    """Return the name that a stage's result has in the graph."""
+    return f"stage.{stage}"
+
+
+def part(graph: Path, stages: Sequence[str]) -> "ModelProto":
+    """Return what the results of these stages need of the graph."""
+    import onnx
+    from onnx.utils import Extractor
+
+    return Extractor(onnx.load(graph)).extract_model([IMAGES], [output(name) for name in stages])
+
+
+def from_pixels(stages: "nn.Sequential", preprocessing: Preprocessing) -> "nn.Sequential":
+    """Return stages that take images (N, H, W, 3) uint8 RGB, in evaluation mode."""
     import torch
     from torch import nn
 
-    class FromPixels(nn.Module):
+    class Normalise(nn.Module):
         mean: torch.Tensor
         std: torch.Tensor
 
         def __init__(self) -> None:
             super().__init__()
-            self.network = network
             self.register_buffer("mean", torch.tensor(preprocessing.mean) * 255)
             self.register_buffer("std", torch.tensor(preprocessing.std) * 255)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             normalised = (images.to(torch.float32) - self.mean) / self.std
-            features: torch.Tensor = self.network(normalised.permute(0, 3, 1, 2))
-            return features
+            return normalised.permute(0, 3, 1, 2)
 
-    return FromPixels().eval()
+    named = dict(stages.named_children())
+    return nn.Sequential(OrderedDict({"normalise": Normalise(), **named})).eval()
 
 
-def _export(network: "nn.Module", preprocessing: Preprocessing) -> "ModelProto":
+def export(
+    module: "nn.Module", taken: str, given: Sequence[str], example: "Tensor"
+) -> "ModelProto":
+    """Export a module of one argument, whose first axis may have any length, without traces."""
     import torch
 
-    side = preprocessing.crop_px
-    module = with_normalisation(network, preprocessing)
-    example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     with _quiet():
         program = torch.onnx.export(
             module,
             (example,),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[IMAGES],
-            output_names=[FEATURES],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            input_names=[taken],
+            output_names=list(given),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     assert program is not None
     model: ModelProto = program.model_proto
     _strip(model)
     return model
+
+
+def graph_key(backbone: Backbone, weights: Weights) -> str:
+    """Name all that the graph depends on."""
+    parts = [
+        backbone.name,
+        weights.sha256,
+        backbone.preprocessing.model_dump_json(),
+        str(OPSET),
+        *(version(package) for package in ("torch", "torchvision", "timm", "onnx", "onnxscript")),
+        *(files.sha256(Path(__file__).with_name(f"{name}.py")) for name in _MODULES),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def images(preprocessing: Preprocessing) -> "Tensor":
+    """Return two black images, to trace with."""
+    import torch
+
+    side = preprocessing.crop_px
+    return torch.zeros(2, side, side, 3, dtype=torch.uint8)
+
+
+def _every_stage(network: "nn.Sequential") -> "nn.Module":
+    """Return a module that gives what each stage makes, in order."""
+    import torch
+    from torch import nn
+
+    class EveryStage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            normalise, *stages = self.network
+            results, current = [], normalise(images)
+            for stage in stages:
+                current = stage(current)
+                results.append(current)
+            return tuple(results)
+
+    return EveryStage().eval()
 
 
 def _strip(model: "ModelProto") -> None:
@@ -98,19 +158,6 @@ def _strip(model: "ModelProto") -> None:
     for node in graph.node:
         node.doc_string = ""
     graph.doc_string = model.doc_string = ""
-
-
-def _key(backbone: Backbone, weights: Weights) -> str:
-    """Name all that the graph depends on."""
-    parts = [
-        weights.sha256,
-        backbone.preprocessing.model_dump_json(),
-        backbone.stages[-1].name,
-        str(OPSET),
-        *(version(package) for package in ("torch", "torchvision", "timm", "onnx", "onnxscript")),
-        *(files.sha256(Path(__file__).with_name(f"{name}.py")) for name in _MODULES),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 @contextmanager

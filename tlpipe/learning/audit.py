@@ -65,7 +65,7 @@ def run(
     """
     entries = list(load_manifest(manifest))
     squares = packed.load(pixels).array
-    features, _ = stored.load(activations)
+    features = stored.load(activations).features
     if not len(entries) == len(squares) == len(features):
         raise ArtifactError(
             f"{manifest} holds {len(entries)} images, {pixels} {len(squares)} and {activations} "
@@ -106,9 +106,7 @@ class Suspect:
     suggested_probability: float
 
 
-def find_suspects(
-    entries: Sequence[Entry], features: npt.NDArray[np.float16], params: Params
-) -> list[Suspect]:
+def find_suspects(entries: Sequence[Entry], features: Chunks, params: Params) -> list[Suspect]:
     """Return the suspicious labels, the worst first. ``features``: (N, D).
 
     A class of fewer groups than folds is left out: no head has seen enough of it.
@@ -154,7 +152,7 @@ def _deal(entries: Sequence[Entry], folds: int) -> heads.Labels:
 
 
 def _judge(
-    features: npt.NDArray[np.float16],
+    features: Chunks,
     rows: npt.NDArray[np.int64],
     targets: heads.Labels,
     folds: heads.Labels,
@@ -166,15 +164,15 @@ def _judge(
     for fold in track(range(params.folds), total=params.folds, description="audit"):
         seen, unseen = folds != fold, folds == fold
         known, asked = (features[rows[part]].astype(np.float64) for part in (seen, unseen))
-        mean, scale = heads.standardisation(known)
+        standard = heads.standardisation([known])
         solution = heads.solve_path(
-            ((known - mean) / scale, targets[seen]),
-            ((asked - mean) / scale, targets[unseen]),
+            [(standard.apply(known), targets[seen])],
+            [(standard.apply(asked), targets[unseen])],
             classes=classes,
             penalties=[params.penalty],
             max_iterations=100,
         )[0]
-        logits = solution.head.logits((asked - mean) / scale)
+        logits = solution.head.logits(standard.apply(asked))
         probabilities[unseen] = np.exp(heads.log_softmax(logits))
     return probabilities
 

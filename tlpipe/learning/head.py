@@ -4,7 +4,7 @@ The objective is convex, so the solution depends on the data and the penalty alo
 learning rate, no number of epochs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
+Block = tuple[Floats, Labels]
 
 # Least validation loss among 0, 0.1, 0.3 and 1 (one scale for all) on the digits, hymenoptera and
 # sign-digits; with 0, ten images a class came out with a validation loss four times as large.
@@ -58,27 +59,50 @@ class Solution:
         return self.history[-1]
 
 
-def standardisation(features: Floats) -> tuple[Floats, Floats]:
-    """Return what to subtract from each feature and what to divide it by, both (D,).
+@dataclass(frozen=True)
+class Standardisation:
+    """What is taken off each feature and what it is then divided by, both (D,)."""
+
+    mean: Floats
+    scale: Floats
+
+    def apply(self, features: Floats) -> Floats:
+        """Return (N, D) features standardised."""
+        return (features - self.mean) / self.scale
+
+    def fold(self, head: Head) -> Head:
+        """Return the head for raw features that equals ``head`` on standardised ones."""
+        weight = head.weight / self.scale
+        return Head(weight, head.bias - weight @ self.mean)
+
+
+def standardisation(blocks: Iterable[Floats]) -> Standardisation:
+    """Return the standardisation of features that come in blocks of rows (n, D).
 
     A feature that hardly varies over the training images would be blown up to the size of the
     others, and with it the noise of half precision and the few images where it does vary; so none
     is divided by less than ``_FLOOR`` of the features' typical standard deviation.
+
+    Source: Chan, Golub and LeVeque (1979), Updating formulae and a pairwise algorithm for computing
+    sample variances, eq. 2.1.
     """
-    std = features.std(axis=0)
+    count, mean, squares = 0, np.zeros(()), np.zeros(())
+    for block in blocks:
+        new_mean = block.mean(axis=0)
+        total = count + len(block)
+        apart = new_mean - mean
+        squares = squares + ((block - new_mean) ** 2).sum(axis=0)
+        squares = squares + apart**2 * (count * len(block) / total)
+        mean = mean + apart * (len(block) / total)
+        count = total
+    std = np.sqrt(squares / count)
     typical = float(np.sqrt((std**2).mean())) or 1.0
-    return features.mean(axis=0), np.maximum(std, _FLOOR * typical)
-
-
-def fold_standardisation(head: Head, mean: Floats, scale: Floats) -> Head:
-    """Return the head for raw features that equals ``head`` on standardised ones."""
-    weight = head.weight / scale
-    return Head(weight, head.bias - weight @ mean)
+    return Standardisation(mean, np.maximum(std, _FLOOR * typical))
 
 
 def solve(
-    train: tuple[Floats, Labels],
-    validation: tuple[Floats, Labels],
+    train: Iterable[Block],
+    validation: Iterable[Block],
     *,
     classes: int,
     penalty: float,
@@ -87,28 +111,37 @@ def solve(
 ) -> Solution:
     """Minimise mean cross-entropy + penalty / 2 * |weight|^2 over the training images.
 
+    Both sets come as blocks of rows, which are read anew at every iteration.
+
     Source: Bishop, Pattern Recognition and Machine Learning (2006), section 4.3.4, eq. 4.108-4.109.
     """
     from scipy.optimize import minimize
 
-    features, labels = train
-    shape = (classes, features.shape[1])
-    targets = np.eye(classes)[labels]  # (N, C)
+    count, width = 0, 0
+    for features, _ in train:
+        count, width = count + len(features), features.shape[1]
+    shape = (classes, width)
 
     def objective(flat: Floats) -> tuple[float, Floats]:
         head = _unflatten(flat, shape)
-        log_probabilities = log_softmax(head.logits(features))
-        loss = -log_probabilities[targets > 0].mean() + penalty / 2 * (head.weight**2).sum()
-        residual = (np.exp(log_probabilities) - targets) / len(features)  # (N, C)
-        gradient = residual.T @ features + penalty * head.weight
-        return loss, np.concatenate([gradient.ravel(), residual.sum(axis=0)])
+        loss = penalty / 2 * (head.weight**2).sum()
+        weight, bias = penalty * head.weight, np.zeros(classes)
+        for features, labels in train:
+            log_probabilities = log_softmax(head.logits(features))
+            rows = np.arange(len(labels))
+            loss -= log_probabilities[rows, labels].sum() / count
+            residual = np.exp(log_probabilities)  # (N, C)
+            residual[rows, labels] -= 1
+            weight += residual.T @ features / count
+            bias += residual.sum(axis=0) / count
+        return loss, np.concatenate([weight.ravel(), bias])
 
     history: list[Step] = []
 
     def note(intermediate_result: "OptimizeResult") -> None:
         head = _unflatten(intermediate_result.x, shape)
         train_loss = intermediate_result.fun - penalty / 2 * (head.weight**2).sum()
-        history.append(Step(float(train_loss), *score(head, *validation)))
+        history.append(Step(float(train_loss), *score(head, validation)))
 
     first = start or Head(np.zeros(shape), np.zeros(classes))
     result = minimize(
@@ -125,8 +158,8 @@ def solve(
 
 
 def solve_path(
-    train: tuple[Floats, Labels],
-    validation: tuple[Floats, Labels],
+    train: Iterable[Block],
+    validation: Iterable[Block],
     *,
     classes: int,
     penalties: Sequence[float],
@@ -154,11 +187,15 @@ def solve_path(
     return solutions
 
 
-def score(head: Head, features: Floats, labels: Labels) -> tuple[float, float]:
+def score(head: Head, blocks: Iterable[Block]) -> tuple[float, float]:
     """Return the mean cross-entropy in nats and the accuracy."""
-    logits = head.logits(features)
-    loss = -log_softmax(logits)[np.arange(len(labels)), labels].mean()
-    return float(loss), float((logits.argmax(axis=1) == labels).mean())
+    loss, hits, count = 0.0, 0, 0
+    for features, labels in blocks:
+        logits = head.logits(features)
+        loss -= float(log_softmax(logits)[np.arange(len(labels)), labels].sum())
+        hits += int((logits.argmax(axis=1) == labels).sum())
+        count += len(labels)
+    return loss / count, hits / count
 
 
 def log_softmax(logits: Floats) -> Floats:

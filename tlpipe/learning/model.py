@@ -1,8 +1,11 @@
 """The trained model on disk: a folder with ``model.safetensors`` and ``model.json``, written last.
 
-The tensors are those that were trained; what stayed as pretrained is named by its hash.
+The tensors are those that were trained: ``stages.NAME...`` of the open stages, ``head.I.weight``
+and ``head.I.bias`` of the head's layers, between which stand ReLUs. What stayed as pretrained is
+named by its hash.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,38 +16,71 @@ from pydantic import BaseModel, ConfigDict
 from tlpipe import files
 from tlpipe.errors import ArtifactError
 from tlpipe.features.activations import Origin
+from tlpipe.learning.head import Step
 
 _TENSORS, _INDEX = "model.safetensors", "model.json"
+_STAGES, _HEAD = "stages.", "head."
+Array = npt.NDArray[np.float32]
 
 
 class Card(BaseModel):
-    """What a model is: the labels in the order of its outputs, its origin, how it was trained."""
+    """What a model is: the labels in the order of its outputs, its origin, how it was trained.
+
+    ``epoch`` is the one that was kept, 0 the solved head. Losses are in nats.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     labels: tuple[str, ...]
     origin: Origin
     split_sha256: str
-    penalty: float
+    trainable_parameters: int
+    frozen_parameters: int
+    penalty: float | None
+    epoch: int
     validation_accuracy: float
     validation_loss: float
 
 
 @dataclass(frozen=True)
 class Model:
-    """``weight``: (C, D) float32, ``bias``: (C,) float32, of the linear head."""
+    """``stages``: tensors of the open stages by their names in the network.
+
+    ``head``: (weight (out, in), bias (out,)) of each layer; the last has one output for each label.
+    """
 
     card: Card
-    weight: npt.NDArray[np.float32]
-    bias: npt.NDArray[np.float32]
+    stages: Mapping[str, npt.NDArray[np.generic]]
+    head: tuple[tuple[Array, Array], ...]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What training came to: tensors as a model has them, and the way there.
+
+    ``epoch``: the one that was kept, 0 the solved head. ``steps``, numbered from ``first``: the
+    solver's where a head alone was solved, else the start and every epoch. ``kept``: the one that
+    the tensors are of.
+    """
+
+    stages: Mapping[str, npt.NDArray[np.generic]]
+    head: tuple[tuple[Array, Array], ...]
+    penalty: float | None
+    epoch: int
+    first: int
+    steps: Sequence[Step]
+    kept: Step
 
 
 def save(folder: Path, model: Model) -> None:
     """Write the model whole or not at all."""
     from safetensors.numpy import save as to_bytes
 
+    tensors = {_STAGES + name: np.ascontiguousarray(t) for name, t in model.stages.items()}
+    for number, (weight, bias) in enumerate(model.head):
+        tensors[f"{_HEAD}{number}.weight"] = weight
+        tensors[f"{_HEAD}{number}.bias"] = bias
     with files.replacing_folder(folder) as target:
-        tensors = {"head.weight": model.weight, "head.bias": model.bias}
         files.write_bytes(target / _TENSORS, to_bytes(tensors))
         files.write_json(target / _INDEX, model.card.model_dump())
 
@@ -61,8 +97,16 @@ def load(folder: Path) -> Model:
     card = Card(**files.read_json(folder / _INDEX))
     try:
         tensors = load_file(folder / _TENSORS)
-        return Model(card, tensors["head.weight"], tensors["head.bias"])
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"{folder / _TENSORS} cannot be read: {error}. Run 'dvc repro'."
         ) from None
+    layers = sum(name.startswith(_HEAD) for name in tensors) // 2
+    return Model(
+        card=card,
+        stages={n.removeprefix(_STAGES): t for n, t in tensors.items() if n.startswith(_STAGES)},
+        head=tuple(
+            (tensors[f"{_HEAD}{number}.weight"], tensors[f"{_HEAD}{number}.bias"])
+            for number in range(layers)
+        ),
+    )

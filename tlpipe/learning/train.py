@@ -1,110 +1,149 @@
-"""Stage ``train``: solve the head on the activations, its regularisation picked on validation."""
+"""Stage ``train``: solve the head on the features; where more is open, fine-tune from there."""
 
 import logging
-from dataclasses import astuple, replace
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from math import isnan
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from pydantic import Field, PositiveFloat
 
 from tlpipe import files
-from tlpipe.data.manifest import Assignment, load_split
-from tlpipe.errors import ArtifactError
-from tlpipe.features import activations as stored
-from tlpipe.learning import head as heads
+from tlpipe.errors import ParamsError
+from tlpipe.learning import dataset as datasets
 from tlpipe.learning import model as models
-from tlpipe.params import Section
+from tlpipe.learning import probe
+from tlpipe.learning.dataset import Dataset
+from tlpipe.learning.head import Step
+from tlpipe.learning.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 HISTORY = ("step", "train_loss", "validation_loss", "validation_accuracy")
+_CHECKPOINTS, _LOCK = ".checkpoints", ".lock"
 
 
-class Params(Section):
-    """How the head is fitted."""
-
-    penalties: tuple[PositiveFloat, ...] = Field(
-        default=(0.0001, 0.001, 0.01, 0.1, 1.0),
-        min_length=1,
-        strict=False,
-        description="Strengths of the L2 penalty to try; validation picks one.",
-    )
-    max_iterations: int = Field(
-        default=300, ge=1, description="Upper bound on the solver's iterations for one penalty."
-    )
+class Params(Recipe):
+    """How the head is solved, and how what is open is fine-tuned."""
 
 
-def run(*, activations: Path, split: Path, model: Path, history: Path, params: Params) -> None:
+def run(
+    *,
+    activations: Path,
+    pixels: Path,
+    split: Path,
+    model: Path,
+    history: Path,
+    params: Params,
+    is_first: bool = True,
+    live: Callable[[Sequence[Step]], None] | None = None,
+) -> None:
     """Write the model and its history.
+
+    Where a linear head is all that is trained, the history's steps are the solver's; elsewhere they
+    are epochs, 0 the start. ``is_first``: of processes that train together, this one writes.
+    ``live`` is given all epochs so far after each of them.
 
     Raises:
         ArtifactError: activations and split table are of different data.
+        ParamsError: more is asked for than is open.
+        TrainingError: another training runs in this folder, or this one cannot go on.
+        Interrupted: somebody asked to stop; the same command goes on from there.
     """
-    features, origin = stored.load(activations)
-    assignments = load_split(split)
-    if len(features) != len(assignments):
-        raise ArtifactError(
-            f"{activations} holds {len(features)} images and {split} {len(assignments)}; "
-            f"expected the same images. Run 'dvc repro'."
-        )
-    labels = tuple(sorted({row.label for row in assignments if row.split == "train"}))
-    train = _select(features, assignments, labels, "train")
-    validation = _select(features, assignments, labels, "validation")
-    best = _fit(train, validation, len(labels), params)
-    card = models.Card(
-        labels=labels,
-        origin=origin,
-        split_sha256=files.sha256(split),
-        penalty=best.penalty,
-        validation_accuracy=best.last.validation_accuracy,
-        validation_loss=best.last.validation_loss,
+    data = datasets.load(activations, split)
+    check_open(data, params)
+
+    def note(steps: Sequence[Step]) -> None:
+        _save_history(history, steps, first=0)
+        if live is not None:
+            live(steps)
+
+    if not is_first:
+        _learn(data, pixels, model.parent / _CHECKPOINTS, params, lambda _: None)
+        return
+    with files.locked(model.parent / _LOCK, "a training"):
+        learned = _learn(data, pixels, model.parent / _CHECKPOINTS, params, note)
+        card = _card(data, learned)
+        models.save(model, models.Model(card, learned.stages, learned.head))
+        _save_history(history, learned.steps, first=learned.first)
+    _log.info(
+        "trained %s parameters, left %s as they were; validation accuracy %.4f",
+        f"{card.trainable_parameters:,}",
+        f"{card.frozen_parameters:,}",
+        card.validation_accuracy,
     )
-    weight, bias = best.head.weight.astype(np.float32), best.head.bias.astype(np.float32)
-    models.save(model, models.Model(card, weight, bias))
-    rows = [
-        (number, *(f"{value:.6f}" for value in astuple(step)))
-        for number, step in enumerate(best.history, start=1)
-    ]
-    files.write_csv(history, HISTORY, rows)
 
 
-def _select(
-    features: npt.NDArray[np.float16],
-    assignments: list[Assignment],
-    labels: tuple[str, ...],
-    split: str,
-) -> tuple[heads.Floats, heads.Labels]:
-    """Return the features (N, D) and label numbers (N,) of one split."""
-    rows = [i for i, row in enumerate(assignments) if row.split == split]
-    numbers = {label: number for number, label in enumerate(labels)}
-    targets = np.array([numbers[assignments[i].label] for i in rows], dtype=np.int64)
-    return features[rows].astype(np.float64), targets
+def check_open(data: Dataset, params: Params) -> None:
+    """Check that what is to be trained is not frozen.
+
+    Raises:
+        ParamsError: frozen weights are to be forgotten, or parts of what is no image mixed.
+    """
+    origin = data.activations.origin
+    if params.reinitialise > data.open_stages:
+        raise ParamsError(
+            f"train.reinitialise is {params.reinitialise}; {data.open_stages} stages are open, "
+            f"since embed.freeze is {origin.freeze}. Open more, or lower it in params.yaml."
+        )
+    stored = data.activations.boundary
+    if params.mix == "cutmix" and origin.boundary and (stored is None or len(stored.shape) != 5):
+        raise ParamsError(
+            f"train.mix is cutmix; what {origin.boundary} gives has no height and width to cut. "
+            f"Use mixup, or freeze less, in params.yaml."
+        )
 
 
-def _fit(
-    train: tuple[heads.Floats, heads.Labels],
-    validation: tuple[heads.Floats, heads.Labels],
-    classes: int,
+def _learn(
+    data: Dataset,
+    pixels: Path,
+    checkpoints: Path,
     params: Params,
-) -> heads.Solution:
-    """Solve for each penalty on standardised features; return the best, for raw features."""
-    mean, std = heads.standardisation(train[0])
-    solutions = heads.solve_path(
-        ((train[0] - mean) / std, train[1]),
-        ((validation[0] - mean) / std, validation[1]),
-        classes=classes,
+    note: Callable[[Sequence[Step]], None],
+) -> models.Learned:
+    if data.open_stages or params.hidden:
+        from tlpipe.learning import tuning
+
+        return tuning.tune(data, pixels, checkpoints, params, note)
+    found = data.activations
+    solution, standard = probe.fit(
+        probe.stored(found.features if found.boundary is None else found.boundary),
+        data,
         penalties=params.penalties,
         max_iterations=params.max_iterations,
     )
-    best = min(solutions, key=lambda solution: solution.last.validation_loss)
-    for solution in solutions:
-        _log.info(
-            "penalty %g: validation loss %.4f, accuracy %.3f after %s iterations%s%s",
-            solution.penalty,
-            solution.last.validation_loss,
-            solution.last.validation_accuracy,
-            len(solution.history),
-            "" if solution.converged else " (not converged; raise train.max_iterations)",
-            " <- chosen" if solution is best else "",
-        )
-    return replace(best, head=heads.fold_standardisation(best.head, mean, std))
+    head = standard.fold(solution.head)
+    return models.Learned(
+        stages={},
+        head=((head.weight.astype(np.float32), head.bias.astype(np.float32)),),
+        penalty=solution.penalty,
+        epoch=0,
+        first=1,
+        steps=solution.history,
+        kept=solution.last,
+    )
+
+
+def _card(data: Dataset, learned: models.Learned) -> models.Card:
+    stages = data.backbone.stages
+    open_parameters = sum(stage.parameters for stage in stages[len(stages) - data.open_stages :])
+    head = sum(weight.size + bias.size for weight, bias in learned.head)
+    return models.Card(
+        labels=data.labels,
+        origin=data.activations.origin,
+        split_sha256=data.split_sha256,
+        trainable_parameters=open_parameters + head,
+        frozen_parameters=data.backbone.parameters - open_parameters,
+        penalty=learned.penalty,
+        epoch=learned.epoch,
+        validation_accuracy=learned.kept.validation_accuracy,
+        validation_loss=learned.kept.validation_loss,
+    )
+
+
+def _save_history(path: Path, steps: Sequence[Step], *, first: int) -> None:
+    """Write the history; a loss that nobody has computed stays empty."""
+    rows = [
+        (number, *("" if isnan(value) else f"{value:.6f}" for value in astuple(step)))
+        for number, step in enumerate(steps, start=first)
+    ]
+    files.write_csv(path, HISTORY, rows)

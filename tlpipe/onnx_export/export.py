@@ -12,7 +12,6 @@ from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import evenly, load_split
 from tlpipe.features.backbone import describe
-from tlpipe.features.frozen import frozen_graph
 from tlpipe.features.weights import find
 from tlpipe.learning import model as models
 from tlpipe.onnx_export import bundle as bundles
@@ -50,7 +49,7 @@ def run(
     weights = find(backbone.name, backbone.pretrained, origin.weights, origin.weights_sha256)
     provenance = _provenance(trained.card)
     metadata = bundles.metadata(trained.card.labels, origin.preprocessing, provenance)
-    onnx_bytes = graph.classifier(frozen_graph(backbone, weights), trained, metadata)
+    onnx_bytes = graph.classifier(backbone, weights, trained, metadata)
     test = [i for i, row in enumerate(load_split(split)) if row.split == "test"]
     rows = evenly(test, params.parity_images)
     measured = parities.measure(

@@ -9,9 +9,9 @@ import numpy.typing as npt
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import crop_middle
 from tlpipe.errors import ParityError
-from tlpipe.features.backbone import Backbone, load_network
-from tlpipe.features.frozen import with_normalisation
+from tlpipe.features.backbone import Backbone
 from tlpipe.features.weights import Weights
+from tlpipe.learning.classifier import whole
 from tlpipe.learning.model import Model
 from tlpipe.onnx_export.bundle import IMAGES, LOGITS
 from tlpipe.progress import track
@@ -42,8 +42,7 @@ def measure(
     import torch
 
     torch.set_num_threads(model.card.origin.threads)
-    network = with_normalisation(load_network(backbone, weights), backbone.preprocessing)
-    weight, bias = torch.from_numpy(model.weight), torch.from_numpy(model.bias)
+    network = whole(backbone, weights, model)
     session = open_session(graph, threads=model.card.origin.threads)
     trained: list[npt.NDArray[np.float32]] = []
     exported: list[npt.NDArray[np.float32]] = []
@@ -52,8 +51,7 @@ def measure(
         images = pixels[list(rows[start : start + _BATCH])]
         batch = np.ascontiguousarray(crop_middle(images, backbone.preprocessing.crop_px))
         with torch.inference_mode():
-            features = network(torch.from_numpy(batch))
-            trained.append(torch.nn.functional.linear(features, weight, bias).numpy())
+            trained.append(network(torch.from_numpy(batch)).numpy())
         exported.append(session.run([LOGITS], {IMAGES: batch})[0])
     return compare(np.concatenate(trained), np.concatenate(exported))
 

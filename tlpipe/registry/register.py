@@ -165,7 +165,9 @@ def _log_numbers(
     with history.open(newline="") as file:
         for row in csv.DictReader(file):
             step = int(row.pop("step"))
-            metrics += [Metric(name, float(value), at, step) for name, value in row.items()]
+            metrics += [
+                Metric(name, float(value), at, step) for name, value in row.items() if value
+            ]
     params = [Param(name, str(value)) for name, value in sorted(_settings(shipped).items())]
     client.log_batch(found.info.run_id, params=params)
     for start in range(0, len(metrics), 1000):  # the most that MLflow takes at once

@@ -1,0 +1,117 @@
+"""Checkpoints of a training, beside its outputs: written whole, the last two kept, checked by hash.
+
+A checkpoint is ``NUMBER.safetensors`` and then ``NUMBER.json``, whose presence says that it is
+whole. Numbers count up; no clock is asked. What it belongs to is named by a digest.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlpipe import files
+from tlpipe.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_log = logging.getLogger(__name__)
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``notes``: what JSON holds of it; ``tensors``: the rest."""
+
+    notes: dict[str, Any]
+    tensors: "dict[str, Tensor]"
+
+
+class Checkpoints:
+    """The checkpoints of one training in a folder."""
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        """Take the folder, and the digest of all that the training depends on."""
+        self._folder, self._digest = folder, digest
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write one more, and take away all but the last two.
+
+        Raises:
+            TrainingError: there is no room; those before it stay.
+        """
+        from safetensors.torch import save_file
+
+        numbers = self._numbers()
+        number = (numbers[0] if numbers else 0) + 1
+        tensors = self._folder / f"{number:06d}.safetensors"
+        try:
+            with files.replacing(tensors) as path:
+                save_file({n: t.detach().contiguous() for n, t in checkpoint.tensors.items()}, path)
+            index = {
+                "digest": self._digest,
+                "notes": checkpoint.notes,
+                "sha256": files.sha256(tensors),
+            }
+            files.write_json(tensors.with_suffix(".json"), index)
+        except (OSError, RuntimeError) as error:
+            tensors.unlink(missing_ok=True)
+            raise TrainingError(
+                f"the checkpoint {tensors} cannot be written: {error}. The one before it is whole: "
+                f"make room, then run 'dvc repro' to go on from there."
+            ) from None
+        for old in numbers[_KEPT - 1 :]:
+            for suffix in (".json", ".safetensors"):
+                (self._folder / f"{old:06d}{suffix}").unlink(missing_ok=True)
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest one that is whole and belongs to this training, or none.
+
+        What is damaged, or of another training, is said and left aside.
+        """
+        foreign = False
+        for number in self._numbers():
+            path = self._folder / f"{number:06d}.json"
+            try:
+                index = json.loads(path.read_bytes())
+                if index["digest"] != self._digest:
+                    foreign = True
+                    continue
+                content = path.with_suffix(".safetensors").read_bytes()
+                return self._checked(index, content)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                _log.warning(
+                    "the checkpoint %s is damaged (%s); looking at the one before", path, error
+                )
+        if foreign:
+            _log.warning(
+                "the checkpoints in %s are of other data, parameters, threads or code; "
+                "starting from the beginning",
+                self._folder,
+            )
+            self.clear()
+        return None
+
+    def clear(self) -> None:
+        """Take all of them away."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _numbers(self) -> list[int]:
+        """Return the numbers of those that were completed, the newest first."""
+        names = (path.stem for path in self._folder.glob("*.json"))
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def _checked(self, index: dict[str, Any], content: bytes) -> Checkpoint:
+        import hashlib
+
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        if (found := hashlib.sha256(content).hexdigest()) != index["sha256"]:
+            raise ValueError(f"its sha256 is {found[:16]}..., not {index['sha256'][:16]}...")
+        try:
+            return Checkpoint(index["notes"], load(content))
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None

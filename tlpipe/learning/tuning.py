@@ -1,0 +1,191 @@
+"""Set up fine-tuning: the classifier with its head solved, and what feeds it."""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from tlpipe import allocator, files
+from tlpipe.data import pixels as packed
+from tlpipe.errors import ArtifactError
+from tlpipe.features import weights as pretrained
+from tlpipe.features.backbone import load_network
+from tlpipe.features.device import training_device
+from tlpipe.features.weights import Weights
+from tlpipe.learning import head as heads
+from tlpipe.learning import loop, probe, processes
+from tlpipe.learning.batches import Feed, Photos, StoredActivations, batches
+from tlpipe.learning.checkpoint import Checkpoints
+from tlpipe.learning.classifier import Classifier, build, open_part
+from tlpipe.learning.dataset import Dataset, Numbers
+from tlpipe.learning.model import Learned
+from tlpipe.learning.recipe import Recipe
+
+_log = logging.getLogger(__name__)
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy")
+_BLOCK = 64
+
+
+def tune(
+    data: Dataset,
+    pixels: Path,
+    checkpoints: Path,
+    recipe: Recipe,
+    note: Callable[[Sequence[heads.Step]], None],
+) -> Learned:
+    """Solve the head where it is linear, then train all that is open from there.
+
+    ``note`` is given the start and every epoch so far, after each.
+
+    Raises:
+        Interrupted: somebody asked to stop; the next call goes on from there.
+        TrainingError: training cannot go on.
+    """
+    with processes.joined() as (rank, count):
+        task, penalty = prepare(data, pixels, recipe, rank, count)
+        kept = Checkpoints(checkpoints, _digest(data, recipe, task))
+        epochs = loop.fine_tune(task, recipe, kept, lambda epochs: note(_steps(epochs)))
+        best = loop.best_of(epochs, recipe)
+        tensors = task.classifier.stages.state_dict()
+        return Learned(
+            stages={name: tensor.cpu().numpy() for name, tensor in tensors.items()},
+            head=task.classifier.folded_head(),
+            penalty=penalty,
+            epoch=best.epoch,
+            first=0,
+            steps=_steps(epochs),
+            kept=_steps([best])[0],
+        )
+
+
+def prepare(
+    data: Dataset, pixels: Path, recipe: Recipe, rank: int = 0, count: int = 1
+) -> tuple[loop.Task, float | None]:
+    """Return what is trained with its head solved, and the penalty that was picked for that.
+
+    A head with hidden units is left as it was drawn: ``None``.
+    """
+    allocator.keep_freed()
+    torch.set_num_threads(data.activations.origin.threads)
+    device = training_device(rank)
+    classifier = _start(data, recipe).eval().to(device)
+    classifier.to(memory_format=torch.channels_last)
+    feed = _feed(data, pixels, device)
+    penalty = _solve_head(classifier, feed, data, recipe)
+    if count > 1:
+        processes.share_statistics(classifier)
+    task = loop.Task(
+        classifier=classifier,
+        feed=feed,
+        train=data.train,
+        validation=data.validation,
+        classes=len(data.labels),
+        rates=recipe.rates(data.backbone.name),
+        device=device,
+        rank=rank,
+        processes=count,
+    )
+    return task, penalty
+
+
+def _start(data: Dataset, recipe: Recipe) -> Classifier:
+    """Return the open stages with their weights, and a head that is drawn with the seed."""
+    origin, backbone = data.activations.origin, data.backbone
+    source = pretrained.find(
+        backbone.name, backbone.pretrained, origin.weights, origin.weights_sha256
+    )
+    stages = open_part(backbone, source, origin.boundary)
+    if recipe.reinitialise:
+        drawn = load_network(backbone, Weights(None, ""), seed=recipe.seed)
+        for name, stage in list(drawn.named_children())[-recipe.reinitialise :]:
+            stages.set_submodule(name, stage)
+    width = backbone.stages[-1].shape[0]
+    return build(stages, width, recipe.hidden, len(data.labels), recipe.seed)
+
+
+def _feed(data: Dataset, pixels: Path, device: torch.device) -> Feed:
+    found, origin = data.activations, data.activations.origin
+    if origin.boundary:
+        stored = found.features if found.boundary is None else found.boundary
+        return StoredActivations(stored, device, has_views=found.boundary is not None)
+    images = packed.load(pixels)
+    if images.data_sha256 != origin.data_sha256:
+        raise ArtifactError(
+            f"{pixels} holds other images than the activations are of. Run 'dvc repro'."
+        )
+    return Photos(images.array, device, origin.preprocessing, origin.augmentation)
+
+
+def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recipe) -> float | None:
+    """Set the head for the statistics of BatchNorm that it does better with; return its penalty.
+
+    Pretrained statistics misjudge images of another kind, and those of few images are worse than
+    those of a million. What is the better start is trained with, too.
+    """
+    solve = partial(
+        probe.fit, data=data, penalties=recipe.penalties, max_iterations=recipe.max_iterations
+    )
+    computed = _computed(classifier, feed)
+    starts = []
+    has_statistics = bool(classifier.batch_norms)
+    if recipe.batch_norm != "batch" or not has_statistics:
+        starts.append(solve(computed if recipe.reinitialise else _stored(data)))
+    if recipe.batch_norm != "pretrained" and has_statistics:
+        pretrained = copy.deepcopy(classifier.stages.state_dict())
+        order = batches(data.train, size=_BLOCK, seed=recipe.seed, epoch=-1, weights=None)
+        classifier.adapt(feed.plain(data.train.rows[places]) for places in order)
+        starts.append(solve(computed))
+    best, standard = min(starts, key=lambda start: start[0].last.validation_loss)
+    if len(starts) == 2:
+        is_adapted = best is starts[1][0]
+        _log.info("BatchNorm: statistics %s", "of these images" if is_adapted else "as pretrained")
+        if not is_adapted:
+            classifier.stages.load_state_dict(pretrained)
+            classifier.trains_by_batch = False
+    classifier.standardise(standard)
+    if recipe.hidden:
+        return None
+    classifier.solve(best.head)
+    return best.penalty
+
+
+def _stored(data: Dataset) -> probe.Read:
+    found = data.activations
+    is_deep = found.boundary is not None and data.open_stages == 0
+    return probe.stored(found.boundary if is_deep and found.boundary else found.features)
+
+
+def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
+    """Return what computes features with the open stages as they are."""
+
+    def read(rows: Numbers, every_view: bool) -> Iterator[heads.Floats]:  # noqa: ARG001
+        classifier.eval()
+        for start in range(0, len(rows), _BLOCK):
+            with torch.inference_mode(), loop.autocast(classifier.mean.device):
+                features = classifier.stages(feed.plain(rows[start : start + _BLOCK]))
+            yield features.double().cpu().numpy()
+
+    return read
+
+
+def _steps(epochs: Sequence[loop.Epoch]) -> list[heads.Step]:
+    return [heads.Step(epoch.train_loss, epoch.loss, epoch.accuracy) for epoch in epochs]
+
+
+def _digest(data: Dataset, recipe: Recipe, task: loop.Task) -> str:
+    """Name all that the weights depend on, step by step."""
+    folders = (Path(__file__).parent, Path(__file__).parent.with_name("features"))
+    code = [files.sha256(path) for folder in folders for path in sorted(folder.glob("*.py"))]
+    parts = [
+        data.digest,
+        recipe.model_dump_json(exclude={"checkpoint_minutes"}),
+        f"{task.device.type} {task.processes}",
+        *(f"{package} {version(package)}" for package in _PACKAGES),
+        *code,
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
