@@ -1,5 +1,7 @@
 import csv
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,3 +62,72 @@ def test_activations_are_half_precision_and_mapped(main_job: Workspace) -> None:
     assert found.boundary is None
     assert found.origin.boundary == "features"
     assert found.origin.provider == "CPUExecutionProvider"
+
+
+def pipeline(workspace: Workspace, photos: Path, freeze: str, train: str) -> dict[str, Any]:
+    """Run the graph up to evaluate; return the model's card."""
+    workspace.set_source(photos)
+    workspace.replace("params.yaml", "freeze: all", f"freeze: {freeze}")
+    workspace.replace("params.yaml", "train:\n", f"train:\n{train}")
+    workspace.run("dvc", "repro", "--quiet", "evaluate")
+    report = json.loads((workspace.path / "artifacts/evaluate/report.json").read_text())
+    assert report["precisions"]["fp32"]["accuracy"]["value"] == 1.0
+    parity = json.loads((workspace.path / "artifacts/export/parity.json").read_text())
+    assert parity["same_top1"] == parity["images"] == report["images"]
+    card = json.loads((workspace.path / "artifacts/train/model/model.json").read_text())
+    assert card["trainable_parameters"] + card["frozen_parameters"] >= 3_371_008
+    return card
+
+
+@pytest.mark.slow
+def test_nothing_frozen_trains_the_whole_network(workspace: Workspace, photos: Path) -> None:
+    card = pipeline(workspace, photos, "none", "  epochs: 1\n  batch: 8\n")
+    assert card["origin"]["boundary"] == ""
+    assert (card["trainable_parameters"], card["frozen_parameters"]) == (3_371_008 + 2 * 1281, 0)
+    assert [row["step"] for row in workspace.rows("artifacts/train/history.csv")] == ["0", "1"]
+    tensors = load_file(workspace.path / "artifacts/train/model/model.safetensors")
+    assert sum(t.size for n, t in tensors.items() if n.endswith("weight")) > 3_300_000
+
+
+@pytest.mark.slow
+def test_last_stages_forgotten_and_hidden_units(workspace: Workspace, photos: Path) -> None:
+    options = "  epochs: 4\n  batch: 8\n  hidden: [16]\n  reinitialise: 1\n  metric: loss\n"
+    card = pipeline(workspace, photos, "blocks5", options)
+    assert card["penalty"] is None
+    opened = 717_232 + 302_848 + 1280 * 16 + 16 + 16 * 2 + 2
+    assert card["trainable_parameters"] + card["frozen_parameters"] == 3_371_008 + 20_530
+    tensors = load_file(workspace.path / "artifacts/train/model/model.safetensors")
+    shapes = {n: t.shape for n, t in tensors.items() if n.startswith("head.")}
+    assert shapes["head.0.weight"] == (16, 1280) and shapes["head.1.weight"] == (2, 16)
+    # Another recipe runs neither ingest nor embed again.
+    workspace.replace("params.yaml", "  epochs: 4", "  epochs: 3")
+    status = workspace.run("dvc", "status").stdout
+    assert "train:" in status and "embed:" not in status and "ingest:" not in status
+
+
+def test_what_is_frozen_cannot_be_forgotten(main_job: Workspace, empty: Workspace) -> None:
+    empty.replace("params.yaml", "train:\n", "train:\n  reinitialise: 1\n")
+    folder = main_job.path / "artifacts"
+    given = ("--activations", str(folder / "embed/activations"))
+    known = (*given, "--pixels", str(folder / "ingest/pixels"))
+    split = ("--split", str(folder / "split/split.csv"))
+    command = ("tlpipe", "train", *known, *split, "--model", "m", "--history", "h.csv")
+    said = empty.run(*command, code=3).stderr
+    assert "train.reinitialise is 1; 0 stages are open, since embed.freeze is all." in said
+    empty.replace("params.yaml", "  reinitialise: 1\n", "  mix: cutmix\n  hidden: [8]\n")
+    said = empty.run(*command, code=3).stderr
+    assert "train.mix is cutmix; what features gives has no height and width to cut" in said
+
+
+def test_hidden_units_learn_on_frozen_features(main_job: Workspace, empty: Workspace) -> None:
+    empty.replace("params.yaml", "train:\n", "train:\n  hidden: [64]\n  epochs: 20\n")
+    folder = main_job.path / "artifacts"
+    given = ("--activations", str(folder / "embed/activations"))
+    known = (*given, "--pixels", str(folder / "ingest/pixels"))
+    split = ("--split", str(folder / "split/split.csv"))
+    command = ("tlpipe", "train", *known, *split, "--model", "m", "--history", "h.csv")
+    empty.run(*command)
+    rows = empty.rows("h.csv")
+    assert float(rows[0]["validation_accuracy"]) < 0.3
+    card = json.loads((empty.path / "m" / "model.json").read_text())
+    assert card["validation_accuracy"] > 0.85

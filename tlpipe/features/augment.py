@@ -44,9 +44,9 @@ def draw(augmentation: Augmentation, chances: npt.NDArray[np.float64]) -> Draws:
     """
     area, shape, left, top, angle, flip = chances[:, :6].T
     area = augmentation.least_area + area * (1 - augmentation.least_area)
-    aspect = np.exp(_WIDEST * (2 * shape - 1))
-    width = np.minimum(np.sqrt(area * aspect), 1.0)
-    height = np.minimum(np.sqrt(area / aspect), 1.0)
+    # A crop of the whole area is a square.
+    aspect = np.exp(np.minimum(_WIDEST, -np.log(area)) * (2 * shape - 1))
+    width, height = np.sqrt(area * aspect), np.sqrt(area / aspect)
     turn = np.radians(augmentation.rotation_degrees) * (2 * angle - 1)
     side = np.where(augmentation.mirror & (flip < 0.5), -width, width)
     draws = np.column_stack(

@@ -201,11 +201,11 @@ def _check_size(
         for stage in backbone.stages
         if gib(features + views * stage.kib) <= params.max_gib
     ]
-    advice = f"freeze up to {', '.join(smaller)}, or " if smaller else ""
+    advice = f"freeze up to {', '.join(smaller)}; or " if smaller else ""
     fewer = "store fewer embed.views, " if params.views else ""
     raise ParamsError(
         f"the activations of {images} images would take {size:.3g} GiB; embed.max_gib allows "
-        f"{params.max_gib:g}. Set embed.freeze: {advice}'none', {fewer}or raise embed.max_gib."
+        f"{params.max_gib:g}. By embed.freeze, {advice}freeze none; {fewer}or raise embed.max_gib."
     )
 
 

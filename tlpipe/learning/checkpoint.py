@@ -4,6 +4,7 @@ A checkpoint is ``NUMBER.safetensors`` and then ``NUMBER.json``, whose presence 
 whole. Numbers count up; no clock is asked. What it belongs to is named by a digest.
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -42,6 +43,7 @@ class Checkpoints:
         Raises:
             TrainingError: there is no room; those before it stay.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         numbers = self._numbers()
@@ -53,10 +55,10 @@ class Checkpoints:
             index = {
                 "digest": self._digest,
                 "notes": checkpoint.notes,
-                "sha256": files.sha256(tensors),
+                "sha256": _seal(checkpoint.notes, tensors.read_bytes()),
             }
             files.write_json(tensors.with_suffix(".json"), index)
-        except (OSError, RuntimeError) as error:
+        except (OSError, SafetensorError) as error:
             tensors.unlink(missing_ok=True)
             raise TrainingError(
                 f"the checkpoint {tensors} cannot be written: {error}. The one before it is whole: "
@@ -104,14 +106,17 @@ class Checkpoints:
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
     def _checked(self, index: dict[str, Any], content: bytes) -> Checkpoint:
-        import hashlib
-
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        if (found := hashlib.sha256(content).hexdigest()) != index["sha256"]:
+        if (found := _seal(index["notes"], content)) != index["sha256"]:
             raise ValueError(f"its sha256 is {found[:16]}..., not {index['sha256'][:16]}...")
         try:
             return Checkpoint(index["notes"], load(content))
         except SafetensorError as error:
             raise ValueError(str(error)) from None
+
+
+def _seal(notes: dict[str, Any], tensors: bytes) -> str:
+    """Return a hash of both parts of a checkpoint."""
+    return hashlib.sha256(files.json_bytes(notes) + tensors).hexdigest()

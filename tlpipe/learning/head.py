@@ -189,13 +189,32 @@ def solve_path(
 
 def score(head: Head, blocks: Iterable[Block]) -> tuple[float, float]:
     """Return the mean cross-entropy in nats and the accuracy."""
-    loss, hits, count = 0.0, 0, 0
+    hits, lost = [], []
     for features, labels in blocks:
         logits = head.logits(features)
-        loss -= float(log_softmax(logits)[np.arange(len(labels)), labels].sum())
-        hits += int((logits.argmax(axis=1) == labels).sum())
-        count += len(labels)
-    return loss / count, hits / count
+        lost.append(-log_softmax(logits)[np.arange(len(labels)), labels])
+        hits.append(logits.argmax(axis=1) == labels)
+    return float(np.concatenate(lost).mean()), float(np.concatenate(hits).mean())
+
+
+def choose(solutions: Sequence[Solution], validation: Iterable[Block]) -> Solution:
+    """Return the one of the strongest penalty whose loss is that of the best one, but for chance.
+
+    Few validation images tell penalties apart by luck, and a stronger one is the safer choice.
+
+    Source: Breiman et al. (1984), Classification and regression trees, section 3.4.3, the rule of
+    one standard error.
+    """
+    best = min(solutions, key=lambda solution: solution.last.validation_loss)
+    lost = np.concatenate(
+        [
+            -log_softmax(best.head.logits(features))[np.arange(len(labels)), labels]
+            for features, labels in validation
+        ]
+    )
+    allowed = lost.mean() + lost.std() / np.sqrt(len(lost))
+    close = [solution for solution in solutions if solution.last.validation_loss <= allowed]
+    return max(close, key=lambda solution: solution.penalty)
 
 
 def log_softmax(logits: Floats) -> Floats:

@@ -6,6 +6,7 @@ goes on as if it had not been.
 
 import copy
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,15 +90,15 @@ def fine_tune(
         Interrupted: somebody asked to stop; the next call goes on from there.
         TrainingError: a loss is not finite, or a checkpoint cannot be written.
     """
-    training = _Training(task, recipe, checkpoints)
-    training.begin()
     with _stop_requests() as stop:
+        training = _Training(task, recipe, checkpoints)
+        training.begin()
         while not training.is_over:
             training.train_epoch(stop)
             training.end_epoch()
             if task.rank == 0:
                 note(training.state.history)
-    return training.finish()
+        return training.finish()
 
 
 def best_of(epochs: Sequence[Epoch], recipe: Recipe) -> Epoch:
@@ -334,7 +335,7 @@ def measured(loss_sum: float, confusion: npt.NDArray[np.float64]) -> Measured:
     present = true > 0
     f1 = 2 * hits[present] / (true + answered)[present]
     return Measured(
-        loss=loss_sum / count,
+        loss=float(loss_sum / count),
         accuracy=float(hits.sum() / count),
         balanced_accuracy=float((hits[present] / true[present]).mean()),
         macro_f1=float(f1.mean()),
@@ -372,6 +373,21 @@ def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
                 tensor.lerp_(theirs[name], 1 - decay)
             else:
                 tensor.copy_(theirs[name])
+
+
+@contextmanager
+def explained(recipe: Recipe) -> Iterator[None]:
+    """Turn what torch says where memory is short into a refusal."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:160]
+        if isinstance(error, RuntimeError) and not re.search("alloc|memory", line):
+            raise
+        raise TrainingError(
+            f"there is not enough memory to train ({line}); what was done is kept. Lower "
+            f"train.batch, now {recipe.batch}, or freeze more in embed.freeze."
+        ) from None
 
 
 class _Stop:

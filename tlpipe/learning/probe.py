@@ -76,14 +76,15 @@ def fit(
     def table(examples: Examples, every_view: bool) -> Table:
         return Table((standard.apply(b) for b in read(examples.rows, every_view)), examples.labels)
 
+    validation = table(data.validation, False)
     solutions = heads.solve_path(
         table(data.train, True),
-        table(data.validation, False),
+        validation,
         classes=len(data.labels),
         penalties=penalties,
         max_iterations=max_iterations,
     )
-    best = min(solutions, key=lambda solution: solution.last.validation_loss)
+    best = heads.choose(solutions, validation)
     for solution in solutions:
         _log.info(
             "penalty %g: validation loss %.4f, accuracy %.3f after %s iterations%s%s",

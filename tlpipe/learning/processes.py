@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as joint
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -100,7 +99,18 @@ class _SharedBatchNorm(nn.Module):
         return centred * (scale * self.weight).view(shape) + self.bias.view(shape)
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; what it changes in all of them flows back to each."""
+
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:  # type: ignore[override]
+        return add_up(values.clone())
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return add_up(gradient.clone())
+
+
 def _sum(values: Tensor) -> Tensor:
-    """Return the sum over all processes, through which gradients flow."""
-    summed: Tensor = joint.all_reduce(values)  # type: ignore[no-untyped-call]
+    summed: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
     return summed

@@ -1,6 +1,7 @@
 """Stage ``train``: solve the head on the features; where more is open, fine-tune from there."""
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from math import isnan
@@ -65,6 +66,7 @@ def run(
         card = _card(data, learned)
         models.save(model, models.Model(card, learned.stages, learned.head))
         _save_history(history, learned.steps, first=learned.first)
+        shutil.rmtree(model.parent / _CHECKPOINTS, ignore_errors=True)
     _log.info(
         "trained %s parameters, left %s as they were; validation accuracy %.4f",
         f"{card.trainable_parameters:,}",

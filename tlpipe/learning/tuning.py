@@ -46,7 +46,7 @@ def tune(
         Interrupted: somebody asked to stop; the next call goes on from there.
         TrainingError: training cannot go on.
     """
-    with processes.joined() as (rank, count):
+    with loop.explained(recipe), processes.joined() as (rank, count):
         task, penalty = prepare(data, pixels, recipe, rank, count)
         kept = Checkpoints(checkpoints, _digest(data, recipe, task))
         epochs = loop.fine_tune(task, recipe, kept, lambda epochs: note(_steps(epochs)))

@@ -1,0 +1,158 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import Workspace
+from tlpipe.data import pixels as packed
+from tlpipe.features import activations as stored
+from tlpipe.features.backbone import describe, load_network
+from tlpipe.features.embed import Params
+from tlpipe.features.freeze import frozen_stages
+from tlpipe.features.frozen import from_pixels
+from tlpipe.features.weights import IMAGENET, find
+
+LITE0 = describe("efficientnet_lite0")
+NAMES = [stage.name for stage in LITE0.stages]
+
+
+@pytest.mark.parametrize(
+    ("freeze", "images", "expected"),
+    [
+        ("all", 5, 9),
+        ("none", 5, 0),
+        (0, 5, 0),
+        (4, 5, 4),
+        (9, 5, 9),
+        ("stem", 5, 1),
+        ("blocks5", 5, 7),
+        ("features", 5, 9),
+        ("auto", 19, 9),
+        ("auto", 20, 7),
+        ("auto", 1000, 0),
+    ],
+)
+def test_levels_are_numbers_of_stages(freeze: str | int, images: int, expected: int) -> None:
+    labels = ["rare"] + ["a", "b", "c"] * images
+    assert frozen_stages(freeze, NAMES, labels) == expected
+
+
+def embedded(workspace: Workspace, **settings: object) -> stored.Activations:
+    lines = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in settings.items())
+    text = (workspace.path / "params.yaml").read_text()
+    changed = text.replace("  freeze: all\n", lines)
+    (workspace.path / "params.yaml").write_text(changed)
+    workspace.embed()
+    (workspace.path / "params.yaml").write_text(text)
+    return stored.load(workspace.path / "out" / "activations")
+
+
+@pytest.fixture
+def ingested(empty: Workspace, photos: Path) -> Workspace:
+    empty.set_source(photos)
+    empty.ingest()
+    return empty
+
+
+@pytest.mark.slow
+def test_activations_are_those_of_torch_at_every_boundary(ingested: Workspace) -> None:
+    weights = find(LITE0.name, LITE0.pretrained, IMAGENET, None)
+    network = from_pixels(load_network(LITE0, weights), LITE0.preprocessing)
+    images = packed.load(ingested.path / "out" / "pixels").array[:6][:, 16:240, 16:240]
+    results, current = {}, torch.from_numpy(np.ascontiguousarray(images))
+    with torch.inference_mode():
+        for name, stage in network.named_children():
+            current = stage(current)
+            results[name] = current.numpy()
+    for freeze, boundary in (("stem", "stem"), (4, "blocks2"), ("blocks5", "blocks5")):
+        found = embedded(ingested, freeze=freeze)
+        assert found.boundary is not None
+        assert found.origin.boundary == boundary
+        expected = results[boundary]
+        assert found.boundary.shape == (24, 1, *expected.shape[1:])
+        spread = expected.std()
+        assert np.abs(found.boundary[:6][:, 0] - expected).max() < 0.01 * spread
+        assert np.abs(found.features[:6] - results["features"]).max() < 0.01
+    found = embedded(ingested, freeze="none")
+    assert (found.boundary, found.origin.boundary) == (None, "")
+    assert np.abs(found.features[:6] - results["features"]).max() < 0.01
+
+
+def rows(found: stored.Activations) -> dict[int, np.ndarray]:
+    assert found.boundary is not None
+    return {int(key): found.boundary[row] for row, key in enumerate(found.keys)}
+
+
+@pytest.mark.slow
+def test_only_what_is_new_is_computed_and_the_result_is_the_same(
+    ingested: Workspace, photos: Path
+) -> None:
+    before = rows(embedded(ingested, freeze="blocks5", views=1))
+    shade = Image.new("RGB", (60, 60), (10, 200, 30))
+    shade.save(photos / "dark" / "new.png")
+    (photos / "light" / "3.png").unlink()
+    ingested.ingest()
+    text = ingested.path / "params.yaml"
+    text.write_text(text.read_text().replace("freeze: all", "freeze: blocks5\n  views: 1"))
+    said = ingested.embed()
+    assert "23 of 24 images are known already" in said
+    after = stored.load(ingested.path / "out" / "activations")
+    found = rows(after)
+    assert len(found.keys() - before.keys()) == 1
+    assert all((before[key] == found[key]).all() for key in found.keys() & before.keys())
+    shutil.rmtree(ingested.path / "out" / ".activations")
+    shutil.move(ingested.path / "out" / "activations", ingested.path / "first")
+    assert "known" not in ingested.embed()
+    for part in ("boundary", "features", "index.json", "keys.npy"):
+        one, two = ingested.path / "first" / part, ingested.path / "out/activations" / part
+        for path in one.iterdir() if one.is_dir() else [one]:
+            other = two / path.name if one.is_dir() else two
+            assert path.read_bytes() == other.read_bytes(), path
+    # Another boundary, or other weights, are another computation.
+    text.write_text(text.read_text().replace("freeze: blocks5", "freeze: blocks4"))
+    assert "known" not in ingested.embed()
+
+
+def test_views_differ_from_image_to_image_and_are_drawn_once(ingested: Workspace) -> None:
+    found = embedded(ingested, freeze="all", views=3)
+    assert found.boundary is not None and found.boundary.shape == (24, 4, 1280)
+    assert (found.boundary[:][:, 0] == found.features[:]).all()
+    views = found.boundary[:].astype(np.float32)
+    for one in range(4):
+        for two in range(one):
+            assert np.abs(views[:, one] - views[:, two]).max(axis=1).min() > 1e-3
+    shutil.rmtree(ingested.path / "out" / ".activations")
+    again = embedded(ingested, freeze="all", views=3)
+    assert again.boundary is not None and (again.boundary[:] == found.boundary[:]).all()
+
+
+def test_too_much_is_refused_before_it_is_computed(ingested: Workspace) -> None:
+    text = ingested.path / "params.yaml"
+    text.write_text(
+        text.read_text().replace("freeze: all", "freeze: stem\n  views: 9\n  max_gib: 0.02")
+    )
+    said = ingested.embed(code=3).splitlines()[-1]
+    assert "the activations of 24 images would take 0.18 GiB; embed.max_gib allows 0.02" in said
+    assert re.search(r"By embed.freeze, freeze up to blocks2 \(0.0\d+ GiB\), blocks3 ", said)
+    assert "; or freeze none; store fewer embed.views, or raise embed.max_gib." in said
+    assert not (ingested.path / "out" / "activations").exists()
+
+
+def test_the_size_is_said_beforehand(ingested: Workspace) -> None:
+    text = ingested.path / "params.yaml"
+    text.write_text(text.read_text().replace("freeze: all", "freeze: blocks5"))
+    said = ingested.embed().splitlines()
+    assert said[0] == ("frozen: 7 of 9 stages, up to blocks5, 2,353,408 of 3,371,008 parameters")
+    assert said[1] == "activations of 24 images: 0.000478 GiB"
+    folder = ingested.path / "out" / "activations"
+    size = sum(path.stat().st_size for path in folder.rglob("*.npy"))
+    assert size == pytest.approx(0.000478 * 2**30, rel=0.02)
+
+
+def test_defaults_freeze_everything() -> None:
+    assert Params().freeze == "all"
