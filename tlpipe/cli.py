@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -15,6 +16,7 @@ import typer
 from tlpipe.errors import TlpipeError
 
 if TYPE_CHECKING:
+    from tlpipe.features.embed import Params as EmbedParams
     from tlpipe.onnx_export.bundle import Bundle
     from tlpipe.params import Section
 
@@ -133,7 +135,12 @@ def split(manifest: In, split: Out, report: Out, params: ParamsFile = PARAMS_FIL
 @app.command(rich_help_panel=STAGE_PANEL)
 def embed(manifest: In, pixels: In, activations: Out, params: ParamsFile = PARAMS_FILE) -> None:
     """Run the pretrained network once over every image."""
-    _run("embed", params, manifest=manifest, pixels=pixels, activations=activations)
+    from tlpipe.features import embed, weights
+
+    section = cast(embed.Params, load_params(params)["embed"])
+    if section.weights.startswith(weights.REGISTERED):
+        section = _with_registered_weights(section)
+    embed.run(manifest=manifest, pixels=pixels, activations=activations, params=section)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -164,22 +171,45 @@ def train(
 ) -> None:
     """Fit what is not frozen."""
     from tlpipe.learning import train
-    from tlpipe.registry import register
+    from tlpipe.registry import register, tracking
 
     sections = load_params(params)
+    name = cast(register.Params, sections["register"]).name
     is_first = os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes it starts
     if is_first:
-        _say_what_changed(split, params.parent, cast(register.Params, sections["register"]).name)
-    section = cast(train.Params, sections["train"])
-    train.run(
-        activations=activations,
-        pixels=pixels,
-        split=split,
-        model=model,
-        history=history,
-        params=section,
-        is_first=is_first,
-    )
+        _say_what_changed(split, params.parent, name)
+    with ExitStack() as stack:
+        is_live = is_first and "MLFLOW_TRACKING_URI" in os.environ
+        train.run(
+            activations=activations,
+            pixels=pixels,
+            split=split,
+            model=model,
+            history=history,
+            params=cast(train.Params, sections["train"]),
+            is_first=is_first,
+            live=stack.enter_context(tracking.live_run(Path(), name)) if is_live else None,
+        )
+
+
+@app.command("lr-find")
+def lr_find(
+    plot: Annotated[Path, typer.Option(help="Where to draw it.")] = Path("lr-find.png"),
+    params: ParamsFile = PARAMS_FILE,
+) -> None:
+    """Raise the learning rates step by step and suggest those where the loss falls fastest."""
+    from tlpipe.learning import lr_find, train
+
+    section = cast(train.Params, load_params(params)["train"])
+    given = _paths("train", params.parent)
+    known = {name: given[name] for name in ("activations", "pixels", "split")}
+    found = lr_find.run(**known, plot=plot, params=section)
+    if found.rates is None:
+        print(f"the loss never falls: {plot}")
+    else:
+        print(f"train.head_rate: {found.rates.head:.2g}")
+        print(f"train.stage_rate: {found.rates.stages:.2g}")
+        print(f"see {plot}; a third of them is often safer")
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -208,6 +238,7 @@ def evaluate(
 
 @app.command(rich_help_panel=STAGE_PANEL)
 def register(
+    model: In,
     bundle: In,
     parity: In,
     report: In,
@@ -229,7 +260,17 @@ def register(
     audited = {"suspects": suspects, "data_plots": data_plots}
     trained = {"parity": parity, "history": history}
     places = {"receipt": receipt, "workspace": Path()}
-    _run("register", params, bundle=bundle, **measured, **trained, **data, **audited, **places)
+    _run(
+        "register",
+        params,
+        model=model,
+        bundle=bundle,
+        **measured,
+        **trained,
+        **data,
+        **audited,
+        **places,
+    )
 
 
 @app.command()
@@ -334,6 +375,33 @@ def schema() -> None:
 
     models = {name: importlib.import_module(module).Params for name, module in STAGES.items()}
     print(json_bytes(params.json_schema(models)).decode(), end="")
+
+
+def _paths(stage: str, workspace: Path) -> dict[str, Path]:
+    """Return the paths that ``dvc.yaml`` gives to a stage, by the names of its options."""
+    import shlex
+
+    from tlpipe.params import read_yaml
+
+    command = shlex.split(read_yaml(workspace / "dvc.yaml")["stages"][stage]["cmd"])
+    options = zip(command[2::2], command[3::2], strict=True)
+    return {name.removeprefix("--").replace("-", "_"): workspace / path for name, path in options}
+
+
+def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":
+    """Fetch the weights of a registered model, and pin what was found."""
+    from tlpipe.errors import WeightsError
+    from tlpipe.learning import registered
+    from tlpipe.registry import tracking
+
+    folder = tracking.fetch_model(Path(), section.weights)
+    sha256 = registered.keep_weights(folder, section.backbone)
+    if section.weights_sha256 not in (None, sha256):
+        raise WeightsError(
+            f"{section.weights} has the sha256 {sha256}; embed.weights_sha256 is "
+            f"{section.weights_sha256}. The alias has moved: change one of them in params.yaml."
+        )
+    return section.model_copy(update={"weights_sha256": sha256})
 
 
 def _say_what_changed(split: Path, workspace: Path, name: str) -> None:

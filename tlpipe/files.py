@@ -161,6 +161,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_folder(name: str) -> Path:
+    """Return a program's folder in this user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
+
+
 def _rows(
     path: Path, file: TextIO, reader: Iterable[list[str]], header: Sequence[str]
 ) -> Iterator[list[str]]:

@@ -94,7 +94,6 @@ def test_last_stages_forgotten_and_hidden_units(workspace: Workspace, photos: Pa
     options = "  epochs: 4\n  batch: 8\n  hidden: [16]\n  reinitialise: 1\n  metric: loss\n"
     card = pipeline(workspace, photos, "blocks5", options)
     assert card["penalty"] is None
-    opened = 717_232 + 302_848 + 1280 * 16 + 16 + 16 * 2 + 2
     assert card["trainable_parameters"] + card["frozen_parameters"] == 3_371_008 + 20_530
     tensors = load_file(workspace.path / "artifacts/train/model/model.safetensors")
     shapes = {n: t.shape for n, t in tensors.items() if n.startswith("head.")}

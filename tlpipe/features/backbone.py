@@ -8,7 +8,6 @@ their classifiers are left out.
 import difflib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -89,7 +88,7 @@ def describe(name: str) -> Backbone:
         ParamsError: there is no backbone of that name.
         WeightsError: it cannot be cut into stages.
     """
-    path = cache_folder("backbones") / f"{name.replace('/', '--')}-{_key()}.json"
+    path = files.cache_folder("tlpipe") / "backbones" / f"{name.replace('/', '--')}-{_key()}.json"
     try:
         return Backbone(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, ValidationError):
@@ -161,12 +160,6 @@ def load_network(backbone: Backbone, weights: Weights, seed: int = 0) -> "nn.Seq
                 f"Expected the weights of {backbone.name}; check embed.weights."
             ) from None
     return cut(network, backbone.preprocessing.crop_px)
-
-
-def cache_folder(name: str) -> Path:
-    """Return a folder of this user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tlpipe" / name
 
 
 def _look_at(name: str) -> Backbone:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from tlpipe import files
 from tlpipe.data.images import Preprocessing
-from tlpipe.features.backbone import Backbone, cache_folder, load_network
+from tlpipe.features.backbone import Backbone, load_network
 from tlpipe.features.weights import Weights
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def whole_graph(backbone: Backbone, weights: Weights) -> Path:
     Every stage's result is an output of it, so that one export serves every boundary.
     """
     name = backbone.name.replace("/", "--")
-    path = cache_folder("frozen") / f"{name}-{graph_key(backbone, weights)}.onnx"
+    path = files.cache_folder("tlpipe") / "frozen" / f"{name}-{graph_key(backbone, weights)}.onnx"
     seal = path.with_suffix(".sha256")
     if path.exists() and seal.exists() and seal.read_text() == files.sha256(path):
         return path

@@ -21,7 +21,7 @@ from tlpipe.errors import WeightsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-IMAGENET, NONE = "imagenet", "none"
+IMAGENET, NONE, REGISTERED = "imagenet", "none", "models:/"
 
 
 class Pretrained(BaseModel):
@@ -52,7 +52,8 @@ class Weights:
 def find(name: str, pretrained: Pretrained | None, source: str, sha256: str | None) -> Weights:
     """Return the weights of the network ``name``, fetched where they were asked for by name.
 
-    ``source`` is ``imagenet``, ``none``, or the path of a file, whose ``sha256`` must be given.
+    ``source`` is ``imagenet``, ``none``, or the path of a file, or ``models:/NAME@ALIAS`` in the
+    registry, which must have been fetched; of the last two the ``sha256`` must be given.
 
     Raises:
         WeightsError: they are missing, cannot be fetched, or are not the pinned ones.
@@ -68,7 +69,8 @@ def find(name: str, pretrained: Pretrained | None, source: str, sha256: str | No
             f"weights is read only with its hash pinned. Set embed.weights_sha256 in params.yaml."
         )
     else:
-        path, expected = Path(source), sha256
+        is_registered = source.startswith(REGISTERED)
+        path, expected = registered_file(sha256) if is_registered else Path(source), sha256
     try:
         found = files.sha256(path)
     except OSError as error:
@@ -91,7 +93,7 @@ def at_hand(pretrained: Pretrained | None) -> Path | None:
         spec = importlib.util.find_spec(pretrained.package)
         path = Path(spec.origin).parent / pretrained.file if spec and spec.origin else None
     elif pretrained.url:
-        path = _torch_cache() / pretrained.url.rpartition("/")[2]
+        path = _fetched_by_torch(pretrained.url)
     else:
         from huggingface_hub import try_to_load_from_cache
 
@@ -122,7 +124,7 @@ def fetch(name: str, pretrained: Pretrained | None) -> Path:
         if pretrained.url:
             import torch
 
-            path = _torch_cache() / pretrained.url.rpartition("/")[2]
+            path = _fetched_by_torch(pretrained.url)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(pretrained.url, str(path), pretrained.sha256 or None)
             return path
@@ -172,8 +174,12 @@ def read_tensors(path: Path) -> Mapping[str, "Tensor"]:
     return content
 
 
-def _torch_cache() -> Path:
+def registered_file(sha256: str) -> Path:
+    """Return where the weights of a registered model lie, once they were fetched."""
+    return files.cache_folder("tlpipe") / "registered" / f"{sha256}.safetensors"
+
+
+def _fetched_by_torch(url: str) -> Path:
     """Return where torch keeps what it has fetched, without importing it."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = os.environ.get("TORCH_HOME") or Path(base) / "torch"
-    return Path(home).expanduser() / "hub" / "checkpoints"
+    home = Path(os.environ.get("TORCH_HOME") or files.cache_folder("torch")).expanduser()
+    return home / "hub" / "checkpoints" / url.rpartition("/")[2]

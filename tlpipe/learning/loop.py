@@ -91,7 +91,7 @@ def fine_tune(
         TrainingError: a loss is not finite, or a checkpoint cannot be written.
     """
     with _stop_requests() as stop:
-        training = _Training(task, recipe, checkpoints)
+        training = Training(task, recipe, checkpoints)
         training.begin()
         while not training.is_over:
             training.train_epoch(stop)
@@ -110,7 +110,7 @@ def best_of(epochs: Sequence[Epoch], recipe: Recipe) -> Epoch:
     return min(epochs, key=badness)
 
 
-class _Training:
+class Training:
     """One training: weights, their average, the best so far, and the optimiser."""
 
     def __init__(self, task: Task, recipe: Recipe, checkpoints: Checkpoints) -> None:
@@ -136,6 +136,7 @@ class _Training:
 
     @property
     def is_over(self) -> bool:
+        """Whether every epoch is done, or nothing has become better for too long."""
         state, patience = self.state, self.recipe.patience
         tired = patience is not None and state.epoch - state.best >= patience
         return state.epoch >= self.recipe.epochs or tired
@@ -163,12 +164,9 @@ class _Training:
         title = f"epoch {state.epoch + 1} of {recipe.epochs}"
         with meter(title, total=len(task.train), done=state.images) as shown:
             for step in range(state.step, steps):
-                factor = progress_factor(
-                    state.epoch * steps + step, recipe.epochs * steps, recipe.warmup
-                )
-                for group in self.optimiser.param_groups:
-                    group["lr"] = group["rate"] * factor
-                loss = self._step(order[step], step)
+                done, whole = state.epoch * steps + step, recipe.epochs * steps
+                self.set_rates(progress_factor(done, whole, recipe.warmup))
+                loss = self.take_step(order[step], step)
                 state.loss_sum += loss * len(order[step])
                 state.images += len(order[step])
                 state.step = step + 1
@@ -183,6 +181,11 @@ class _Training:
                     self._save()
                     saved = time.monotonic()
 
+    def set_rates(self, factor: float) -> None:
+        """Let every part learn at this share of its largest rate."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["rate"] * factor
+
     def end_epoch(self) -> None:
         """Measure, keep the best, save."""
         state = self.state
@@ -196,7 +199,7 @@ class _Training:
         self.model.load_state_dict(self.best)
         return self.state.history
 
-    def _step(self, places: Numbers, step: int) -> float:
+    def take_step(self, places: Numbers, step: int) -> float:
         """Take one step on this process's share of a batch; return the loss of the whole."""
         task, recipe, epoch = self.task, self.recipe, self.state.epoch
         random = generator(recipe.seed, f"step {epoch} {step}")

@@ -103,14 +103,14 @@ class _Sum(torch.autograd.Function):
     """The sum over all processes; what it changes in all of them flows back to each."""
 
     @staticmethod
-    def forward(_: Any, values: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(_: Any, values: Tensor) -> Tensor:
         return add_up(values.clone())
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(_: Any, gradient: Tensor) -> Tensor:
         return add_up(gradient.clone())
 
 
 def _sum(values: Tensor) -> Tensor:
-    summed: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+    summed: Tensor = _Sum.apply(values)
     return summed

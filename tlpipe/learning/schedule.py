@@ -22,7 +22,7 @@ _DELICATE = re.compile(r"vit|swin|deit|beit|eva|cait|xcit|mixer|convnext|coat|fo
 
 def default_rates(backbone: str, optimiser: str) -> Rates:
     """Return rates that suit a family of networks."""
-    rates = Rates(1e-3, 5e-5, 0.75) if _DELICATE.search(backbone) else Rates(1e-3, 5e-4, 0.8)
+    rates = Rates(1e-3, 5e-5, 0.75) if _DELICATE.search(backbone) else Rates(1e-3, 1e-3, 0.8)
     # SGD moves by the gradient itself, AdamW by its sign.
     return rates._replace(head=0.05, stages=rates.stages * 20) if optimiser == "sgd" else rates
 

@@ -44,6 +44,7 @@ class Params(Section):
 
 def run(
     *,
+    model: Path,
     bundle: Path,
     parity: Path,
     report: Path,
@@ -90,6 +91,7 @@ def run(
         client.log_dict(run_id, files.read_json(split_report), "data/split.json")
         client.log_artifacts(run_id, str(data_plots), "data/plots")
         client.log_artifacts(run_id, str(bundle), tracking.BUNDLE_FOLDER)
+        client.log_artifacts(run_id, str(model), tracking.MODEL_FOLDER)
         model_uri = _log_model(client, found, shipped, examples)
         version = _version(client, params.name, run_id, model_uri, shipped)
         client.set_registered_model_alias(params.name, tracking.CHALLENGER, version)

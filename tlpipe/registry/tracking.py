@@ -7,25 +7,31 @@ the workspace.
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlpipe import files
-from tlpipe.errors import RegistryError
+from tlpipe.errors import Interrupted, RegistryError
 from tlpipe.onnx_export.bundle import LABELS, Bundle, load
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+    from tlpipe.learning.head import Step
+
 _log = logging.getLogger(__name__)
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 CHAMPION, CHALLENGER = "champion", "challenger"
 # DVC alone would say that nothing has changed: it does not see the registry.
 _REGISTER = "Register what was built: 'dvc repro --force --single-item register'."
-BUNDLE_TAG, BUNDLE_FOLDER = "tlpipe.bundle", "bundle"
+_TRAINING = {"tlpipe.kind": "training"}
+BUNDLE_TAG, BUNDLE_FOLDER, MODEL_FOLDER = "tlpipe.bundle", "bundle", "trained"
 
 
 @contextmanager
@@ -128,6 +134,72 @@ def fetch_bundle(workspace: Path, reference: str) -> Bundle:
             f"It was swapped or damaged; nothing was loaded."
         )
     return bundle
+
+
+def fetch_model(workspace: Path, reference: str) -> Path:
+    """Fetch what ``train`` wrote of ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
+
+    Raises:
+        RegistryError: there is no such version, or it was registered without.
+    """
+    found = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", reference)
+    if found is None:
+        raise RegistryError(
+            f"embed.weights is {reference}; expected models:/NAME@ALIAS or models:/NAME/VERSION. "
+            f"Change it in params.yaml."
+        )
+    name, alias, number = found.groups()
+    with connection(workspace) as client:
+        version = client.get_model_version(name, number) if number else None
+        version = version or find_version(client, name, alias)
+        from mlflow.artifacts import download_artifacts
+
+        return Path(download_artifacts(run_id=version.run_id, artifact_path=MODEL_FOLDER))
+
+
+@contextmanager
+def live_run(workspace: Path, name: str) -> Iterator[Callable[[Sequence["Step"]], None]]:
+    """Yield what logs the curves of a training while it goes on, into a run of its own.
+
+    Training needs nothing of the server: where it fails, that is said, and training goes on.
+    """
+    try:
+        with connection(workspace) as client:
+            from mlflow.entities import Metric
+
+            experiment_id = experiment(client, name, workspace)
+            run = client.create_run(experiment_id, run_name="training", tags=_TRAINING)
+    except RegistryError as error:
+        _log.warning("no live curves: %s", error)
+        yield lambda _: None
+        return
+    run_id, logged, status = run.info.run_id, 0, "FAILED"
+
+    def log(steps: "Sequence[Step]") -> None:
+        nonlocal logged
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(key, value, now, number)
+            for number, step in enumerate(steps[logged:], start=logged)
+            for key, value in asdict(step).items()
+            if not isnan(value)
+        ]
+        try:
+            with connection(workspace) as client:
+                client.log_batch(run_id, metrics=metrics)
+            logged = len(steps)
+        except RegistryError as error:
+            _log.warning("the live curves wait: %s", error)
+
+    try:
+        yield log
+        status = "FINISHED"
+    except Interrupted:
+        status = "KILLED"
+        raise
+    finally:
+        with suppress(RegistryError), connection(workspace) as client:
+            client.set_terminated(run_id, status)
 
 
 def _create(database: Path) -> None:

@@ -1,0 +1,43 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import Workspace
+from tlpipe.learning.lr_find import choose, smoothed
+from tlpipe.learning.schedule import Rates
+
+
+def test_the_steepest_place_before_the_lowest_is_taken() -> None:
+    factors = np.geomspace(1e-3, 1e3, 61)
+    places = np.log10(factors)
+    losses = 2 - 1.5 / (1 + np.exp(-6 * (places + 1))) + np.maximum(places - 0.5, 0) * 5
+    found = choose(factors, losses, Rates(1.0, 0.5, 0.8))
+    assert found.rates is not None
+    assert found.rates.head == pytest.approx(0.1, rel=0.01)
+    assert found.rates.stages == pytest.approx(0.05, rel=0.01)
+    assert choose(factors, np.arange(61.0), Rates(1.0, 0.5, 0.8)).rates is None
+    assert smoothed(np.full(9, 2.5)) == pytest.approx(np.full(9, 2.5))
+
+
+def test_lr_find_draws_and_suggests(main_job: Workspace, empty: Workspace) -> None:
+    artifacts = main_job.path / "artifacts"
+    (empty.path / "artifacts").symlink_to(artifacts)
+    (empty.path / "dvc.yaml").write_text((main_job.path / "dvc.yaml").read_text())
+    said = empty.run("tlpipe", "lr-find", code=3).stderr
+    assert "embed.freeze is all and train.hidden is empty; a linear head is solved" in said
+    empty.replace("params.yaml", "train:\n", "train:\n  hidden: [64]\n")
+    said = empty.run("tlpipe", "lr-find", "--plot", "rates.png").stdout
+    rates = re.findall(r"train\.(\w+): ([\d.e-]+)", said)
+    assert [name for name, _ in rates] == ["head_rate", "stage_rate"]
+    assert 1e-5 < float(rates[0][1]) < 1
+    with Image.open(empty.path / "rates.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+    assert sorted(p.name for p in Path(empty.path).iterdir()) == [
+        "artifacts",
+        "dvc.yaml",
+        "params.yaml",
+        "rates.png",
+    ]

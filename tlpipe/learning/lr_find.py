@@ -1,0 +1,115 @@
+"""Command ``lr-find``: raise the learning rates from step to step and watch the loss.
+
+Source: Smith (2017), Cyclical learning rates for training neural networks, section 3.3.
+"""
+
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tlpipe import pictures
+from tlpipe.errors import ParamsError, TrainingError
+from tlpipe.learning import dataset as datasets
+from tlpipe.learning.checkpoint import Checkpoints
+from tlpipe.learning.recipe import Recipe
+from tlpipe.learning.schedule import Rates
+from tlpipe.progress import track
+
+_STEPS, _LEAST, _MOST = 100, 1e-3, 1e3
+_SMOOTHING, _DIVERGED = 0.9, 4.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """``factors`` of the rates that were tried and the smoothed ``losses`` there, in nats.
+
+    ``best``: the place in them where the loss fell fastest, and ``rates`` there; None where it
+    never fell.
+    """
+
+    factors: npt.NDArray[np.float64]
+    losses: npt.NDArray[np.float64]
+    best: int | None
+    rates: Rates | None
+
+
+def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Recipe) -> Found:
+    """Try rates on the training images and draw what came out; nothing else is written.
+
+    Raises:
+        ArtifactError: activations and split table are of different data.
+        ParamsError: nothing is trained step by step.
+    """
+    data = datasets.load(activations, split)
+    if not data.open_stages and not params.hidden:
+        raise ParamsError(
+            f"embed.freeze is {data.activations.origin.freeze} and train.hidden is empty; a linear "
+            f"head is solved without a learning rate. Open a stage, then 'dvc repro embed'."
+        )
+    from tlpipe.learning import loop, tuning
+    from tlpipe.learning.batches import batches
+
+    task, _ = tuning.prepare(data, pixels, params)
+    training = loop.Training(task, params, Checkpoints(plot.parent, ""))
+    training.model.open_last(len(training.model.stages))
+    order = (
+        places
+        for epoch in count()
+        for places in batches(
+            task.train, size=params.batch, seed=params.seed, epoch=epoch, weights=None
+        )
+    )
+    factors, losses = np.geomspace(_LEAST, _MOST, _STEPS), np.empty(0)
+    for step, factor in track(enumerate(factors), total=_STEPS, description="lr-find"):
+        training.set_rates(factor)
+        try:
+            losses = np.append(losses, training.take_step(next(order), step))
+        except TrainingError:  # the loss is no number any more
+            break
+        if losses[-1] > _DIVERGED * losses.min():
+            break
+    found = choose(factors[: len(losses)], smoothed(losses), task.rates)
+    _draw(plot, found)
+    return found
+
+
+def smoothed(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the moving average of losses, without the bias of its start."""
+    result, average = np.empty(len(losses)), 0.0
+    for i, loss in enumerate(losses):
+        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
+        result[i] = average / (1 - _SMOOTHING ** (i + 1))
+    return result
+
+
+def choose(
+    factors: npt.NDArray[np.float64], losses: npt.NDArray[np.float64], rates: Rates
+) -> Found:
+    """Pick the factor where the smoothed loss falls fastest over the logarithm of the rate."""
+    lowest = int(losses.argmin())
+    if lowest < 2:
+        return Found(factors, losses, None, None)
+    slope = np.gradient(losses[: lowest + 1], np.log(factors[: lowest + 1]))
+    best = int(slope.argmin())
+    factor = float(factors[best])
+    chosen = rates._replace(head=rates.head * factor, stages=rates.stages * factor)
+    return Found(factors, losses, best, chosen)
+
+
+def _draw(path: Path, found: Found) -> None:
+    figure = pictures.new_figure(7, 4)
+    axes = figure.subplots()
+    axes.plot(found.factors, found.losses)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rates, as multiples of those of params.yaml")
+    axes.set_ylabel("training loss, smoothed (nats)")
+    axes.set_ylim(top=2 * found.losses[0])
+    axes.axvline(1.0, color="gray", linestyle=":", label="as set")
+    axes.set_title("Where the loss falls fastest")
+    if found.best is not None:
+        axes.plot(found.factors[found.best], found.losses[found.best], "o", label="suggested")
+    axes.legend()
+    pictures.save(figure, path)
