@@ -43,7 +43,7 @@ def test_statistics_over_one_process_are_those_of_torch() -> None:
     """The layer that several processes use, in a group of one."""
     import torch.distributed as dist
 
-    from tlpipe.learning.processes import share_statistics
+    from tlpipe.learning.norms import share_statistics
 
     torch.manual_seed(0)
     plain = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5)).double()

@@ -18,7 +18,7 @@ from tlpipe.features.backbone import load_network
 from tlpipe.features.device import training_device
 from tlpipe.features.weights import Weights
 from tlpipe.learning import head as heads
-from tlpipe.learning import loop, probe, processes
+from tlpipe.learning import loop, norms, probe, processes
 from tlpipe.learning.batches import Feed, Photos, StoredActivations, batches
 from tlpipe.learning.checkpoint import Checkpoints
 from tlpipe.learning.classifier import Classifier, build, open_part
@@ -77,8 +77,10 @@ def prepare(
     classifier.to(memory_format=torch.channels_last)
     feed = _feed(data, pixels, device)
     penalty = _solve_head(classifier, feed, data, recipe)
-    if count > 1:
-        processes.share_statistics(classifier)
+    if not classifier.trains_by_batch:
+        norms.fold(classifier.stages, feed.plain(data.train.rows[:2]))
+    elif count > 1:
+        norms.share_statistics(classifier)
     task = loop.Task(
         classifier=classifier,
         feed=feed,

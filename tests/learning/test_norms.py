@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from tests.learning.test_loop import build_network
+from tlpipe.features.stages import cut
+from tlpipe.learning import norms
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/tf_efficientnet_lite0", "resnet18", "densenet121", "vgg11_bn", "regnet_y_400mf"]
+)
+def test_folded_layers_give_the_same_and_learn_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    stages = cut(build_network(name), 64).double()
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    for module in stages.modules():  # statistics of their own, not zero and one
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    names, weights = list(stages.state_dict()), torch.randn(1, dtype=torch.float64)
+
+    def learned() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        stages.zero_grad()
+        result = stages(images)
+        (result * weights).sum().backward()
+        return result.detach(), {n: p.grad.clone() for n, p in stages.named_parameters()}
+
+    expected, gradients = learned()
+    layers = sum(isinstance(m, torch.nn.BatchNorm2d) for m in stages.modules())
+    folded = norms.fold(stages, images[:2])
+    assert 0.45 * layers < folded <= layers
+    assert list(stages.state_dict()) == names
+    found, others = learned()
+    assert torch.allclose(found, expected, rtol=1e-9)
+    for n, gradient in gradients.items():
+        assert torch.allclose(others[n], gradient, rtol=1e-7, atol=1e-9 * gradient.abs().max()), n
+
+
+def test_what_is_called_twice_is_left_alone() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 3, 1)
+            self.norm = torch.nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.layer(self.norm(self.layer(x))))
+
+    assert norms.fold(Twice().eval(), torch.randn(2, 3, 8, 8)) == 0

@@ -1,0 +1,167 @@
+"""Other ways to compute BatchNorm layers, under the same names of tensors.
+
+``share_statistics``: over the batches of several processes. ``fold``: where statistics are kept, a
+normalisation behind a convolution is a scale of its weights, and need not be computed on images.
+"""
+
+from collections import Counter
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tlpipe.learning.processes import summed
+
+
+def share_statistics(module: nn.Module) -> None:
+    """Let BatchNorm layers normalise by the whole batch of all processes."""
+    for path, layer in list(module.named_modules()):
+        if isinstance(layer, _BatchNorm):
+            module.set_submodule(path, _SharedNorm(layer))
+
+
+def fold(module: nn.Module, inputs: Tensor) -> int:
+    """Fold BatchNorm layers whose statistics are kept into the convolutions before them.
+
+    Gradients are those of the layer: they flow through the scale. ``inputs``: some to look with.
+    Returns: how many were folded; none where the result would differ.
+
+    Source: Jacob et al. (2018), Quantization and training of neural networks, eq. 14.
+    """
+    paths = {layer: path for path, layer in module.named_modules()}
+    with torch.no_grad():
+        expected = module(inputs)
+        pairs = _pairs(module, inputs)
+        for convolution, norm in pairs:
+            folded = _FoldedNorm(norm)
+            module.set_submodule(paths[norm], folded)
+            module.set_submodule(paths[convolution], _FoldedConvolution(convolution, folded))
+        found = module(inputs)
+        if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.std())):
+            return len(pairs)
+    for convolution, norm in pairs:
+        module.set_submodule(paths[norm], norm)
+        module.set_submodule(paths[convolution], convolution)
+    return 0
+
+
+def _pairs(module: nn.Module, inputs: Tensor) -> list[tuple[nn.Conv2d, _BatchNorm]]:
+    """Return each BatchNorm layer that is called once, on what one convolution has just given."""
+    given: dict[int, tuple[Tensor, nn.Conv2d]] = {}
+    calls: Counter[nn.Module] = Counter()
+    pairs = []
+
+    def after_convolution(layer: nn.Module, _: Any, result: Tensor) -> None:
+        calls[layer] += 1
+        given[id(result)] = (result, layer)  # type: ignore[assignment]
+
+    def before_norm(layer: nn.Module, arguments: tuple[Tensor]) -> None:
+        calls[layer] += 1
+        if id(arguments[0]) in given:
+            pairs.append((given[id(arguments[0])][1], layer))
+
+    with ExitStack() as hooks:
+        for layer in module.modules():
+            if type(layer) is nn.Conv2d or _pads_same(layer):
+                hooks.enter_context(layer.register_forward_hook(after_convolution))
+            elif isinstance(layer, _BatchNorm) and layer.affine and layer.track_running_stats:
+                hooks.enter_context(layer.register_forward_pre_hook(before_norm))
+        module(inputs)
+    return [(c, n) for c, n in pairs if calls[c] == calls[n] == 1]  # type: ignore[misc]
+
+
+def _pads_same(layer: nn.Module) -> bool:
+    """Return whether it is timm's convolution that pads as TensorFlow does."""
+    return type(layer).__name__ == "Conv2dSame" and isinstance(layer, nn.Conv2d)
+
+
+class _NormTensors(nn.Module):
+    """The tensors of a BatchNorm layer, and what comes after normalising: timm's also activate."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.register_parameter("weight", layer.weight)
+        self.register_parameter("bias", layer.bias)
+        for name, buffer in layer.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self.eps, self.momentum = layer.eps, layer.momentum
+        self._after = [m for m in (getattr(layer, "drop", None), getattr(layer, "act", None)) if m]
+        self.train(layer.training)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Do what comes after the normalisation."""
+        for module in self._after:
+            x = module(x)
+        return x
+
+
+class _FoldedNorm(_NormTensors):
+    """A layer whose normalisation the convolution before it has done."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(x)
+
+
+class _FoldedConvolution(nn.Module):
+    """A convolution that also normalises, by kept statistics."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: Any, norm: _FoldedNorm) -> None:
+        super().__init__()
+        self.register_parameter("weight", layer.weight)
+        self.register_parameter("bias", layer.bias)
+        self._norm = [norm]  # in a list: its tensors have their own place in the network
+        self._settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self._pads_same = _pads_same(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self._norm
+        stride, padding, dilation, groups = self._settings
+        if self._pads_same:
+            from timm.layers.padding import pad_same
+
+            x = pad_same(x, self.weight.shape[-2:], stride, dilation)
+        assert norm.weight is not None and norm.bias is not None
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        shift = norm.bias - norm.running_mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias * scale
+        weight = self.weight * scale.reshape(-1, 1, 1, 1)
+        x = functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+        return x.add_(shift.reshape(-1, 1, 1))  # faster than the bias of the convolution
+
+
+class _SharedNorm(_NormTensors):
+    """A BatchNorm layer over the batches of all processes; torch's own runs on GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            running = (self.running_mean, self.running_var)
+            x = functional.batch_norm(x, *running, self.weight, self.bias, eps=self.eps)
+            return self.finish(x)
+        over = [axis for axis in range(x.dim()) if axis != 1]
+        shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+        count = summed(x.new_tensor(float(x.numel() // x.shape[1])))
+        mean = summed(x.sum(over)) / count
+        centred = x - mean.view(shape)
+        var = summed((centred**2).sum(over)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked.add_(1)
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        x = centred * scale.view(shape)
+        return self.finish(x if self.bias is None else x + self.bias.view(shape))
