@@ -226,7 +226,7 @@ def main() -> None:
         row("last two stages open, 10 epochs", peer, own, "s", 4)
         shutil.copytree(work / "embed" / "activations", root / "template")
 
-        settings(work, given.photos, "none", epochs=0)
+        settings(work, given.photos, "none", epochs=1)
         ours(work)
         steps = [sys.executable, "-c", STEPS, str(work), "8"]
         plain, tuned, own = in_turns(
