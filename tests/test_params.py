@@ -95,10 +95,12 @@ def test_numbers_are_read_as_dvc_reads_them(empty: Workspace) -> None:
     assert line.startswith("export.parity_tolerance is 20.0; it must be less than or equal to 0.1")
 
 
-@pytest.mark.fault("P04")
+@pytest.mark.fault("P04", "T13")
 def test_what_makes_no_sense_is_refused_before_any_work(empty: Workspace) -> None:
     line = refused(empty, changed("train", "max_iterations", 0))
     assert line.startswith("train.max_iterations is 0; it must be greater than or equal to 1")
+    line = refused(empty, changed("train", "epochs", 0))
+    assert line.startswith("train.epochs is 0; it must be greater than or equal to 1")
     line = refused(empty, changed("ingest", "short_side_px", 128))
     assert line == (
         "ingest.short_side_px is 128; the backbone efficientnet_lite0 was trained with 256. "

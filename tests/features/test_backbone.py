@@ -265,6 +265,7 @@ def test_backbones_lists_stages_and_what_they_give(empty: Workspace) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("T13")
 def test_another_backbone_embeds_and_says_what_it_was_trained_on(
     empty: Workspace, photos: Path
 ) -> None:

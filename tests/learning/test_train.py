@@ -104,7 +104,8 @@ def test_last_stages_forgotten_and_hidden_units(workspace: Workspace, photos: Pa
     assert "train:" in status and "embed:" not in status and "ingest:" not in status
 
 
-def test_what_is_frozen_cannot_be_forgotten(main_job: Workspace, empty: Workspace) -> None:
+@pytest.mark.fault("P04")
+def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace) -> None:
     empty.replace("params.yaml", "train:\n", "train:\n  reinitialise: 1\n")
     folder = main_job.path / "artifacts"
     given = ("--activations", str(folder / "embed/activations"))
@@ -113,7 +114,10 @@ def test_what_is_frozen_cannot_be_forgotten(main_job: Workspace, empty: Workspac
     command = ("tlpipe", "train", *known, *split, "--model", "m", "--history", "h.csv")
     said = empty.run(*command, code=3).stderr
     assert "train.reinitialise is 1; 0 stages are open, since embed.freeze is all." in said
-    empty.replace("params.yaml", "  reinitialise: 1\n", "  mix: cutmix\n  hidden: [8]\n")
+    empty.replace("params.yaml", "  reinitialise: 1\n", "  batch: 597\n")
+    said = empty.run(*command, code=3).stderr
+    assert "train.batch is 597; there are 596 training images." in said
+    empty.replace("params.yaml", "  batch: 597\n", "  mix: cutmix\n  hidden: [8]\n")
     said = empty.run(*command, code=3).stderr
     assert "train.mix is cutmix; what features gives has no height and width to cut" in said
 

@@ -158,7 +158,11 @@ class Training:
         opened = open_stages(state.epoch, stages, recipe.unfreeze_epochs)
         self.model.open_last(opened)
         order = batches(
-            task.train, size=recipe.batch, seed=recipe.seed, epoch=state.epoch, weights=self.chances
+            task.train,
+            size=recipe.batch_size(len(task.train)),
+            seed=recipe.seed,
+            epoch=state.epoch,
+            weights=self.chances,
         )
         steps, saved = len(order), time.monotonic()
         title = f"epoch {state.epoch + 1} of {recipe.epochs}"
@@ -389,7 +393,7 @@ def explained(recipe: Recipe) -> Iterator[None]:
             raise
         raise TrainingError(
             f"there is not enough memory to train ({line}); what was done is kept. Lower "
-            f"train.batch, now {recipe.batch}, or freeze more in embed.freeze."
+            f"train.batch, now {recipe.batch_size(10**9)}, or freeze more in embed.freeze."
         ) from None
 
 

@@ -59,7 +59,11 @@ def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Rec
         places
         for epoch in count()
         for places in batches(
-            task.train, size=params.batch, seed=params.seed, epoch=epoch, weights=None
+            task.train,
+            size=params.batch_size(len(task.train)),
+            seed=params.seed,
+            epoch=epoch,
+            weights=None,
         )
     )
     factors, losses = np.geomspace(_LEAST, _MOST, _STEPS), np.empty(0)

@@ -8,6 +8,9 @@ from tlpipe.learning.schedule import Rates, default_rates
 from tlpipe.params import Section
 
 
+_BATCH = 32  # where nothing is set
+
+
 class Recipe(Section):
     """How the head is solved; then, where a stage is open or the head has hidden units, tuned."""
 
@@ -20,9 +23,11 @@ class Recipe(Section):
     max_iterations: int = Field(
         default=300, ge=1, description="Upper bound on the solver's iterations for one penalty."
     )
-    epochs: int = Field(default=10, ge=0, description="Passes over the training images.")
-    batch: int = Field(
-        default=32, ge=1, description="Images in one step, over all processes together."
+    epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
+    batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Images in one step, over all processes together; by default 32 at most.",
     )
     seed: int = Field(default=0, ge=0, description="Of the order of images and all that is drawn.")
     hidden: tuple[PositiveInt, ...] = Field(
@@ -85,6 +90,10 @@ class Recipe(Section):
     checkpoint_minutes: float = Field(
         default=10.0, gt=0, description="Save at least so often, beside every epoch's end."
     )
+
+    def batch_size(self, images: int) -> int:
+        """Return how many images one step has, of so many for training."""
+        return self.batch or min(_BATCH, images)
 
     def rates(self, backbone: str) -> Rates:
         """Return what was set, and the family's rates for the rest."""

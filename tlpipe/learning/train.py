@@ -79,13 +79,19 @@ def check_open(data: Dataset, params: Params) -> None:
     """Check that what is to be trained is not frozen.
 
     Raises:
-        ParamsError: frozen weights are to be forgotten, or parts of what is no image mixed.
+        ParamsError: frozen weights are to be forgotten, parts of what is no image mixed, or a batch
+            is larger than the data.
     """
     origin = data.activations.origin
     if params.reinitialise > data.open_stages:
         raise ParamsError(
             f"train.reinitialise is {params.reinitialise}; {data.open_stages} stages are open, "
             f"since embed.freeze is {origin.freeze}. Open more, or lower it in params.yaml."
+        )
+    if params.batch is not None and params.batch > len(data.train):
+        raise ParamsError(
+            f"train.batch is {params.batch}; there are {len(data.train)} training images. Lower it "
+            f"in params.yaml."
         )
     stored = data.activations.boundary
     if params.mix == "cutmix" and origin.boundary and (stored is None or len(stored.shape) != 5):
