@@ -47,13 +47,12 @@ import sys, time
 from pathlib import Path
 from tlpipe.learning import dataset, loop, tuning
 from tlpipe.learning.batches import batches
-from tlpipe.learning.checkpoint import Checkpoints
 from tlpipe.learning.recipe import Recipe
 root, count = Path(sys.argv[1]), int(sys.argv[2])
 recipe = Recipe()
 data = dataset.load(root / "embed/activations", root / "split.csv")
 task, _ = tuning.prepare(data, root / "pixels", recipe)
-training = loop.Training(task, recipe, Checkpoints(root / "none", ""))
+training = loop.Training(task, recipe, None)
 training.model.open_last(len(training.model.stages))
 training.set_rates(0.1)
 order = batches(task.train, size=32, seed=0, epoch=0, weights=None)

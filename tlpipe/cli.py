@@ -194,7 +194,7 @@ def train(
 
 @app.command("lr-find")
 def lr_find(
-    plot: Annotated[Path, typer.Option(help="Where to draw it.")] = Path("lr-find.png"),
+    plot: Annotated[Path, typer.Option(help="Where to draw it.")] = Path("artifacts/lr-find.png"),
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Raise the learning rates step by step and suggest those where the loss falls fastest."""

@@ -79,12 +79,12 @@ class _State:
 def fine_tune(
     task: Task,
     recipe: Recipe,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None,
     note: Callable[[list[Epoch]], None],
 ) -> list[Epoch]:
     """Train, and leave the classifier with the weights of the best epoch; return every epoch.
 
-    ``note``: is given all epochs so far after each of them.
+    ``checkpoints``: where to go on from, or None; ``note``: is given all epochs so far after each.
 
     Raises:
         Interrupted: somebody asked to stop; the next call goes on from there.
@@ -113,7 +113,7 @@ def best_of(epochs: Sequence[Epoch], recipe: Recipe) -> Epoch:
 class Training:
     """One training: weights, their average, the best so far, and the optimiser."""
 
-    def __init__(self, task: Task, recipe: Recipe, checkpoints: Checkpoints) -> None:
+    def __init__(self, task: Task, recipe: Recipe, checkpoints: Checkpoints | None) -> None:
         self.task, self.recipe, self.checkpoints = task, recipe, checkpoints
         self.state = _State()
         self.model = task.classifier
@@ -143,7 +143,7 @@ class Training:
 
     def begin(self) -> None:
         """Take up the newest checkpoint, or measure where training starts from."""
-        checkpoint = self.checkpoints.newest()
+        checkpoint = self.checkpoints.newest() if self.checkpoints else None
         if checkpoint is not None:
             self._take_up(checkpoint)
             place = f"epoch {self.state.epoch + 1}, step {self.state.step + 1}"
@@ -151,7 +151,7 @@ class Training:
             return
         self._note(train_loss=float("nan"))
 
-    def train_epoch(self, stop: "_Stop") -> None:
+    def train_epoch(self, stop: "Stop") -> None:
         """Take every step of the current epoch that is still to be taken."""
         task, recipe, state = self.task, self.recipe, self.state
         stages = len(self.model.stages)
@@ -266,7 +266,7 @@ class Training:
         )
 
     def _save(self) -> None:
-        if self.task.rank:
+        if self.task.rank or self.checkpoints is None:
             return
         state = asdict(self.state)
         # JSON has no NaN, and before the first epoch there is no loss.
@@ -397,16 +397,16 @@ def explained(recipe: Recipe) -> Iterator[None]:
         ) from None
 
 
-class _Stop:
+class Stop:
     """Whether somebody asked to stop."""
 
     requested = False
 
 
 @contextmanager
-def _stop_requests() -> Iterator[_Stop]:
+def _stop_requests() -> Iterator[Stop]:
     """Turn the first Ctrl-C or SIGTERM into a request; a second one ends at once."""
-    stop = _Stop()
+    stop = Stop()
 
     def request(number: int, _: object) -> None:
         stop.requested = True

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from tlpipe import pictures
 from tlpipe.errors import ParamsError, TrainingError
 from tlpipe.learning import dataset as datasets
-from tlpipe.learning.checkpoint import Checkpoints
 from tlpipe.learning.recipe import Recipe
 from tlpipe.learning.schedule import Rates
 from tlpipe.progress import track
@@ -53,7 +52,7 @@ def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Rec
     from tlpipe.learning.batches import batches
 
     task, _ = tuning.prepare(data, pixels, params)
-    training = loop.Training(task, params, Checkpoints(plot.parent, ""))
+    training = loop.Training(task, params, None)
     training.model.open_last(len(training.model.stages))
     order = (
         places

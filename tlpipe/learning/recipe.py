@@ -7,7 +7,6 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from tlpipe.learning.schedule import Rates, default_rates
 from tlpipe.params import Section
 
-
 _BATCH = 32  # where nothing is set
 
 

@@ -1,0 +1,188 @@
+"""How right classifiers are: ``python benchmarks/accuracy.py [--data FOLDER] [--fastai 3]``.
+
+Mean accuracy on test splits over seeds, each of which draws the split and the training anew, with
+the 95 % interval of the mean (Student's t). What is frozen is embedded once for all seeds. With
+``--fastai EPOCHS`` its ``fine_tune`` runs on the same images, splits and weights, and ours for as
+many epochs, frozen by ``auto``.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from training import PEERS, fastai_python
+
+from tlpipe import files
+from tlpipe.data import pixels as packed
+from tlpipe.data.manifest import load_split
+from tlpipe.learning import dataset as datasets
+from tlpipe.learning import loop, tuning
+from tlpipe.learning.dataset import Dataset, Examples
+from tlpipe.learning.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+# Student's t for 95 %, by the number of seeds.
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: a data set, how it is split, what is frozen, for how long; the goal."""
+
+    data: str
+    freeze: str
+    epochs: int
+    goal: float | None = None
+    validation: float = 0.2
+    test: float = 0.2
+
+
+def few(freeze: str) -> Case:
+    """Return a case of five training images a class."""
+    return Case("digits", freeze, 20, validation=0.05, test=0.9)
+
+
+CASES = [
+    Case("hymenoptera", "all", 10, goal=0.94),
+    Case("hymenoptera", "blocks5", 10),
+    Case("hymenoptera", "blocks4", 10, goal=0.95),
+    Case("hymenoptera", "none", 5),
+    Case("sign-digits", "all", 10, validation=0.15, test=0.15),
+    Case("sign-digits", "blocks5", 10, goal=0.98, validation=0.15, test=0.15),
+    Case("digits", "all", 10, goal=0.90),
+    Case("digits", "blocks5", 10, goal=0.96),
+    *(few(freeze) for freeze in ("all", "blocks6", "blocks5", "blocks4", "blocks3", "none")),
+]
+
+
+def tlpipe(folder: Path, stage: str, **options: str) -> None:
+    """Run a stage."""
+    flat = [word for name, path in options.items() for word in (f"--{name}", path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tlpipe", stage, *flat]
+    subprocess.run(command, cwd=folder, check=True, env=environment, stderr=subprocess.DEVNULL)
+
+
+def configure(folder: Path, source: Path, case: Case, seed: int) -> None:
+    """Write params.yaml."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["ingest"] |= {"source": str(source), "max_rejected": 0.9}
+    params["split"] |= {"validation": case.validation, "test": case.test, "seed": seed}
+    params["embed"]["freeze"] = case.freeze
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def prepare(folder: Path, source: Path, case: Case, seed: int) -> tuple[Dataset, Examples]:
+    """Return the data, embedded and split anew, and the test images."""
+    configure(folder, source, case, seed)
+    if not (folder / "pixels").exists():
+        tlpipe(
+            folder, "ingest", manifest="manifest.csv", rejects="rejects.csv",
+            duplicates="duplicates.csv", pixels="pixels", report="report.json",
+        )  # fmt: skip
+    (folder / "split.csv").unlink(missing_ok=True)
+    tlpipe(folder, "split", manifest="manifest.csv", split="split.csv", report="split.json")
+    activations = folder / case.freeze / "activations"
+    if not activations.exists():
+        tlpipe(
+            folder, "embed", manifest="manifest.csv", pixels="pixels",
+            activations=f"{case.freeze}/activations",
+        )  # fmt: skip
+    data = datasets.load(activations, folder / "split.csv")
+    assigned = load_split(folder / "split.csv")
+    rows = [i for i, row in enumerate(assigned) if row.split == "test"]
+    numbers = {label: number for number, label in enumerate(data.labels)}
+    labels = [numbers[assigned[row].label] for row in rows]
+    return data, Examples(np.array(rows), np.array(labels))
+
+
+def accuracy(folder: Path, source: Path, case: Case, seed: int) -> float:
+    """Train and return the accuracy on the test images."""
+    data, test = prepare(folder, source, case, seed)
+    recipe = Recipe(epochs=case.epochs, seed=seed)
+    task, _ = tuning.prepare(data, folder / "pixels", recipe)
+    if data.open_stages:
+        loop.fine_tune(task, recipe, None, lambda _: None)
+    return loop.evaluate(task, task.classifier, test).accuracy
+
+
+def fastai(folder: Path, epochs: int, seed: int) -> float:
+    """Return the accuracy of fastai's ``fine_tune`` on the same split of the stored images."""
+    squares, rows = packed.load(folder / "pixels").array, []
+    (folder / "png").mkdir(exist_ok=True)
+    for number, row in enumerate(load_split(folder / "split.csv")):
+        path = folder / "png" / f"{number}.png"
+        if not path.exists():
+            Image.fromarray(squares[number]).save(path, compress_level=1)
+        rows.append((path, row.label, row.split))
+    files.write_csv(folder / "table.csv", ("path", "label", "split"), rows)
+    script = [str(fastai_python()), str(PEERS / "fastai_tune.py"), str(folder / "table.csv")]
+    command = [*script, str(epochs), str(seed)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(json.loads(said.splitlines()[-1])["accuracy"])
+
+
+def interval(values: list[float]) -> str:
+    """Return the mean and the half width of its interval."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.4f}"
+    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.4f} +- {half:.4f}"
+
+
+def main() -> None:
+    """Print the table."""
+    logging.disable(logging.INFO)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6))
+    parser.add_argument("--fastai", type=int, default=0, metavar="EPOCHS")
+    parser.add_argument("--only", default="", help="Cases of this data set alone.")
+    given = parser.parse_args()
+    table = Table("data", "frozen", "epochs", "train", "accuracy", "goal", "reached")
+    cases = [case for case in CASES if given.only in case.data]
+    if given.fastai:
+        names = dict.fromkeys(case.data for case in cases)
+        cases = [Case(name, "auto", given.fastai) for name in names]
+        table = Table("data", "frozen", "epochs", "train", "tlpipe", "fastai", "reached")
+    with tempfile.TemporaryDirectory() as name:
+        for case in cases:
+            folder = Path(name) / case.data
+            folder.mkdir(exist_ok=True)
+            is_own = case.data == "digits"
+            source = ROOT / "data" / "digits.yaml" if is_own else given.data / case.data
+            ours, peer = [], []
+            for seed in range(given.seeds):
+                ours.append(accuracy(folder, source, case, seed))
+                if given.fastai:
+                    peer.append(fastai(folder, given.fastai, seed))
+            with (folder / "split.csv").open(newline="") as file:
+                train = sum(row["split"] == "train" for row in csv.DictReader(file))
+            start = (case.data, case.freeze, str(case.epochs), str(train), interval(ours))
+            if given.fastai:
+                reached = statistics.mean(ours) >= statistics.mean(peer)
+                table.add_row(*start, interval(peer), "yes" if reached else "no")
+            else:
+                reached = case.goal is None or statistics.mean(ours) >= case.goal
+                goal = "" if case.goal is None else f">= {case.goal}"
+                table.add_row(*start, goal, "" if not goal else "yes" if reached else "no")
+            print(start, interval(peer) if peer else "", file=sys.stderr, flush=True)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
