@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+# Two test processes with two threads each on two cores: who waits must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
