@@ -209,7 +209,7 @@ def lr_find(
     else:
         print(f"train.head_rate: {found.rates.head:.2g}")
         print(f"train.stage_rate: {found.rates.stages:.2g}")
-        print(f"see {plot}; a third of them is often safer")
+        print(f"see {plot}")
 
 
 @app.command(rich_help_panel=STAGE_PANEL)

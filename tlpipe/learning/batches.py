@@ -36,7 +36,7 @@ class Feed(Protocol):
 
 
 class _Store:
-    """Numbers of chunks as tensors on a device; all of them lie there where a GPU has the room."""
+    """Rows of chunks as tensors on a device; all of them lie there where a GPU has the room."""
 
     def __init__(self, chunks: Chunks, device: torch.device) -> None:
         self._chunks, self._device = chunks, device

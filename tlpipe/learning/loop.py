@@ -175,7 +175,8 @@ class Training:
                 state.images += len(order[step])
                 state.step = step + 1
                 self._show(shown, len(order[step]))
-                if stop.requested:
+                # Processes that are asked one after the other stop behind the same step.
+                if float(processes.add_up(torch.tensor(float(stop.requested)))):
                     self._save()
                     raise Interrupted(
                         f"stopped in epoch {state.epoch + 1} of {recipe.epochs} after step "
@@ -235,7 +236,7 @@ class Training:
                 f"{task.rates.stages:g} and {task.rates.head:g}, or look at the images."
             )
         if task.processes > 1:
-            processes.average_gradients(self.model)
+            processes.add_up_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimiser.step()
         if self.average is not None:
@@ -328,8 +329,8 @@ def evaluate(task: Task, model: Classifier, examples: Examples) -> Measured:
             labels = torch.from_numpy(examples.labels[places])
             logits = model(task.feed.plain(examples.rows[places])).float().cpu()
             loss += functional.cross_entropy(logits, labels, reduction="sum").double()
-            for label, answer in zip(labels, logits.argmax(1), strict=True):
-                confusion[label, answer] += 1
+            pairs = labels * task.classes + logits.argmax(1)
+            confusion += torch.bincount(pairs, minlength=task.classes**2).view_as(confusion)
     processes.add_up(loss)
     processes.add_up(confusion)
     return measured(float(loss), confusion.numpy())
@@ -389,7 +390,9 @@ def explained(recipe: Recipe) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         line = " ".join(str(error).split())[:160]
-        if isinstance(error, RuntimeError) and not re.search("alloc|memory", line):
+        if isinstance(error, RuntimeError) and not re.search(
+            "out of memory|can't allocate|enough memory", line
+        ):
             raise
         raise TrainingError(
             f"there is not enough memory to train ({line}); what was done is kept. Lower "

@@ -107,6 +107,7 @@ def _draw(path: Path, found: Found) -> None:
     axes = figure.subplots()
     axes.plot(found.factors, found.losses)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("learning rates, as multiples of those of params.yaml")
     axes.set_ylabel("training loss, smoothed (nats)")
     axes.set_ylim(top=2 * found.losses[0])

@@ -52,8 +52,14 @@ class Table:
 Read = Callable[[Numbers, bool], Iterator[heads.Floats]]
 
 
-def stored(features: Chunks) -> Read:
-    """Return what reads stored features: (N, D), or (N, V, D) in V views, the plain one first."""
+def stored(data: Dataset) -> Read:
+    """Return what reads the stored features of the pretrained network.
+
+    Where all of it is frozen they may be stored in views: (N, V, D), the plain one first.
+    """
+    found = data.activations
+    is_whole = data.open_stages == 0 and found.boundary is not None
+    features: Chunks = found.boundary if is_whole else found.features  # type: ignore[assignment]
     views, width = features.shape[1:] if len(features.shape) == 3 else (1, features.shape[1])
 
     def read(rows: Numbers, every_view: bool) -> Iterator[heads.Floats]:

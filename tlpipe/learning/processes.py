@@ -24,7 +24,8 @@ def joined() -> Iterator[tuple[int, int]]:
     if count == 1:
         yield 0, 1
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield dist.get_rank(), count
     finally:
@@ -38,7 +39,7 @@ def add_up(values: Tensor) -> Tensor:
     return values
 
 
-def average_gradients(module: nn.Module) -> None:
+def add_up_gradients(module: nn.Module) -> None:
     """Replace every gradient by its sum over all processes."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])

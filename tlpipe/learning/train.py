@@ -112,9 +112,8 @@ def _learn(
         from tlpipe.learning import tuning
 
         return tuning.tune(data, pixels, checkpoints, params, note)
-    found = data.activations
     solution, standard = probe.fit(
-        probe.stored(found.features if found.boundary is None else found.boundary),
+        probe.stored(data),
         data,
         penalties=params.penalties,
         max_iterations=params.max_iterations,

@@ -136,7 +136,7 @@ def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recip
     starts = []
     has_statistics = bool(classifier.batch_norms)
     if recipe.batch_norm != "batch" or not has_statistics:
-        starts.append(solve(computed if recipe.reinitialise else _stored(data)))
+        starts.append(solve(computed if recipe.reinitialise else probe.stored(data)))
     if recipe.batch_norm != "pretrained" and has_statistics:
         pretrained = copy.deepcopy(classifier.stages.state_dict())
         order = batches(data.train, size=_BLOCK, seed=recipe.seed, epoch=-1, weights=None)
@@ -154,12 +154,6 @@ def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recip
         return None
     classifier.solve(best.head)
     return best.penalty
-
-
-def _stored(data: Dataset) -> probe.Read:
-    found = data.activations
-    is_deep = found.boundary is not None and data.open_stages == 0
-    return probe.stored(found.boundary if is_deep and found.boundary else found.features)
 
 
 def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
