@@ -48,6 +48,12 @@ class Case:
     goal: float | None = None
     validation: float = 0.2
     test: float = 0.2
+    views: int = 0
+
+    @property
+    def level(self) -> str:
+        """What is frozen, with the number of stored views."""
+        return f"{self.freeze}, {self.views} views" if self.views else self.freeze
 
 
 def few(freeze: str) -> Case:
@@ -57,8 +63,9 @@ def few(freeze: str) -> Case:
 
 CASES = [
     Case("hymenoptera", "all", 10, goal=0.94),
+    Case("hymenoptera", "all", 10, goal=0.95, views=8),
     Case("hymenoptera", "blocks5", 10),
-    Case("hymenoptera", "blocks4", 10, goal=0.95),
+    Case("hymenoptera", "blocks5", 10, views=8),
     Case("hymenoptera", "none", 5),
     Case("sign-digits", "all", 10, validation=0.15, test=0.15),
     Case("sign-digits", "blocks5", 10, goal=0.98, validation=0.15, test=0.15),
@@ -81,7 +88,7 @@ def configure(folder: Path, source: Path, case: Case, seed: int) -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["ingest"] |= {"source": str(source), "max_rejected": 0.9}
     params["split"] |= {"validation": case.validation, "test": case.test, "seed": seed}
-    params["embed"]["freeze"] = case.freeze
+    params["embed"] |= {"freeze": case.freeze, "views": case.views}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
@@ -95,11 +102,11 @@ def prepare(folder: Path, source: Path, case: Case, seed: int) -> tuple[Dataset,
         )  # fmt: skip
     (folder / "split.csv").unlink(missing_ok=True)
     tlpipe(folder, "split", manifest="manifest.csv", split="split.csv", report="split.json")
-    activations = folder / case.freeze / "activations"
+    activations = folder / case.level / "activations"
     if not activations.exists():
         tlpipe(
             folder, "embed", manifest="manifest.csv", pixels="pixels",
-            activations=f"{case.freeze}/activations",
+            activations=f"{case.level}/activations",
         )  # fmt: skip
     data = datasets.load(activations, folder / "split.csv")
     assigned = load_split(folder / "split.csv")
@@ -172,7 +179,7 @@ def main() -> None:
                     peer.append(fastai(folder, given.fastai, seed))
             with (folder / "split.csv").open(newline="") as file:
                 train = sum(row["split"] == "train" for row in csv.DictReader(file))
-            start = (case.data, case.freeze, str(case.epochs), str(train), interval(ours))
+            start = (case.data, case.level, str(case.epochs), str(train), interval(ours))
             if given.fastai:
                 reached = statistics.mean(ours) >= statistics.mean(peer)
                 table.add_row(*start, interval(peer), "yes" if reached else "no")
