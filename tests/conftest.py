@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 # Two test processes with two threads each on two cores: who waits must not spin.
@@ -63,6 +64,13 @@ class Workspace:
         text = target.read_text()
         assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
         target.write_text(text.replace(old, new))
+
+    def configure(self, section: str, **values: object) -> None:
+        """Set parameters of one section."""
+        path = self.path / "params.yaml"
+        params = yaml.safe_load(path.read_text())
+        params[section] |= values
+        path.write_text(yaml.safe_dump(params, sort_keys=False))
 
     def names(self) -> list[str]:
         """Return what stands in the folder, sorted."""

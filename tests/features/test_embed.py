@@ -1,4 +1,3 @@
-import json
 import re
 import shutil
 from pathlib import Path
@@ -43,10 +42,8 @@ def test_levels_are_numbers_of_stages(freeze: str | int, images: int, expected: 
 
 
 def embedded(workspace: Workspace, **settings: object) -> stored.Activations:
-    lines = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in settings.items())
     text = (workspace.path / "params.yaml").read_text()
-    changed = text.replace("  freeze: all\n", lines)
-    (workspace.path / "params.yaml").write_text(changed)
+    workspace.configure("embed", **settings)
     workspace.embed()
     (workspace.path / "params.yaml").write_text(text)
     return stored.load(workspace.path / "out" / "activations")
@@ -97,8 +94,7 @@ def test_only_what_is_new_is_computed_and_the_result_is_the_same(
     shade.save(photos / "dark" / "new.png")
     (photos / "light" / "3.png").unlink()
     ingested.ingest()
-    text = ingested.path / "params.yaml"
-    text.write_text(text.read_text().replace("freeze: all", "freeze: blocks5\n  views: 1"))
+    ingested.configure("embed", freeze="blocks5", views=1)
     said = ingested.embed()
     assert "23 of 24 images are known already" in said
     after = stored.load(ingested.path / "out" / "activations")
@@ -114,7 +110,7 @@ def test_only_what_is_new_is_computed_and_the_result_is_the_same(
             other = two / path.name if one.is_dir() else two
             assert path.read_bytes() == other.read_bytes(), path
     # Another boundary, or other weights, are another computation.
-    text.write_text(text.read_text().replace("freeze: blocks5", "freeze: blocks4"))
+    ingested.configure("embed", freeze="blocks4")
     assert "known" not in ingested.embed()
 
 
@@ -132,10 +128,7 @@ def test_views_differ_from_image_to_image_and_are_drawn_once(ingested: Workspace
 
 
 def test_too_much_is_refused_before_it_is_computed(ingested: Workspace) -> None:
-    text = ingested.path / "params.yaml"
-    text.write_text(
-        text.read_text().replace("freeze: all", "freeze: stem\n  views: 9\n  max_gib: 0.02")
-    )
+    ingested.configure("embed", freeze="stem", views=9, max_gib=0.02)
     said = ingested.embed(code=3).splitlines()[-1]
     assert "the activations of 24 images would take 0.18 GiB; embed.max_gib allows 0.02" in said
     assert re.search(r"By embed.freeze, freeze up to blocks2 \(0.0\d+ GiB\), blocks3 ", said)
@@ -144,8 +137,7 @@ def test_too_much_is_refused_before_it_is_computed(ingested: Workspace) -> None:
 
 
 def test_the_size_is_said_beforehand(ingested: Workspace) -> None:
-    text = ingested.path / "params.yaml"
-    text.write_text(text.read_text().replace("freeze: all", "freeze: blocks5"))
+    ingested.configure("embed", freeze="blocks5")
     said = ingested.embed().splitlines()
     assert said[0] == ("frozen: 7 of 9 stages, up to blocks5, 2,353,408 of 3,371,008 parameters")
     assert said[1] == "activations of 24 images: 0.000478 GiB"

@@ -28,7 +28,7 @@ def test_lr_find_draws_and_suggests(main_job: Workspace, empty: Workspace) -> No
     (empty.path / "dvc.yaml").write_text((main_job.path / "dvc.yaml").read_text())
     said = empty.run("tlpipe", "lr-find", code=3).stderr
     assert "embed.freeze is all and train.hidden is empty; a linear head is solved" in said
-    empty.replace("params.yaml", "train:\n", "train:\n  hidden: [64]\n")
+    empty.configure("train", hidden=[64])
     said = empty.run("tlpipe", "lr-find", "--plot", "rates.png").stdout
     rates = re.findall(r"train\.(\w+): ([\d.e-]+)", said)
     assert [name for name, _ in rates] == ["head_rate", "stage_rate"]

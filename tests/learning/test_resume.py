@@ -40,7 +40,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache_env: dict[str, str]
             picture.save(path / "photos" / label / f"{i}.png")
     workspace = copy_repository(path / "copy", cache_env)
     workspace.set_source(path / "photos")
-    workspace.replace("params.yaml", "freeze: all", "freeze: blocks5")
+    workspace.configure("embed", freeze="blocks5")
     workspace.run("dvc", "repro", "--quiet", "split", "embed")
     return workspace
 
@@ -168,9 +168,8 @@ def test_who_is_asked_to_stop_says_how_to_go_on(
 ) -> None:
     workspace = Workspace(tmp_path, prepared.env)
     shutil.copytree(prepared.path / "artifacts", tmp_path / "artifacts")
-    options = "".join(f"  {key}: {value}\n" for key, value in (RECIPE | {"epochs": 500}).items())
-    text = (prepared.path / "params.yaml").read_text().replace("train:\n", f"train:\n{options}")
-    (tmp_path / "params.yaml").write_text(text)
+    shutil.copyfile(prepared.path / "params.yaml", tmp_path / "params.yaml")
+    workspace.configure("train", **RECIPE | {"epochs": 500})
     (tmp_path / "out").mkdir()
 
     def begin() -> subprocess.Popen[str]:

@@ -64,11 +64,11 @@ def test_activations_are_half_precision_and_mapped(main_job: Workspace) -> None:
     assert found.origin.provider == "CPUExecutionProvider"
 
 
-def pipeline(workspace: Workspace, photos: Path, freeze: str, train: str) -> dict[str, Any]:
+def pipeline(workspace: Workspace, photos: Path, freeze: str, **train: object) -> dict[str, Any]:
     """Run the graph up to evaluate; return the model's card."""
     workspace.set_source(photos)
-    workspace.replace("params.yaml", "freeze: all", f"freeze: {freeze}")
-    workspace.replace("params.yaml", "train:\n", f"train:\n{train}")
+    workspace.configure("embed", freeze=freeze)
+    workspace.configure("train", **train)
     workspace.run("dvc", "repro", "--quiet", "evaluate")
     report = json.loads((workspace.path / "artifacts/evaluate/report.json").read_text())
     assert report["precisions"]["fp32"]["accuracy"]["value"] == 1.0
@@ -81,7 +81,7 @@ def pipeline(workspace: Workspace, photos: Path, freeze: str, train: str) -> dic
 
 @pytest.mark.slow
 def test_nothing_frozen_trains_the_whole_network(workspace: Workspace, photos: Path) -> None:
-    card = pipeline(workspace, photos, "none", "  epochs: 1\n  batch: 8\n")
+    card = pipeline(workspace, photos, "none", epochs=1, batch=8)
     assert card["origin"]["boundary"] == ""
     assert (card["trainable_parameters"], card["frozen_parameters"]) == (3_371_008 + 2 * 1281, 0)
     assert [row["step"] for row in workspace.rows("artifacts/train/history.csv")] == ["0", "1"]
@@ -91,22 +91,22 @@ def test_nothing_frozen_trains_the_whole_network(workspace: Workspace, photos: P
 
 @pytest.mark.slow
 def test_last_stages_forgotten_and_hidden_units(workspace: Workspace, photos: Path) -> None:
-    options = "  epochs: 4\n  batch: 8\n  hidden: [16]\n  reinitialise: 1\n  metric: loss\n"
-    card = pipeline(workspace, photos, "blocks5", options)
+    options = {"epochs": 4, "batch": 8, "hidden": [16], "reinitialise": 1, "metric": "loss"}
+    card = pipeline(workspace, photos, "blocks5", **options)
     assert card["penalty"] is None
     assert card["trainable_parameters"] + card["frozen_parameters"] == 3_371_008 + 20_530
     tensors = load_file(workspace.path / "artifacts/train/model/model.safetensors")
     shapes = {n: t.shape for n, t in tensors.items() if n.startswith("head.")}
     assert shapes["head.0.weight"] == (16, 1280) and shapes["head.1.weight"] == (2, 16)
     # Another recipe runs neither ingest nor embed again.
-    workspace.replace("params.yaml", "  epochs: 4", "  epochs: 3")
+    workspace.configure("train", epochs=3)
     status = workspace.run("dvc", "status").stdout
     assert "train:" in status and "embed:" not in status and "ingest:" not in status
 
 
 @pytest.mark.fault("P04")
 def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace) -> None:
-    empty.replace("params.yaml", "train:\n", "train:\n  reinitialise: 1\n")
+    empty.configure("train", reinitialise=1)
     folder = main_job.path / "artifacts"
     given = ("--activations", str(folder / "embed/activations"))
     known = (*given, "--pixels", str(folder / "ingest/pixels"))
@@ -114,16 +114,16 @@ def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace
     command = ("tlpipe", "train", *known, *split, "--model", "m", "--history", "h.csv")
     said = empty.run(*command, code=3).stderr
     assert "train.reinitialise is 1; 0 stages are open, since embed.freeze is all." in said
-    empty.replace("params.yaml", "  reinitialise: 1\n", "  batch: 597\n")
+    empty.configure("train", reinitialise=0, batch=597)
     said = empty.run(*command, code=3).stderr
     assert "train.batch is 597; there are 596 training images." in said
-    empty.replace("params.yaml", "  batch: 597\n", "  mix: cutmix\n  hidden: [8]\n")
+    empty.configure("train", batch=8, mix="cutmix", hidden=[8])
     said = empty.run(*command, code=3).stderr
     assert "train.mix is cutmix; what features gives has no height and width to cut" in said
 
 
 def test_hidden_units_learn_on_frozen_features(main_job: Workspace, empty: Workspace) -> None:
-    empty.replace("params.yaml", "train:\n", "train:\n  hidden: [64]\n  epochs: 20\n")
+    empty.configure("train", hidden=[64], epochs=20)
     folder = main_job.path / "artifacts"
     given = ("--activations", str(folder / "embed/activations"))
     known = (*given, "--pixels", str(folder / "ingest/pixels"))

@@ -76,7 +76,7 @@ def save(folder: Path, model: Model) -> None:
     """Write the model whole or not at all."""
     from safetensors.numpy import save as to_bytes
 
-    tensors = {_STAGES + name: np.ascontiguousarray(t) for name, t in model.stages.items()}
+    tensors = {_STAGES + name: np.asarray(t, order="C") for name, t in model.stages.items()}
     for number, (weight, bias) in enumerate(model.head):
         tensors[f"{_HEAD}{number}.weight"] = weight
         tensors[f"{_HEAD}{number}.bias"] = bias
