@@ -55,8 +55,11 @@ class Classifier(nn.Module):
             layer.weight.copy_(torch.from_numpy(head.weight))
             layer.bias.copy_(torch.from_numpy(head.bias))
 
-    def adapt(self, inputs: Iterable[Tensor]) -> None:
+    def adapt(self, inputs: Iterable[Tensor]) -> float:
         """Estimate the statistics of BatchNorm layers anew, and train by those of batches.
+
+        Returns: by how much the logarithms of standard deviations differ from those before, on
+        average over channels and layers.
 
         Source: Li et al. (2018), Adaptive batch normalization for practical domain adaptation,
         Pattern Recognition 80, algorithm 1.
@@ -64,6 +67,7 @@ class Classifier(nn.Module):
         self.trains_by_batch = True
         layers = self.batch_norms
         momenta = [layer.momentum for layer in layers]
+        before = [_log_variance(layer) for layer in layers]
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # a plain average over all batches
@@ -74,6 +78,11 @@ class Classifier(nn.Module):
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
             layer.eval()
+        shifts = [
+            float((_log_variance(layer) - old).abs().mean() / 2)
+            for layer, old in zip(layers, before, strict=True)
+        ]
+        return sum(shifts) / len(shifts)
 
     @property
     def batch_norms(self) -> list[_BatchNorm]:
@@ -109,6 +118,11 @@ class Classifier(nn.Module):
         (weight, bias), *others = layers
         first = standard.fold(heads.Head(weight.astype(np.float64), bias.astype(np.float64)))
         return ((first.weight.astype(np.float32), first.bias.astype(np.float32)), *others)
+
+
+def _log_variance(layer: _BatchNorm) -> Tensor:
+    assert layer.running_var is not None
+    return torch.log(layer.running_var + layer.eps)
 
 
 def open_part(backbone: Backbone, weights: Weights, boundary: str) -> nn.Sequential:

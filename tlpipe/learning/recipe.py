@@ -51,7 +51,7 @@ class Recipe(Section):
     )
     batch_norm: Literal["auto", "pretrained", "batch"] = Field(
         default="auto",
-        description="Statistics of open BatchNorm layers: kept, of batches, or what starts better.",
+        description="Statistics of open BatchNorm layers: kept, of batches, or as images differ.",
     )
     warmup: float = Field(
         default=0.1, ge=0, lt=1, description="Share of all steps in which rates rise."

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +28,8 @@ from tlpipe.learning.recipe import Recipe
 _log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy")
 _BLOCK = 64
+# Digits differ by more than twice as much, photographs of hands a little more, of insects less.
+_SHIFT = 0.1
 
 
 def tune(
@@ -68,7 +69,7 @@ def prepare(
 ) -> tuple[loop.Task, float | None]:
     """Return what is trained with its head solved, and the penalty that was picked for that.
 
-    A head with hidden units is left as it was drawn: ``None``.
+    A head with hidden units is left as it was drawn, and has none.
     """
     allocator.keep_freed()
     torch.set_num_threads(data.activations.origin.threads)
@@ -92,7 +93,7 @@ def prepare(
         rank=rank,
         processes=count,
     )
-    return task, penalty
+    return task, None if recipe.hidden else penalty
 
 
 def _start(data: Dataset, recipe: Recipe) -> Classifier:
@@ -123,37 +124,33 @@ def _feed(data: Dataset, pixels: Path, device: torch.device) -> Feed:
     return Photos(images.array, device, origin.preprocessing, origin.augmentation)
 
 
-def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recipe) -> float | None:
-    """Set the head for the statistics of BatchNorm that it does better with; return its penalty.
+def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recipe) -> float:
+    """Settle which statistics BatchNorm goes by, solve the head for them, return its penalty.
 
-    Pretrained statistics misjudge images of another kind, and those of few images are worse than
-    those of a million. What is the better start is trained with, too.
+    Pretrained statistics misjudge images of another kind; those of few images are worse than those
+    of a million, where the images are alike.
     """
-    solve = partial(
-        probe.fit, data=data, penalties=recipe.penalties, max_iterations=recipe.max_iterations
-    )
-    computed = _computed(classifier, feed)
-    starts = []
-    has_statistics = bool(classifier.batch_norms)
-    if recipe.batch_norm != "batch" or not has_statistics:
-        starts.append(solve(computed if recipe.reinitialise else probe.stored(data)))
-    if recipe.batch_norm != "pretrained" and has_statistics:
+    by_batch = False
+    if recipe.batch_norm != "pretrained" and classifier.batch_norms:
         pretrained = copy.deepcopy(classifier.stages.state_dict())
         order = batches(data.train, size=_BLOCK, seed=recipe.seed, epoch=-1, weights=None)
-        classifier.adapt(feed.plain(data.train.rows[places]) for places in order)
-        starts.append(solve(computed))
-    best, standard = min(starts, key=lambda start: start[0].last.validation_loss)
-    if len(starts) == 2:
-        is_adapted = best is starts[1][0]
-        _log.info("BatchNorm: statistics %s", "of these images" if is_adapted else "as pretrained")
-        if not is_adapted:
+        shift = classifier.adapt(feed.plain(data.train.rows[places]) for places in order)
+        by_batch = recipe.batch_norm == "batch" or shift > _SHIFT
+        whose = "of these images" if by_batch else "as pretrained"
+        _log.info("BatchNorm: statistics %s, where spreads differ by e^%.2f", whose, shift)
+        if not by_batch:
             classifier.stages.load_state_dict(pretrained)
             classifier.trains_by_batch = False
+    solution, standard = probe.fit(
+        _computed(classifier, feed) if by_batch or recipe.reinitialise else probe.stored(data),
+        data,
+        penalties=recipe.penalties,
+        max_iterations=recipe.max_iterations,
+    )
     classifier.standardise(standard)
-    if recipe.hidden:
-        return None
-    classifier.solve(best.head)
-    return best.penalty
+    if not recipe.hidden:
+        classifier.solve(solution.head)
+    return solution.penalty
 
 
 def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
