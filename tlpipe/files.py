@@ -161,6 +161,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Let a second name stand for a file; copy it where links cannot be made."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
 def cache_folder(name: str) -> Path:
     """Return a program's folder in this user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name

@@ -6,8 +6,6 @@ not written again, and DVC keeps and sends each of them once.
 """
 
 import hashlib
-import os
-import shutil
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from tlpipe import files
 from tlpipe.errors import ArtifactError
 
 Array = npt.NDArray[Any]
@@ -129,7 +128,8 @@ class Writer:
         self.names.append((name, len(self._keys)))
         path = self._folder / name
         if self._chunk is None and self._known is not None and name in self._known_names:
-            _link(self._known.folder / name, path)
+            path.unlink(missing_ok=True)  # the very same images may have stood together before
+            files.link_or_copy(self._known.folder / name, path)
         elif self._chunk is not None or not path.exists():
             (self._chunk or self._begin()).close()
             (self._folder / _UNFINISHED).rename(path)
@@ -178,11 +178,3 @@ def load_mapped(path: Path) -> Array:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}. Run 'dvc repro'.") from None
-
-
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)  # the very same images may have stood together before
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)

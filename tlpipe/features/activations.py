@@ -9,7 +9,6 @@
     index.json   the shapes and the origin
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,11 +142,4 @@ def digest(folder: Path) -> str:
 def keep(folder: Path, target: Path) -> None:
     """Keep a folder's files a second time, without copying where links can be made."""
     with files.replacing_folder(target) as copy:
-        shutil.copytree(folder, copy, dirs_exist_ok=True, copy_function=_link_or_copy)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        shutil.copytree(folder, copy, dirs_exist_ok=True, copy_function=files.link_or_copy)

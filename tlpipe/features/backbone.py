@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tlpipe import files
 from tlpipe.data.images import Preprocessing
 from tlpipe.errors import ParamsError, WeightsError
-from tlpipe.features.weights import Pretrained, Weights, read_tensors
+from tlpipe.features.weights import Pretrained, Weights, find, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,6 +75,10 @@ class Backbone(BaseModel):
     def parameters(self) -> int:
         """How many parameters all stages have together."""
         return sum(stage.parameters for stage in self.stages)
+
+    def find_weights(self, source: str, sha256: str | None) -> Weights:
+        """Return its weights; see ``weights.find``."""
+        return find(self.name, self.pretrained, source, sha256)
 
     def position(self, boundary: str) -> int:
         """Return how many stages end at the boundary, the name of the last of them, or empty."""
@@ -246,15 +250,11 @@ def _build(name: str) -> "nn.Module":
         import timm
 
         return cast("nn.Module", timm.create_model(_in_timm(name), num_classes=0))
-    from torch import nn
-
-    network, classifier = _torchvision_network(name)
-    network.set_submodule(classifier, nn.Identity())
-    return network
+    return _torchvision_network(name)[0]
 
 
 def _torchvision_network(name: str) -> "tuple[nn.Module, str]":
-    """Build a network, and return the path of its classifier."""
+    """Build a network without its classifier; return the path that this had, too."""
     import torchvision
     from torch import nn
 
@@ -263,6 +263,7 @@ def _torchvision_network(name: str) -> "tuple[nn.Module, str]":
     options = {"init_weights": True, "transform_input": True} if has_own_range else {}
     network = torchvision.models.get_model(name, weights=None, **options)
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    network.set_submodule(linear[-1], nn.Identity())
     return network, linear[-1]
 
 
@@ -273,21 +274,21 @@ def _load(name: str, tensors: Mapping[str, "Tensor"]) -> "nn.Module":
         RuntimeError: they are those of another network.
     """
     if not name.startswith(_TIMM) and name not in PACKAGED:
-        _, classifier = _torchvision_network(name)
+        network, classifier = _torchvision_network(name)
         # The first DenseNets were saved under names that modules may not have any more.
         old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
         named = {old.sub(r"\1", key): tensor for key, tensor in tensors.items()}
-        return _fill(_build(name), named, (f"{classifier}.", *_AUXILIARY))
+        return _fill(network, named, (f"{classifier}.", *_AUXILIARY))
     import timm
 
-    network: Any = _build(name)
-    ours = network.pretrained_cfg["classifier"]
+    from_timm: Any = _build(name)
+    ours = from_timm.pretrained_cfg["classifier"]
     ignored = tuple(f"{path}." for path in ([ours] if isinstance(ours, str) else ours or ()))
     if name in PACKAGED and "_conv_stem.weight" in tensors:
-        blocks = [(s, i) for s, blocks in enumerate(network.blocks) for i in range(len(blocks))]
+        blocks = [(s, i) for s, blocks in enumerate(from_timm.blocks) for i in range(len(blocks))]
         tensors = {_timm_name(key, blocks): tensor for key, tensor in tensors.items()}
     try:
-        return _fill(network, tensors, ignored)
+        return _fill(from_timm, tensors, ignored)
     except RuntimeError as error:
         # timm knows many formats of those who trained its networks.
         given = {"state_dict": dict(tensors), "custom_load": False}

@@ -95,9 +95,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
     _log.info("frozen: %s", _share(backbone, count))
     shape = _boundary_shape(backbone, count, params.views)
     _check_size(backbone, len(entries), shape, params)
-    weights = pretrained.find(
-        backbone.name, backbone.pretrained, params.weights, params.weights_sha256
-    )
+    weights = backbone.find_weights(params.weights, params.weights_sha256)
     forward = open_forward(backbone, weights, _stages(backbone, count), threads=params.threads)
     origin = stored.Origin(
         backbone=backbone.name,

@@ -164,7 +164,8 @@ def _names(
     """Return the name of the stage that each part belongs to."""
     made = [shapes[part.nodes[-1]] for part in parts]
     spatial = [i for i, shape in enumerate(made) if len(shape) > 2]
-    blocks = [i for i in spatial if _has_block(parts[i], network)]
+    repeated = _repeated(network)
+    blocks = [i for i in spatial if _has_block(parts[i], network, repeated)]
     is_list = not blocks  # of plain convolutions
     if is_list:
         blocks = [i for i in spatial if any(_layers(network, path) for path in parts[i].paths)]
@@ -210,9 +211,8 @@ def _key(path: tuple[str, ...], opened: set[tuple[str, ...]]) -> tuple[str, ...]
     return path[:depth]
 
 
-def _has_block(part: _Part, network: nn.Module) -> bool:
+def _has_block(part: _Part, network: nn.Module, repeated: set[type[nn.Module]]) -> bool:
     """Return whether it has a module of several layers that the network repeats."""
-    repeated = _repeated(network)
     return any(
         type(network.get_submodule(path)) in repeated and _layers(network, path) > 1
         for path in part.paths

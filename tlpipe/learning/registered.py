@@ -5,7 +5,7 @@ from pathlib import Path
 from tlpipe import files
 from tlpipe.errors import WeightsError
 from tlpipe.features.backbone import describe, load_network
-from tlpipe.features.weights import find, registered_file
+from tlpipe.features.weights import registered_file
 from tlpipe.learning import model as models
 
 
@@ -30,9 +30,7 @@ def keep_weights(folder: Path, backbone: str) -> str:
             f"embed.backbone or embed.weights in params.yaml."
         )
     known = describe(backbone)
-    network = load_network(
-        known, find(known.name, known.pretrained, origin.weights, origin.weights_sha256)
-    )
+    network = load_network(known, known.find_weights(origin.weights, origin.weights_sha256))
     import torch
 
     trained = {name: torch.from_numpy(tensor) for name, tensor in model.stages.items()}

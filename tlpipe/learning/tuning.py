@@ -12,7 +12,6 @@ import torch
 from tlpipe import allocator, files
 from tlpipe.data import pixels as packed
 from tlpipe.errors import ArtifactError
-from tlpipe.features import weights as pretrained
 from tlpipe.features.backbone import load_network
 from tlpipe.features.device import training_device
 from tlpipe.features.weights import Weights
@@ -99,9 +98,7 @@ def prepare(
 def _start(data: Dataset, recipe: Recipe) -> Classifier:
     """Return the open stages with their weights, and a head that is drawn with the seed."""
     origin, backbone = data.activations.origin, data.backbone
-    source = pretrained.find(
-        backbone.name, backbone.pretrained, origin.weights, origin.weights_sha256
-    )
+    source = backbone.find_weights(origin.weights, origin.weights_sha256)
     stages = open_part(backbone, source, origin.boundary)
     if recipe.reinitialise:
         drawn = load_network(backbone, Weights(None, ""), seed=recipe.seed)

@@ -12,7 +12,6 @@ from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import evenly, load_split
 from tlpipe.features.backbone import describe
-from tlpipe.features.weights import find
 from tlpipe.learning import model as models
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.params import Section
@@ -46,7 +45,7 @@ def run(
     trained = models.load(model)
     origin = trained.card.origin
     backbone = describe(origin.backbone)
-    weights = find(backbone.name, backbone.pretrained, origin.weights, origin.weights_sha256)
+    weights = backbone.find_weights(origin.weights, origin.weights_sha256)
     provenance = _provenance(trained.card)
     metadata = bundles.metadata(trained.card.labels, origin.preprocessing, provenance)
     onnx_bytes = graph.classifier(backbone, weights, trained, metadata)
