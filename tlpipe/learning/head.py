@@ -37,9 +37,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Step:
-    """The state after one iteration of the solver; losses in nats, accuracy in [0, 1]."""
+    """The state after one iteration of the solver, or an epoch; losses in nats, accuracy in [0, 1].
 
-    train_loss: float
+    Before the first epoch nobody has computed a training loss.
+    """
+
+    train_loss: float | None
     validation_loss: float
     validation_accuracy: float
 

@@ -6,62 +6,41 @@ goes on as if it had not been.
 
 import copy
 import logging
-import re
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from math import isnan
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tlpipe.errors import Interrupted, TrainingError
 from tlpipe.features import augment
+from tlpipe.features.device import pays_to_compile
 from tlpipe.learning import processes
-from tlpipe.learning.batches import Feed, batches, mixed, soft
+from tlpipe.learning.batches import batches, mixed, soft
 from tlpipe.learning.checkpoint import Checkpoint, Checkpoints
 from tlpipe.learning.classifier import Classifier
-from tlpipe.learning.dataset import Examples, Numbers
+from tlpipe.learning.dataset import Numbers
+from tlpipe.learning.endings import Stop, stop_requests
+from tlpipe.learning.optimiser import make_optimiser, move_average
 from tlpipe.learning.recipe import Recipe
-from tlpipe.learning.schedule import Rates, open_stages, progress_factor
+from tlpipe.learning.schedule import open_stages, progress_factor
+from tlpipe.learning.task import Measured, Task, autocast, evaluate
 from tlpipe.progress import Meter, meter
 from tlpipe.seeds import generator
 
 _log = logging.getLogger(__name__)
-_MOMENTUM = 0.9
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained, on what, and where; ``rank`` of ``processes``."""
-
-    classifier: Classifier
-    feed: Feed
-    train: Examples
-    validation: Examples
-    classes: int
-    rates: Rates
-    device: torch.device
-    rank: int = 0
-    processes: int = 1
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """The state after an epoch, 0 before the first; losses in nats, the others in [0, 1]."""
+    """The state after an epoch, 0 before the first, where there is no training loss (nats)."""
 
     epoch: int
-    train_loss: float
-    loss: float
-    accuracy: float
-    balanced_accuracy: float
-    macro_f1: float
+    train_loss: float | None
+    validation: Measured
 
 
 @dataclass
@@ -90,7 +69,7 @@ def fine_tune(
         Interrupted: somebody asked to stop; the next call goes on from there.
         TrainingError: a loss is not finite, or a checkpoint cannot be written.
     """
-    with _stop_requests() as stop:
+    with stop_requests() as stop:
         training = Training(task, recipe, checkpoints)
         training.begin()
         while not training.is_over:
@@ -105,7 +84,8 @@ def best_of(epochs: Sequence[Epoch], recipe: Recipe) -> Epoch:
     """Return the best by the metric; of equal ones the one of least loss."""
 
     def badness(epoch: Epoch) -> tuple[float, float]:
-        return 0.0 if recipe.metric == "loss" else -float(getattr(epoch, recipe.metric)), epoch.loss
+        found = epoch.validation
+        return 0.0 if recipe.metric == "loss" else -getattr(found, recipe.metric), found.loss
 
     return min(epochs, key=badness)
 
@@ -117,6 +97,9 @@ class Training:
         self.task, self.recipe, self.checkpoints = task, recipe, checkpoints
         self.state = _State()
         self.model = task.classifier
+        steps = recipe.epochs * -(-len(task.train) // recipe.batch_size(len(task.train)))
+        compiles = pays_to_compile(task.device, steps)
+        self.forward = torch.compile(self.model) if compiles else self.model
         self.average = copy.deepcopy(task.classifier) if recipe.average else None
         self.best: dict[str, Tensor] = {}
         self.optimiser = make_optimiser(self.model, task.rates, recipe, task.device)
@@ -149,9 +132,9 @@ class Training:
             place = f"epoch {self.state.epoch + 1}, step {self.state.step + 1}"
             _log.info("going on from a checkpoint at %s", place)
             return
-        self._note(train_loss=float("nan"))
+        self._note(train_loss=None)
 
-    def train_epoch(self, stop: "Stop") -> None:
+    def train_epoch(self, stop: Stop) -> None:
         """Take every step of the current epoch that is still to be taken."""
         task, recipe, state = self.task, self.recipe, self.state
         stages = len(self.model.stages)
@@ -218,7 +201,7 @@ class Training:
             recipe.mix, inputs, soft(labels, task.classes), recipe.mix_alpha, random
         )
         with autocast(task.device):
-            logits = self.model(inputs)
+            logits = self.forward(inputs)
         loss = functional.cross_entropy(
             logits.float(),
             targets,
@@ -240,26 +223,28 @@ class Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimiser.step()
         if self.average is not None:
-            _move_average(self.average, self.model, recipe.average)
+            move_average(self.average, self.model, recipe.average)
         return total
 
-    def _note(self, train_loss: float) -> None:
+    def _note(self, train_loss: float | None) -> None:
         state = self.state
         found = evaluate(self.task, self.judged, self.task.validation)
-        now = Epoch(state.epoch, train_loss, **asdict(found))
+        now = Epoch(state.epoch, train_loss, found)
         state.history.append(now)
         if best_of(state.history, self.recipe) is now:
             state.best = state.epoch
             self.best = {n: t.detach().clone() for n, t in self.judged.state_dict().items()}
         _log.info(
-            "epoch %s of %s: train loss %.4f, validation loss %.4f, accuracy %.4f%s",
-            *(now.epoch, self.recipe.epochs, now.train_loss, now.loss, now.accuracy),
+            "epoch %s of %s: %svalidation loss %.4f, accuracy %.4f%s",
+            *(now.epoch, self.recipe.epochs),
+            "" if train_loss is None else f"train loss {train_loss:.4f}, ",
+            *(found.loss, found.accuracy),
             " <- best" if state.best == state.epoch else "",
         )
 
     def _show(self, shown: Meter, images: int) -> None:
         state = self.state
-        last = state.history[-1]
+        last = state.history[-1].validation
         shown.advance(
             images,
             f"loss {state.loss_sum / state.images:.3f}, last validation {last.loss:.3f}, "
@@ -269,27 +254,20 @@ class Training:
     def _save(self) -> None:
         if self.task.rank or self.checkpoints is None:
             return
-        state = asdict(self.state)
-        # JSON has no NaN, and before the first epoch there is no loss.
-        for epoch in state["history"]:
-            epoch["train_loss"] = None if isnan(epoch["train_loss"]) else epoch["train_loss"]
         tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best.items()}
         if self.average is not None:
             tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
         for number, values in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{n}": t for n, t in values.items()}
-        self.checkpoints.save(Checkpoint(state, tensors))
+        self.checkpoints.save(Checkpoint(asdict(self.state), tensors))
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
-        notes = dict(checkpoint.notes)
-        notes["history"] = [
-            Epoch(
-                **epoch | {"train_loss": float("nan") if (v := epoch["train_loss"]) is None else v}
-            )
-            for epoch in notes["history"]
+        history = [
+            Epoch(past["epoch"], past["train_loss"], Measured(**past["validation"]))
+            for past in checkpoint.notes["history"]
         ]
-        self.state = _State(**notes)
+        self.state = _State(**checkpoint.notes | {"history": history})
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in checkpoint.tensors.items():
             part, _, rest = name.partition(".")
@@ -304,123 +282,3 @@ class Training:
             state.setdefault(int(number), {})[what] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Of one split: the mean loss in nats, and metrics in [0, 1]."""
-
-    loss: float
-    accuracy: float
-    balanced_accuracy: float
-    macro_f1: float
-
-
-def evaluate(task: Task, model: Classifier, examples: Examples) -> Measured:
-    """Measure a classifier on images as they are; every process computes its share."""
-    model.eval()
-    loss = torch.zeros((), dtype=torch.float64)
-    confusion = torch.zeros(task.classes, task.classes, dtype=torch.float64)
-    size = 64 if task.device.type == "cuda" else 16
-    own = np.array_split(np.arange(len(examples)), task.processes)[task.rank]
-    with torch.inference_mode(), autocast(task.device):
-        for start in range(0, len(own), size):
-            places = own[start : start + size]
-            labels = torch.from_numpy(examples.labels[places])
-            logits = model(task.feed.plain(examples.rows[places])).float().cpu()
-            loss += functional.cross_entropy(logits, labels, reduction="sum").double()
-            pairs = labels * task.classes + logits.argmax(1)
-            confusion += torch.bincount(pairs, minlength=task.classes**2).view_as(confusion)
-    processes.add_up(loss)
-    processes.add_up(confusion)
-    return measured(float(loss), confusion.numpy())
-
-
-def measured(loss_sum: float, confusion: npt.NDArray[np.float64]) -> Measured:
-    """Return the metrics of a confusion matrix (true, predicted); empty classes do not count."""
-    count, hits = confusion.sum(), confusion.diagonal()
-    true, answered = confusion.sum(1), confusion.sum(0)
-    present = true > 0
-    f1 = 2 * hits[present] / (true + answered)[present]
-    return Measured(
-        loss=float(loss_sum / count),
-        accuracy=float(hits.sum() / count),
-        balanced_accuracy=float((hits[present] / true[present]).mean()),
-        macro_f1=float(f1.mean()),
-    )
-
-
-def make_optimiser(
-    model: Classifier, rates: Rates, recipe: Recipe, device: torch.device
-) -> torch.optim.Optimizer:
-    """Return an optimiser with a group for each depth, once with and once without weight decay."""
-    groups: list[dict[str, Any]] = []
-    for depth, parameters in model.parameters_by_depth():
-        rate = rates.head if depth == 0 else rates.stages * rates.decay ** (depth - 1)
-        for decays in (True, False):
-            chosen = [p for p in parameters if (p.dim() > 1) == decays]
-            if chosen:
-                decay = recipe.weight_decay if decays else 0.0
-                groups.append({"params": chosen, "rate": rate, "weight_decay": decay})
-    if recipe.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=1.0, momentum=_MOMENTUM, fused=device.type != "mps")
-    return torch.optim.AdamW(groups, lr=1.0, fused=device.type != "mps")
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """Return the context to compute in: half precision with eight bits of exponent on CUDA."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def _move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the average towards the model; what counts is copied."""
-    ours, theirs = average.state_dict(), model.state_dict()
-    with torch.no_grad():
-        for name, tensor in ours.items():
-            if tensor.is_floating_point():
-                tensor.lerp_(theirs[name], 1 - decay)
-            else:
-                tensor.copy_(theirs[name])
-
-
-@contextmanager
-def explained(recipe: Recipe) -> Iterator[None]:
-    """Turn what torch says where memory is short into a refusal."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        line = " ".join(str(error).split())[:160]
-        if isinstance(error, RuntimeError) and not re.search(
-            "out of memory|can't allocate|enough memory", line
-        ):
-            raise
-        raise TrainingError(
-            f"there is not enough memory to train ({line}); what was done is kept. Lower "
-            f"train.batch, now {recipe.batch_size(10**9)}, or freeze more in embed.freeze."
-        ) from None
-
-
-class Stop:
-    """Whether somebody asked to stop."""
-
-    requested = False
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a request; a second one ends at once."""
-    stop = Stop()
-
-    def request(number: int, _: object) -> None:
-        stop.requested = True
-        _log.info("stopping after this step")
-        signal.signal(number, before[number])
-
-    before: Mapping[int, Any] = {
-        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

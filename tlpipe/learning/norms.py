@@ -32,7 +32,8 @@ def fold(module: nn.Module, inputs: Tensor) -> int:
     Source: Jacob et al. (2018), Quantization and training of neural networks, eq. 14.
     """
     paths = {layer: path for path, layer in module.named_modules()}
-    with torch.no_grad():
+    # Tensor cores would round away what is compared.
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = module(inputs)
         pairs = _pairs(module, inputs)
         for convolution, norm in pairs:

@@ -4,7 +4,6 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -148,9 +147,9 @@ def _card(data: Dataset, learned: models.Learned) -> models.Card:
 
 
 def _save_history(path: Path, steps: Sequence[Step], *, first: int) -> None:
-    """Write the history; a loss that nobody has computed stays empty."""
+    """Write the history; what nobody has computed stays empty."""
     rows = [
-        (number, *("" if isnan(value) else f"{value:.6f}" for value in astuple(step)))
+        (number, *("" if value is None else f"{value:.6f}" for value in astuple(step)))
         for number, step in enumerate(steps, start=first)
     ]
     files.write_csv(path, HISTORY, rows)

@@ -15,14 +15,15 @@ from tlpipe.errors import ArtifactError
 from tlpipe.features.backbone import load_network
 from tlpipe.features.device import training_device
 from tlpipe.features.weights import Weights
+from tlpipe.learning import endings, loop, norms, probe, processes
 from tlpipe.learning import head as heads
-from tlpipe.learning import loop, norms, probe, processes
 from tlpipe.learning.batches import Feed, Photos, StoredActivations, batches
 from tlpipe.learning.checkpoint import Checkpoints
 from tlpipe.learning.classifier import Classifier, build, open_part
 from tlpipe.learning.dataset import Dataset, Numbers
 from tlpipe.learning.model import Learned
 from tlpipe.learning.recipe import Recipe
+from tlpipe.learning.task import Task, autocast
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy")
@@ -46,7 +47,7 @@ def tune(
         Interrupted: somebody asked to stop; the next call goes on from there.
         TrainingError: training cannot go on.
     """
-    with loop.explained(recipe), processes.joined() as (rank, count):
+    with endings.explained(recipe), processes.joined() as (rank, count):
         task, penalty = prepare(data, pixels, recipe, rank, count)
         kept = Checkpoints(checkpoints, _digest(data, recipe, task))
         epochs = loop.fine_tune(task, recipe, kept, lambda epochs: note(_steps(epochs)))
@@ -65,7 +66,7 @@ def tune(
 
 def prepare(
     data: Dataset, pixels: Path, recipe: Recipe, rank: int = 0, count: int = 1
-) -> tuple[loop.Task, float | None]:
+) -> tuple[Task, float | None]:
     """Return what is trained with its head solved, and the penalty that was picked for that.
 
     A head with hidden units is left as it was drawn, and has none.
@@ -81,7 +82,7 @@ def prepare(
         norms.fold(classifier.stages, feed.plain(data.train.rows[:2]))
     elif count > 1:
         norms.share_statistics(classifier)
-    task = loop.Task(
+    task = Task(
         classifier=classifier,
         feed=feed,
         train=data.train,
@@ -156,7 +157,7 @@ def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
     def read(rows: Numbers, every_view: bool) -> Iterator[heads.Floats]:  # noqa: ARG001
         classifier.eval()
         for start in range(0, len(rows), _BLOCK):
-            with torch.inference_mode(), loop.autocast(classifier.mean.device):
+            with torch.inference_mode(), autocast(classifier.mean.device):
                 features = classifier.stages(feed.plain(rows[start : start + _BLOCK]))
             yield features.double().cpu().numpy()
 
@@ -164,10 +165,17 @@ def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
 
 
 def _steps(epochs: Sequence[loop.Epoch]) -> list[heads.Step]:
-    return [heads.Step(epoch.train_loss, epoch.loss, epoch.accuracy) for epoch in epochs]
+    return [
+        heads.Step(
+            epoch.train_loss,
+            epoch.validation.loss,
+            epoch.validation.accuracy,
+        )
+        for epoch in epochs
+    ]
 
 
-def _digest(data: Dataset, recipe: Recipe, task: loop.Task) -> str:
+def _digest(data: Dataset, recipe: Recipe, task: Task) -> str:
     """Name all that the weights depend on, step by step."""
     folders = (Path(__file__).parent, Path(__file__).parent.with_name("features"))
     code = [files.sha256(path) for folder in folders for path in sorted(folder.glob("*.py"))]

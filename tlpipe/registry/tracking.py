@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -182,7 +181,7 @@ def live_run(workspace: Path, name: str) -> Iterator[Callable[[Sequence["Step"]]
             Metric(key, value, now, number)
             for number, step in enumerate(steps[logged:], start=logged)
             for key, value in asdict(step).items()
-            if not isnan(value)
+            if value is not None
         ]
         try:
             with connection(workspace) as client:

@@ -1,0 +1,78 @@
+"""What is trained, on what and where; and how right it is by now."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from tlpipe.learning import processes
+from tlpipe.learning.batches import Feed
+from tlpipe.learning.classifier import Classifier
+from tlpipe.learning.dataset import Examples
+from tlpipe.learning.schedule import Rates
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and where; ``rank`` of ``processes``."""
+
+    classifier: Classifier
+    feed: Feed
+    train: Examples
+    validation: Examples
+    classes: int
+    rates: Rates
+    device: torch.device
+    rank: int = 0
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one split: the mean loss in nats, and metrics in [0, 1]."""
+
+    loss: float
+    accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+
+
+def evaluate(task: Task, model: Classifier, examples: Examples) -> Measured:
+    """Measure a classifier on images as they are; every process computes its share."""
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64)
+    confusion = torch.zeros(task.classes, task.classes, dtype=torch.float64)
+    size = 64 if task.device.type == "cuda" else 16
+    own = np.array_split(np.arange(len(examples)), task.processes)[task.rank]
+    with torch.inference_mode(), autocast(task.device):
+        for start in range(0, len(own), size):
+            places = own[start : start + size]
+            labels = torch.from_numpy(examples.labels[places])
+            logits = model(task.feed.plain(examples.rows[places])).float().cpu()
+            loss += functional.cross_entropy(logits, labels, reduction="sum").double()
+            pairs = labels * task.classes + logits.argmax(1)
+            confusion += torch.bincount(pairs, minlength=task.classes**2).view_as(confusion)
+    processes.add_up(loss)
+    processes.add_up(confusion)
+    return measured(float(loss), confusion.numpy())
+
+
+def measured(loss_sum: float, confusion: npt.NDArray[np.float64]) -> Measured:
+    """Return the metrics of a confusion matrix (true, predicted); empty classes do not count."""
+    count, hits = confusion.sum(), confusion.diagonal()
+    true, answered = confusion.sum(1), confusion.sum(0)
+    present = true > 0
+    f1 = 2 * hits[present] / (true + answered)[present]
+    return Measured(
+        loss=float(loss_sum / count),
+        accuracy=float(hits.sum() / count),
+        balanced_accuracy=float((hits[present] / true[present]).mean()),
+        macro_f1=float(f1.mean()),
+    )
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Return the context to compute in: half precision with eight bits of exponent on CUDA."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
