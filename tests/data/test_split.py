@@ -242,4 +242,4 @@ def test_leaks_between_given_folders_are_found(
     rows = {row["path"]: row["split"] for row in workspace.rows("artifacts/split/split.csv")}
     assert rows[f"train/ants/{original.name}"] == "unused"
     assert rows["val/ants/planted.jpg"] == "test"
-    workspace.run("dvc", "repro")
+    workspace.run("dvc", "repro", "train")

@@ -106,7 +106,7 @@ def test_killed_anywhere_and_replayed_there_is_one_run_and_one_version(built: Wo
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-        delay += 0.15
+        delay += 0.25
     assert kills >= 5
     receipt = (built.path / "artifacts/register/receipt.json").read_bytes()
     built.run(*COMMAND)
