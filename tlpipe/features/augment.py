@@ -73,8 +73,11 @@ def apply(squares: "Tensor", draws: "Tensor", crop_px: int) -> "Tensor":
         draws[:, :6].reshape(-1, 2, 3), [len(images), 3, crop_px, crop_px], align_corners=False
     )
     images = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    brightness, contrast, saturation = draws[:, 6:].reshape(-1, 3, 1, 1, 1).unbind(1)
-    gray = (images * images.new_tensor(_GRAY).reshape(3, 1, 1)).sum(1, keepdim=True)
-    images = gray + saturation * (images - gray)
-    mean = gray.mean((2, 3), keepdim=True)
-    return (brightness * (mean + contrast * (images - mean))).clamp(0, 255)
+    # Colour is mixed with gray, then contrast with the mean gray: together one matrix an image.
+    brightness, contrast, saturation = draws[:, 6:].reshape(-1, 3, 1, 1).unbind(1)
+    weights = images.new_tensor(_GRAY)
+    mean = (images.mean((2, 3)) @ weights).reshape(-1, 1, 1)
+    colours = saturation * torch.eye(3, device=weights.device) + (1 - saturation) * weights
+    offset = brightness * (1 - contrast) * mean
+    changed = torch.baddbmm(offset, brightness * contrast * colours, images.flatten(2))
+    return changed.clamp_(0, 255).view_as(images)

@@ -17,8 +17,8 @@ from tlpipe.learning.dataset import Examples, Numbers
 from tlpipe.seeds import generator
 
 Chances = npt.NDArray[np.float64]
-# Mapped rows count as memory until they are let go.
-_MAPPED_BYTES = 2**26
+# Mapped rows count as memory until they are let go, and the pages around them too.
+_MAPPED_BYTES = 2**24
 _SHARE_OF_GPU = 0.5
 
 
@@ -111,7 +111,7 @@ class Photos:
         squares = self._store.pick(rows)
         draws = augment.draw(self._augmentation, chances)
         images = augment.apply(squares, torch.from_numpy(draws).to(squares.device), self._crop_px)
-        return _ready((images - self._mean) / self._std)
+        return _ready(images.sub_(self._mean).div_(self._std))
 
     def plain(self, rows: Numbers) -> Tensor:
         """Return the middle of these images."""

@@ -31,6 +31,9 @@ class Classifier(nn.Module):
         between = [module for layer in layers for module in (layer, nn.ReLU())]
         self.head = nn.Sequential(*between[:-1])
         self.trains_by_batch = False
+        for module in stages.modules():
+            if isinstance(module, nn.Hardtanh):  # and ReLU6: in place, torch copies it all before
+                module.inplace = False
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits."""

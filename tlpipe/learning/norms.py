@@ -5,6 +5,7 @@ normalisation behind a convolution is a scale of its weights, and need not be co
 """
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,27 +27,54 @@ def share_statistics(module: nn.Module) -> None:
 def fold(module: nn.Module, inputs: Tensor) -> int:
     """Fold BatchNorm layers whose statistics are kept into the convolutions before them.
 
+    TensorFlow's padding has its odd row at the end, torch's at the beginning; so networks that came
+    from there pad in a step of its own, which costs as much as the convolution. Where a network
+    sees pictures upside down, and its kernels are turned with them, torch's own padding is right.
+
     Gradients are those of the layer: they flow through the scale. ``inputs``: some to look with.
     Returns: how many were folded; none where the result would differ.
 
     Source: Jacob et al. (2018), Quantization and training of neural networks, eq. 14.
     """
-    paths = {layer: path for path, layer in module.named_modules()}
     # Tensor cores would round away what is compared.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = module(inputs)
         pairs = _pairs(module, inputs)
-        for convolution, norm in pairs:
-            folded = _FoldedNorm(norm)
-            module.set_submodule(paths[norm], folded)
-            module.set_submodule(paths[convolution], _FoldedConvolution(convolution, folded))
-        found = module(inputs)
-        if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.std())):
-            return len(pairs)
-    for convolution, norm in pairs:
-        module.set_submodule(paths[norm], norm)
-        module.set_submodule(paths[convolution], convolution)
+        pads_same = any(_pads_same(convolution) for convolution, _ in pairs)
+        for is_turned in (True, False) if pads_same else (False,):
+            undo = _replace(module, pairs, is_turned=is_turned)
+            found = module(inputs)
+            if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.std())):
+                return len(pairs)
+            undo()
     return 0
+
+
+def _replace(
+    module: nn.Module, pairs: list[tuple[nn.Conv2d, _BatchNorm]], *, is_turned: bool
+) -> Callable[[], None]:
+    """Replace the layers by folded ones; return what puts them back."""
+    paths = {layer: path for path, layer in module.named_modules()}
+    for convolution, norm in pairs:
+        folded = _FoldedNorm(norm)
+        module.set_submodule(paths[norm], folded)
+        replaced = _FoldedConvolution(convolution, folded, is_turned=is_turned)
+        module.set_submodule(paths[convolution], replaced)
+    turning = module.register_forward_pre_hook(_turn) if is_turned else None
+
+    def undo() -> None:
+        for convolution, norm in pairs:
+            module.set_submodule(paths[norm], norm)
+            module.set_submodule(paths[convolution], convolution)
+        if turning is not None:
+            turning.remove()
+
+    return undo
+
+
+def _turn(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+    """Turn inputs (B, C, H, W) upside down and left to right."""
+    return arguments[0].flip(2, 3)
 
 
 def _pairs(module: nn.Module, inputs: Tensor) -> list[tuple[nn.Conv2d, _BatchNorm]]:
@@ -118,29 +146,44 @@ class _FoldedConvolution(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, layer: Any, norm: _FoldedNorm) -> None:
+    def __init__(self, layer: Any, norm: _FoldedNorm, *, is_turned: bool) -> None:
         super().__init__()
         self.register_parameter("weight", layer.weight)
         self.register_parameter("bias", layer.bias)
         self._norm = [norm]  # in a list: its tensors have their own place in the network
         self._settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        self._pads_same = _pads_same(layer)
+        self._pads_same, self._is_turned = _pads_same(layer), is_turned
 
     def forward(self, x: Tensor) -> Tensor:
         (norm,) = self._norm
         stride, padding, dilation, groups = self._settings
-        if self._pads_same:
+        kernel = self.weight.shape[-2:]
+        if self._pads_same and self._is_turned:
+            padding = _half_of_same(x.shape[-2:], kernel, stride, dilation)
+        elif self._pads_same:
             from timm.layers.padding import pad_same
 
-            x = pad_same(x, self.weight.shape[-2:], stride, dilation)
+            x = pad_same(x, kernel, stride, dilation)
         assert norm.weight is not None and norm.bias is not None
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         shift = norm.bias - norm.running_mean * scale
         if self.bias is not None:
             shift = shift + self.bias * scale
         weight = self.weight * scale.reshape(-1, 1, 1, 1)
+        if self._is_turned and max(kernel) > 1:
+            weight = weight.flip(2, 3)
         x = functional.conv2d(x, weight, None, stride, padding, dilation, groups)
         return x.add_(shift.reshape(-1, 1, 1))  # faster than the bias of the convolution
+
+
+def _half_of_same(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Return how much each side of height and width is padded, the larger half where it is odd."""
+    from timm.layers.padding import get_same_padding
+
+    sides = zip(size, kernel, stride, dilation, strict=True)
+    return [-(-int(get_same_padding(*side)) // 2) for side in sides]
 
 
 class _SharedNorm(_NormTensors):

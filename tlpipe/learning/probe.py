@@ -12,7 +12,7 @@ from tlpipe.learning import head as heads
 from tlpipe.learning.dataset import Dataset, Examples, Numbers
 
 _log = logging.getLogger(__name__)
-_BLOCK_BYTES = 2**25
+_BLOCK_BYTES = 2**23
 
 
 class Table:
