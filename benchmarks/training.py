@@ -185,7 +185,7 @@ def against_fastai(report: Report, photos: Path, work: Path) -> None:
     report.smaller("fine_tune(1) of fastai, memory", peer.peak_mb, own.peak_mb, "MB", 0.5)
     theirs = json.loads(peer.said)["accuracy"]
     report.table.caption = (
-        f"accuracy of the last two rows: fastai {theirs:.3f}, ours {accuracy:.3f}"
+        f"accuracy of the rows of fine_tune: fastai {theirs:.3f}, ours {accuracy:.3f}"
     )
 
 
