@@ -119,12 +119,14 @@ def copy_repository(target: Path, env: Mapping[str, str]) -> Workspace:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((ROOT / name).read_bytes())
     workspace = Workspace(target, env)
+    # Equal files are the same commit in every copy, since bundles name it.
+    dated = {f"GIT_{who}_DATE": "2026-01-01T00:00:00Z" for who in ("AUTHOR", "COMMITTER")}
     for arguments in (
         ["init", "-q"],
         ["add", "--all"],
         ["-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "copy"],
     ):
-        workspace.run("git", *arguments)
+        Workspace(target, {**env, **dated}).run("git", *arguments)
     return workspace
 
 

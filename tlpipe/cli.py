@@ -217,23 +217,30 @@ def export(
     model: In, pixels: In, split: In, bundle: Out, parity: Out, params: ParamsFile = PARAMS_FILE
 ) -> None:
     """Write the ONNX bundle, proven equal to the trained model."""
-    _run("export", params, model=model, pixels=pixels, split=split, bundle=bundle, parity=parity)
+    paths = {"model": model, "pixels": pixels, "split": split, "bundle": bundle, "parity": parity}
+    _run("export", params, **paths, workspace=params.parent)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
 def evaluate(
     bundle: In,
     pixels: In,
+    manifest: In,
     split: In,
+    history: In,
     report: Out,
+    speed: Out,
     predictions: Out,
+    tables: Out,
     plots: Out,
     examples: Out,
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Measure the bundle on the test split."""
-    outputs = {"report": report, "predictions": predictions, "plots": plots, "examples": examples}
-    _run("evaluate", params, bundle=bundle, pixels=pixels, split=split, **outputs)
+    inputs = {"bundle": bundle, "pixels": pixels, "manifest": manifest, "split": split}
+    texts = {"report": report, "speed": speed, "predictions": predictions, "tables": tables}
+    pictures = {"plots": plots, "examples": examples}
+    _run("evaluate", params, **inputs, history=history, **texts, **pictures)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -321,6 +328,45 @@ def summary(receipt: Annotated[Path, typer.Argument(help="What register wrote.")
     console = Console(soft_wrap=True)
     console.print(table)
     console.print("next: make ui | tlpipe predict IMAGE | tlpipe serve", markup=False)
+
+
+BundleArgument = Annotated[Path, typer.Argument(help="A folder that export wrote.")]
+SignatureOption = Annotated[
+    Path | None, typer.Option(help="The file of the signature; by default BUNDLE.sig.")
+]
+
+
+@app.command()
+def verify(
+    bundle: BundleArgument,
+    key: Annotated[Path | None, typer.Option(help="Public key, PEM: check who signed it.")] = None,
+    signature: SignatureOption = None,
+) -> None:
+    """Check every file of a bundle by its hash, and its signature where a key is given."""
+    from tlpipe.onnx_export import bundle as bundles
+    from tlpipe.onnx_export import signing
+
+    if key is not None:
+        signing.check(bundle, key, signature or signing.beside(bundle))
+    found = bundles.load(bundle)
+    signed = f"signed by the owner of {key}" if key else "signature not checked: no --key"
+    print(f"{bundle} is whole: {found.digest}, {', '.join(found.graphs)}; {signed}")
+
+
+@app.command()
+def sign(
+    bundle: BundleArgument,
+    key: Annotated[Path, typer.Option(help="Private key of an elliptic curve, PEM.")],
+    signature: SignatureOption = None,
+) -> None:
+    """Sign a bundle, so that others can check who made it."""
+    from tlpipe.onnx_export import bundle as bundles
+    from tlpipe.onnx_export import signing
+
+    found = bundles.load(bundle)
+    target = signature or signing.beside(bundle)
+    signing.sign(bundle, key, target)
+    print(f"signed {found.digest}: {target}")
 
 
 @app.command()

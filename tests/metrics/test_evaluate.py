@@ -29,12 +29,13 @@ def test_the_report_follows_from_the_predictions(artifacts: Path) -> None:
     hits = sum(row["label"] == row["predicted"] for row in rows)
     assert report["precisions"]["fp32"]["accuracy"]["value"] == hits / len(rows)
     loss = -np.log([float(row["true_probability"]) for row in rows]).mean()
-    assert abs(report["precisions"]["fp32"]["log_loss"] - loss) < 1e-3
+    assert abs(report["precisions"]["fp32"]["log_loss"]["value"] - loss) < 1e-3
 
 
 def test_plots_and_examples_are_images(artifacts: Path) -> None:
     folder = artifacts / "evaluate"
-    assert sorted(p.name for p in (folder / "plots").iterdir()) == ["confusion.png", "mistakes.png"]
+    names = "confusion coverage mistakes ranking reliability robustness slices training unsure"
+    assert sorted(p.stem for p in (folder / "plots").iterdir()) == names.split()
     assert sorted(p.stem for p in (folder / "examples").iterdir()) == list("0123456789")
     for path in (*(folder / "plots").iterdir(), *(folder / "examples").iterdir()):
         with Image.open(path) as image:
@@ -59,7 +60,10 @@ def test_a_bundle_of_other_classes_is_refused(main_job: Workspace, empty: Worksp
     result = empty.run(
         *("tlpipe", "evaluate", "--bundle", str(artifacts / "export" / "bundle")),
         *("--pixels", str(artifacts / "ingest" / "pixels"), "--split", "split.csv"),
-        *("--report", "r", "--predictions", "p", "--plots", "pl", "--examples", "e"),
+        *("--manifest", str(artifacts / "ingest" / "manifest.csv")),
+        *("--history", str(artifacts / "train" / "history.csv")),
+        *("--report", "r", "--speed", "s", "--predictions", "p", "--tables", "t"),
+        *("--plots", "pl", "--examples", "e"),
         code=6,
     )
     assert "has the classes seven, which the bundle does not know" in result.stderr

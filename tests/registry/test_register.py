@@ -71,7 +71,8 @@ def test_one_run_and_one_version_tell_where_the_bundle_comes_from(main_job: Work
     ((files, plots, data, pictures),) = found["artifacts"]
     expected = {"bundle", "history.csv", "parity.json", "plots", "predictions.csv", "report.json"}
     assert expected <= set(files)
-    assert plots == ["plots/confusion.png", "plots/mistakes.png"]
+    drawn = {"confusion", "coverage", "reliability", "mistakes", "training"}
+    assert {f"plots/{name}.png" for name in drawn} <= set(plots)
     tables = {"data/ingest.json", "data/split.json", "data/rejects.csv", "data/suspects.csv"}
     assert set(data) == tables | {"data/plots"}
     assert {"data/plots/classes.png", "data/plots/suspects.png"} <= set(pictures)
@@ -80,7 +81,7 @@ def test_one_run_and_one_version_tell_where_the_bundle_comes_from(main_job: Work
 
 
 def test_the_lock_s_hash_leaves_out_the_stage_itself(main_job: Workspace, tmp_path: Path) -> None:
-    from tlpipe.registry.lineage import lock_sha256
+    from tlpipe.lineage import lock_sha256
 
     lock = yaml.safe_load((main_job.path / "dvc.lock").read_text())
     ((_, tags, _, _),) = state(main_job)["runs"]
@@ -130,7 +131,7 @@ def test_another_bundle_is_a_version_that_only_challenges(built: Workspace) -> N
     old = bundles.load(folder)
     bundles.save(
         folder,
-        model=old.model.read_bytes(),
+        graphs={name: path.read_bytes() for name, path in old.graphs.items()},
         labels=old.labels,
         preprocessing=old.preprocessing,
         provenance={**old.provenance, "penalty": 0.5},
@@ -220,7 +221,7 @@ def test_a_model_swapped_in_the_store_is_not_loaded(built: Workspace, artifacts:
     old = bundles.load(artifacts / "export/bundle")
     bundles.save(
         stored.parent,
-        model=old.model.read_bytes(),
+        graphs={name: path.read_bytes() for name, path in old.graphs.items()},
         labels=old.labels[::-1],
         preprocessing=old.preprocessing,
         provenance=old.provenance,

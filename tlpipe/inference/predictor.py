@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tlpipe.data.images import Pixels, crop_middle, read_square
-from tlpipe.onnx_export.bundle import IMAGES, LOGITS, PROBABILITIES, Bundle
+from tlpipe.onnx_export.bundle import EXACT, IMAGES, LOGITS, PROBABILITIES, Bundle
 from tlpipe.runtime import open_session
 
 Scores = npt.NDArray[np.float32]
@@ -25,13 +25,15 @@ class Prediction:
 class Predictor:
     """A bundle with its ONNX Runtime session; safe to call from several threads."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Open the graph of a bundle, which ``bundle.load`` has verified.
+    def __init__(
+        self, bundle: Bundle, *, precision: str = EXACT, threads: int | None = None
+    ) -> None:
+        """Open a graph of a bundle, which ``bundle.load`` has verified.
 
         ``threads``: threads for one call; None lets ONNX Runtime take every core.
         """
         self.bundle = bundle
-        self._session = open_session(bundle.model, threads=threads)
+        self._session = open_session(bundle.graphs[precision], threads=threads)
 
     @property
     def provider(self) -> str:

@@ -1,93 +1,158 @@
 """Stage ``evaluate``: judge the bundle on the test split, through the predictor that serves it."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from tlpipe import files, pictures
+from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.chunks import Chunks
-from tlpipe.data.manifest import Assignment, load_split
-from tlpipe.errors import ArtifactError
+from tlpipe.data.manifest import Entry
 from tlpipe.inference.predictor import Prediction, Predictor
+from tlpipe.metrics import answers, corruptions, curves, scores, slices
 from tlpipe.metrics import plots as drawn
-from tlpipe.metrics import scores
+from tlpipe.metrics.answers import Answers, Part
 from tlpipe.onnx_export import bundle as bundles
+from tlpipe.onnx_export.bundle import ANY_SIZE, EXACT
 from tlpipe.params import Section
-from tlpipe.progress import track
+from tlpipe.resampling import paired_difference
 
 _log = logging.getLogger(__name__)
-_BATCH = 8
+# How often an answer for so many images is timed.
+_TIMED = {1: 15, 32: 3}
 PREDICTIONS = ("path", "label", "predicted", "probability", "true_probability")
+COVERAGE = ("coverage", "accuracy", "threshold")
+RELIABILITY = ("confidence", "accuracy", "images")
 
 
 class Params(Section):
-    """How the result is stated."""
+    """What is measured beside accuracy, and how the result is stated."""
 
     confidence: float = Field(
         default=0.95, gt=0.5, lt=1, description="Confidence level of the intervals."
     )
-    mistakes: int = Field(
-        default=18, ge=0, le=120, description="Most confident mistakes to show, at most."
+    error_rate: float = Field(
+        default=0.02, gt=0, lt=1, description="Of answers, where unsure ones are not given."
     )
+    columns: tuple[str, ...] = Field(
+        default=("format",),
+        strict=False,
+        description="Columns of the manifest to part the test images by.",
+    )
+    corrupted: int = Field(
+        default=64, ge=1, description="Test images to blur, darken and so on, at most."
+    )
+    unknown: str = Field(
+        default="data/textures.yaml",
+        min_length=1,
+        description="Images of none of the classes: a source as ingest reads it.",
+    )
+    unknown_images: int = Field(default=64, ge=1, description="How many of them, at most.")
+    mistakes: int = Field(default=18, ge=0, le=120, description="Images in each gallery, at most.")
+
+    @field_validator("columns")
+    @classmethod
+    def _are_in_the_manifest(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(columns) - set(Entry._fields)):
+            known = ", ".join(Entry._fields)
+            raise ValueError(f"the manifest has no column {unknown[0]}; it has {known}")
+        return columns
 
 
 def run(
     *,
     bundle: Path,
     pixels: Path,
+    manifest: Path,
     split: Path,
+    history: Path,
     report: Path,
+    speed: Path,
     predictions: Path,
+    tables: Path,
     plots: Path,
     examples: Path,
     params: Params,
 ) -> None:
-    """Write the report, the predictions, the plots and one example image per class.
+    """Write the report, how fast it is, the predictions, tables and plots, an example per class.
 
     Raises:
         ArtifactError: the bundle is damaged, or knows other classes than the split table.
+        DataError: there are no unknown images where they should be.
     """
     shipped = bundles.load(bundle)
-    predictor = Predictor(shipped, threads=shipped.provenance["origin"]["threads"])
-    assignments = load_split(split)
-    test = [i for i, row in enumerate(assignments) if row.split == "test"]
-    rows = [assignments[i] for i in test]
-    truth = _class_numbers(rows, shipped.labels)
     squares = packed.load(pixels).array
-    probabilities = _probabilities(predictor, squares, test)
-    measured = scores.measure(probabilities, truth, params.confidence)
-    measured["per_class"] = dict(zip(shipped.labels, measured["per_class"], strict=True))
-    answers = [
-        Answer(row, index, predictor.name(line), float(line[number]))
-        for row, index, number, line in zip(rows, test, truth, probabilities, strict=True)
-    ]
-    _save_predictions(predictions, answers)
-    _save_examples(examples, squares, answers)
-    with files.replacing_folder(plots) as folder:
-        drawn.confusion(folder / "confusion.png", measured["confusion"], shipped.labels)
-        _draw_mistakes(folder / "mistakes.png", squares, answers, params.mistakes)
+    part = partial(
+        answers.part, labels=shipped.labels, squares=squares, manifest=manifest, split=split
+    )
+    test, validation = part("test"), part("validation")
+    threads = shipped.provenance["origin"]["threads"]
+    predictors = {
+        name: Predictor(shipped, precision=name, threads=threads)
+        for name in shipped.graphs
+        if name != ANY_SIZE
+    }
+    found = {name: test.ask(predictor, name) for name, predictor in predictors.items()}
+    exact, answered = predictors[EXACT], found[EXACT]
+    held_out = validation.ask(exact, "validation")
+    unknown = answers.of_others(exact, params.unknown, shipped.preprocessing, params.unknown_images)
+    curve = curves.coverage(held_out.confidence, held_out.hits)
+    threshold = curves.threshold_for(curve, params.error_rate)
     content = {
         "bundle": shipped.digest,
-        "images": len(test),
+        "images": len(test.rows),
         "labels": list(shipped.labels),
-        "precisions": {"fp32": measured},
+        "precisions": {
+            name: _measured(test, given, answered, shipped.labels, params.confidence)
+            | {"megabytes": shipped.graphs[name].stat().st_size / 1e6}
+            for name, given in found.items()
+        },
+        "temperature": shipped.provenance["temperature"],
+        "abstention": _abstention(answered, threshold, params),
+        "unknown": {
+            "source": Path(params.unknown).name,
+            "images": len(unknown),
+            "auroc": curves.separation(answered.confidence, unknown),
+            "answered": float((unknown >= threshold).mean()),
+        },
+        "slices": slices.measure(
+            test.entries, test.brightness(), answered.hits, params.columns, params.confidence
+        ),
+        "robustness": _robustness(exact, test.evenly(params.corrupted), params.confidence),
     }
     files.write_json(report, content)
-    _log.info("test accuracy %s on %s images", describe(measured["accuracy"]), len(test))
+    files.write_json(speed, {name: _speed(p, squares) for name, p in predictors.items()})
+    shown = [
+        Shown(entry, row, exact.name(line), float(line[number]))
+        for entry, row, number, line in zip(
+            test.entries, test.rows, test.truth, answered.probabilities, strict=True
+        )
+    ]
+    _save_predictions(predictions, shown)
+    _save_examples(examples, squares, shown)
+    _save_tables(tables, answered)
+    with files.replacing_folder(plots) as folder:
+        drawn.draw(folder, content, answered, history)
+        drawn.galleries(folder, squares, shown, params.mistakes)
+    accuracy = content["precisions"][EXACT]["accuracy"]
+    _log.info("test accuracy %s on %s images", describe(accuracy), len(test.rows))
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the bundle says of one test image; ``index`` is its row of the stored pixels."""
+class Shown:
+    """What the bundle says of one test image; ``row``: of the stored pixels."""
 
-    row: Assignment
-    index: int
+    entry: Entry
+    row: int
     prediction: Prediction
     true_probability: float
 
@@ -100,61 +165,97 @@ def describe(accuracy: Mapping[str, float]) -> str:
     )
 
 
-def _class_numbers(rows: Sequence[Assignment], labels: Sequence[str]) -> scores.Labels:
-    numbers = {label: number for number, label in enumerate(labels)}
-    if unknown := sorted({row.label for row in rows} - numbers.keys()):
-        raise ArtifactError(
-            f"the split table has the classes {', '.join(unknown)}, which the bundle does not "
-            f"know; it knows {', '.join(labels)}. Run 'dvc repro'."
-        )
-    return np.array([numbers[row.label] for row in rows], dtype=np.int64)
+def _measured(
+    part: Part, given: Answers, exact: Answers, labels: Sequence[str], confidence: float
+) -> dict[str, Any]:
+    """Return the numbers of one precision, compared with the exact one on the same images."""
+    measured = scores.measure(given.probabilities, part.truth, part.groups, confidence)
+    measured["per_class"] = dict(zip(labels, measured["per_class"], strict=True))
+    change = paired_difference(exact.hits, given.hits, part.groups, confidence)
+    uncalibrated = scores.calibration_error(scores.softmax(given.logits), part.truth)
+    return measured | {"accuracy_change": change, "calibration_error_before": uncalibrated}
 
 
-def _probabilities(predictor: Predictor, squares: Chunks, rows: Sequence[int]) -> scores.Floats:
-    """Return (N, C) probabilities for the given rows of the stored pixels."""
-    starts = range(0, len(rows), _BATCH)
-    batches = [
-        predictor.scores(squares[rows[start : start + _BATCH]])[1]
-        for start in track(starts, total=len(starts), description="evaluate")
-    ]
-    return np.concatenate(batches)
+def _abstention(given: Answers, threshold: float, params: Params) -> dict[str, Any]:
+    """Return what a threshold, chosen on validation, does on the test images."""
+    sure = given.confidence >= threshold
+    right, count = int(given.hits[sure].sum()), int(sure.sum())
+    content = {
+        "error_rate": params.error_rate,
+        "threshold": threshold,
+        "coverage": count / len(sure),
+    }
+    if not count:
+        return content | {"accuracy": None}
+    low, high = scores.wilson_interval(right, count, params.confidence)
+    ends = {"low": low, "high": high, "confidence": params.confidence}
+    return content | {"accuracy": {"value": right / count, **ends}}
 
 
-def _save_predictions(path: Path, answers: Sequence[Answer]) -> None:
+def _robustness(predictor: Predictor, part: Part, confidence: float) -> dict[str, Any]:
+    """Return the accuracy on changed images, by kind, from mild to strong."""
+
+    def measure(given: Answers) -> dict[str, float]:
+        right, count = int(given.hits.sum()), len(part.rows)
+        low, high = scores.wilson_interval(right, count, confidence)
+        return {"accuracy": right / count, "low": low, "high": high}
+
+    kinds: dict[str, list[dict[str, float]]] = {}
+    for kind, strengths in corruptions.STRENGTHS.items():
+        for strength in strengths:
+            change = partial(corruptions.corrupt, kind=kind, strength=strength)
+            found = measure(part.ask(predictor, kind, change))
+            kinds.setdefault(kind, []).append({"strength": strength} | found)
+    return {"images": len(part.rows), "clean": measure(part.ask(predictor, "clean")), **kinds}
+
+
+def _speed(predictor: Predictor, squares: Chunks) -> dict[str, Any]:
+    """Return the median milliseconds of one answer, for one image and for a batch."""
+    milliseconds = {}
+    for size, times in _TIMED.items():
+        images = np.resize(squares[: min(size, len(squares))], (size, *squares.shape[1:]))
+        predictor.scores(images)
+        spent = []
+        for _ in range(times):
+            start = time.perf_counter()
+            predictor.scores(images)
+            spent.append(1000 * (time.perf_counter() - start))
+        milliseconds[str(size)] = median(spent)
+    return {"provider": predictor.provider, "milliseconds": milliseconds}
+
+
+def _save_predictions(path: Path, shown: Sequence[Shown]) -> None:
     table = [
         (
-            answer.row.path,
-            answer.row.label,
+            answer.entry.path,
+            answer.entry.label,
             answer.prediction.label,
             f"{answer.prediction.probability:.6f}",
             f"{answer.true_probability:.6f}",
         )
-        for answer in answers
+        for answer in shown
     ]
     files.write_csv(path, PREDICTIONS, table)
 
 
-def _save_examples(folder: Path, squares: Chunks, answers: Sequence[Answer]) -> None:
+def _save_examples(folder: Path, squares: Chunks, shown: Sequence[Shown]) -> None:
     """Write the first test image of each class as a file, to try the classifier on."""
-    first: dict[str, Answer] = {}
-    for answer in answers:
-        first.setdefault(answer.row.label, answer)
+    first: dict[str, Shown] = {}
+    for answer in shown:
+        first.setdefault(answer.entry.label, answer)
     with files.replacing_folder(folder) as target:
         for label, answer in first.items():
             # A class may be called anything that a folder may, so its name is a safe file name.
-            Image.fromarray(squares[answer.index]).save(target / f"{label}.png")
+            Image.fromarray(squares[answer.row]).save(target / f"{label}.png")
 
 
-def _draw_mistakes(path: Path, squares: Chunks, answers: Sequence[Answer], most: int) -> None:
-    wrong = [answer for answer in answers if answer.prediction.label != answer.row.label]
-    worst = sorted(wrong, key=lambda answer: -answer.prediction.probability)[:most]
-    captions = [
-        f"{answer.row.label} as {answer.prediction.label} ({answer.prediction.probability:.2f})"
-        for answer in worst
-    ]
-    pictures.gallery(
-        path,
-        [squares[answer.index] for answer in worst],
-        captions,
-        title=f"Most confident mistakes: {len(worst)} of {len(wrong)}",
-    )
+def _save_tables(folder: Path, given: Answers) -> None:
+    """Write the curves that DVC draws and compares between versions."""
+    curve = curves.coverage(given.confidence, given.hits)
+    points = zip(curve.coverage, curve.accuracy, curve.threshold, strict=True)
+    bins = curves.reliability(given.probabilities, given.truth)
+    with files.replacing_folder(folder) as target:
+        rows = [tuple(f"{value:.6f}" for value in point) for point in points]
+        files.write_csv(target / "coverage.csv", COVERAGE, rows)
+        rows = [(f"{b.confidence:.6f}", f"{b.accuracy:.6f}", str(b.images)) for b in bins]
+        files.write_csv(target / "reliability.csv", RELIABILITY, rows)

@@ -1,11 +1,37 @@
 """Draw what people would rather look at than read."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tlpipe import pictures
+from tlpipe.data.chunks import Chunks
+from tlpipe.metrics import corruptions, curves
+from tlpipe.metrics.answers import Answers
+from tlpipe.onnx_export.bundle import EXACT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from tlpipe.metrics.evaluate import Shown
+
+_MOST_CURVES = 12
+_MOST_SLICES = 30
+
+
+def draw(folder: Path, report: Mapping[str, Any], given: Answers, history: Path) -> None:
+    """Draw the report of ``evaluate``, and how the training went, a PNG file for each question."""
+    labels, exact = report["labels"], report["precisions"][EXACT]
+    confusion(folder / "confusion.png", exact["confusion"], labels)
+    reliability(folder / "reliability.png", given, exact)
+    ranking(folder / "ranking.png", given, labels)
+    coverage(folder / "coverage.png", given, report["abstention"], report["unknown"])
+    robustness(folder / "robustness.png", report["robustness"])
+    by_slice(folder / "slices.png", report["slices"], exact["accuracy"]["value"])
+    training(folder / "training.png", history)
 
 
 def confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
@@ -27,3 +53,153 @@ def confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence[str]
                 colour = "white" if share[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=colour)
     pictures.save(figure, path)
+
+
+def reliability(path: Path, given: Answers, exact: Mapping[str, Any]) -> None:
+    """Draw how often answers of each confidence are right, and how many there are."""
+    bins = curves.reliability(given.probabilities, given.truth)
+    figure = pictures.new_figure(5, 5.5)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    upper.plot([0, 1], [0, 1], color="gray", linestyle=":", label="as sure as right")
+    upper.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o-", label="answers")
+    upper.set_ylabel("share that is right")
+    upper.set_ylim(-0.02, 1.02)
+    upper.legend(loc="lower right")
+    error = exact["calibration_error"]
+    upper.set_title(
+        f"Calibration error {error['value']:.3f} ({error['low']:.3f} to {error['high']:.3f}), "
+        f"{exact['calibration_error_before']:.3f} without temperature",
+        fontsize=9,
+    )
+    lower.bar([b.confidence for b in bins], [b.images for b in bins], width=0.04)
+    lower.set_ylabel("images")
+    lower.set_xlabel("probability of the answer")
+    lower.set_xlim(0, 1.02)
+    pictures.save(figure, path)
+
+
+def ranking(path: Path, given: Answers, labels: Sequence[str]) -> None:
+    """Draw the ROC and the precision-recall curve of each class against the others."""
+    figure = pictures.new_figure(9, 4.4)
+    left, right = figure.subplots(1, 2)
+    for number, label in enumerate(labels):
+        positive = given.truth == number
+        if not positive.any() or positive.all():
+            continue
+        found = curves.ranked(given.probabilities[:, number], positive)
+        style: dict[str, Any] = {"linewidth": 1.3, "label": label}
+        if len(labels) > _MOST_CURVES:
+            style = {"linewidth": 0.6, "color": "#4c72b0", "alpha": 0.5}
+        left.plot([0, *found.false_positives], [0, *found.recall], **style)
+        right.plot(found.recall, found.precision, **style)
+    left.plot([0, 1], [0, 1], color="gray", linestyle=":")
+    left.set_xlabel("false positives")
+    left.set_ylabel("recall")
+    left.set_title("ROC, each class against the others")
+    right.set_xlabel("recall")
+    right.set_ylabel("precision")
+    right.set_title("Precision and recall")
+    for axes in (left, right):
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+    if len(labels) <= _MOST_CURVES:
+        handles, names = left.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center", fontsize=8)
+    pictures.save(figure, path)
+
+
+def coverage(
+    path: Path, given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str, Any]
+) -> None:
+    """Draw how many answers are right where only the surest are given."""
+    curve = curves.coverage(given.confidence, given.hits)
+    figure = pictures.new_figure(5.5, 4.2)
+    axes = figure.subplots()
+    axes.step(curve.coverage, curve.accuracy, where="post", label="test images")
+    axes.axhline(1 - abstention["error_rate"], color="gray", linestyle=":", label="asked for")
+    if abstention["accuracy"]:
+        label = f"threshold {abstention['threshold']:.2f}, from validation"
+        axes.plot(abstention["coverage"], abstention["accuracy"]["value"], "o", label=label)
+    axes.set_xlabel("share of images that are answered")
+    axes.set_ylabel("share of answers that are right")
+    axes.set_xlim(0, 1.02)
+    axes.legend(loc="lower left")
+    axes.set_title(
+        f"Of {unknown['images']} images of no class ({unknown['source']}), "
+        f"{unknown['answered']:.0%} would be answered",
+        fontsize=9,
+    )
+    pictures.save(figure, path)
+
+
+def robustness(path: Path, found: Mapping[str, Any]) -> None:
+    """Draw the accuracy on changed images, from mild to strong."""
+    figure = pictures.new_figure(5.5, 4.2)
+    axes = figure.subplots()
+    names = ["none", "mild", "medium", "strong"]
+    for kind in corruptions.STRENGTHS:
+        rows = [found["clean"], *found[kind]]
+        axes.plot(names, [row["accuracy"] for row in rows], "o-", label=kind)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel("accuracy")
+    axes.set_xlabel("change")
+    axes.legend(loc="lower left")
+    axes.set_title(f"Accuracy on changed pictures ({found['images']} test images)")
+    pictures.save(figure, path)
+
+
+def by_slice(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]], overall: float) -> None:
+    """Draw the accuracy on parts of the test images, with intervals."""
+    rows = [(f"{name}: {row['value']}", row) for name, part in found.items() for row in part]
+    rows = rows[:_MOST_SLICES]
+    figure = pictures.new_figure(7.5, 1.4 + 0.28 * len(rows))
+    axes = figure.subplots()
+    values = np.array([row["accuracy"] for _, row in rows])
+    spread = [[row["accuracy"] - row["low"], row["high"] - row["accuracy"]] for _, row in rows]
+    places = np.arange(len(rows))
+    axes.errorbar(values, places, xerr=np.array(spread).T, fmt="o", markersize=4, capsize=2)
+    axes.axvline(overall, color="gray", linestyle=":")
+    axes.set_yticks(places, [f"{name} ({row['images']})" for name, row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy; dotted: on all")
+    axes.set_title("Accuracy on parts of the test split (images)")
+    pictures.save(figure, path)
+
+
+def training(path: Path, history: Path) -> None:
+    """Draw the losses and the accuracy of each step of the training."""
+    with history.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def column(axes: "Axes", name: str, label: str) -> None:
+        known = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        axes.plot(*zip(*known, strict=True), ".-", label=label)
+
+    figure = pictures.new_figure(8, 3.8)
+    left, right = figure.subplots(1, 2)
+    column(left, "train_loss", "training")
+    column(left, "validation_loss", "validation")
+    left.set_ylabel("loss (nats)")
+    left.legend()
+    column(right, "validation_accuracy", "validation")
+    right.set_ylabel("accuracy on validation")
+    for axes in (left, right):
+        axes.set_xlabel("step of the solver, or epoch")
+    pictures.save(figure, path)
+
+
+def galleries(folder: Path, squares: Chunks, shown: "Sequence[Shown]", most: int) -> None:
+    """Show the most confident mistakes, and the answers that are least sure."""
+    wrong = [a for a in shown if a.prediction.label != a.entry.label]
+    worst = sorted(wrong, key=lambda a: -a.prediction.probability)[:most]
+    title = f"Most confident mistakes: {len(worst)} of {len(wrong)}"
+    _gallery(folder / "mistakes.png", squares, worst, title)
+    unsure = sorted(shown, key=lambda a: a.prediction.probability)[:most]
+    _gallery(folder / "unsure.png", squares, unsure, f"The {len(unsure)} least sure answers")
+
+
+def _gallery(path: Path, squares: Chunks, shown: "Sequence[Shown]", title: str) -> None:
+    captions = [
+        f"{a.entry.label} as {a.prediction.label} ({a.prediction.probability:.2f})" for a in shown
+    ]
+    pictures.gallery(path, [squares[a.row] for a in shown], captions, title=title)

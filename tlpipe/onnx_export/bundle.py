@@ -3,6 +3,9 @@
 ::
 
     model.onnx           images (N, S, S, 3) uint8 RGB -> logits, probabilities (N, C) float32
+    model.int8.onnx      the same in eight bits, where that is nearly as right
+    model.fp16.onnx      the same in half precision, where it was made on a GPU
+    model.any-size.onnx  images (N, H, W, 3) of any size -> the same
     labels.json          the classes, in the order of the outputs
     preprocessing.json   how a file becomes images
     provenance.json      what the model was made of
@@ -23,31 +26,47 @@ from tlpipe.data.images import Preprocessing
 from tlpipe.errors import ArtifactError
 
 IMAGES, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
-MODEL, LABELS, PREPROCESSING, PROVENANCE = (
-    "model.onnx",
-    "labels.json",
-    "preprocessing.json",
-    "provenance.json",
-)
+LABELS, PREPROCESSING, PROVENANCE = "labels.json", "preprocessing.json", "provenance.json"
+EXACT, ANY_SIZE = "fp32", "any-size"
+GRAPHS = {
+    EXACT: "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "int8": "model.int8.onnx",
+    ANY_SIZE: "model.any-size.onnx",
+}
 _SEAL = "SHA256SUMS"
-_CONTENT = (MODEL, LABELS, PREPROCESSING, PROVENANCE)
+_REQUIRED = frozenset({GRAPHS[EXACT], LABELS, PREPROCESSING, PROVENANCE})
+_ALLOWED = _REQUIRED | frozenset(GRAPHS.values())
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files were checked. ``digest`` names its whole content: 64 hex digits."""
+    """A bundle whose files were checked. ``digest`` names its whole content: 64 hex digits.
+
+    ``graphs``: what it has of ``GRAPHS``; ``hashes``: the sha256 of every file.
+    """
 
     folder: Path
     digest: str
     labels: tuple[str, ...]
     preprocessing: Preprocessing
     provenance: dict[str, Any]
-    model_sha256: str
+    hashes: dict[str, str]
+
+    @property
+    def graphs(self) -> dict[str, Path]:
+        """The ONNX files, by what they are."""
+        return {name: self.folder / file for name, file in GRAPHS.items() if file in self.hashes}
 
     @property
     def model(self) -> Path:
-        """The ONNX file."""
-        return self.folder / MODEL
+        """The exact ONNX file."""
+        return self.folder / GRAPHS[EXACT]
+
+    @property
+    def model_sha256(self) -> str:
+        """The hash of the exact ONNX file."""
+        return self.hashes[GRAPHS[EXACT]]
 
 
 def metadata(
@@ -65,14 +84,14 @@ def metadata(
 def save(
     folder: Path,
     *,
-    model: bytes,
+    graphs: Mapping[str, bytes],
     labels: tuple[str, ...],
     preprocessing: Preprocessing,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write a bundle whole or not at all."""
+    """Write a bundle whole or not at all; ``graphs``: ONNX files by their names in ``GRAPHS``."""
     contents = {
-        MODEL: model,
+        **{GRAPHS[name]: content for name, content in graphs.items()},
         LABELS: files.json_bytes(list(labels)),
         PREPROCESSING: files.json_bytes(preprocessing.model_dump()),
         PROVENANCE: files.json_bytes(provenance),
@@ -97,13 +116,14 @@ def load(folder: Path) -> Bundle:
         labels=tuple(json.loads((folder / LABELS).read_bytes())),
         preprocessing=Preprocessing(**files.read_json(folder / PREPROCESSING)),
         provenance=files.read_json(folder / PROVENANCE),
-        model_sha256=hashes[MODEL],
+        hashes=hashes,
     )
 
 
 def _verify(folder: Path) -> dict[str, str]:
     try:
-        lines = (folder / _SEAL).read_text().splitlines()
+        # Line by line as sha256sum reads: other characters that end lines elsewhere are damage.
+        *lines, end = (folder / _SEAL).read_bytes().decode(errors="replace").split("\n")
     except OSError as error:
         raise ArtifactError(
             f"{folder} is no bundle: {_SEAL} cannot be read ({error.strerror}). "
@@ -111,10 +131,12 @@ def _verify(folder: Path) -> dict[str, str]:
         ) from None
     hashes = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     present = sorted(path.name for path in folder.iterdir() if path.name != _SEAL)
-    if sorted(hashes) != sorted(_CONTENT) or present != sorted(_CONTENT):
+    is_known = not end and _REQUIRED <= hashes.keys() <= _ALLOWED
+    if sorted(hashes) != present or not is_known:
+        wanted = sorted(hashes if is_known else _REQUIRED)
         raise ArtifactError(
-            f"the bundle {folder} holds {', '.join(present)}; expected "
-            f"{', '.join(sorted(_CONTENT))}. Fetch or export it again."
+            f"the bundle {folder} holds {', '.join(present)}; expected {', '.join(wanted)}. "
+            f"Fetch or export it again."
         )
     for name, expected in hashes.items():
         if (found := files.sha256(folder / name)) != expected:

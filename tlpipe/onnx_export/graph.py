@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
@@ -13,26 +14,37 @@ from tlpipe.learning.model import Model
 from tlpipe.onnx_export.bundle import IMAGES, LOGITS, PROBABILITIES
 
 _OPEN = "open."
+TEMPERATURE = "temperature"
 
 
-def classifier(
-    backbone: Backbone, weights: Weights, model: Model, metadata: Mapping[str, str]
-) -> bytes:
-    """Return the bytes of the whole graph; equal inputs give equal bytes.
+def classifier(backbone: Backbone, weights: Weights, model: Model) -> onnx.ModelProto:
+    """Return the whole graph, with a temperature of 1.
 
     Input ``images``: (N, S, S, 3) uint8 RGB. Outputs ``logits`` and ``probabilities``: (N, C)
-    float32, the probabilities summing to 1.
+    float32, the probabilities summing to 1: the softmax of logits over the temperature.
     """
     whole = _features(backbone, weights, model)
     features = whole.graph.output[0].name
     head = _head(model, whole.ir_version)
     whole = compose.merge_models(whole, head, [(features, head.graph.input[0].name)])
-    whole.graph.name = "tlpipe"
-    whole.producer_name, whole.producer_version = "tlpipe", ""
-    del whole.metadata_props[:]
-    helper.set_model_props(whole, dict(sorted(metadata.items())))
-    onnx.checker.check_model(whole, full_check=True)
-    return bytes(whole.SerializeToString(deterministic=True))
+    del whole.opset_import[:]
+    whole.opset_import.append(helper.make_opsetid("", frozen.OPSET))
+    return whole
+
+
+def finished(model: onnx.ModelProto, temperature: float, metadata: Mapping[str, str]) -> bytes:
+    """Return a graph's bytes with its temperature and all that is to be known of it.
+
+    Equal inputs give equal bytes.
+    """
+    (divisor,) = (tensor for tensor in model.graph.initializer if tensor.name == TEMPERATURE)
+    divisor.CopyFrom(numpy_helper.from_array(np.float32(temperature), TEMPERATURE))
+    model.graph.name = "tlpipe"
+    model.producer_name, model.producer_version = "tlpipe", ""
+    del model.metadata_props[:]
+    helper.set_model_props(model, dict(sorted(metadata.items())))
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 def _features(backbone: Backbone, weights: Weights, model: Model) -> onnx.ModelProto:
@@ -71,7 +83,11 @@ def _head(model: Model, ir_version: int) -> onnx.ModelProto:
         if number != last:
             current = f"head.{number}.relu"
             nodes.append(helper.make_node("Relu", [result], [current], name=current))
-    nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], name="softmax", axis=-1))
+    tensors.append(numpy_helper.from_array(np.float32(1), TEMPERATURE))
+    nodes += [
+        helper.make_node("Div", [LOGITS, TEMPERATURE], ["head.scaled"], name="head.scaled"),
+        helper.make_node("Softmax", ["head.scaled"], [PROBABILITIES], name="softmax", axis=-1),
+    ]
     graph = helper.make_graph(
         nodes,
         "head",

@@ -1,13 +1,14 @@
-"""Hold the exported graph against the trained model in torch, on real images."""
+"""Hold exported graphs against the trained model in torch, on real images."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from tlpipe.data.chunks import Chunks
-from tlpipe.data.images import crop_middle
+from tlpipe.data.images import Pixels, crop_middle
+from tlpipe.data.manifest import evenly
 from tlpipe.errors import ParityError
 from tlpipe.features.backbone import Backbone
 from tlpipe.features.weights import Weights
@@ -18,6 +19,9 @@ from tlpipe.progress import track
 from tlpipe.runtime import open_session
 
 _BATCH = 4
+Logits = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+Compute = Callable[[Pixels], Logits]
 
 
 @dataclass(frozen=True)
@@ -30,33 +34,61 @@ class Parity:
     logit_spread: float
 
 
-def measure(
-    graph: bytes,
-    model: Model,
-    backbone: Backbone,
-    weights: Weights,
-    pixels: Chunks,
-    rows: Sequence[int],
-) -> Parity:
-    """Run both on the given rows of the stored pixels."""
+def in_torch(model: Model, backbone: Backbone, weights: Weights) -> Compute:
+    """Return what computes the trained model's logits, in torch."""
     import torch
 
     torch.set_num_threads(model.card.origin.threads)
     network = whole(backbone, weights, model)
-    session = open_session(graph, threads=model.card.origin.threads)
-    trained: list[npt.NDArray[np.float32]] = []
-    exported: list[npt.NDArray[np.float32]] = []
-    starts = range(0, len(rows), _BATCH)
-    for start in track(starts, total=len(starts), description="parity"):
-        images = pixels[list(rows[start : start + _BATCH])]
-        batch = np.ascontiguousarray(crop_middle(images, backbone.preprocessing.crop_px))
+
+    def compute(images: Pixels) -> Logits:
         with torch.inference_mode():
-            trained.append(network(torch.from_numpy(batch)).numpy())
-        exported.append(session.run([LOGITS], {IMAGES: batch})[0])
-    return compare(np.concatenate(trained), np.concatenate(exported))
+            logits: Logits = network(torch.from_numpy(images)).numpy()
+        return logits
+
+    return compute
 
 
-def compare(trained: npt.NDArray[np.float32], exported: npt.NDArray[np.float32]) -> Parity:
+def in_onnx(graph: bytes, threads: int) -> Compute:
+    """Return what computes a graph's logits, in ONNX Runtime."""
+    session = open_session(graph, threads=threads)
+
+    def compute(images: Pixels) -> Logits:
+        logits: Logits = session.run([LOGITS], {IMAGES: images})[0]
+        return logits
+
+    return compute
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of the stored pixels, and what they are: class numbers (N,)."""
+
+    pixels: Chunks
+    crop_px: int
+    rows: Sequence[int]
+    truth: Labels
+
+    def batches(self, size: int) -> Iterator[Pixels]:
+        """Yield the images as the network sees them, (B, crop, crop, 3) uint8 RGB."""
+        for start in range(0, len(self.rows), size):
+            images = self.pixels[list(self.rows[start : start + size])]
+            yield np.ascontiguousarray(crop_middle(images, self.crop_px))
+
+    def first(self, count: int) -> "Sample":
+        """Return at most so many of them, spread evenly."""
+        chosen = evenly(range(len(self.rows)), count)
+        return replace(self, rows=[self.rows[i] for i in chosen], truth=self.truth[chosen])
+
+
+def logits(compute: Compute, sample: Sample, description: str) -> Logits:
+    """Return the logits (N, C) of a sample."""
+    batches = -(-len(sample.rows) // _BATCH)
+    shown = track(sample.batches(_BATCH), total=batches, description=description)
+    return np.concatenate([compute(images) for images in shown])
+
+
+def compare(trained: Logits, exported: Logits) -> Parity:
     """Compare two arrays of logits (N, C)."""
     return Parity(
         images=len(trained),

@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from tlpipe import files
+from tlpipe import files, lineage
 from tlpipe.data.images import crop_middle
 from tlpipe.errors import ArtifactError
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import Bundle
 from tlpipe.params import Section
-from tlpipe.registry import lineage, tracking
+from tlpipe.registry import tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -155,11 +155,13 @@ def _log_numbers(
     at = found.info.start_time or int(time.time() * 1000)
     measured = result["precisions"]["fp32"]
     numbers = {
-        "test_accuracy": measured["accuracy"]["value"],
         "test_accuracy_low": measured["accuracy"]["low"],
         "test_accuracy_high": measured["accuracy"]["high"],
-        "test_macro_f1": measured["macro_f1"],
-        "test_log_loss": measured["log_loss"],
+        **{
+            f"test_{name}": found["value"]
+            for name, found in measured.items()
+            if isinstance(found, dict) and "value" in found and name != "accuracy_change"
+        },
         "parity_max_difference": parity["max_difference"],
         "onnx_megabytes": shipped.model.stat().st_size / 1e6,
     }

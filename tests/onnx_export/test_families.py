@@ -1,0 +1,97 @@
+"""Every family of backbones becomes a graph that answers as torch does; weights are random."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tests.features.test_stages import FAMILIES
+from tests.learning.test_loop import build_network
+from tlpipe import files
+from tlpipe.features.activations import Origin
+from tlpipe.features.augment import Augmentation
+from tlpipe.features.backbone import Backbone, describe
+from tlpipe.features.weights import Weights
+from tlpipe.learning.classifier import whole
+from tlpipe.learning.model import Card, Model
+from tlpipe.onnx_export import graph, parity
+
+CLASSES = 5
+
+
+def model(backbone: Backbone, weight: np.ndarray, bias: np.ndarray) -> Model:
+    """A model whose backbone is frozen."""
+    origin = Origin(
+        backbone=backbone.name,
+        weights="none",
+        weights_sha256="",
+        graph="",
+        freeze="all",
+        boundary=backbone.stages[-1].name,
+        views=0,
+        augmentation=Augmentation(),
+        preprocessing=backbone.preprocessing,
+        data_sha256="",
+        data_version="",
+        provider="CPUExecutionProvider",
+        threads=2,
+    )
+    card = Card(
+        labels=tuple("abcde"),
+        origin=origin,
+        split_sha256="",
+        trainable_parameters=0,
+        frozen_parameters=0,
+        penalty=None,
+        epoch=0,
+        validation_accuracy=0.0,
+        validation_loss=0.0,
+    )
+    return Model(card, {}, ((weight, bias),))
+
+
+def drawn_weights(name: str, folder: Path, images: np.ndarray) -> Weights:
+    """Random weights in a file; BatchNorm knows some images, else all would look alike."""
+    network = build_network(name)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = None
+    network.train()
+    with torch.no_grad():
+        network(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
+    path = folder / "weights.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, path)
+    return Weights(path, files.sha256(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_exported_graph_answers_as_torch_does(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are scaled to a spread of one, so that a difference means something."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    backbone = describe(name)
+    side, width = backbone.preprocessing.crop_px, backbone.stages[-1].shape[0]
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (4, side, side, 3), dtype=np.uint8)
+    images[1] = images[1] // 8 + 100
+    images[2] = np.linspace(0, 255, side, dtype=np.uint8)[:, None, None]
+    weights = drawn_weights(name, tmp_path, images)
+    # Features that all images share would drown what tells them apart.
+    with torch.inference_mode():
+        frozen = whole(backbone, weights, model(backbone, np.zeros((1, width)), np.zeros(1)))[:-1]
+        features = frozen(torch.from_numpy(images)).double().numpy()
+    shared = features.mean(axis=0)
+    weight = random.normal(size=(CLASSES, width))
+    weight -= np.outer(weight @ shared, shared) / (shared @ shared)
+    weight /= (features @ weight.T).std()
+    drawn = model(backbone, weight.astype(np.float32), np.zeros(CLASSES, np.float32))
+    expected = parity.in_torch(drawn, backbone, weights)(images)
+    assert expected.std() == pytest.approx(1, abs=0.01)
+    content = graph.finished(graph.classifier(backbone, weights, drawn), 1.0, {})
+    found = parity.in_onnx(content, threads=2)(images)
+    parity.check(parity.compare(expected, found), 1e-4)

@@ -1,0 +1,69 @@
+"""Say which commit and which pipeline state a model comes from."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# What a bundle is made by; ``audit`` only looks, and later stages only judge.
+_BEFORE_EXPORT = ("ingest", "split", "embed", "train")
+
+
+def describe(workspace: Path) -> dict[str, str]:
+    """Return tags for what is known of the workspace: git commit, uncommitted changes, dvc.lock."""
+    tags = {}
+    if commit := _git(workspace, "rev-parse", "HEAD"):
+        tags["tlpipe.git_commit"] = tags["mlflow.source.git.commit"] = commit
+        tags["tlpipe.git_changed"] = "true" if _has_changes(workspace) else "false"
+    lock = workspace / "dvc.lock"
+    if lock.is_file():
+        tags["tlpipe.dvc_lock_sha256"] = lock_sha256(lock)
+    return tags
+
+
+def of_inputs(workspace: Path) -> dict[str, str]:
+    """Return what a bundle says of its origin: the commit, and the hash of all it is made by."""
+    commit = _git(workspace, "rev-parse", "HEAD")
+    lock = workspace / "dvc.lock"
+    return {
+        "git_commit": f"{commit} and changes" if _has_changes(workspace) else commit,
+        "dvc_lock_sha256": _digest(lock, _BEFORE_EXPORT) if lock.is_file() else "",
+    }
+
+
+def lock_sha256(lock: Path) -> str:
+    """Return the hash of what ``dvc.lock`` says of every stage before ``register``.
+
+    DVC writes the entry of ``register`` after the stage has ended, so it cannot be part of it.
+    """
+    return _digest(lock, [name for name in _stages(lock) if name != "register"])
+
+
+def _digest(lock: Path, names: Iterable[str]) -> str:
+    stages = {name: entry for name, entry in _stages(lock).items() if name in names}
+    return hashlib.sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()
+
+
+def _stages(lock: Path) -> dict[str, Any]:
+    stages: dict[str, Any] = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
+    return stages
+
+
+def _has_changes(workspace: Path) -> bool:
+    """Return whether a tracked file is not as committed; ``dvc.lock`` changes with every run."""
+    status = ("status", "--porcelain", "--untracked-files=no")
+    return bool(_git(workspace, *status, "--", ".", ":!dvc.lock"))
+
+
+def _git(workspace: Path, *arguments: str) -> str:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=workspace, capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""

@@ -1,0 +1,140 @@
+"""Ask a classifier for its answers: on a part of the stored images, on changed ones, on others."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tlpipe.data.chunks import Chunks
+from tlpipe.data.images import Pixels, Sampling, read_square
+from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split
+from tlpipe.errors import ArtifactError, DataError, ImageError
+from tlpipe.inference.predictor import Predictor
+from tlpipe.metrics.curves import Exact, Hits
+from tlpipe.metrics.scores import Floats, Labels
+from tlpipe.progress import track
+from tlpipe.sources import listing
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Logits and probabilities (N, C), and the true class numbers (N,)."""
+
+    logits: Floats
+    probabilities: Floats
+    truth: Labels
+
+    @property
+    def confidence(self) -> Exact:
+        """The largest probability of each image."""
+        return sureness(self.probabilities)
+
+    @property
+    def hits(self) -> Hits:
+        """Which answers are right."""
+        right: Hits = self.probabilities.argmax(axis=1) == self.truth
+        return right
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of one split: their rows of the stored pixels, and what is known of each."""
+
+    squares: Chunks
+    rows: Sequence[int]
+    entries: Sequence[Entry]
+    truth: Labels
+
+    @property
+    def groups(self) -> list[str]:
+        """The group of each image, or an empty word."""
+        return [entry.group for entry in self.entries]
+
+    def ask(
+        self,
+        predictor: Predictor,
+        description: str,
+        change: Callable[[Pixels], Pixels] = lambda images: images,
+    ) -> Answers:
+        """Return the answers for all of them, changed before where that is asked for."""
+        starts = range(0, len(self.rows), _BATCH)
+        found = [
+            predictor.scores(change(self.squares[list(self.rows[start : start + _BATCH])]))
+            for start in track(starts, total=len(starts), description=description)
+        ]
+        logits, probabilities = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return Answers(logits, probabilities, self.truth)
+
+    def evenly(self, count: int) -> "Part":
+        """Return at most so many of them."""
+        chosen = evenly(range(len(self.rows)), count)
+        return Part(
+            self.squares,
+            [self.rows[i] for i in chosen],
+            [self.entries[i] for i in chosen],
+            self.truth[chosen],
+        )
+
+    def brightness(self) -> npt.NDArray[np.float64]:
+        """Return the mean grey level of each image, in [0, 255]."""
+        return np.array([self.squares[row].mean() for row in self.rows], np.float64)
+
+
+def part(name: str, labels: Sequence[str], squares: Chunks, manifest: Path, split: Path) -> Part:
+    """Return the images of a split.
+
+    Raises:
+        ArtifactError: its classes are not those of the bundle, or it is empty.
+    """
+    entries, assignments = list(load_manifest(manifest)), load_split(split)
+    if len(entries) != len(assignments) or len(squares) != len(entries):
+        raise ArtifactError(
+            f"{manifest} has {len(entries)} images, {split} {len(assignments)} and the stored "
+            f"pixels {len(squares)}; expected the same. Run 'dvc repro'."
+        )
+    rows = [row for row, assignment in enumerate(assignments) if assignment.split == name]
+    if not rows:
+        raise ArtifactError(f"{split} has no images for {name}; expected some. Run 'dvc repro'.")
+    numbers = {label: number for number, label in enumerate(labels)}
+    if unknown := sorted({assignments[row].label for row in rows} - numbers.keys()):
+        raise ArtifactError(
+            f"the split table has the classes {', '.join(unknown)}, which the bundle does not "
+            f"know; it knows {', '.join(labels)}. Run 'dvc repro'."
+        )
+    truth = np.array([numbers[assignments[row].label] for row in rows], np.int64)
+    return Part(squares, rows, [entries[row] for row in rows], truth)
+
+
+def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) -> Exact:
+    """Return the confidence in answers for images of none of the classes, (N,).
+
+    ``source``: as ``ingest`` reads it; whatever labels it has count for nothing.
+
+    Raises:
+        DataError: there is no such source, or no image in it can be read.
+    """
+    squares = []
+    with listing.opened(source) as found:
+        names = sorted({candidate.file for candidate in found.candidates()})
+        for place in evenly(range(len(names)), most):
+            with suppress(ImageError, OSError):
+                data = found.storage.read(names[place])
+                squares.append(read_square(data, sampling)[0])
+    if not squares:
+        raise DataError(
+            f"evaluate.unknown {source} has no image that can be read. Change it in params.yaml."
+        )
+    batches = [np.stack(squares[i : i + _BATCH]) for i in range(0, len(squares), _BATCH)]
+    probabilities = np.concatenate([predictor.scores(batch)[1] for batch in batches])
+    return sureness(probabilities)
+
+
+def sureness(probabilities: Floats) -> Exact:
+    """Return the largest probability of each image."""
+    largest: Exact = probabilities.max(axis=1).astype(np.float64)
+    return largest

@@ -1,0 +1,42 @@
+"""What cameras, light and networks do to pictures, to measure how much of it a classifier stands.
+
+Source of the idea and of the kinds: Hendrycks and Dietterich (2019), Benchmarking neural network
+robustness to common corruptions and perturbations.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter
+
+from tlpipe.data.images import Pixels
+from tlpipe.seeds import generator
+
+# Mild, medium and strong: blur, radius in pixels; noise, deviation in grey levels; JPEG, quality;
+# brightness, factor.
+STRENGTHS: dict[str, tuple[float, ...]] = {
+    "blur": (1.0, 2.0, 4.0),
+    "noise": (10.0, 25.0, 50.0),
+    "jpeg": (50, 25, 10),
+    "dark": (0.7, 0.45, 0.25),
+    "bright": (1.3, 1.7, 2.2),
+}
+
+
+def corrupt(images: Pixels, kind: str, strength: float) -> Pixels:
+    """Return images (N, H, W, 3) uint8 RGB, each changed in this way; the same ones every time."""
+    if kind == "noise":
+        noise = generator(0, f"noise {strength}").normal(0, strength, images.shape)
+        noisy: Pixels = (images + noise).round().clip(0, 255).astype(np.uint8)
+        return noisy
+    return np.stack([np.asarray(_change(Image.fromarray(i), kind, strength)) for i in images])
+
+
+def _change(image: Image.Image, kind: str, strength: float) -> Image.Image:
+    if kind == "blur":
+        return image.filter(ImageFilter.GaussianBlur(strength))
+    if kind == "jpeg":
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=int(strength))
+        return Image.open(file)
+    return ImageEnhance.Brightness(image).enhance(strength)
