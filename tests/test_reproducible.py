@@ -33,7 +33,8 @@ def test_another_clone_gives_the_same_bytes(main_job: Workspace, tmp_path: Path)
         "LC_ALL": "C",
         "OMP_NUM_THREADS": "1",
     }
-    other = copy_repository(tmp_path / "another folder" / "deeper" / "copy", surroundings)
+    target = tmp_path / "another folder" / "deeper" / "copy"
+    other = copy_repository(target, surroundings, is_whole=True)
     other.run("dvc", "repro")
     for output in OUTPUTS:
         assert files.sha256(other.path / output) == files.sha256(main_job.path / output), output

@@ -20,6 +20,13 @@ from tlpipe.learning.model import Card, Model
 from tlpipe.onnx_export import graph, parity
 
 CLASSES = 5
+# With random weights these see no difference between images until BatchNorm knows some.
+ALIKE = ("timm/repvgg_a0", "timm/efficientvit_b0")
+# The same architectures, in timm, as those of torchvision above.
+TWINS = (
+    *("timm/convnext_atto", "timm/regnety_002", "timm/resnet18"),
+    "timm/swin_tiny_patch4_window7_224",
+)
 
 
 def model(backbone: Backbone, weight: np.ndarray, bias: np.ndarray) -> Model:
@@ -68,7 +75,7 @@ def drawn_weights(name: str, folder: Path, images: np.ndarray) -> Weights:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in TWINS])
 def test_the_exported_graph_answers_as_torch_does(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +87,7 @@ def test_the_exported_graph_answers_as_torch_does(
     images = random.integers(0, 256, (4, side, side, 3), dtype=np.uint8)
     images[1] = images[1] // 8 + 100
     images[2] = np.linspace(0, 255, side, dtype=np.uint8)[:, None, None]
-    weights = drawn_weights(name, tmp_path, images)
+    weights = drawn_weights(name, tmp_path, images) if name in ALIKE else Weights(None, "")
     # Features that all images share would drown what tells them apart.
     with torch.inference_mode():
         frozen = whole(backbone, weights, model(backbone, np.zeros((1, width)), np.zeros(1)))[:-1]

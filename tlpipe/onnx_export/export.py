@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     from tlpipe.onnx_export.parity import Sample
 
 _log = logging.getLogger(__name__)
-_PACKAGES = (
-    *("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "scipy"),
-    "pillow",
-)
+_PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "scipy", "pillow")
+_ANY_SIZE_IMAGES = 8
 
 
 class Params(Section):
@@ -112,13 +110,17 @@ def run(
             _log.warning("%s does not ship: %s", name, verdict.refused)
         else:
             others[name] = content
+    resizing = finish(any_size.with_any_size(whole, origin.preprocessing))
+    few = test.first(_ANY_SIZE_IMAGES)
+    squares = replace(few, crop_px=origin.preprocessing.short_side_px)
+    resized = parities.logits(in_onnx(resizing), squares, "any size")
+    parities.check(
+        parities.compare(parities.logits(in_onnx(exact), few, "any size"), resized),
+        params.parity_tolerance,
+    )
     bundles.save(
         bundle,
-        graphs={
-            EXACT: exact,
-            **others,
-            ANY_SIZE: finish(any_size.with_any_size(whole, origin.preprocessing)),
-        },
+        graphs={EXACT: exact, **others, ANY_SIZE: resizing},
         labels=trained.card.labels,
         preprocessing=origin.preprocessing,
         provenance=provenance,
@@ -158,9 +160,12 @@ def _candidates(
 
 def _provenance(card: models.Card, divisor: float, workspace: Path) -> dict[str, Any]:
     """Return what the model was made of: no times, no paths of this machine."""
+    import onnxruntime
+
     return {
         **card.model_dump(exclude={"labels"}),
         **lineage.of_inputs(workspace),
         "temperature": divisor,
-        "packages": {package: version(package) for package in _PACKAGES},
+        "packages": {package: version(package) for package in _PACKAGES}
+        | {"onnxruntime": onnxruntime.__version__},  # by this name with and without a GPU
     }
