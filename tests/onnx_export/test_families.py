@@ -17,7 +17,7 @@ from tlpipe.features.backbone import Backbone, describe
 from tlpipe.features.weights import Weights
 from tlpipe.learning.classifier import whole
 from tlpipe.learning.model import Card, Model
-from tlpipe.onnx_export import graph, parity
+from tlpipe.onnx_export import graph, parity, precisions
 
 CLASSES = 5
 # With random weights these see no difference between images until BatchNorm knows some.
@@ -74,6 +74,22 @@ def drawn_weights(name: str, folder: Path, images: np.ndarray) -> Weights:
     return Weights(path, files.sha256(path))
 
 
+def told_apart(
+    backbone: Backbone, weights: Weights, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random head whose logits have a spread of one on these images."""
+    width = backbone.stages[-1].shape[0]
+    # Features that all images share would drown what tells them apart.
+    with torch.inference_mode():
+        frozen = whole(backbone, weights, model(backbone, np.zeros((1, width)), np.zeros(1)))[:-1]
+        features = frozen(torch.from_numpy(images)).double().numpy()
+    shared = features.mean(axis=0)
+    weight = np.random.default_rng(0).normal(size=(CLASSES, width))
+    weight -= np.outer(weight @ shared, shared) / (shared @ shared)
+    weight /= (features @ weight.T).std()
+    return weight.astype(np.float32), np.zeros(CLASSES, np.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in TWINS])
 def test_the_exported_graph_answers_as_torch_does(
@@ -82,23 +98,40 @@ def test_the_exported_graph_answers_as_torch_does(
     """Logits are scaled to a spread of one, so that a difference means something."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     backbone = describe(name)
-    side, width = backbone.preprocessing.crop_px, backbone.stages[-1].shape[0]
+    side = backbone.preprocessing.crop_px
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (4, side, side, 3), dtype=np.uint8)
     images[1] = images[1] // 8 + 100
     images[2] = np.linspace(0, 255, side, dtype=np.uint8)[:, None, None]
     weights = drawn_weights(name, tmp_path, images) if name in ALIKE else Weights(None, "")
-    # Features that all images share would drown what tells them apart.
-    with torch.inference_mode():
-        frozen = whole(backbone, weights, model(backbone, np.zeros((1, width)), np.zeros(1)))[:-1]
-        features = frozen(torch.from_numpy(images)).double().numpy()
-    shared = features.mean(axis=0)
-    weight = random.normal(size=(CLASSES, width))
-    weight -= np.outer(weight @ shared, shared) / (shared @ shared)
-    weight /= (features @ weight.T).std()
-    drawn = model(backbone, weight.astype(np.float32), np.zeros(CLASSES, np.float32))
+    drawn = model(backbone, *told_apart(backbone, weights, images))
     expected = parity.in_torch(drawn, backbone, weights)(images)
     assert expected.std() == pytest.approx(1, abs=0.01)
     content = graph.finished(graph.classifier(backbone, weights, drawn), 1.0, {})
     found = parity.in_onnx(content, threads=2)(images)
     parity.check(parity.compare(expected, found), 1e-4)
+
+
+def test_eight_bits_of_another_network_answer_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "resnet18"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    backbone = describe(name)
+    side = backbone.preprocessing.crop_px
+    coarse = np.random.default_rng(0).integers(0, 256, (32, 7, 7, 3), dtype=np.uint8)
+    images = np.ascontiguousarray(
+        np.repeat(np.repeat(coarse, side // 7, axis=1), side // 7, axis=2)
+    )
+    weights = drawn_weights(name, tmp_path, images)
+    exact = graph.classifier(
+        backbone, weights, model(backbone, *told_apart(backbone, weights, images))
+    )
+    sample = parity.Sample(images, side, range(24), np.zeros(24, np.int64))  # type: ignore[arg-type]
+    rounded = precisions.to_int8(exact, sample, threads=2)
+    assert rounded.ByteSize() < 0.4 * exact.ByteSize()
+    expected, found = (
+        parity.in_onnx(content.SerializeToString(), threads=2)(images[24:])
+        for content in (exact, rounded)
+    )
+    assert np.corrcoef(expected.ravel(), found.ravel())[0, 1] > 0.9

@@ -12,7 +12,7 @@ from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import Pixels, Sampling, read_square
 from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split
 from tlpipe.errors import ArtifactError, DataError, ImageError
-from tlpipe.inference.predictor import Predictor
+from tlpipe.inference.predictor import Prediction, Predictor
 from tlpipe.metrics.curves import Exact, Hits
 from tlpipe.metrics.scores import Floats, Labels
 from tlpipe.progress import track
@@ -39,6 +39,16 @@ class Answers:
         """Which answers are right."""
         right: Hits = self.probabilities.argmax(axis=1) == self.truth
         return right
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the bundle says of one test image; ``row``: of the stored pixels."""
+
+    entry: Entry
+    row: int
+    prediction: Prediction
+    true_probability: float
 
 
 @dataclass(frozen=True)

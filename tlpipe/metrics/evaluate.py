@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,10 +16,10 @@ from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.manifest import Entry
-from tlpipe.inference.predictor import Prediction, Predictor
+from tlpipe.inference.predictor import Predictor
 from tlpipe.metrics import answers, corruptions, curves, scores, slices
 from tlpipe.metrics import plots as drawn
-from tlpipe.metrics.answers import Answers, Part
+from tlpipe.metrics.answers import Answers, Part, Shown
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import ANY_SIZE, EXACT
 from tlpipe.params import Section
@@ -145,16 +144,6 @@ def run(
         drawn.galleries(folder, squares, shown, params.mistakes)
     accuracy = content["precisions"][EXACT]["accuracy"]
     _log.info("test accuracy %s on %s images", describe(accuracy), len(test.rows))
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What the bundle says of one test image; ``row``: of the stored pixels."""
-
-    entry: Entry
-    row: int
-    prediction: Prediction
-    true_probability: float
 
 
 def describe(accuracy: Mapping[str, float]) -> str:

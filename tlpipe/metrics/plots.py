@@ -10,13 +10,11 @@ import numpy as np
 from tlpipe import pictures
 from tlpipe.data.chunks import Chunks
 from tlpipe.metrics import corruptions, curves
-from tlpipe.metrics.answers import Answers
+from tlpipe.metrics.answers import Answers, Shown
 from tlpipe.onnx_export.bundle import EXACT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from tlpipe.metrics.evaluate import Shown
 
 _MOST_CURVES = 12
 _MOST_SLICES = 30
@@ -188,7 +186,7 @@ def training(path: Path, history: Path) -> None:
     pictures.save(figure, path)
 
 
-def galleries(folder: Path, squares: Chunks, shown: "Sequence[Shown]", most: int) -> None:
+def galleries(folder: Path, squares: Chunks, shown: Sequence[Shown], most: int) -> None:
     """Show the most confident mistakes, and the answers that are least sure."""
     wrong = [a for a in shown if a.prediction.label != a.entry.label]
     worst = sorted(wrong, key=lambda a: -a.prediction.probability)[:most]
@@ -198,7 +196,7 @@ def galleries(folder: Path, squares: Chunks, shown: "Sequence[Shown]", most: int
     _gallery(folder / "unsure.png", squares, unsure, f"The {len(unsure)} least sure answers")
 
 
-def _gallery(path: Path, squares: Chunks, shown: "Sequence[Shown]", title: str) -> None:
+def _gallery(path: Path, squares: Chunks, shown: Sequence[Shown], title: str) -> None:
     captions = [
         f"{a.entry.label} as {a.prediction.label} ({a.prediction.probability:.2f})" for a in shown
     ]
