@@ -160,7 +160,7 @@ def with_torchvision(given: Given) -> Step:
         optimiser.zero_grad()
         found.backward()
         optimiser.step()
-        return float(found)
+        return float(found.detach())
 
     return step
 
