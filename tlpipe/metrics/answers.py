@@ -95,8 +95,10 @@ class Part:
         return np.array([self.squares[row].mean() for row in self.rows], np.float64)
 
 
-def part(name: str, labels: Sequence[str], squares: Chunks, manifest: Path, split: Path) -> Part:
-    """Return the images of a split.
+def parts(
+    names: Sequence[str], labels: Sequence[str], squares: Chunks, manifest: Path, split: Path
+) -> list[Part]:
+    """Return the images of each of these splits.
 
     Raises:
         ArtifactError: its classes are not those of the bundle, or it is empty.
@@ -107,17 +109,23 @@ def part(name: str, labels: Sequence[str], squares: Chunks, manifest: Path, spli
             f"{manifest} has {len(entries)} images, {split} {len(assignments)} and the stored "
             f"pixels {len(squares)}; expected the same. Run 'dvc repro'."
         )
-    rows = [row for row, assignment in enumerate(assignments) if assignment.split == name]
-    if not rows:
-        raise ArtifactError(f"{split} has no images for {name}; expected some. Run 'dvc repro'.")
     numbers = {label: number for number, label in enumerate(labels)}
-    if unknown := sorted({assignments[row].label for row in rows} - numbers.keys()):
-        raise ArtifactError(
-            f"the split table has the classes {', '.join(unknown)}, which the bundle does not "
-            f"know; it knows {', '.join(labels)}. Run 'dvc repro'."
-        )
-    truth = np.array([numbers[assignments[row].label] for row in rows], np.int64)
-    return Part(squares, rows, [entries[row] for row in rows], truth)
+
+    def part(name: str) -> Part:
+        rows = [row for row, assignment in enumerate(assignments) if assignment.split == name]
+        if not rows:
+            raise ArtifactError(
+                f"{split} has no images for {name}; expected some. Run 'dvc repro'."
+            )
+        if unknown := sorted({assignments[row].label for row in rows} - numbers.keys()):
+            raise ArtifactError(
+                f"the split table has the classes {', '.join(unknown)}, which the bundle does not "
+                f"know; it knows {', '.join(labels)}. Run 'dvc repro'."
+            )
+        truth = np.array([numbers[assignments[row].label] for row in rows], np.int64)
+        return Part(squares, rows, [entries[row] for row in rows], truth)
+
+    return [part(name) for name in names]
 
 
 def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) -> Exact:

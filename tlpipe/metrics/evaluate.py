@@ -90,10 +90,8 @@ def run(
     """
     shipped = bundles.load(bundle)
     squares = packed.load(pixels).array
-    part = partial(
-        answers.part, labels=shipped.labels, squares=squares, manifest=manifest, split=split
-    )
-    test, validation = part("test"), part("validation")
+    names = ("test", "validation")
+    test, validation = answers.parts(names, shipped.labels, squares, manifest, split)
     threads = shipped.provenance["origin"]["threads"]
     predictors = {
         name: Predictor(shipped, precision=name, threads=threads)
