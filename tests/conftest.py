@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from PIL import Image
 
 # Two test processes with two threads each on two cores: who waits must not spin.
@@ -151,10 +152,19 @@ def cache_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def main_job(tmp_path_factory: pytest.TempPathFactory, cache_env: dict[str, str]) -> Workspace:
-    """A workspace after its first 'dvc repro'. Tests read it and register nothing else in it."""
-    target = tmp_path_factory.mktemp("main job") / "copy"
-    workspace = copy_repository(target, cache_env, is_whole=True)
-    workspace.run("dvc", "repro")
+    """A workspace after its first 'dvc repro'. Tests read it and register nothing else in it.
+
+    Several test processes share it: the first one that needs it makes it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    target, made = shared / "main job" / "copy", shared / "main job" / "made"
+    with FileLock(shared / "main job.lock"):
+        if made.exists():
+            return Workspace(target, cache_env)
+        workspace = copy_repository(target, cache_env, is_whole=True)
+        workspace.run("dvc", "repro")
+        made.touch()
     return workspace
 
 

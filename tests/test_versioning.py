@@ -38,6 +38,9 @@ def test_data_go_to_a_remote_and_back_and_an_older_version_is_restored(
     photographs(workspace, 20)
     workspace.run("dvc", "add", "data/photos")
     workspace.set_source("data/photos")
+    workspace.run("git", "init", "-q", "--bare", str(tmp_path / "origin.git"))
+    workspace.run("git", "remote", "add", "origin", str(tmp_path / "origin.git"))
+    commit(workspace, "data")
     workspace.run("dvc", "repro")
     first = (workspace.path / "artifacts/export/bundle/model.onnx").read_bytes()
     commit(workspace, "one")
@@ -50,6 +53,7 @@ def test_data_go_to_a_remote_and_back_and_an_older_version_is_restored(
     assert (workspace.path / "artifacts/export/bundle/model.onnx").read_bytes() != first
     commit(workspace, "two")
     workspace.run("dvc", "push", "--all-commits")
+    workspace.run("git", "push", "-q", "origin", "HEAD")
 
     clone = Workspace(tmp_path / "clone", cache_env)
     workspace.run("git", "clone", "-q", str(workspace.path), str(clone.path))
@@ -62,6 +66,20 @@ def test_data_go_to_a_remote_and_back_and_an_older_version_is_restored(
     assert len(list((clone.path / "data/photos/rough").iterdir())) == 20
     assert (clone.path / "artifacts/export/bundle/model.onnx").read_bytes() == first
     assert "Running stage" not in clone.run("dvc", "repro", "evaluate").stdout
+    registry = {"MLFLOW_TRACKING_URI": f"sqlite:///{workspace.path / 'mlflow.db'}"}
+    (tmp_path / "elsewhere").mkdir()
+    _is_rebuilt(Workspace(tmp_path / "elsewhere", cache_env | registry), first)
+
+
+def _is_rebuilt(elsewhere: Workspace, graph: bytes) -> None:
+    """From nothing but the registry's address: repository, commit and data are recorded there."""
+    said = elsewhere.run("tlpipe", "rebuild", "digits@1", "--output", "kept")
+    assert "digits@1 (version 1) came out with the same bytes" in said.stdout
+    assert (elsewhere.path / "kept/model.onnx").read_bytes() == graph
+    assert "is whole" in elsewhere.run("tlpipe", "verify", "kept").stdout
+    assert elsewhere.names() == ["kept"]
+    error = elsewhere.run("tlpipe", "rebuild", "digits@2", code=8).stderr
+    assert "digits version 2 was made with changes that were never committed" in error
 
 
 def _reaches_everything(workspace: Workspace, version: str) -> None:

@@ -249,6 +249,7 @@ def register(
     bundle: In,
     parity: In,
     report: In,
+    speed: In,
     predictions: In,
     plots: In,
     examples: In,
@@ -258,26 +259,165 @@ def register(
     rejects: In,
     suspects: In,
     data_plots: In,
+    pixels: In,
+    manifest: In,
+    split: In,
     receipt: Out,
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Make the bundle a run and a model version in MLflow."""
-    measured = {"report": report, "predictions": predictions, "plots": plots, "examples": examples}
-    data = {"data_report": data_report, "split_report": split_report, "rejects": rejects}
-    audited = {"suspects": suspects, "data_plots": data_plots}
-    trained = {"parity": parity, "history": history}
-    places = {"receipt": receipt, "workspace": Path()}
-    _run(
-        "register",
-        params,
+    from tlpipe.data import ingest
+    from tlpipe.registry import register
+    from tlpipe.registry.gate import Measured
+    from tlpipe.registry.publishing import Content
+
+    sections = load_params(params)
+    content = Content(
         model=model,
         bundle=bundle,
-        **measured,
-        **trained,
-        **data,
-        **audited,
-        **places,
+        parity=parity,
+        report=report,
+        speed=speed,
+        predictions=predictions,
+        plots=plots,
+        examples=examples,
+        history=history,
+        data_report=data_report,
+        split_report=split_report,
+        rejects=rejects,
+        suspects=suspects,
+        data_plots=data_plots,
     )
+    register.run(
+        content=content,
+        measured=Measured(pixels=pixels, manifest=manifest, split=split),
+        receipt=receipt,
+        workspace=Path(),
+        source=cast(ingest.Params, sections["ingest"]),
+        params=cast(register.Params, sections["register"]),
+    )
+
+
+VersionArgument = Annotated[str, typer.Argument(help="Its number, or an alias.")]
+
+
+@app.command()
+def promote(
+    version: VersionArgument = "challenger",
+    force: Annotated[
+        str, typer.Option(metavar="WHY", help="Put it in production although the gate refuses it.")
+    ] = "",
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="Copy it to this MLflow server, and do so there."),
+    ] = None,
+    params: ParamsFile = PARAMS_FILE,
+) -> None:
+    """Put a version in production, if it passes the gate against the one that is there."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tlpipe.data import ingest
+    from tlpipe.registry import promotion, register, tracking, transfer
+    from tlpipe.registry.gate import Decision, Measured
+
+    sections = load_params(params)
+    section = cast(register.Params, sections["register"])
+    given = _paths("register", params.parent)
+
+    def show(decision: Decision) -> None:
+        against = f"version {decision.champion}" if decision.champion else "nothing before it"
+        title = f"{section.name} version {decision.candidate} against {against}"
+        table = Table("rule", "found", "expected", "", title=escape(title), title_justify="left")
+        for rule in decision.rules:
+            verdict = "[green]holds[/green]" if rule.passed else "[red]fails[/red]"
+            found, expected = (escape(_printable(text)) for text in (rule.found, rule.expected))
+            table.add_row(rule.name, found, expected, verdict)
+        Console().print(table)
+
+    if to is not None:
+        version = transfer.copy(params.parent, section.name, version, to)
+    with tracking.connection(params.parent, address=to) as client:
+        moved = promotion.promote(
+            client,
+            section.name,
+            version,
+            measured=Measured(**{name: given[name] for name in ("pixels", "manifest", "split")}),
+            source=cast(ingest.Params, sections["ingest"]),
+            bounds=section.gate,
+            force=force,
+            show=show,
+        )
+    print(f"{section.name} version {moved.champion} is in production, {_before(moved.previous)}")
+
+
+@app.command()
+def rollback(
+    version: Annotated[
+        str | None, typer.Argument(help="Its number or alias. [default: the one before]")
+    ] = None,
+    why: Annotated[str, typer.Option(help="The reason, for the history.")] = "",
+    params: ParamsFile = PARAMS_FILE,
+) -> None:
+    """Put back what was in production before."""
+    from tlpipe.registry import promotion, register, tracking
+
+    name = cast(register.Params, _read_params(params)["register"]).name
+    with tracking.connection(params.parent) as client:
+        moved = promotion.rollback(client, name, version, why)
+    print(f"{name} version {moved.champion} is in production again, {_before(moved.previous)}")
+
+
+@app.command()
+def history(
+    at: Annotated[
+        str | None, typer.Option(help="A date or a moment (ISO 8601; UTC): what was there then.")
+    ] = None,
+    params: ParamsFile = PARAMS_FILE,
+) -> None:
+    """Say which version was in production, since when, and why."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tlpipe.registry import moves, promotion, register, tracking
+
+    name = cast(register.Params, _read_params(params)["register"]).name
+    with tracking.connection(params.parent) as client:
+        log = moves.history(client, name)
+    if at is not None:
+        log = moves.during(log, *promotion.period(at))
+    if not log:
+        print(f"nothing of {name} was in production{f' at {at}' if at else ' yet'}")
+        return
+    table = Table("since (UTC)", "version", "before", "move", "by", "why")
+    for move in log:
+        since = f"{move.at:%Y-%m-%d %H:%M:%S}"
+        words = (escape(_printable(text)) for text in (move.kind, move.by, move.why))
+        table.add_row(since, move.champion, move.previous or "none", *words)
+    Console().print(table)
+
+
+@app.command()
+def rebuild(
+    model: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME@VERSION in the registry.")],
+    repository: Annotated[
+        str | None, typer.Option(help="What to clone. [default: what was recorded]")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="A folder to keep the bundle in.")] = None,
+) -> None:
+    """Make a registered bundle once more, from its commit and data alone, and compare the bytes."""
+    from tlpipe.registry import rebuild
+
+    version, digest = rebuild.run(
+        reference=model, repository=repository, keep=output, workspace=Path()
+    )
+    print(f"{model} (version {version}) came out with the same bytes: {digest}")
+
+
+def _before(previous: str) -> str:
+    return f"version {previous} was before" if previous else "the first one"
 
 
 @app.command()
@@ -290,7 +430,8 @@ def predict(
     """Answer for image files with the model in production."""
     from tlpipe.inference import predict
 
-    answers = predict.run(bundle=_bundle(model, params), images=images)
+    bundle, _ = _bundle(model, params)
+    answers = predict.run(bundle=bundle, images=images)
     if as_json:
         import json
 
@@ -311,7 +452,8 @@ def serve(
     """Answer over HTTP: POST the bytes of an image to /predict."""
     from tlpipe.serving import serve
 
-    serve.run(bundle=_bundle(model, params), host=host, port=port)
+    bundle, degraded = _bundle(model, params)
+    serve.run(bundle=bundle, degraded=degraded, host=host, port=port)
 
 
 @app.command()
@@ -330,9 +472,11 @@ def summary(receipt: Annotated[Path, typer.Argument(help="What register wrote.")
     console.print("next: make ui | tlpipe predict IMAGE | tlpipe serve", markup=False)
 
 
-BundleArgument = Annotated[Path, typer.Argument(help="A folder that export wrote.")]
+BundleArgument = Annotated[
+    str, typer.Argument(help="A folder that export wrote, or NAME@ALIAS in the registry.")
+]
 SignatureOption = Annotated[
-    Path | None, typer.Option(help="The file of the signature; by default BUNDLE.sig.")
+    Path | None, typer.Option(help="The file of a folder's signature; by default FOLDER.sig.")
 ]
 
 
@@ -346,9 +490,15 @@ def verify(
     from tlpipe.onnx_export import bundle as bundles
     from tlpipe.onnx_export import signing
 
-    if key is not None:
-        signing.check(bundle, key, signature or signing.beside(bundle))
-    found = bundles.load(bundle)
+    if "@" in bundle:
+        from tlpipe.registry import signatures
+
+        found = signatures.verify(Path(), bundle, key)
+    else:
+        folder = Path(bundle)
+        if key is not None:
+            signing.check(folder, key, signature or signing.beside(folder))
+        found = bundles.load(folder)
     signed = f"signed by the owner of {key}" if key else "signature not checked: no --key"
     print(f"{bundle} is whole: {found.digest}, {', '.join(found.graphs)}; {signed}")
 
@@ -363,9 +513,15 @@ def sign(
     from tlpipe.onnx_export import bundle as bundles
     from tlpipe.onnx_export import signing
 
-    found = bundles.load(bundle)
-    target = signature or signing.beside(bundle)
-    signing.sign(bundle, key, target)
+    if "@" in bundle:
+        from tlpipe.registry import signatures
+
+        found = signatures.sign(Path(), bundle, key)
+        print(f"signed {found.digest}: {signing.ARTIFACT} of {bundle}")
+        return
+    found = bundles.load(Path(bundle))
+    target = signature or signing.beside(found.folder)
+    signing.sign(found.folder, key, target)
     print(f"signed {found.digest}: {target}")
 
 
@@ -453,7 +609,7 @@ def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":
 def _say_what_changed(split: Path, workspace: Path, name: str) -> None:
     """Say which classes were taken away or added since the model in production was trained."""
     from tlpipe.data.manifest import load_split
-    from tlpipe.registry import tracking
+    from tlpipe.registry import moves, tracking
 
     if (known := tracking.champion_labels(workspace, name)) is None:
         return
@@ -462,22 +618,23 @@ def _say_what_changed(split: Path, workspace: Path, name: str) -> None:
     if gone or new:
         changes = [f"gone: {', '.join(gone)}"] * bool(gone) + [f"new: {', '.join(new)}"] * bool(new)
         what = _printable("; ".join(changes))
-        _log.warning("the classes differ from those of %s@%s: %s", name, tracking.CHAMPION, what)
+        _log.warning("the classes differ from those of %s@%s: %s", name, moves.CHAMPION, what)
 
 
-def _bundle(model: str | None, params: Path) -> "Bundle":
-    """Load a bundle from a folder, or fetch it from the registry."""
+def _bundle(model: str | None, params: Path) -> "tuple[Bundle, str]":
+    """Load a bundle from a folder, or fetch it from the registry; and why it is an older one."""
     from tlpipe.onnx_export import bundle
 
     if model is not None and "@" not in model:
-        return bundle.load(Path(model))
-    from tlpipe.registry import register, tracking
+        return bundle.load(Path(model)), ""
+    from tlpipe.registry import moves, register, tracking
 
     if model is None:
         # Those who answer need not have what describes a backbone.
         section = cast(register.Params, _read_params(params)["register"])
-        model = f"{section.name}@{tracking.CHAMPION}"
-    return tracking.fetch_bundle(Path(), model)
+        model = f"{section.name}@{moves.CHAMPION}"
+    fetched = tracking.fetch_bundle(Path(), model)
+    return fetched.bundle, fetched.degraded
 
 
 def _print_answers(answers: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@
     |-- RegistryError       8   MLflow: not reachable, nothing there, content that differs
     |-- ServingError        9   the address to serve on is not free
     |-- TrainingError      10   training cannot go on: no number, no memory, no room
+    |-- GateError           11   a version that must not go into production, or cannot be compared
     `-- Interrupted       130   somebody asked it to stop; it can be resumed
 
 A message is one line: what is wrong, what was found, what was expected, what to do.
@@ -83,6 +84,12 @@ class TrainingError(TlpipeError):
     """Training cannot go on."""
 
     exit_code = 10
+
+
+class GateError(TlpipeError):
+    """A version must not go into production, or cannot be compared with the one that is."""
+
+    exit_code = 11
 
 
 class Interrupted(TlpipeError):  # noqa: N818  as Python's own

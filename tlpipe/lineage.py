@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,11 +15,15 @@ _BEFORE_EXPORT = ("ingest", "split", "embed", "train")
 
 
 def describe(workspace: Path) -> dict[str, str]:
-    """Return tags for what is known of the workspace: git commit, uncommitted changes, dvc.lock."""
+    """Return tags for what is known of the workspace: its commit, where that is, its dvc.lock."""
     tags = {}
     if commit := _git(workspace, "rev-parse", "HEAD"):
         tags["tlpipe.git_commit"] = tags["mlflow.source.git.commit"] = commit
         tags["tlpipe.git_changed"] = "true" if _has_changes(workspace) else "false"
+    if remote := _git(workspace, "remote", "get-url", "origin"):
+        tags["tlpipe.git_remote"] = tags["mlflow.source.git.repoURL"] = without_credentials(remote)
+    if folder := _git(workspace, "rev-parse", "--show-prefix"):
+        tags["tlpipe.git_folder"] = folder
     lock = workspace / "dvc.lock"
     if lock.is_file():
         tags["tlpipe.dvc_lock_sha256"] = lock_sha256(lock)
@@ -33,6 +38,11 @@ def of_inputs(workspace: Path) -> dict[str, str]:
         "git_commit": f"{commit} and changes" if _has_changes(workspace) else commit,
         "dvc_lock_sha256": _digest(lock, _BEFORE_EXPORT) if lock.is_file() else "",
     }
+
+
+def without_credentials(address: str) -> str:
+    """Return an address, or a text with addresses, without user names and passwords in them."""
+    return re.sub(r"//[^/@\s]*@", "//", address)
 
 
 def lock_sha256(lock: Path) -> str:

@@ -1,14 +1,11 @@
 """Stage ``evaluate``: judge the bundle on the test split, through the predictor that serves it."""
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from pydantic import Field, field_validator
 
@@ -19,6 +16,7 @@ from tlpipe.data.manifest import Entry
 from tlpipe.inference.predictor import Predictor
 from tlpipe.metrics import answers, corruptions, curves, scores, slices
 from tlpipe.metrics import plots as drawn
+from tlpipe.metrics import speed as speeds
 from tlpipe.metrics.answers import Answers, Part, Shown
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import ANY_SIZE, EXACT
@@ -26,8 +24,6 @@ from tlpipe.params import Section
 from tlpipe.resampling import paired_difference
 
 _log = logging.getLogger(__name__)
-# How often an answer for so many images is timed.
-_TIMED = {1: 15, 32: 3}
 PREDICTIONS = ("path", "label", "predicted", "probability", "true_probability")
 COVERAGE = ("coverage", "accuracy", "threshold")
 RELIABILITY = ("confidence", "accuracy", "images")
@@ -127,7 +123,7 @@ def run(
         "robustness": _robustness(exact, test.evenly(params.corrupted), params.confidence),
     }
     files.write_json(report, content)
-    files.write_json(speed, {name: _speed(p, squares) for name, p in predictors.items()})
+    files.write_json(speed, {name: speeds.measure(p, squares) for name, p in predictors.items()})
     shown = [
         Shown(entry, row, exact.name(line), float(line[number]))
         for entry, row, number, line in zip(
@@ -194,21 +190,6 @@ def _robustness(predictor: Predictor, part: Part, confidence: float) -> dict[str
             found = measure(part.ask(predictor, kind, change))
             kinds.setdefault(kind, []).append({"strength": strength} | found)
     return {"images": len(part.rows), "clean": measure(part.ask(predictor, "clean")), **kinds}
-
-
-def _speed(predictor: Predictor, squares: Chunks) -> dict[str, Any]:
-    """Return the median milliseconds of one answer, for one image and for a batch."""
-    milliseconds = {}
-    for size, times in _TIMED.items():
-        images = np.resize(squares[: min(size, len(squares))], (size, *squares.shape[1:]))
-        predictor.scores(images)
-        spent = []
-        for _ in range(times):
-            start = time.perf_counter()
-            predictor.scores(images)
-            spent.append(1000 * (time.perf_counter() - start))
-        milliseconds[str(size)] = median(spent)
-    return {"provider": predictor.provider, "milliseconds": milliseconds}
 
 
 def _save_predictions(path: Path, shown: Sequence[Shown]) -> None:

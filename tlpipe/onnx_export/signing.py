@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tlpipe.errors import ArtifactError, ParamsError
 
+ARTIFACT = "bundle.sig"  # beside the bundle of a registered version
+
 
 def beside(bundle: Path) -> Path:
     """Return where the signature of a bundle lies by default."""

@@ -10,13 +10,16 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlpipe import files
-from tlpipe.errors import Interrupted, RegistryError
+from tlpipe.errors import ArtifactError, Interrupted, RegistryError
+from tlpipe.lineage import without_credentials
 from tlpipe.onnx_export.bundle import LABELS, Bundle, load
+from tlpipe.registry import moves
+from tlpipe.registry.moves import CHAMPION
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
-CHAMPION, CHALLENGER = "champion", "challenger"
+CHALLENGER = "challenger"
+_ADDRESS = "MLFLOW_TRACKING_URI"
 # DVC alone would say that nothing has changed: it does not see the registry.
 _REGISTER = "Register what was built: 'dvc repro --force --single-item register'."
 _TRAINING = {"tlpipe.kind": "training"}
@@ -34,10 +38,13 @@ BUNDLE_TAG, BUNDLE_FOLDER, MODEL_FOLDER = "tlpipe.bundle", "bundle", "trained"
 
 
 @contextmanager
-def connection(workspace: Path, *, create: bool = False) -> Iterator["MlflowClient"]:
+def connection(
+    workspace: Path, *, create: bool = False, address: str | None = None
+) -> Iterator["MlflowClient"]:
     """Yield a client of the registry; bounded retries, and one line where it cannot be used.
 
-    ``create``: make the workspace's own store where there is none yet.
+    ``create``: make the workspace's own store where there is none yet. ``address``: of another
+    server than the workspace's.
 
     Raises:
         RegistryError: MLflow refuses a request or cannot be reached, or there is no store.
@@ -51,7 +58,7 @@ def connection(workspace: Path, *, create: bool = False) -> Iterator["MlflowClie
 
     for chatty in ("alembic", "mlflow", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    address = os.environ.get("MLFLOW_TRACKING_URI") or _local_address(workspace)
+    address = address or os.environ.get(_ADDRESS) or _local_address(workspace)
     database = workspace / DATABASE
     if address == _local_address(workspace) and not database.exists():
         if not create:
@@ -60,15 +67,20 @@ def connection(workspace: Path, *, create: bool = False) -> Iterator["MlflowClie
                 f"set. {_REGISTER}"
             )
         _create(database)
-    mlflow.set_tracking_uri(address)
+    given = os.environ.get(_ADDRESS)
+    mlflow.set_tracking_uri(address)  # also sets the variable
     try:
         yield mlflow.MlflowClient()
     except (MlflowException, SQLAlchemyError, ConnectionError) as error:
-        line = _without_credentials(" ".join(str(error).split()))[:300]
+        line = without_credentials(" ".join(str(error).split()))[:300]
         raise RegistryError(
-            f"MLflow at {_without_credentials(address)} does not answer as expected: {line}. "
+            f"MLflow at {without_credentials(address)} does not answer as expected: {line}. "
             f"Check that it runs; what was built is kept, and the same command goes on from here."
         ) from error
+    finally:
+        os.environ.pop(_ADDRESS, None)
+        if given is not None:
+            os.environ[_ADDRESS] = given
 
 
 def experiment(client: "MlflowClient", name: str, workspace: Path) -> str:
@@ -81,25 +93,101 @@ def experiment(client: "MlflowClient", name: str, workspace: Path) -> str:
     return str(client.create_experiment(name, artifact_location=root))
 
 
-def find_version(client: "MlflowClient", name: str, alias: str) -> "ModelVersion":
-    """Return the model version behind an alias.
+def find_version(client: "MlflowClient", name: str, which: str) -> "ModelVersion":
+    """Return the model version of a number or behind an alias.
 
     Raises:
-        RegistryError: the model or the alias does not exist.
+        RegistryError: the model, the version or the alias does not exist.
     """
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(name, alias)
+        if which.isdecimal():
+            return client.get_model_version(name, which)
+        return client.get_model_version_by_alias(name, which)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise RegistryError(f"the registry has no model {name}@{alias}. {_REGISTER}") from None
+        wanted = f"version {which} of {name}" if which.isdecimal() else f"model {name}@{which}"
+        raise RegistryError(f"the registry has no {wanted}. {_REGISTER}") from None
+
+
+def parse(reference: str, *, otherwise: str = CHAMPION) -> tuple[str, str]:
+    """Return name and alias or number of ``NAME@ALIAS``, ``NAME@NUMBER`` or ``NAME``."""
+    name, _, which = reference.partition("@")
+    return name, which or otherwise
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A bundle of the registry. ``degraded``: why it is not the one asked for, or empty."""
+
+    bundle: Bundle
+    version: str
+    degraded: str = ""
+
+
+def fetch(client: "MlflowClient", name: str, which: str) -> Fetched:
+    """Fetch and verify a bundle; for the champion, where it is gone or damaged, the last good one.
+
+    Raises:
+        ArtifactError: its files are damaged.
+        RegistryError: there is no such version, or its stored bundle is not the registered one.
+    """
+    try:
+        version = find_version(client, name, which)
+        return Fetched(bundle_of(client, version), str(version.version))
+    except (ArtifactError, RegistryError) as error:
+        if which != CHAMPION:
+            raise
+        wrong = error
+    log = moves.history(client, name)
+    for number in dict.fromkeys(move.champion for move in reversed(log[:-1])):
+        with suppress(ArtifactError, RegistryError):
+            found = bundle_of(client, find_version(client, name, number))
+            degraded = (
+                f"{name} version {log[-1].champion} cannot serve, version {number} does: {wrong}"
+            )
+            _log.warning("degraded: %s", degraded)
+            return Fetched(found, number, degraded)
+    raise wrong
+
+
+def bundle_of(client: "MlflowClient", version: "ModelVersion") -> Bundle:
+    """Fetch and verify the bundle of a version.
+
+    Raises:
+        ArtifactError: its files are damaged.
+        RegistryError: its stored bundle is not the registered one.
+    """
+    folder = artifact(client, version.run_id, BUNDLE_FOLDER)
+    if folder is None:
+        raise RegistryError(
+            f"{version.name} version {version.version} has no bundle: it was not registered by "
+            f"tlpipe, or its artifacts are gone."
+        )
+    bundle = load(folder)
+    if (expected := version.tags.get(BUNDLE_TAG)) != bundle.digest:
+        raise RegistryError(
+            f"the stored bundle of {version.name} version {version.version} has the digest "
+            f"{bundle.digest[:16]}...; the registry says {str(expected)[:16]}.... "
+            f"It was swapped or damaged; nothing was loaded."
+        )
+    return bundle
+
+
+def artifact(client: "MlflowClient", run_id: str | None, place: str) -> Path | None:
+    """Fetch a file or folder at the top of a run's artifacts, None where there is none."""
+    from mlflow.artifacts import download_artifacts
+
+    if run_id is None or place not in {found.path for found in client.list_artifacts(run_id)}:
+        return None
+    return Path(download_artifacts(run_id=run_id, artifact_path=place))
 
 
 def champion_labels(workspace: Path, name: str) -> frozenset[str] | None:
     """Return the labels of the model in production; None if there is none, or nobody answers."""
-    if "MLFLOW_TRACKING_URI" not in os.environ and not (workspace / DATABASE).exists():
+    if _ADDRESS not in os.environ and not (workspace / DATABASE).exists():
         return None
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     try:
@@ -113,26 +201,15 @@ def champion_labels(workspace: Path, name: str) -> frozenset[str] | None:
         return None
 
 
-def fetch_bundle(workspace: Path, reference: str) -> Bundle:
-    """Fetch, verify and return the bundle of ``NAME@ALIAS``.
+def fetch_bundle(workspace: Path, reference: str) -> Fetched:
+    """Fetch the bundle of ``NAME@ALIAS`` or ``NAME@VERSION``, as ``fetch`` does.
 
     Raises:
+        ArtifactError: its files are damaged.
         RegistryError: there is no such version, or its stored bundle is not the registered one.
     """
-    name, _, alias = reference.partition("@")
     with connection(workspace) as client:
-        version = find_version(client, name, alias or CHAMPION)
-        from mlflow.artifacts import download_artifacts
-
-        local = download_artifacts(run_id=version.run_id, artifact_path=BUNDLE_FOLDER)
-    bundle = load(Path(local))
-    if (expected := version.tags.get(BUNDLE_TAG)) != bundle.digest:
-        raise RegistryError(
-            f"the stored bundle of {name} version {version.version} has the digest "
-            f"{bundle.digest[:16]}...; the registry says {str(expected)[:16]}.... "
-            f"It was swapped or damaged; nothing was loaded."
-        )
-    return bundle
+        return fetch(client, *parse(reference))
 
 
 def fetch_model(workspace: Path, reference: str) -> Path:
@@ -149,8 +226,7 @@ def fetch_model(workspace: Path, reference: str) -> Path:
         )
     name, alias, number = found.groups()
     with connection(workspace) as client:
-        version = client.get_model_version(name, number) if number else None
-        version = version or find_version(client, name, alias)
+        version = find_version(client, name, number or alias)
         from mlflow.artifacts import download_artifacts
 
         return Path(download_artifacts(run_id=version.run_id, artifact_path=MODEL_FOLDER))
@@ -210,9 +286,6 @@ def _create(database: Path) -> None:
         mlflow.MlflowClient(f"sqlite:///{temporary.resolve()}").search_experiments()
 
 
-def _without_credentials(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//", text)
-
-
 def _local_address(workspace: Path) -> str:
-    return f"sqlite:///{workspace.resolve() / DATABASE}"
+    # In seconds: so long somebody else may hold the database.
+    return f"sqlite:///{workspace.resolve() / DATABASE}?timeout=30"

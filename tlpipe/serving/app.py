@@ -3,7 +3,8 @@
 =======================  ======================================================
 ``POST /predict``        the bytes of one image file -> label and probabilities
 ``GET /v2/health/live``  200 while the process answers
-``GET /v2/health/ready`` 200 while a model is loaded, 503 before
+``GET /v2/health/ready`` 200 while a model is loaded, 503 before; ``degraded`` says
+                         why it is not the one that should serve, where it is not
 =======================  ======================================================
 
 The health paths are those of the Open Inference Protocol.
@@ -21,7 +22,7 @@ from tlpipe.inference.predictor import Predictor
 MAX_BODY_BYTES = 32 * 2**20
 
 
-def create(predictor: Predictor | None) -> FastAPI:
+def create(predictor: Predictor | None, degraded: str = "") -> FastAPI:
     """Return the application; without a predictor it lives but is not ready."""
     app = FastAPI(title="tlpipe", docs_url=None, redoc_url=None)
 
@@ -31,7 +32,8 @@ def create(predictor: Predictor | None) -> FastAPI:
 
     @app.get("/v2/health/ready")
     def ready() -> dict[str, bool | str]:
-        return {"ready": True, "model": _loaded(predictor).bundle.digest}
+        state: dict[str, bool | str] = {"ready": True, "model": _loaded(predictor).bundle.digest}
+        return state | {"degraded": degraded} if degraded else state
 
     @app.post("/predict")
     async def predict(request: Request) -> dict[str, Any]:

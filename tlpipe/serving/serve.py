@@ -13,8 +13,10 @@ from tlpipe.serving import app
 _log = logging.getLogger(__name__)
 
 
-def run(*, bundle: Bundle, host: str, port: int) -> None:
+def run(*, bundle: Bundle, host: str, port: int, degraded: str = "") -> None:
     """Serve a bundle; returns after SIGTERM or Ctrl-C, when accepted requests are answered.
+
+    ``degraded``: why it is not the bundle that should serve, to be shown; empty where it is.
 
     Raises:
         ServingError: the address is not free.
@@ -29,5 +31,5 @@ def run(*, bundle: Bundle, host: str, port: int) -> None:
     _log.info(
         "serving %s on http://%s:%s with %s", bundle.digest[:16], host, port, predictor.provider
     )
-    config = uvicorn.Config(app.create(predictor), log_level="warning")
+    config = uvicorn.Config(app.create(predictor, degraded), log_level="warning")
     uvicorn.Server(config).run(sockets=[listener])

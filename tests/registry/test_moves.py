@@ -1,0 +1,81 @@
+"""Promotions that race, and the history they leave: a real MLflow server, real clients."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from threading import Barrier
+
+import pytest
+
+from tests.conftest import Workspace, free_port, server
+from tlpipe.errors import RegistryError
+from tlpipe.registry import moves
+
+NAME = "raced"
+RACERS, ROUNDS = 8, 100
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose registry has a model with a version for each racer."""
+    import mlflow
+
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    found = f"http://127.0.0.1:{port}"
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = ("mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db")
+    where = ("--host", "127.0.0.1", "--port", str(port), "--workers", "2")
+    with server(Workspace(folder, env), *command, *where, ready=f"{found}/health"):
+        client = mlflow.MlflowClient(found)
+        client.create_registered_model(NAME)
+        for number in range(RACERS):
+            client.create_model_version(NAME, source=f"s3://bucket/{number}")
+        yield found
+
+
+def race(address: str, version: str, barrier: Barrier) -> list[tuple[str, str]]:
+    """Promote one version in each round; return who then was champion, or what was said."""
+    import mlflow
+
+    client, found = mlflow.MlflowClient(address), []
+    for _ in range(ROUNDS):
+        after = moves.tail(client, NAME)
+        barrier.wait(120)
+        try:
+            moved = moves.move(client, NAME, version, after=after, kind="promotion", why="race")
+            found.append((moved.champion, ""))
+        except RegistryError as error:
+            found.append(("", str(error)))
+        barrier.wait(120)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R03")
+def test_of_those_who_promote_at_once_one_wins_and_the_others_are_told_who(address: str) -> None:
+    import mlflow
+
+    barrier = Barrier(RACERS)
+    versions = [str(number + 1) for number in range(RACERS)]
+    with ThreadPoolExecutor(RACERS) as pool:
+        raced = list(pool.map(race, [address] * RACERS, versions, [barrier] * RACERS))
+    client = mlflow.MlflowClient(address)
+    log = moves.history(client, NAME)
+    assert len(log) == ROUNDS
+    for number in range(ROUNDS):
+        of_round = [found[number] for found in raced]
+        (winner,) = (champion for champion, _ in of_round if champion)
+        assert log[number].champion == winner
+        errors = [error for champion, error in of_round if not champion]
+        assert len(errors) == RACERS - 1
+        for error in errors:
+            assert f"has put {NAME} version {winner} in production" in error
+    assert [move.previous for move in log[1:]] == [move.champion for move in log[:-1]]
+    aliases = client.get_registered_model(NAME).aliases
+    assert str(aliases["champion"]) == log[-1].champion
+    assert str(aliases["previous"]) == log[-1].previous
+    middle = log[ROUNDS // 2]
+    assert moves.during(log, middle.at, middle.at)[0].at == middle.at
+    assert moves.during(log, log[0].at, log[-1].at) == log
+    begin = datetime(2020, 1, 1, tzinfo=UTC)
+    assert moves.during(log, begin, begin) == []

@@ -1,0 +1,296 @@
+"""The gate, promotion, rollback and history, through the commands, on a registry of its own."""
+
+import json
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from tests.conftest import Workspace
+from tests.registry.conftest import COMMAND, Said, change_bundle
+from tlpipe.onnx_export import bundle as bundles
+
+Tlpipe = Callable[..., Said]
+REGISTER = COMMAND[1:]
+
+
+def client_of(workspace: Workspace):
+    import mlflow
+
+    return mlflow.MlflowClient(f"sqlite:///{workspace.path / 'mlflow.db'}")
+
+
+def aliases(workspace: Workspace) -> dict[str, int]:
+    found = client_of(workspace).get_registered_model("digits").aliases
+    return {name: int(number) for name, number in found.items()}
+
+
+def tags(workspace: Workspace, version: int) -> dict[str, str]:
+    found = client_of(workspace).get_model_version("digits", str(version)).tags
+    return {k.removeprefix("tlpipe."): v for k, v in found.items() if k.startswith("tlpipe.gate")}
+
+
+def decisions(workspace: Workspace, version: int) -> list[dict]:
+    client = client_of(workspace)
+    run = client.get_model_version("digits", str(version)).run_id
+    found = sorted(artifact.path for artifact in client.list_artifacts(run, "gate"))
+    return [json.loads(Path(client.download_artifacts(run, path)).read_text()) for path in found]
+
+
+def blinded(folder: Path, number: int) -> dict[str, bytes]:
+    """Return the graphs of a bundle, the exact one without an eye for one class."""
+    graphs = {name: path.read_bytes() for name, path in bundles.load(folder).graphs.items()}
+    model = onnx.load_from_string(graphs["fp32"])
+    classes = len(bundles.load(folder).labels)
+    (bias,) = [tensor for tensor in model.graph.initializer if list(tensor.dims) == [classes]]
+    values = numpy_helper.to_array(bias).copy()
+    values[number] = -1e4
+    bias.CopyFrom(numpy_helper.from_array(values.astype(np.float32), bias.name))
+    return {**graphs, "fp32": model.SerializeToString()}
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R05", "R06", "R10")
+def test_versions_go_in_and_out_of_production_and_all_is_written_down(
+    built: Workspace, tlpipe: Tlpipe
+) -> None:
+    folder = built.path / "artifacts/export/bundle"
+    first = bundles.load(folder)
+    assert "there is no registry yet" in tlpipe("history").refusal
+
+    # The first one passes the gate by its own numbers.
+    assert tlpipe(*REGISTER).code == 0
+    assert aliases(built) == {"challenger": 1, "champion": 1}
+    assert tags(built, 1)["gate"] == "passed"
+    assert tags(built, 1)["gate.against"] == "none"
+    again = tlpipe("promote")
+    assert (again.code, "is in production already" in again.refusal) == (8, True)
+    nowhere = tlpipe("rollback")
+    assert (nowhere.code, "there is none to go back to" in nowhere.refusal) == (8, True)
+
+    # The next one only challenges, until somebody promotes it.
+    second = change_bundle(built, provenance={**first.provenance, "penalty": 0.5})
+    tlpipe(*REGISTER)
+    assert aliases(built) == {"challenger": 2, "champion": 1}
+    assert tags(built, 2) == {}
+    promoted = tlpipe("promote")
+    assert promoted.code == 0
+    assert "digits version 2 is in production, version 1 was before" in promoted.printed
+    assert "+0.0000 (95% interval +0.0000 to +0.0000)" in promoted.printed
+    assert aliases(built) == {"challenger": 2, "champion": 2, "previous": 1}
+    assert (
+        tags(built, 2)["gate.labels"] == "holds: the same 10, expected the same, in the same order"
+    )
+    (decision,) = decisions(built, 2)
+    assert (decision["outcome"], decision["champion"]) == ("passed", "1")
+    assert decision["numbers"]["accuracy"] == decision["numbers"]["champion_accuracy"]
+
+    # One that is worse is refused with the numbers, and goes there by force alone.
+    params = (built.path / "params.yaml").read_text()
+    built.configure("register", gate={"recall": 0.2, "megabytes": 1.0, "milliseconds": 1e4})
+    change_bundle(built, graphs=blinded(folder, 3))
+    tlpipe(*REGISTER)
+    refused = tlpipe("promote")
+    assert refused.code == 11
+    assert "digits version 3 stays out of production" in refused.refusal
+    assert "recall 0.0000 (class 3), expected at least 0.2000" in refused.refusal
+    assert "megabytes 13.4" in refused.refusal
+    assert "accuracy_change -0." in refused.refusal
+    assert "milliseconds" not in refused.refusal
+    assert "│ fails" in refused.printed
+    assert aliases(built) == {"challenger": 3, "champion": 2, "previous": 1}
+    assert tags(built, 3)["gate"] == "refused"
+    assert tags(built, 3)["gate.recall"].startswith("FAILS: 0.0000 (class 3)")
+    (built.path / "params.yaml").write_text(params)
+    assert tlpipe("promote", "3", "--force", "a drill").code == 0
+    assert aliases(built) == {"challenger": 3, "champion": 3, "previous": 2}
+    assert tags(built, 3)["gate"] == "forced: a drill"
+    assert "gate.megabytes" not in tags(built, 3)
+    assert [found["outcome"] for found in decisions(built, 3)] == ["refused", "forced: a drill"]
+
+    # Back, and further back, and to a named one.
+    between = datetime.now(UTC)
+    assert "version 2 is in production again" in tlpipe("rollback", "--why", "worse").printed
+    assert aliases(built) == {"challenger": 3, "champion": 2, "previous": 3}
+    assert "version 1 is in production again" in tlpipe("rollback").printed
+    assert "there is none to go back to" in tlpipe("rollback").refusal
+    assert "version 3 is in production again" in tlpipe("rollback", "3").printed
+    unknown = tlpipe("rollback", "7")
+    assert (unknown.code, "the registry has no version 7 of digits" in unknown.refusal) == (8, True)
+    history = tlpipe("history").printed
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in history.splitlines()
+        if line.startswith("│")
+    ]
+    moved = [(before, version, kind) for _, version, before, kind, _, _ in rows]
+    assert moved == [
+        ("none", "1", "promotion"),
+        ("1", "2", "promotion"),
+        ("2", "3", "promotion"),
+        ("3", "2", "rollback"),
+        ("2", "1", "rollback"),
+        ("1", "3", "rollback"),
+    ]
+    assert [row[-1] for row in rows[2:4]] == ["a drill", "worse"]
+    then = tlpipe("history", "--at", between.isoformat()).printed
+    assert "a drill" in then
+    assert "worse" not in then
+    assert "was in production at 2020-01-01" in tlpipe("history", "--at", "2020-01-01").printed
+    assert tlpipe("history", "--at", "soon").refusal.startswith("'soon' is no date")
+
+    # The champion is deleted: the last good one answers, and that is said.
+    example = str(built.path / "artifacts/evaluate/examples/0.png")
+    client_of(built).delete_model_version("digits", "3")
+    said = built.run("tlpipe", "predict", example).stderr
+    assert "degraded: digits version 3 cannot serve, version 1 does" in said
+    # The last good one was swapped in the store: the one before it.
+    stored = client_of(built).get_model_version("digits", "1").run_id
+    (graph,) = (built.path / "mlartifacts").glob(f"**/{stored}/artifacts/bundle/model.onnx")
+    graph.write_bytes(graph.read_bytes()[:-1] + b"\0")
+    assert "version 2 does" in built.run("tlpipe", "predict", example).stderr
+    assert tlpipe("rollback", "1").code == 6
+
+    # Where signatures are required, only signed ones pass.
+    for name in ("mine", "other"):
+        key = ("openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout")
+        built.run(*key, "-out", f"{name}.pem")
+        built.run("openssl", "ec", "-in", f"{name}.pem", "-pubout", "-out", f"{name}.pub")
+    built.configure("register", gate={"public_key": "mine.pub"})
+    unsigned = tlpipe("promote", "2")
+    assert (unsigned.code, "signature none, expected a signature by" in unsigned.refusal) == (
+        11,
+        True,
+    )
+    tlpipe("sign", "digits@2", "--key", "other.pem")
+    wrong = tlpipe("promote", "2")
+    assert (wrong.code, "is not of" in wrong.refusal) == (11, True)
+    assert tlpipe("sign", "digits@2", "--key", "mine.pem").code == 0
+    assert f"is whole: {second.digest}" in tlpipe("verify", "digits@2", "--key", "mine.pub").printed
+    assert tlpipe("verify", "digits@2", "--key", "other.pub").code == 6
+    assert "digits version 2 is in production" in tlpipe("promote", "2").printed
+    assert tags(built, 2)["gate.signature"].startswith("holds: valid")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R09")
+def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
+    built: Workspace, tlpipe: Tlpipe
+) -> None:
+    folder = built.path / "artifacts/export/bundle"
+    first, report = bundles.load(folder), built.path / "artifacts/evaluate/report.json"
+    measured = report.read_bytes()
+    other = first.preprocessing.model_copy(update={"short_side_px": 232})
+    change_bundle(built, preprocessing=other)
+    # What it sees is not what is stored here: nothing is said, nothing promoted.
+    assert tlpipe(*REGISTER).code == 0
+    assert aliases(built) == {"challenger": 1}
+    refused = tlpipe("promote")
+    assert refused.code == 11
+    assert "is not the data of the version to be promoted" in refused.refusal
+    # Somebody puts it in production by other means; it is taken over, and measured as it sees.
+    client_of(built).set_registered_model_alias("digits", "champion", "1")
+    kept = {name: path.read_bytes() for name, path in first.graphs.items()}
+    change_bundle(built, preprocessing=first.preprocessing, graphs=kept)
+    report.write_bytes(measured)
+    tlpipe(*REGISTER)
+    assert tlpipe("promote").code == 0
+    assert aliases(built) == {"challenger": 2, "champion": 2, "previous": 1}
+    (decision,) = decisions(built, 2)
+    numbers = decision["numbers"]
+    assert numbers["champion_accuracy"] == pytest.approx(numbers["accuracy"], abs=0.05)
+    assert numbers["change"]["low"] < numbers["change"]["high"]  # some answers differ
+    assert "adoption" in tlpipe("history").printed
+    # Another split, or images that are gone.
+    split = built.path / "artifacts/split/split.csv"
+    table = split.read_bytes()
+    split.write_bytes(table.replace(b",train,", b",test,", 1))
+    assert "is not the data of the version" in tlpipe("promote", "1").refusal
+    split.write_bytes(table)
+    change_bundle(built, provenance={**first.provenance, "penalty": 0.5})
+    tlpipe(*REGISTER)
+    tlpipe("rollback")
+    (built.path / "data/digits.yaml").unlink()
+    gone = tlpipe("promote", "3")
+    assert gone.code == 11
+    assert "cannot be read again for it" in gone.refusal
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R11")
+def test_a_locked_database_is_waited_for_at_most_30_s(built: Workspace, tlpipe: Tlpipe) -> None:
+    tlpipe(*REGISTER)
+    database = built.path / "mlflow.db"
+    for seconds, code in ((7, 0), (60, 8)):
+        holder = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+        holder.execute("BEGIN EXCLUSIVE")
+        release = threading.Timer(seconds, lambda holder=holder: holder.execute("COMMIT"))
+        release.start()
+        started = time.monotonic()
+        said = built.run("tlpipe", "history", code=code)
+        assert time.monotonic() - started < 45
+        assert ("database is locked" in said.stderr) == (code == 8)
+        release.cancel()
+        if code:
+            holder.execute("COMMIT")
+        holder.close()
+
+
+@pytest.mark.slow
+def test_a_killed_promotion_leaves_the_old_or_the_new_one(built: Workspace) -> None:
+    import mlflow
+
+    program = (
+        "import sys, itertools, mlflow\n"
+        "from tlpipe.registry import moves\n"
+        "client = mlflow.MlflowClient('sqlite:///raced.db')\n"
+        "last = moves.settle(client, 'raced')\n"
+        "print('ready', flush=True)\n"
+        "for number in itertools.count():\n"
+        "    version = str(1 + number % 2)\n"
+        "    if last and last.champion == version: continue\n"
+        "    last = moves.move(client, 'raced', version, after=last, kind='promotion', why='')\n"
+    )
+    client = mlflow.MlflowClient(f"sqlite:///{built.path / 'raced.db'}")
+    client.create_registered_model("raced")
+    for number in (1, 2):
+        client.create_model_version("raced", source=f"s3://bucket/{number}")
+    client.set_registered_model_alias("raced", "champion", "1")
+    from tlpipe.registry import moves
+
+    pauses, known = random.Random(0), 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=built.path,
+            env=built.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(pauses.uniform(0.2, 0.8))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        found = client.get_registered_model("raced").aliases
+        log = moves.history(client, "raced")
+        assert len(log) > known
+        known = len(log)
+        # At most the last move is not yet to be seen in the aliases.
+        assert str(found["champion"]) in {move.champion for move in log[-2:]}
+        moves.settle(client, "raced")
+        found = client.get_registered_model("raced").aliases
+        assert str(found["champion"]) == log[-1].champion
+        assert str(found["previous"]) == log[-1].previous == log[-2].champion

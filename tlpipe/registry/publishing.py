@@ -1,0 +1,304 @@
+"""Make one MLflow run and one model version of a bundle, with all that is known of it.
+
+Every step finds its own work by content and leaves out what is done, so that running it again, or
+after being killed anywhere, completes the same run and the same version.
+"""
+
+import csv
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from tlpipe import files
+from tlpipe.data.images import crop_middle
+from tlpipe.errors import ArtifactError
+from tlpipe.onnx_export import bundle as bundles
+from tlpipe.onnx_export.bundle import EXACT, Bundle
+from tlpipe.registry import card, tracking
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.models import ModelSignature
+
+_DESCRIPTION = "mlflow.note.content"  # what MLflow shows on top of a run
+_AT_ONCE = 1000  # the most metrics that MLflow takes in one request
+
+
+@dataclass(frozen=True)
+class Content:
+    """Files and folders that a run keeps, each at its own place among the run's artifacts."""
+
+    model: Path
+    bundle: Path
+    parity: Path
+    report: Path
+    speed: Path
+    predictions: Path
+    plots: Path
+    examples: Path
+    history: Path
+    data_report: Path
+    split_report: Path
+    rejects: Path
+    suspects: Path
+    data_plots: Path
+
+    @classmethod
+    def stored(cls, folder: Path) -> "Content":
+        """Return them where all artifacts of a run were fetched into a folder."""
+        return cls(**{name: folder / place for name, place in _PLACES.items()})
+
+
+_PLACES = {
+    "model": tracking.MODEL_FOLDER,
+    "bundle": tracking.BUNDLE_FOLDER,
+    "parity": "parity.json",
+    "report": "report.json",
+    "speed": "speed.json",
+    "predictions": "predictions.csv",
+    "plots": "plots",
+    "examples": "examples",
+    "history": "history.csv",
+    "data_report": "data/ingest.json",
+    "split_report": "data/split.json",
+    "rejects": "data/rejects.csv",
+    "suspects": "data/suspects.csv",
+    "data_plots": "data/plots",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a bundle is in MLflow."""
+
+    bundle: Bundle
+    run_id: str
+    version: str
+
+
+def publish(
+    client: "MlflowClient",
+    experiment_id: str,
+    name: str,
+    content: Content,
+    *,
+    lineage: Mapping[str, str],
+) -> Published:
+    """Return the run and the version of the bundle, made as far as they are not there yet.
+
+    ``lineage``: tags that say where it comes from, and with ``card.PURPOSE`` what it is for.
+
+    Raises:
+        ArtifactError: the report is of another bundle.
+    """
+    shipped = bundles.load(content.bundle)
+    known = {
+        part: files.read_json(getattr(content, part))
+        for part in ("report", "speed", "parity", "data_report", "split_report")
+    }
+    if known["report"]["bundle"] != shipped.digest:
+        raise ArtifactError(
+            f"{content.report} measures another bundle than {content.bundle}. Run 'dvc repro'."
+        )
+    text = card.write(name, shipped, known, lineage)
+    found = _find_run(client, experiment_id, shipped) or client.create_run(
+        experiment_id,
+        run_name=f"{shipped.provenance['origin']['backbone']}-{shipped.digest[:8]}",
+        tags=_tags(shipped) | dict(lineage),
+    )
+    run_id = found.info.run_id
+    client.set_tag(run_id, _DESCRIPTION, text)
+    _log_numbers(client, found, shipped, known, content.history)
+    _log_data(client, found, shipped, known["data_report"])
+    _log_artifacts(client, run_id, content)
+    model_uri = _log_model(client, found, shipped, content.examples)
+    version = _version(client, name, run_id, model_uri, shipped, lineage)
+    client.update_model_version(name, version, text)
+    client.set_terminated(run_id, "FINISHED")
+    return Published(shipped, run_id, version)
+
+
+def _tags(shipped: Bundle) -> dict[str, str]:
+    origin = shipped.provenance["origin"]
+    return {
+        tracking.BUNDLE_TAG: shipped.digest,
+        "tlpipe.onnx_sha256": shipped.model_sha256,
+        "tlpipe.data_sha256": origin["data_sha256"],
+        "tlpipe.data_version": origin["data_version"],
+        "tlpipe.backbone": origin["backbone"],
+        "tlpipe.weights_sha256": origin["weights_sha256"],
+        "tlpipe.freeze": origin["freeze"],
+    }
+
+
+def _find_run(client: "MlflowClient", experiment_id: str, shipped: Bundle) -> "Run | None":
+    """Return the oldest run of this very bundle."""
+    found = client.search_runs(
+        [experiment_id],
+        filter_string=f"tags.`{tracking.BUNDLE_TAG}` = '{shipped.digest}'",
+        order_by=["attributes.start_time ASC"],
+        max_results=1,
+    )
+    return found[0] if found else None
+
+
+def _log_numbers(
+    client: "MlflowClient",
+    found: "Run",
+    shipped: Bundle,
+    known: Mapping[str, Mapping[str, Any]],
+    history: Path,
+) -> None:
+    """Log params, metrics and curves, stamped with the start of the run: equal when replayed."""
+    from mlflow.entities import Metric, Param
+
+    at = found.info.start_time or int(time.time() * 1000)
+    numbers = {"parity_max_difference": known["parity"]["max_difference"]}
+    for precision, measured in known["report"]["precisions"].items():
+        end = "" if precision == EXACT else f"_{precision}"
+        numbers |= {
+            f"test_{name}{end}": value["value"]
+            for name, value in measured.items()
+            if isinstance(value, dict) and "value" in value
+        }
+        numbers[f"test_accuracy_low{end}"] = measured["accuracy"]["low"]
+        numbers[f"test_accuracy_high{end}"] = measured["accuracy"]["high"]
+        numbers[f"onnx_megabytes{end}"] = measured["megabytes"]
+        numbers[f"answer_milliseconds{end}"] = known["speed"][precision]["milliseconds"]["1"]
+    del numbers["test_accuracy_change"]  # of the exact graph against itself
+    metrics = [Metric(name, value, at, 0) for name, value in numbers.items()]
+    with history.open(newline="") as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            metrics += [
+                Metric(name, float(value), at, step) for name, value in row.items() if value
+            ]
+    params = [Param(name, str(value)) for name, value in sorted(_settings(shipped).items())]
+    client.log_batch(found.info.run_id, params=params)
+    for start in range(0, len(metrics), _AT_ONCE):
+        client.log_batch(found.info.run_id, metrics=metrics[start : start + _AT_ONCE])
+
+
+def _settings(shipped: Bundle) -> dict[str, object]:
+    """Return what was set or chosen for this model, by the names of ``provenance.json``."""
+    trained, origin = shipped.provenance, shipped.provenance["origin"]
+    settings = {**trained, **origin, **origin["preprocessing"], "classes": len(shipped.labels)}
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in ("origin", "packages", "preprocessing")
+    }
+
+
+def _log_data(
+    client: "MlflowClient", found: "Run", shipped: Bundle, data: Mapping[str, Any]
+) -> None:
+    """Log the data set as the run's input, once."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if found.inputs and found.inputs.dataset_inputs:
+        return
+    digest = shipped.provenance["origin"]["data_sha256"]
+    dataset = Dataset(
+        name=data["source"],
+        digest=digest[:36],  # MLflow's limit
+        source_type="tlpipe",
+        source=files.json_bytes(
+            {
+                "manifest_sha256": digest,
+                "data_version": shipped.provenance["origin"]["data_version"],
+            }
+        ).decode(),
+        profile=files.json_bytes(data).decode(),
+    )
+    context = InputTag("mlflow.data.context", "training")
+    client.log_inputs(found.info.run_id, [DatasetInput(dataset, [context])])
+
+
+def _log_artifacts(client: "MlflowClient", run_id: str, content: Content) -> None:
+    """Log everything, laid out as it is kept: two reports have the same name in the workspace."""
+    with TemporaryDirectory() as name:
+        for field in fields(content):
+            source, target = getattr(content, field.name), Path(name, _PLACES[field.name])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, copy_function=files.link_or_copy)
+            else:
+                files.link_or_copy(source, target)
+        client.log_artifacts(run_id, name)
+
+
+def _log_model(client: "MlflowClient", found: "Run", shipped: Bundle, examples: Path) -> str:
+    """Log the graph in MLflow's own flavour and return its address."""
+    import mlflow.onnx
+    import onnx
+    from mlflow.entities import LoggedModelStatus
+
+    logged = client.search_logged_models(
+        [found.info.experiment_id], filter_string=f"source_run_id = '{found.info.run_id}'"
+    )
+    for model in logged:
+        if model.status == LoggedModelStatus.READY:
+            return str(model.model_uri)
+        client.delete_logged_model(model.model_id)  # left half-written by a run that was killed
+    example = np.asarray(Image.open(sorted(examples.iterdir())[0]))
+    with mlflow.start_run(run_id=found.info.run_id):
+        info = mlflow.onnx.log_model(
+            onnx.load(shipped.model),
+            name="model",
+            signature=_signature(shipped),
+            input_example=crop_middle(example[np.newaxis], shipped.preprocessing.crop_px),
+            onnx_execution_providers=["CPUExecutionProvider"],
+            pip_requirements=["mlflow", "numpy", "onnx", "onnxruntime"],
+            save_as_external_data=False,
+        )
+    return str(info.model_uri)
+
+
+def _signature(shipped: Bundle) -> "ModelSignature":
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    side, classes = shipped.preprocessing.crop_px, len(shipped.labels)
+    images = TensorSpec(np.dtype(np.uint8), (-1, side, side, 3), bundles.IMAGES)
+    outputs: list[ColSpec | TensorSpec] = [
+        TensorSpec(np.dtype(np.float32), (-1, classes), name)
+        for name in (bundles.LOGITS, bundles.PROBABILITIES)
+    ]
+    return ModelSignature(Schema([images]), Schema(outputs))
+
+
+def _version(
+    client: "MlflowClient",
+    name: str,
+    run_id: str,
+    model_uri: str,
+    shipped: Bundle,
+    lineage: Mapping[str, str],
+) -> str:
+    """Return the number of this bundle's version, created where it does not exist."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, description=card.of_model(name))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        return str(version.version)
+    created = client.create_model_version(
+        name,
+        source=model_uri,
+        run_id=run_id,
+        model_id=model_uri.rpartition("/")[2],
+        tags=_tags(shipped) | {k: v for k, v in lineage.items() if k.startswith("tlpipe.")},
+    )
+    return str(created.version)

@@ -1,0 +1,128 @@
+"""Command ``rebuild``: make a registered bundle once more, from its commit and its data alone."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from tlpipe import files
+from tlpipe.errors import ArtifactError, RegistryError
+from tlpipe.onnx_export import bundle as bundles
+from tlpipe.onnx_export.bundle import Bundle
+from tlpipe.registry import tracking
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+_log = logging.getLogger(__name__)
+_BUNDLE = Path("artifacts/export/bundle")
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a version comes from: its commit of a repository, and the folder in there."""
+
+    repository: str
+    commit: str
+    folder: str
+
+
+def run(
+    *, reference: str, repository: str | None, keep: Path | None, workspace: Path
+) -> tuple[str, str]:
+    """Rebuild ``NAME@ALIAS`` or ``NAME@VERSION``; return its digest, which is the registered one.
+
+    Nothing that was computed before is used: the cache is an empty one, the data come from the DVC
+    remote. ``repository``: what to clone, where it is not the one that was recorded. ``keep``: a
+    folder for the bundle.
+
+    Raises:
+        ArtifactError: what came out differs, or it could not be built.
+        RegistryError: there is no such version, or it does not say where it comes from.
+    """
+    with tracking.connection(workspace) as client:
+        version = tracking.find_version(client, *tracking.parse(reference))
+        expected = version.tags.get(tracking.BUNDLE_TAG, "")
+        origin = _origin(version, repository, workspace)
+        with TemporaryDirectory() as name:
+            found = _build(origin, Path(name, "clone"), workspace)
+            if found.digest != expected:
+                known = tracking.bundle_of(client, version)
+                raise ArtifactError(_differences(reference, found, known))
+            if keep is not None:
+                with files.replacing_folder(keep) as folder:
+                    shutil.copytree(found.folder, folder, dirs_exist_ok=True)
+    return str(version.version), found.digest
+
+
+def _origin(version: "ModelVersion", repository: str | None, workspace: Path) -> _Origin:
+    tags = version.tags
+    name = f"{version.name} version {version.version}"
+    commit = tags.get("tlpipe.git_commit")
+    if not commit:
+        raise RegistryError(f"{name} was not made in a Git repository, so it cannot be rebuilt.")
+    if tags.get("tlpipe.git_changed") == "true":
+        raise RegistryError(
+            f"{name} was made with changes that were never committed, on top of {commit}: it "
+            f"cannot be rebuilt. Commit first, then run 'dvc repro'."
+        )
+    here = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
+    is_here = subprocess.run(here, cwd=workspace, capture_output=True).returncode == 0
+    top = ["git", "rev-parse", "--show-toplevel"]
+    known = tags.get("tlpipe.git_remote")
+    if is_here:
+        known = subprocess.run(top, cwd=workspace, capture_output=True, text=True).stdout.strip()
+    if (source := repository or known) is None:
+        raise RegistryError(
+            f"{name} does not say which repository its commit {commit} is in, and it is not in "
+            f"this one. Name one with --repository."
+        )
+    return _Origin(source, commit, tags.get("tlpipe.git_folder", ""))
+
+
+def _build(origin: _Origin, clone: Path, workspace: Path) -> Bundle:
+    """Clone, check out, pull the data, reproduce up to the bundle."""
+    _log.info("cloning %s", origin.repository)
+    _step("git", "clone", "-q", "--no-checkout", origin.repository, str(clone), folder=Path())
+    _step("git", "checkout", "-q", origin.commit, folder=clone)
+    inside = clone / origin.folder
+    if (local := workspace / ".dvc" / "config.local").is_file():  # addresses and keys of remotes
+        shutil.copy(local, inside / ".dvc")
+    _step("dvc", "cache", "dir", "--local", str(clone / "cache"), folder=inside)
+    listed = ["git", "ls-files", "*.dvc"]
+    tracked = subprocess.run(listed, cwd=inside, capture_output=True, text=True, check=True)
+    if names := tracked.stdout.splitlines():
+        _log.info("pulling the data: %s", ", ".join(names))
+        _step("dvc", "pull", "-q", *names, folder=inside)
+    _step("dvc", "repro", "-q", "export", folder=inside)
+    return bundles.load(inside / _BUNDLE)
+
+
+def _step(*command: str, folder: Path) -> None:
+    """Run a command with the code of the clone, its output to be seen."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(folder.resolve())}
+    if subprocess.run(command, cwd=folder, env=env, stdout=sys.stderr).returncode:
+        raise ArtifactError(f"{' '.join(command)} failed, see above; nothing was rebuilt.")
+
+
+def _differences(reference: str, found: Bundle, known: Bundle) -> str:
+    """Say which files are other ones, and which packages of other versions."""
+    names = sorted(found.hashes.keys() | known.hashes.keys())
+    other = [name for name in names if found.hashes.get(name) != known.hashes.get(name)]
+    old, new = known.provenance["packages"], found.provenance["packages"]
+    packages = [
+        f"{name} {old.get(name)} then, {new.get(name)} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    why = f"Packages differ: {', '.join(packages)}" if packages else "Packages are the same"
+    return (
+        f"{reference} was rebuilt, but {', '.join(other)} came out different: sha256 of the bundle "
+        f"{found.digest[:16]}..., registered {known.digest[:16]}.... {why}."
+    )
