@@ -212,6 +212,35 @@ def lr_find(
         print(f"see {plot}")
 
 
+@app.command("cross-validate")
+def cross_validate(
+    folds: Annotated[
+        int | None, typer.Option(min=3, max=20, help="How many. [default: split.folds]")
+    ] = None,
+    params: ParamsFile = PARAMS_FILE,
+) -> None:
+    """Train and test once for each fold; give each number's mean over folds with its interval."""
+    from tlpipe.metrics import cross_validation
+
+    sections = load_params(params)
+    if folds is not None:
+        sections["split"] = sections["split"].model_copy(update={"folds": folds})
+    stages = {name: importlib.import_module(STAGES[name]).run for name in cross_validation.STAGES}
+    drawn = _paths("split", params.parent)
+    folder = params.parent / "artifacts" / "cross-validation"
+    report = cross_validation.run(
+        **_paths("embed", params.parent),
+        split=drawn["split"],
+        split_report=drawn["report"],
+        folder=folder,
+        workspace=params.parent,
+        stages=stages,
+        params=sections,
+    )
+    _print_folds(report)
+    print(f"see {folder}")
+
+
 @app.command(rich_help_panel=STAGE_PANEL)
 def export(
     model: In, pixels: In, split: In, bundle: Out, parity: Out, params: ParamsFile = PARAMS_FILE
@@ -653,6 +682,29 @@ def _print_answers(answers: list[dict[str, Any]]) -> None:
         label = escape(_printable(answer["label"]))
         table.add_row(name, label, f"{answer['probability']:.3f}", escape(following))
     Console().print(table)
+
+
+def _print_folds(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tlpipe.metrics.cross_validation import title
+    from tlpipe.metrics.evaluate import describe
+
+    names = [name for name in report["mean"] if not name.startswith("top_")]
+    table = Table("split.\nfold", *(title(name).replace(" ", "\n") for name in names))
+    for column in table.columns:
+        column.justify = "right"
+    for fold in report["folds"]:
+        table.add_row(str(fold["fold"]), *(f"{fold['headlines'][name]:.3f}" for name in names))
+    table.add_section()
+    means = [report["mean"][name] for name in names]
+    table.add_row("mean", *(f"{mean['value']:.3f}\n+-{mean['half_width']:.3f}" for mean in means))
+    Console().print(table)
+    pooled = report["pooled"]
+    share = f"{means[0]['confidence']:.0%}"
+    print(f"+-: {share} interval, corrected for the training images that folds share")
+    print(f"pooled: accuracy {describe(pooled['accuracy'])} on {pooled['images']} images")
 
 
 def _printable(text: str) -> str:

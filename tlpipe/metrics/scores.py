@@ -19,6 +19,16 @@ Headlines = dict[str, npt.NDArray[np.float64]]
 
 BINS = 15
 _TOP = (2, 3, 5)
+# All names that a headline may have; which there are depends on the number of classes.
+HEADLINES = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "log_loss",
+    "auroc",
+    "calibration_error",
+    *(f"top_{k}_accuracy" for k in _TOP),
+)
 
 
 def measure(
