@@ -1,12 +1,17 @@
+import hashlib
 import json
 import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
 
 from tlpipe.errors import ArtifactError
 from tlpipe.onnx_export import bundle as bundles
+from tlpipe.onnx_export.external import has_external_data
 
 
 @pytest.fixture
@@ -54,3 +59,72 @@ def test_a_missing_or_extra_file_is_refused(copied: Path, tmp_path: Path) -> Non
         bundles.load(copied)
     with pytest.raises(ArtifactError, match=r"is no bundle: SHA256SUMS cannot be read"):
         bundles.load(tmp_path / "nowhere")
+
+
+def wanting(location: str, place: str) -> bytes:
+    """Return a graph one of whose tensors lies in another file."""
+    tensor = numpy_helper.from_array(np.zeros(3, np.float32), "weights")
+    set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [3])
+    total = helper.make_tensor_value_info("total", TensorProto.FLOAT, [3])
+    add = helper.make_node("Add", ["images", "weights"], ["total"])
+    if place == "initializer":
+        graph = helper.make_graph([add], "g", [images], [total], [tensor])
+    elif place == "constant":
+        constant = helper.make_node("Constant", [], ["weights"], value=tensor)
+        graph = helper.make_graph([constant, add], "g", [images], [total])
+    else:  # in a branch
+        inner = helper.make_graph([add], "inner", [], [total], [tensor])
+        yes = numpy_helper.from_array(np.array(True), "yes")
+        branch = helper.make_node("If", ["yes"], ["total"], then_branch=inner, else_branch=inner)
+        graph = helper.make_graph([branch], "g", [images], [total], [yes])
+    return helper.make_model(graph).SerializeToString()
+
+
+@pytest.mark.fault("R07")
+@pytest.mark.parametrize("place", ["initializer", "constant", "branch"])
+def test_weights_in_another_file_are_refused_though_every_hash_is_right(
+    copied: Path, tmp_path: Path, place: str
+) -> None:
+    old = bundles.load(copied)
+    kept = {name: path.read_bytes() for name, path in old.graphs.items()}
+
+    def seal(graph: bytes) -> None:
+        bundles.save(
+            copied,
+            graphs={**kept, "int8": graph},
+            labels=old.labels,
+            preprocessing=old.preprocessing,
+            provenance=old.provenance,
+        )
+
+    (tmp_path / "secret").write_bytes(bytes(12))
+    for location in ("../secret", str(tmp_path / "secret"), "linked"):
+        seal(wanting(location, place))
+        with pytest.raises(ArtifactError, match=r"model.int8.onnx wants weights from other files"):
+            bundles.load(copied)
+    seal(kept["int8"])
+    assert bundles.load(copied).digest == old.digest
+
+
+@pytest.mark.fault("R07")
+def test_a_link_beside_the_graph_is_refused(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(bytes(12))
+    seal = (copied / "SHA256SUMS").read_text()
+    for link in (Path.symlink_to, Path.hardlink_to):
+        link(copied / "linked", tmp_path / "secret")
+        for line in ("", f"{hashlib.sha256(bytes(12)).hexdigest()}  linked\n"):
+            (copied / "SHA256SUMS").write_text(seal + line)
+            with pytest.raises(ArtifactError, match=r"holds .*linked.*; expected labels.json"):
+                bundles.load(copied)
+        (copied / "linked").unlink()
+
+
+def test_what_is_no_graph_is_refused(copied: Path) -> None:
+    whole = (copied / "model.onnx").read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"\xff" * 20, b"GIF89a"):
+        path = copied / "model.onnx"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"ends in the middle|empty file|unknown kind"):
+            has_external_data(path)

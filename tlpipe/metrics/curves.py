@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tlpipe.metrics.scores import BINS, Floats, Labels, bin_numbers
+from tlpipe.metrics.scores import BINS, Floats, Labels, auroc, bin_numbers
 
 Exact = npt.NDArray[np.float64]
 Hits = npt.NDArray[np.bool_]
@@ -88,8 +88,6 @@ def ranked(scores: Floats, positive: Hits) -> Ranked:
 
 def separation(known: Exact, unknown: Exact) -> float:
     """Return the chance that a known image scores above an unknown one, with halves for ties."""
-    from scipy.stats import rankdata
-
-    ranks = rankdata(np.concatenate([known, unknown]))[: len(known)]
-    pairs = len(known) * len(unknown)
-    return float((ranks.sum() - len(known) * (len(known) + 1) / 2) / pairs)
+    is_known = np.arange(len(known) + len(unknown)) < len(known)
+    once = np.ones((1, len(is_known)))
+    return float(auroc(np.concatenate([known, unknown]), is_known, once)[0])

@@ -91,7 +91,7 @@ def headlines(probabilities: Floats, truth: Labels) -> Callable[[Weights], Headl
         for k in _TOP:
             if k < classes:
                 found[f"top_{k}_accuracy"] = weights @ (rank < k) / total
-        areas = [_auroc(probabilities[:, c], actual[:, c], weights) for c in tested]
+        areas = [auroc(probabilities[:, c], truth == c, weights) for c in tested]
         if len(tested) > 1:
             found["auroc"] = np.nanmean(areas, axis=0)
         return found
@@ -99,18 +99,24 @@ def headlines(probabilities: Floats, truth: Labels) -> Callable[[Weights], Headl
     return count
 
 
-def _auroc(scores: Floats, actual: Weights, weights: Weights) -> Weights:
-    """Return the area under the ROC curve for each row of weights; NaN where one side is empty."""
+def auroc(
+    scores: npt.NDArray[np.floating[Any]], actual: npt.NDArray[np.bool_], weights: Weights
+) -> Weights:
+    """Return the area under the ROC curve (B,) for how often each image counts (B, N).
+
+    It is the chance that one of the class scores above one of the others, with halves for ties;
+    NaN where one side is empty.
+    """
     order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=np.float32(-1)))
-    inside = actual[order]
-    drawn = weights[:, order]
-    positive = np.add.reduceat(drawn * inside, starts, axis=1)
-    negative = np.add.reduceat(drawn * (1 - inside), starts, axis=1)
-    below = np.cumsum(negative, axis=1) - negative / 2
-    pairs = positive.sum(axis=1) * negative.sum(axis=1)
+    ranked, inside = scores[order], np.flatnonzero(actual[order])
+    others = np.zeros((len(weights), len(scores) + 1))
+    np.cumsum(weights[:, order] * ~actual[order], axis=1, out=others[:, 1:])
+    # Of the others, those that score less, and half of those that score the same.
+    first, last = (np.searchsorted(ranked, ranked[inside], side) for side in ("left", "right"))
+    positive = weights[:, order[inside]]
+    above = (positive * (others[:, first] + others[:, last])).sum(axis=1) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        area: Weights = (positive * below).sum(axis=1) / pairs
+        area: Weights = above / (positive.sum(axis=1) * others[:, -1])
     return area
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from tlpipe import files
 from tlpipe.data.images import Preprocessing
 from tlpipe.errors import ArtifactError
+from tlpipe.onnx_export.external import has_external_data
 
 IMAGES, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
 LABELS, PREPROCESSING, PROVENANCE = "labels.json", "preprocessing.json", "provenance.json"
@@ -104,12 +105,14 @@ def save(
 
 
 def load(folder: Path) -> Bundle:
-    """Check every hash of a bundle, and that there is nothing else in it, then read it.
+    """Check every hash of a bundle, and that it needs nothing from outside, then read it.
 
     Raises:
-        ArtifactError: a file is missing, altered or one too many.
+        ArtifactError: a file is missing, altered or one too many, or wants data of others.
     """
     hashes = _verify(folder)
+    for name in sorted(hashes.keys() & GRAPHS.values()):
+        _check_alone(folder / name)
     return Bundle(
         folder=folder,
         digest=files.sha256(folder / _SEAL),
@@ -145,3 +148,16 @@ def _verify(folder: Path) -> dict[str, str]:
                 f"The file was altered or damaged: fetch or export the bundle again."
             )
     return hashes
+
+
+def _check_alone(graph: Path) -> None:
+    """Check that a graph has all of its weights itself, as every exported one does."""
+    try:
+        is_alone, found = not has_external_data(graph), "wants weights from other files"
+    except ValueError as error:
+        is_alone, found = False, f"is no ONNX file: {error}"
+    if not is_alone:
+        raise ArtifactError(
+            f"{graph} {found}; expected a graph that holds all of its weights. It was not made by "
+            f"tlpipe: do not use it."
+        )
