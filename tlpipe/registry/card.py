@@ -11,6 +11,7 @@ from tlpipe.onnx_export.bundle import EXACT, Bundle
 _MOST = 5000  # MLflow keeps so many characters of a version's description
 _LISTED = 12
 PURPOSE = "tlpipe.purpose"
+_ROOM = "\N{EM SPACE}"
 _HEADLINES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -114,7 +115,7 @@ def _data(known: Known) -> str:
         f"{count:,} {name}" for name, count in split["images"].items() if count and name != "unused"
     )
     counts = sorted(data["classes"].items(), key=lambda pair: (-pair[1], pair[0]))
-    shown = [f"{_plain(label)} {count:,}" for label, count in counts[:_LISTED]]
+    shown = [f"{_plain(label)}: {count:,}" for label, count in counts[:_LISTED]]
     more = [f"and {len(counts) - _LISTED} more"] * (len(counts) > _LISTED)
     lines = [
         f"{_plain(data['source'])}, {data['images']:,} images ({parts}), "
@@ -163,10 +164,12 @@ def _listed(labels: Sequence[str]) -> str:
     return shown if len(labels) <= _LISTED else f"{shown} and {len(labels) - _LISTED} more"
 
 
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(head), *rows]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        # MLflow's page draws cells without any room between them.
+        return f"| {' | '.join(f'{cell}{_ROOM}' for cell in cells)} |"
+
+    return "\n".join([line(head), f"{'| --- ' * len(head)}|", *map(line, rows)])
 
 
 def _plain(text: object) -> str:

@@ -5,6 +5,7 @@ after being killed anywhere, completes the same run and the same version.
 """
 
 import csv
+import getpass
 import shutil
 import time
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 _DESCRIPTION = "mlflow.note.content"  # what MLflow shows on top of a run
+_MADE_BY = {"mlflow.source.name": "tlpipe register", "mlflow.source.type": "LOCAL"}
 _AT_ONCE = 1000  # the most metrics that MLflow takes in one request
 
 
@@ -112,7 +114,7 @@ def publish(
     found = _find_run(client, experiment_id, shipped) or client.create_run(
         experiment_id,
         run_name=f"{shipped.provenance['origin']['backbone']}-{shipped.digest[:8]}",
-        tags=_tags(shipped) | dict(lineage),
+        tags=_tags(shipped) | dict(lineage) | _MADE_BY | {"mlflow.user": getpass.getuser()},
     )
     run_id = found.info.run_id
     client.set_tag(run_id, _DESCRIPTION, text)

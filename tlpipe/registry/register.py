@@ -57,6 +57,7 @@ def run(
         ArtifactError: the report is of another bundle.
         RegistryError: MLflow cannot be reached or refuses.
     """
+    purpose = {card.PURPOSE: params.purpose} if params.purpose else {}
     with tracking.connection(workspace, create=True) as client:
         experiment_id = tracking.experiment(client, params.name, workspace)
         published = publishing.publish(
@@ -64,7 +65,7 @@ def run(
             experiment_id,
             params.name,
             content,
-            lineage=lineage.describe(workspace) | {card.PURPOSE: params.purpose},
+            lineage=lineage.describe(workspace) | purpose,
         )
         version = published.version
         client.set_registered_model_alias(params.name, tracking.CHALLENGER, version)
