@@ -248,6 +248,7 @@ def test_a_locked_database_is_waited_for_at_most_30_s(built: Workspace, tlpipe: 
 
 
 @pytest.mark.slow
+@pytest.mark.fault("R04")
 def test_a_killed_promotion_leaves_the_old_or_the_new_one(built: Workspace) -> None:
     import mlflow
 

@@ -10,7 +10,6 @@ from tests.conftest import ROOT, Workspace, free_port, server
 from tests.registry.conftest import COMMAND, Said, change_bundle
 from tlpipe.onnx_export import bundle as bundles
 
-
 COMPOSED = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["mlflow"]
 
 

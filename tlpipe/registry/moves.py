@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from tlpipe.errors import RegistryError
@@ -29,7 +30,7 @@ CHAMPION, PREVIOUS = "champion", "previous"
 PROMOTION, ROLLBACK, ADOPTION = "promotion", "rollback", "adoption"
 _SUFFIX = "-history"
 _TAG = "tlpipe.move."
-_PAGE = 100
+_PAGE = 16
 _TRIES = 20
 
 
@@ -52,20 +53,20 @@ class Move:
 
 def tail(client: "MlflowClient", name: str) -> Move | None:
     """Return the last move that counts, or None before the first."""
-    last = _page(client, name)
-    if not last:
-        return None
-    newest = max(move.follows for move in last)
-    # The first of those that follow the same one; the page holds all of them but after a race of
-    # a hundred at once.
-    return min((m for m in last if m.follows == newest), key=lambda move: move.number)
+    last, newest = None, -1
+    for move in _newest_first(client, name):
+        if move.number <= newest:  # only later ones can follow it
+            break
+        if move.follows >= newest:
+            last, newest = move, move.follows
+    return last
 
 
 def history(client: "MlflowClient", name: str) -> list[Move]:
     """Return every move that counts, the oldest first."""
     found: dict[int, Move] = {}
-    for move in sorted(_all(client, name), key=lambda move: move.number):
-        found.setdefault(move.follows, move)
+    for move in _newest_first(client, name):
+        found[move.follows] = move
     return sorted(found.values(), key=lambda move: move.number)
 
 
@@ -96,7 +97,8 @@ def move(
     """
     number = _append(client, name, champion, after=after, kind=kind, why=why)
     follows = after.number if after else 0
-    winner = next(m for m in sorted(_page(client, name), key=_number) if m.follows == follows)
+    later = takewhile(lambda move: move.number > follows, _newest_first(client, name))
+    *_, winner = (move for move in later if move.follows == follows)
     if winner.number != number:
         raise RegistryError(
             f"{winner.by} has put {name} version {winner.champion} in production "
@@ -183,29 +185,25 @@ def _create_log(client: "MlflowClient", name: str) -> None:
         )
 
 
-def _page(client: "MlflowClient", name: str) -> list[Move]:
-    """Return the newest entries."""
-    found = client.search_model_versions(
-        f"name = '{name}{_SUFFIX}'", max_results=_PAGE, order_by=["version_number DESC"]
-    )
-    return [_move(version) for version in found]
-
-
-def _all(client: "MlflowClient", name: str) -> Iterator[Move]:
+def _newest_first(client: "MlflowClient", name: str) -> Iterator[Move]:
+    """Yield the entries; one may come twice where others are written meanwhile."""
     token = None
     while True:
         page = client.search_model_versions(
             f"name = '{name}{_SUFFIX}'",
             max_results=_PAGE,
-            order_by=["version_number ASC"],
+            order_by=["version_number DESC"],
             page_token=token,
         )
-        yield from map(_move, page)
+        yield from (_move(client, version) for version in page)
         if not (token := page.token):
             return
 
 
-def _move(version: "ModelVersion") -> Move:
+def _move(client: "MlflowClient", version: "ModelVersion") -> Move:
+    if not version.tags:
+        # MLflow asks for tags after versions: what others pushed off the page meanwhile has none.
+        version = client.get_model_version(version.name, version.version)
     tags = {key.removeprefix(_TAG): value for key, value in version.tags.items()}
     return Move(
         number=int(version.version),
@@ -217,7 +215,3 @@ def _move(version: "ModelVersion") -> Move:
         by=tags["by"],
         at=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
     )
-
-
-def _number(entry: Move) -> int:
-    return entry.number
