@@ -4,14 +4,19 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from tests.conftest import Workspace
+from tlpipe.inference.predictor import Predictor
+from tlpipe.onnx_export import bundle as bundles
+from tlpipe.runtime import open_session
 
 
 def reproduce(workspace: Workspace, source: Path, name: str, *stages: str) -> dict:
-    workspace.set_source(source)
-    workspace.replace("params.yaml", "name: digits", f"name: {name}")
+    workspace.configure("ingest", source=str(source))
+    workspace.configure("register", name=name)
     workspace.run("dvc", "repro", *stages)
     return json.loads((workspace.path / "artifacts/evaluate/report.json").read_text())
 
@@ -21,12 +26,31 @@ def test_ants_and_bees_with_given_splits(
     main_job: Workspace, workspace: Workspace, shared_data: Callable[[str], Path]
 ) -> None:
     """Needs the main job for the frozen part that it exported."""
-    report = reproduce(workspace, shared_data("hymenoptera"), "ants-and-bees")
+    unknown, photos = shared_data("sign-digits"), shared_data("hymenoptera")
+    workspace.configure("evaluate", unknown=str(unknown), unknown_images=40)
+    report = reproduce(workspace, photos, "ants-and-bees")
     assert report["images"] == 153
     assert report["labels"] == ["ants", "bees"]
     assert report["precisions"]["fp32"]["accuracy"]["value"] >= 0.93
     table = workspace.run("tlpipe", "summary", "artifacts/register/receipt.json").stdout
     assert "ants-and-bees version 1, alias challenger, champion" in table
+    assert report["unknown"]["images"] == 40
+    assert report["unknown"]["source"] == "sign-digits"
+    assert report["unknown"]["auroc"] >= 0.8
+    _any_size_names_the_same(workspace, sorted(photos.rglob("*.jpg"))[::2])
+
+
+def _any_size_names_the_same(workspace: Workspace, photos: list[Path]) -> None:
+    """Hand whole photos to the graph that resizes by itself: the same label as through ours."""
+    bundle = bundles.load(workspace.path / "artifacts/export/bundle")
+    predictor, session = Predictor(bundle), open_session(bundle.graphs["any-size"])
+    same = 0
+    for photo in photos:
+        pixels = np.asarray(ImageOps.exif_transpose(Image.open(photo)).convert("RGB"))
+        (found,) = session.run(["logits"], {"images": pixels[np.newaxis]})[0]
+        same += bundle.labels[found.argmax()] == predictor.predict(photo.read_bytes()).label
+    assert len(photos) >= 190
+    assert same / len(photos) >= 0.995
 
 
 @pytest.mark.slow

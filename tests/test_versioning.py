@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import Workspace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 COMMIT = ("-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qam")
 
@@ -52,6 +52,7 @@ def test_data_go_to_a_remote_and_back_and_an_older_version_is_restored(
     workspace.run("dvc", "repro")
     assert (workspace.path / "artifacts/export/bundle/model.onnx").read_bytes() != first
     commit(workspace, "two")
+    _are_compared(workspace, tmp_path / "compared")
     workspace.run("dvc", "push", "--all-commits")
     workspace.run("git", "push", "-q", "origin", "HEAD")
 
@@ -69,6 +70,19 @@ def test_data_go_to_a_remote_and_back_and_an_older_version_is_restored(
     registry = {"MLFLOW_TRACKING_URI": f"sqlite:///{workspace.path / 'mlflow.db'}"}
     (tmp_path / "elsewhere").mkdir()
     _is_rebuilt(Workspace(tmp_path / "elsewhere", cache_env | registry), first)
+
+
+def _are_compared(workspace: Workspace, page: Path) -> None:
+    """Both versions in every plot, and both of each picture."""
+    workspace.run("dvc", "plots", "diff", "HEAD~1", "--out", str(page))
+    text = (page / "index.html").read_text()
+    for title in ("Confusion on the test split", "How often answers of each confidence are right"):
+        assert title in text
+    for name in ("HEAD~1", "workspace"):
+        assert f'"rev": "{name}"' in text
+        pictures = {path.name for path in (page / "static").glob(f"{name}_*.png")}
+        assert any("mistakes.png" in picture for picture in pictures)
+        assert any("suspects.png" in picture for picture in pictures)
 
 
 def _is_rebuilt(elsewhere: Workspace, graph: bytes) -> None:

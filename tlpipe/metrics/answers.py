@@ -1,7 +1,7 @@
 """Ask a classifier for its answers: on a part of the stored images, on changed ones, on others."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) 
         DataError: there is no such source, or no image in it can be read.
     """
     squares = []
-    with listing.opened(source) as found:
+    with _opened(source) as found:
         names = sorted({candidate.file for candidate in found.candidates()})
         for place in evenly(range(len(names)), most):
             with suppress(ImageError, OSError):
@@ -150,6 +150,15 @@ def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) 
     batches = [np.stack(squares[i : i + _BATCH]) for i in range(0, len(squares), _BATCH)]
     probabilities = np.concatenate([predictor.scores(batch)[1] for batch in batches])
     return sureness(probabilities)
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[listing.Source]:
+    try:
+        with listing.opened(source) as found:
+            yield found
+    except DataError as error:
+        raise DataError(str(error).replace("ingest.source", "evaluate.unknown")) from None
 
 
 def sureness(probabilities: Floats) -> Exact:
