@@ -70,6 +70,10 @@ def test_an_unknown_key_is_refused_with_the_nearest(empty: Workspace) -> None:
     )
     line = refused(empty, changed("trian", "max_iterations", 3))
     assert line.startswith("trian is no known key; did you mean train?")
+    line = refused(empty, changed("register", "gate", {"acuracy": 0.9}))
+    assert line.startswith(
+        "register.gate.acuracy is no known key; did you mean register.gate.accuracy?"
+    )
 
 
 @pytest.mark.fault("P03")

@@ -556,12 +556,17 @@ def sign(
 
 @app.command()
 def check(params: ParamsFile = PARAMS_FILE) -> None:
-    """Check params.yaml and that the source is there, before anything runs."""
+    """Check params.yaml and that the sources are there, before anything runs."""
     from tlpipe import versioning
     from tlpipe.data import ingest
+    from tlpipe.metrics import answers, evaluate
 
-    section = cast(ingest.Params, load_params(params)["ingest"])
-    with ingest.opened(section):
+    sections = load_params(params)
+    section = cast(ingest.Params, sections["ingest"])
+    with (
+        ingest.opened(section),
+        answers.opened(cast(evaluate.Params, sections["evaluate"]).unknown),
+    ):
         pass
     for pattern in versioning.hide_unreadable(params.parent, Path(section.source)):
         print(f"{pattern} cannot be read and is now in .dvcignore; see rejects.csv after ingest")

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +117,22 @@ def _explain(path: Path, model: type[Section], error: ErrorDetails, prefix: str)
     location = [str(part) for part in error["loc"]]
     key = ".".join([prefix, *location] if prefix else location)
     if error["type"] == "extra_forbidden":
-        return _unknown(path, key, location[-1], model.model_fields)
+        return _unknown(path, key, location[-1], _fields_at(model, location[:-1]))
     if error["type"] == "missing":
         return f"{key} is missing. Set it in {path}."
     expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
     return f"{key} is {error['input']!r}; {expected}. Change it in {path}."
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, object]:
+    """Return the fields of the section within a section that a location leads to."""
+    for name in location:
+        field = model.model_fields.get(name)
+        if field is None or not isinstance(field.annotation, type):
+            break
+        if issubclass(field.annotation, BaseModel):
+            model = field.annotation
+    return model.model_fields
 
 
 def _unknown(path: Path, key: str, name: object, known: Mapping[str, object]) -> str:

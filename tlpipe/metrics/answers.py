@@ -137,7 +137,7 @@ def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) 
         DataError: there is no such source, or no image in it can be read.
     """
     squares = []
-    with _opened(source) as found:
+    with opened(source) as found:
         names = sorted({candidate.file for candidate in found.candidates()})
         for place in evenly(range(len(names)), most):
             with suppress(ImageError, OSError):
@@ -153,7 +153,12 @@ def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) 
 
 
 @contextmanager
-def _opened(source: str) -> Iterator[listing.Source]:
+def opened(source: str) -> Iterator[listing.Source]:
+    """Open the source of unknown images and list it.
+
+    Raises:
+        DataError: as ``listing.opened``, of ``evaluate.unknown``.
+    """
     try:
         with listing.opened(source) as found:
             yield found

@@ -109,7 +109,17 @@ def find_version(client: "MlflowClient", name: str, which: str) -> "ModelVersion
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         wanted = f"version {which} of {name}" if which.isdecimal() else f"model {name}@{which}"
-        raise RegistryError(f"the registry has no {wanted}. {_REGISTER}") from None
+        raise RegistryError(
+            f"the registry has no {wanted}. {_what_there_is(client, name)}"
+        ) from None
+
+
+def _what_there_is(client: "MlflowClient", name: str) -> str:
+    numbers = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
+    if not numbers:
+        return _REGISTER
+    known = [*map(str, numbers[-5:]), *sorted(client.get_registered_model(name).aliases)]
+    return f"Expected one that is there, such as {', '.join(known)}."
 
 
 def parse(reference: str, *, otherwise: str = CHAMPION) -> tuple[str, str]:
