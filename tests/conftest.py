@@ -145,19 +145,24 @@ def copy_repository(target: Path, env: Mapping[str, str], *, is_whole: bool = Fa
 
 
 @pytest.fixture(scope="session")
-def cache_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A user's cache folder that starts empty: the frozen part is exported in this session."""
-    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test processes of this session share."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
 
 @pytest.fixture(scope="session")
-def main_job(tmp_path_factory: pytest.TempPathFactory, cache_env: dict[str, str]) -> Workspace:
+def cache_env(shared: Path) -> dict[str, str]:
+    """A user's cache folder that starts empty: the frozen part is exported in this session."""
+    return {"XDG_CACHE_HOME": str(shared / "cache")}
+
+
+@pytest.fixture(scope="session")
+def main_job(shared: Path, cache_env: dict[str, str]) -> Workspace:
     """A workspace after its first 'dvc repro'. Tests read it and register nothing else in it.
 
-    Several test processes share it: the first one that needs it makes it.
+    Of several test processes, the first one that needs it makes it.
     """
-    root = tmp_path_factory.getbasetemp()
-    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     target, made = shared / "main job" / "copy", shared / "main job" / "made"
     with FileLock(shared / "main job.lock"):
         if made.exists():
