@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import crop_middle
 from tlpipe.data.manifest import evenly, load_split
-from tlpipe.metrics import answers, corruptions, evaluate
+from tlpipe.metrics import answers, corruptions, evaluate, speed
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import ANY_SIZE, EXACT, Bundle
 
@@ -81,6 +82,13 @@ class Report:
     def dearer(self, what: str, first: float, second: float, unit: str, goal: float | None) -> None:
         """Add how many times as much the second needs."""
         self._add(what, first, second, unit, second / first, goal, is_least=False)
+
+    def at_most(self, what: str, found: float, unit: str, goal: float) -> None:
+        """Add what needs no other to be compared with."""
+        reached = "yes" if found <= goal else "no"
+        cells = [what, "", f"{found:.1f} {unit}", "", f"<= {goal:g} {unit}", reached]
+        self.table.add_row(*cells)
+        print(*cells, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Add a line below the table."""
@@ -237,6 +245,17 @@ def against_openvino(report: Report, given: Given) -> None:
             report.dearer(f"int8 in OpenVINO, in ours; batch {size}", peer, ours, "ms", goal)
 
 
+def verifying(report: Report, given: Given) -> None:
+    """Time the check of every hash, which comes before a session opens."""
+    spent = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        bundles.load(given.bundle.folder)
+        spent.append(time.perf_counter() - started)
+    megabytes = sum(path.stat().st_size for path in given.bundle.folder.iterdir()) / 1e6
+    report.at_most("verify 10 MB", 1e4 * statistics.median(spent) / megabytes, "ms", 100)
+
+
 def make_digits(folder: Path, images: int) -> None:
     """Write a table of so many test images, and of fewer for the other splits.
 
@@ -279,13 +298,13 @@ def bare_plan(given: Given) -> dict[str, Any]:
     models = {n: str(p) for n, p in given.bundle.graphs.items() if n != ANY_SIZE}
     exact, few = models[EXACT], evenly(rows["test"], params.corrupted)
     changes = sum(map(len, corruptions.STRENGTHS.values()))
-    asked = [(exact, rows["test"], answers._BATCH)]
-    asked += [(p, rows["test"], answers._BATCH) for n, p in models.items() if n != EXACT]
-    asked += [(exact, rows["validation"], answers._BATCH)]
-    asked += [(exact, evenly(rows["test"], params.unknown_images), answers._BATCH)]
-    asked += [(exact, few, answers._BATCH)] * (changes + 1)
+    asked = [(exact, rows["test"], answers.BATCH)]
+    asked += [(p, rows["test"], answers.BATCH) for n, p in models.items() if n != EXACT]
+    asked += [(exact, rows["validation"], answers.BATCH)]
+    asked += [(exact, evenly(rows["test"], params.unknown_images), answers.BATCH)]
+    asked += [(exact, few, answers.BATCH)] * (changes + 1)
     for path in models.values():
-        asked += [(path, list(range(n)) * (1 + times), n) for n, times in evaluate._TIMED.items()]
+        asked += [(path, list(range(n)) * (1 + times), n) for n, times in speed.TIMED.items()]
     return {
         "threads": given.bundle.provenance["origin"]["threads"],
         "crop_px": given.bundle.preprocessing.crop_px,
@@ -341,6 +360,7 @@ PARTS: dict[str, Callable[[Report, Given], None]] = {
     "torch": against_torch,
     "int8": int8_against_fp32,
     "openvino": against_openvino,
+    "verify": verifying,
     "evaluate": evaluating,
 }
 

@@ -408,7 +408,7 @@ def history(
     """Say which version was in production, since when, and why."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from tlpipe.registry import moves, promotion, register, tracking
 
@@ -420,7 +420,7 @@ def history(
     if not log:
         print(f"nothing of {name} was in production{f' at {at}' if at else ' yet'}")
         return
-    table = Table("since (UTC)", "version", "before", "move", "by", "why")
+    table = Table(Column("since (UTC)", no_wrap=True), "version", "before", "move", "by", "why")
     for move in log:
         since = f"{move.at:%Y-%m-%d %H:%M:%S}"
         words = (escape(_printable(text)) for text in (move.kind, move.by, move.why))

@@ -18,7 +18,7 @@ from tlpipe.metrics.scores import Floats, Labels
 from tlpipe.progress import track
 from tlpipe.sources import listing
 
-_BATCH = 8
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Part:
         change: Callable[[Pixels], Pixels] = lambda images: images,
     ) -> Answers:
         """Return the answers for all of them, changed before where that is asked for."""
-        starts = range(0, len(self.rows), _BATCH)
+        starts = range(0, len(self.rows), BATCH)
         found = [
-            predictor.scores(change(self.squares[list(self.rows[start : start + _BATCH])]))
+            predictor.scores(change(self.squares[list(self.rows[start : start + BATCH])]))
             for start in track(starts, total=len(starts), description=description)
         ]
         logits, probabilities = (np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -147,7 +147,7 @@ def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) 
         raise DataError(
             f"evaluate.unknown {source} has no image that can be read. Change it in params.yaml."
         )
-    batches = [np.stack(squares[i : i + _BATCH]) for i in range(0, len(squares), _BATCH)]
+    batches = [np.stack(squares[i : i + BATCH]) for i in range(0, len(squares), BATCH)]
     probabilities = np.concatenate([predictor.scores(batch)[1] for batch in batches])
     return sureness(probabilities)
 

@@ -10,13 +10,13 @@ from tlpipe.data.chunks import Chunks
 from tlpipe.inference.predictor import Predictor
 
 # How often an answer for so many images is timed.
-_TIMED = {1: 15, 32: 3}
+TIMED = {1: 15, 32: 3}
 
 
 def measure(predictor: Predictor, squares: Chunks) -> dict[str, Any]:
     """Return the median milliseconds of one answer, for one image and for a batch."""
     milliseconds = {}
-    for size, times in _TIMED.items():
+    for size, times in TIMED.items():
         images = np.resize(squares[: min(size, len(squares))], (size, *squares.shape[1:]))
         predictor.scores(images)
         spent = []
