@@ -67,6 +67,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
 ) -> None:
     folder = built.path / "artifacts/export/bundle"
     first = bundles.load(folder)
+    whole = {name: path.read_bytes() for name, path in first.graphs.items()}
     assert "there is no registry yet" in tlpipe("history").refusal
 
     # The first one passes the gate by its own numbers.
@@ -182,6 +183,15 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     assert "digits version 2 is in production" in tlpipe("promote", "2").printed
     assert tags(built, 2)["gate.signature"].startswith("holds: valid")
 
+    # By itself, where that is wanted; but not again what somebody took out.
+    built.configure("register", gate={}, promote="auto")
+    change_bundle(built, graphs=whole, provenance={**first.provenance, "penalty": 0.25})
+    assert tlpipe(*REGISTER).code == 0
+    assert aliases(built) == {"challenger": 4, "champion": 4, "previous": 2}
+    tlpipe("rollback")
+    assert tlpipe(*REGISTER).code == 0
+    assert aliases(built) == {"challenger": 4, "champion": 2, "previous": 4}
+
 
 @pytest.mark.slow
 @pytest.mark.fault("R09")
@@ -225,6 +235,15 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
     gone = tlpipe("promote", "3")
     assert gone.code == 11
     assert "cannot be read again for it" in gone.refusal
+    # Nothing is left to compare with: by force alone.
+    for number in ("1", "2"):
+        client_of(built).delete_model_version("digits", number)
+    alone = tlpipe("promote", "3")
+    assert alone.code == 11
+    assert "nothing that was in production is left to compare with" in alone.refusal
+    assert "digits version 3 is in production" in tlpipe("promote", "3", "--force", "lost").printed
+    assert tags(built, 3)["gate"] == "forced: lost"
+    assert tags(built, 3)["gate.comparison"].startswith("FAILS: nothing that was in production")
 
 
 @pytest.mark.slow

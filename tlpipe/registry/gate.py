@@ -164,7 +164,7 @@ def judge(
         "accuracy": accuracy,
         "recall": recalls,
         "calibration_error": scores.calibration_error(given.probabilities, part.truth),
-        "milliseconds": speed.measure(predictor, squares)["milliseconds"]["1"],
+        "milliseconds": speed.milliseconds_for(predictor, squares, 1),
         "megabytes": candidate.graphs[EXACT].stat().st_size / 1e6,
     }
     for name in ("calibration_error", "milliseconds", "megabytes"):

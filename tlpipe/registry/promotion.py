@@ -7,11 +7,11 @@ from datetime import UTC, date, datetime, time
 from typing import TYPE_CHECKING
 
 from tlpipe.data import ingest
-from tlpipe.errors import GateError, RegistryError
+from tlpipe.errors import ArtifactError, GateError, RegistryError
 from tlpipe.onnx_export import signing
 from tlpipe.onnx_export.bundle import Bundle
 from tlpipe.registry import gate, moves, tracking
-from tlpipe.registry.gate import Bounds, Decision, Measured
+from tlpipe.registry.gate import Bounds, Decision, Measured, Rule
 from tlpipe.registry.moves import ADOPTION, PROMOTION, ROLLBACK, Move
 
 if TYPE_CHECKING:
@@ -61,8 +61,14 @@ def promote(
             f"{last.at:%Y-%m-%d %H:%M:%S} UTC. Promote another one."
         )
     candidate = tracking.bundle_of(client, version)
-    measured.check(candidate)
-    decision = _judge(client, name, version, candidate, last, measured, source, bounds)
+    try:
+        measured.check(candidate)
+        decision = _judge(client, name, version, candidate, last, measured, source, bounds)
+    except GateError as error:
+        if not force:
+            raise
+        rules = (Rule("comparison", str(error), "both on the same images", passed=False),)
+        decision = Decision(str(version.version), last.champion if last else None, rules, {})
     _record(client, version, decision, force)
     show(decision)
     if not decision.passed and not force:
@@ -133,8 +139,18 @@ def _judge(
     source: ingest.Params,
     bounds: Bounds,
 ) -> Decision:
-    """Let the gate judge; against the last good one where the champion itself is gone."""
-    serving = tracking.fetch(client, name, moves.CHAMPION) if last is not None else None
+    """Let the gate judge; against the last good one where the champion itself is gone.
+
+    Raises:
+        GateError: none is left to compare with, or it cannot be measured on these images.
+    """
+    try:
+        serving = tracking.fetch(client, name, moves.CHAMPION) if last is not None else None
+    except (ArtifactError, RegistryError) as error:
+        raise GateError(
+            f"nothing that was in production is left to compare with: {error} To do without, say "
+            f"why: --force WHY."
+        ) from None
     signature = None
     if bounds.public_key is not None:
         signature = tracking.artifact(client, version.run_id, signing.ARTIFACT)
