@@ -51,6 +51,8 @@ def changed(section: str, key: str, value: object) -> str:
         ("train", "penalties", [0.1, -1], "train.penalties.1 is -1; it must be greater than 0"),
         ("train", "penalties", [], r"train.penalties is \[\]; .*at least 1 item"),
         ("register", "name", "a/b", "register.name is 'a/b'"),
+        ("register", "name", "a?b", "register.name is 'a\\?b'"),
+        ("register", "name", "a-history", "-history ends the name of what keeps the moves"),
         ("ingest", "source", "", "ingest.source is ''; .*at least 1 character"),
     ],
 )

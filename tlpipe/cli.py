@@ -414,6 +414,7 @@ def history(
 
     name = cast(register.Params, _read_params(params)["register"]).name
     with tracking.connection(params.parent) as client:
+        promotion.settle(client, name)
         log = moves.history(client, name)
     if at is not None:
         log = moves.during(log, *promotion.period(at))
@@ -519,7 +520,7 @@ def verify(
     from tlpipe.onnx_export import bundle as bundles
     from tlpipe.onnx_export import signing
 
-    if "@" in bundle:
+    if _is_registered(bundle):
         from tlpipe.registry import signatures
 
         found = signatures.verify(Path(), bundle, key)
@@ -542,7 +543,7 @@ def sign(
     from tlpipe.onnx_export import bundle as bundles
     from tlpipe.onnx_export import signing
 
-    if "@" in bundle:
+    if _is_registered(bundle):
         from tlpipe.registry import signatures
 
         found = signatures.sign(Path(), bundle, key)
@@ -659,7 +660,7 @@ def _bundle(model: str | None, params: Path) -> "tuple[Bundle, str]":
     """Load a bundle from a folder, or fetch it from the registry; and why it is an older one."""
     from tlpipe.onnx_export import bundle
 
-    if model is not None and "@" not in model:
+    if model is not None and not _is_registered(model):
         return bundle.load(Path(model)), ""
     from tlpipe.registry import moves, register, tracking
 
@@ -669,6 +670,11 @@ def _bundle(model: str | None, params: Path) -> "tuple[Bundle, str]":
         model = f"{section.name}@{moves.CHAMPION}"
     fetched = tracking.fetch_bundle(Path(), model)
     return fetched.bundle, fetched.degraded
+
+
+def _is_registered(model: str) -> bool:
+    """Return whether it names a version in the registry, and no folder."""
+    return "@" in model and not Path(model).exists()
 
 
 def _print_answers(answers: list[dict[str, Any]]) -> None:

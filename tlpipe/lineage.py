@@ -1,7 +1,9 @@
 """Say which commit and which pipeline state a model comes from."""
 
+import getpass
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -38,6 +40,14 @@ def of_inputs(workspace: Path) -> dict[str, str]:
         "git_commit": f"{commit} and changes" if _has_changes(workspace) else commit,
         "dvc_lock_sha256": _digest(lock, _BEFORE_EXPORT) if lock.is_file() else "",
     }
+
+
+def user() -> str:
+    """Return who runs this; in a container, it may be somebody without a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def without_credentials(address: str) -> str:

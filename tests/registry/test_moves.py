@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 
@@ -79,3 +82,67 @@ def test_of_those_who_promote_at_once_one_wins_and_the_others_are_told_who(addre
     assert moves.during(log, log[0].at, log[-1].at) == log
     begin = datetime(2020, 1, 1, tzinfo=UTC)
     assert moves.during(log, begin, begin) == []
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Any:
+    """A client of an SQLite registry with two versions."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client.create_registered_model(NAME)
+    for number in range(2):
+        client.create_model_version(NAME, source=f"s3://bucket/{number}")
+    return client
+
+
+def test_a_request_that_is_repeated_since_its_answer_was_lost_still_wins(local: Any) -> None:
+    class Repeating:
+        """MLflow's own client sends a request again after a time-out; both arrive."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(local, name)
+
+        def create_model_version(self, *given: Any, **named: Any) -> Any:
+            local.create_model_version(*given, **named)
+            return local.create_model_version(*given, **named)
+
+    move = partial(moves.move, kind="promotion", why="")
+    local.create_registered_model(f"{NAME}-history")
+    first = move(Repeating(), NAME, "1", after=None)  # type: ignore[arg-type]
+    second = move(Repeating(), NAME, "2", after=first)  # type: ignore[arg-type]
+    assert moves.history(local, NAME) == [first, second]
+    assert moves.tail(local, NAME) == second
+    with pytest.raises(RegistryError, match="has put raced version 2 in production"):
+        move(local, NAME, "1", after=first)
+
+
+def test_what_others_put_into_the_log_counts_for_nothing(local: Any) -> None:
+    first = moves.move(local, NAME, "1", after=None, kind="promotion", why="a" * 9000)
+    local.create_model_version(f"{NAME}-history", source="s3://bucket/other", tags={"mine": "1"})
+    second = moves.move(local, NAME, "2", after=first, kind="promotion", why="")
+    assert moves.history(local, NAME) == [first, second]
+    assert moves.history(local, NAME)[0].why == "a" * 9000
+
+
+@pytest.mark.parametrize(
+    ("kinds", "target"),
+    [
+        ("", None),
+        ("1", None),
+        ("1 2", "1"),
+        ("1 2 3 back:2", "1"),
+        ("1 2 3 back:2 back:1", None),
+        ("1 2 3 back:1 4", "1"),
+        ("1 2 1 3 back:1", "2"),
+        ("1 2 3 back:2 back:3", "2"),
+    ],
+)
+def test_rollbacks_go_back_step_by_step(kinds: str, target: str | None) -> None:
+    log = []
+    for number, word in enumerate(kinds.split(), start=1):
+        back, _, version = word.rpartition(":")
+        kind = moves.ROLLBACK if back else moves.PROMOTION
+        now = datetime.now(UTC)
+        log.append(moves.Move(number, number - 1, version, "", kind, "", "", now, str(number)))
+    assert moves.before(log) == target

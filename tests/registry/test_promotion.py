@@ -227,6 +227,8 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
     table = split.read_bytes()
     split.write_bytes(table.replace(b",train,", b",test,", 1))
     assert "is not the data of the version" in tlpipe("promote", "1").refusal
+    split.unlink()
+    assert "split.csv is not here, so it cannot be compared" in tlpipe("promote", "1").refusal
     split.write_bytes(table)
     change_bundle(built, provenance={**first.provenance, "penalty": 0.5})
     tlpipe(*REGISTER)

@@ -115,7 +115,7 @@ def load(folder: Path) -> Bundle:
         _check_alone(folder / name)
     return Bundle(
         folder=folder,
-        digest=files.sha256(folder / _SEAL),
+        digest=digest(folder),
         labels=tuple(json.loads((folder / LABELS).read_bytes())),
         preprocessing=Preprocessing(**files.read_json(folder / PREPROCESSING)),
         provenance=files.read_json(folder / PROVENANCE),
@@ -123,16 +123,29 @@ def load(folder: Path) -> Bundle:
     )
 
 
-def _verify(folder: Path) -> dict[str, str]:
+def digest(folder: Path) -> str:
+    """Return the digest that names the whole content of a bundle, if every hash in it is right.
+
+    Raises:
+        ArtifactError: it is no bundle.
+    """
+    return hashlib.sha256(_seal(folder)).hexdigest()
+
+
+def _seal(folder: Path) -> bytes:
     try:
-        # Line by line as sha256sum reads: other characters that end lines elsewhere are damage.
-        *lines, end = (folder / _SEAL).read_bytes().decode(errors="replace").split("\n")
+        return (folder / _SEAL).read_bytes()
     except OSError as error:
         raise ArtifactError(
             f"{folder} is no bundle: {_SEAL} cannot be read ({error.strerror}). "
             f"Expected a folder that 'tlpipe export' wrote."
         ) from None
-    hashes = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _verify(folder: Path) -> dict[str, str]:
+    # Line by line as sha256sum reads: other characters that end lines elsewhere are damage.
+    *lines, end = _seal(folder).decode(errors="replace").split("\n")
+    hashes = {name: found for found, _, name in (line.partition("  ") for line in lines)}
     present = sorted(path.name for path in folder.iterdir() if path.name != _SEAL)
     is_known = not end and _REQUIRED <= hashes.keys() <= _ALLOWED
     if sorted(hashes) != present or not is_known:

@@ -54,6 +54,8 @@ def _fields(content: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int
     while place < end:
         tag, place = _varint(content, place, end)
         number, kind = tag >> 3, tag & 7
+        if tag >> 32:  # others would read it as the tag of its lower bits
+            raise ValueError("a field's number has more than 32 bits")
         value, stop = place, 0
         if kind == _VARINT:
             value, place = _varint(content, place, end)

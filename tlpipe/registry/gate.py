@@ -36,7 +36,9 @@ class Bounds(Section):
     """What a version must reach before it goes into production; on its test split, in fp32."""
 
     accuracy: float = Field(default=0.0, ge=0, le=1, description="Accuracy, at least.")
-    recall: float = Field(default=0.0, ge=0, le=1, description="Recall of every class, at least.")
+    recall: float = Field(
+        default=0.0, ge=0, le=1, description="Recall of every class, at least; each must be tested."
+    )
     loss: float = Field(
         default=0.01,
         ge=0,
@@ -109,14 +111,23 @@ class Measured:
         Raises:
             GateError: they are others, so nothing can be said.
         """
-        made_with = bundle.provenance["origin"]["data_sha256"], bundle.provenance["split_sha256"]
+        commit = bundle.provenance.get("git_commit") or "its commit"
+        advice = (
+            f"so it cannot be compared on its test images. Go to the workspace where it was made, "
+            f"or check out {commit} and run 'dvc repro evaluate'."
+        )
+        for path in (self.manifest, self.split, self.pixels):
+            if not path.exists():
+                raise GateError(f"{path} is not here, {advice}")
+        made_with = (
+            bundle.provenance["origin"]["data_sha256"],
+            bundle.provenance.get("split_sha256"),
+        )
         here = files.sha256(self.manifest), files.sha256(self.split)
         if here != made_with or packed.load(self.pixels).sampling != sampling_of(bundle):
-            commit = bundle.provenance["git_commit"] or "its commit"
             raise GateError(
                 f"what {self.manifest}, {self.split} and {self.pixels} hold is not the data of the "
-                f"version to be promoted, so it cannot be compared on its test images. Go to the "
-                f"workspace where it was made, or check out {commit} and run 'dvc repro evaluate'."
+                f"version to be promoted, {advice}"
             )
 
 
@@ -147,6 +158,8 @@ def judge(
     recalls = _recalls(given, candidate.labels)
     accuracy, guessed = float(given.hits.mean()), max(np.bincount(part.truth)) / len(part.truth)
     worst = min(recalls, key=lambda label: recalls[label])
+    unknown = [label for label in candidate.labels if label not in recalls]
+    untested = f"; without test images: {', '.join(unknown)}" if unknown else ""
     leaked = _leaked(measured)
     rules = [
         _at_least("accuracy", accuracy, bounds.accuracy),
@@ -156,7 +169,12 @@ def judge(
             f"above {guessed:.4f}, which the most frequent class alone has",
             bool(accuracy > guessed),
         ),
-        _at_least("recall", recalls[worst], bounds.recall, f" (class {worst})"),
+        Rule(
+            "recall",
+            f"{recalls[worst]:.4f} (class {worst}{untested})",
+            f"at least {bounds.recall:.4f}",
+            recalls[worst] >= bounds.recall and not (untested and bounds.recall),
+        ),
         Rule("leaks", f"{leaked} test images", "none that training has seen", not leaked),
     ]
     numbers: dict[str, Any] = {
@@ -281,8 +299,8 @@ def _signed(candidate: Bundle, key: Path, signature: Path | None) -> Rule:
     return Rule("signature", "valid", expected, True)
 
 
-def _at_least(name: str, found: float, least: float, which: str = "") -> Rule:
-    return Rule(name, f"{found:.4f}{which}", f"at least {least:.4f}", found >= least)
+def _at_least(name: str, found: float, least: float) -> Rule:
+    return Rule(name, f"{found:.4f}", f"at least {least:.4f}", found >= least)
 
 
 def _at_most(name: str, found: float, most: float) -> Rule:

@@ -9,17 +9,17 @@ says, for those who look with MLflow alone; whoever finds them otherwise, after 
 writes, sets them right.
 """
 
-import getpass
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import takewhile
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from tlpipe.errors import RegistryError
+from tlpipe.lineage import user
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 CHAMPION, PREVIOUS = "champion", "previous"
 PROMOTION, ROLLBACK, ADOPTION = "promotion", "rollback", "adoption"
-_SUFFIX = "-history"
+SUFFIX = "-history"
 _TAG = "tlpipe.move."
 _PAGE = 16
 _TRIES = 20
+_MOST = 5000  # characters of a description that MLflow keeps
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Move:
     """``champion`` was put in production and ``previous`` (empty: none) before it was.
 
     ``number`` counts the log's entries, ``follows`` is the move before it that counts, 0 for none.
+    ``token`` tells who wrote it: a request whose answer is lost may have been repeated.
     """
 
     number: int
@@ -49,6 +51,7 @@ class Move:
     why: str
     by: str
     at: datetime
+    token: str
 
 
 def tail(client: "MlflowClient", name: str) -> Move | None:
@@ -81,7 +84,8 @@ def before(moves: list[Move]) -> str | None:
     steps: list[str] = []
     for move in moves:
         if move.champion in steps and move.kind == ROLLBACK:
-            del steps[steps.index(move.champion) + 1 :]
+            while steps[-1] != move.champion:
+                steps.pop()
         else:
             steps.append(move.champion)
     return steps[-2] if len(steps) > 1 else None
@@ -95,11 +99,11 @@ def move(
     Raises:
         RegistryError: somebody else has moved since.
     """
-    number = _append(client, name, champion, after=after, kind=kind, why=why)
+    token = _append(client, name, champion, after=after, kind=kind, why=why)
     follows = after.number if after else 0
     later = takewhile(lambda move: move.number > follows, _newest_first(client, name))
     *_, winner = (move for move in later if move.follows == follows)
-    if winner.number != number:
+    if winner.token != token:
         raise RegistryError(
             f"{winner.by} has put {name} version {winner.champion} in production "
             f"({winner.kind}, {winner.at:%Y-%m-%d %H:%M:%S} UTC) since version "
@@ -140,8 +144,8 @@ def _set_alias(client: "MlflowClient", name: str, alias: str, version: str) -> N
 
 def _append(
     client: "MlflowClient", name: str, champion: str, *, after: Move | None, kind: str, why: str
-) -> int:
-    """Write an entry, whole or not at all; return its number."""
+) -> str:
+    """Write an entry, whole or not at all; return its token."""
     from mlflow.exceptions import MlflowException
 
     previous = after.champion if after else ""
@@ -151,15 +155,16 @@ def _append(
         "previous": previous,
         "kind": kind,
         "why": why,
-        "by": getpass.getuser(),
+        "by": user(),
+        "token": uuid4().hex,
     }
     for attempt in range(_TRIES):
         try:
-            version = client.create_model_version(
-                name + _SUFFIX,
+            client.create_model_version(
+                name + SUFFIX,
                 source=f"models:/{name}/{champion}",
                 tags={_TAG + key: value for key, value in parts.items()},
-                description=f"{kind}: version {previous or 'none'} -> {champion}. {why}",
+                description=f"{kind}: version {previous or 'none'} -> {champion}. {why}"[:_MOST],
                 await_creation_for=0,
             )
         except MlflowException as error:
@@ -171,18 +176,21 @@ def _append(
             else:
                 time.sleep(0.05 * (attempt + 1))
             continue
-        return int(version.version)
-    raise AssertionError  # the loop returns or raises
+        return parts["token"]
+    raise RegistryError(f"others write to {name + SUFFIX} all the time; try again.")
 
 
 def _create_log(client: "MlflowClient", name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     client.get_registered_model(name)  # there is no log of a model that does not exist
-    with suppress(MlflowException):  # somebody else was faster
+    try:
         client.create_registered_model(
-            name + _SUFFIX, description=f"What was in production of {name}, and when."
+            name + SUFFIX, description=f"What was in production of {name}, and when."
         )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody else was faster
+            raise
 
 
 def _newest_first(client: "MlflowClient", name: str) -> Iterator[Move]:
@@ -190,21 +198,24 @@ def _newest_first(client: "MlflowClient", name: str) -> Iterator[Move]:
     token = None
     while True:
         page = client.search_model_versions(
-            f"name = '{name}{_SUFFIX}'",
+            f"name = '{name}{SUFFIX}'",
             max_results=_PAGE,
             order_by=["version_number DESC"],
             page_token=token,
         )
-        yield from (_move(client, version) for version in page)
+        yield from (move for version in page if (move := _move(client, version)))
         if not (token := page.token):
             return
 
 
-def _move(client: "MlflowClient", version: "ModelVersion") -> Move:
+def _move(client: "MlflowClient", version: "ModelVersion") -> Move | None:
+    """Return the move that an entry is; None for what somebody else has put there."""
     if not version.tags:
         # MLflow asks for tags after versions: what others pushed off the page meanwhile has none.
         version = client.get_model_version(version.name, version.version)
     tags = {key.removeprefix(_TAG): value for key, value in version.tags.items()}
+    if not tags.keys() >= {"follows", "champion", "previous", "kind", "why", "by", "token"}:
+        return None
     return Move(
         number=int(version.version),
         follows=int(tags["follows"]),
@@ -214,4 +225,5 @@ def _move(client: "MlflowClient", version: "ModelVersion") -> Move:
         why=tags["why"],
         by=tags["by"],
         at=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        token=tags["token"],
     )

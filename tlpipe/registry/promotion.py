@@ -1,6 +1,5 @@
 """Put versions in production and take them out again: ``promote``, ``rollback``, ``history``."""
 
-import getpass
 import logging
 from collections.abc import Callable
 from datetime import UTC, date, datetime, time
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tlpipe.data import ingest
 from tlpipe.errors import ArtifactError, GateError, RegistryError
+from tlpipe.lineage import user
 from tlpipe.onnx_export import signing
 from tlpipe.onnx_export.bundle import Bundle
 from tlpipe.registry import gate, moves, tracking
@@ -23,7 +23,12 @@ _TAG = "tlpipe.gate"
 
 
 def settle(client: "MlflowClient", name: str) -> Move | None:
-    """Return the last move, with the aliases as it says; a champion of older days is taken over."""
+    """Return the last move, with the aliases as it says; a champion of older days is taken over.
+
+    Raises:
+        RegistryError: there is no such model.
+    """
+    tracking.check_known(client, name)
     last = moves.settle(client, name)
     alias = client.get_registered_model(name).aliases.get(moves.CHAMPION)
     if last is None and alias is not None:
@@ -171,7 +176,7 @@ def _record(
     """Write the decision to the tags of the version and, with every number, to its run."""
     outcome = "passed" if decision.passed else f"forced: {force}" if force else "refused"
     now = datetime.now(UTC)
-    who = {"at": now.isoformat(), "by": getpass.getuser(), "outcome": outcome}
+    who = {"at": now.isoformat(), "by": user(), "outcome": outcome}
     assert version.run_id is not None  # its bundle came from there
     client.log_dict(version.run_id, decision.content() | who, f"gate/{now:%Y%m%dT%H%M%S%f}Z.json")
     tags = {_TAG: outcome, f"{_TAG}.against": decision.champion or "none"}

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 _log = logging.getLogger(__name__)
+_COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _BUNDLE = Path("artifacts/export/bundle")
 
 
@@ -47,37 +49,42 @@ def run(
     """
     with tracking.connection(workspace) as client:
         version = tracking.find_version(client, *tracking.parse(reference))
-        expected = version.tags.get(tracking.BUNDLE_TAG, "")
-        origin = _origin(version, repository, workspace)
-        with TemporaryDirectory() as name:
-            found = _build(origin, Path(name, "clone"), workspace)
-            if found.digest != expected:
-                known = tracking.bundle_of(client, version)
-                raise ArtifactError(_differences(reference, found, known))
-            if keep is not None:
-                with files.replacing_folder(keep) as folder:
-                    shutil.copytree(found.folder, folder, dirs_exist_ok=True)
+        known = tracking.bundle_of(client, version)
+    origin = _origin(version, known, repository, workspace)
+    with TemporaryDirectory() as name:
+        found = _build(origin, Path(name, "clone"), workspace)
+        if found.digest != known.digest:
+            raise ArtifactError(_differences(reference, found, known))
+        if keep is not None:
+            with files.replacing_folder(keep) as folder:
+                shutil.copytree(found.folder, folder, dirs_exist_ok=True)
     return str(version.version), found.digest
 
 
-def _origin(version: "ModelVersion", repository: str | None, workspace: Path) -> _Origin:
-    tags = version.tags
-    name = f"{version.name} version {version.version}"
-    commit = tags.get("tlpipe.git_commit")
+def _origin(
+    version: "ModelVersion", known: Bundle, repository: str | None, workspace: Path
+) -> _Origin:
+    """Return the commit at which the bundle was exported, and where that is.
+
+    The tag of the version is no help: it names the commit at which it was registered.
+    """
+    tags, name = version.tags, f"{version.name} version {version.version}"
+    commit = known.provenance.get("git_commit", "")
     if not commit:
         raise RegistryError(f"{name} was not made in a Git repository, so it cannot be rebuilt.")
-    if tags.get("tlpipe.git_changed") == "true":
+    if not _COMMIT.fullmatch(commit):
         raise RegistryError(
-            f"{name} was made with changes that were never committed, on top of {commit}: it "
-            f"cannot be rebuilt. Commit first, then run 'dvc repro'."
+            f"{name} was made from {commit}, which were never committed: it cannot be rebuilt. "
+            f"Commit, then make one that can: 'dvc repro --force --single-item export', "
+            f"'dvc repro'."
         )
     here = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
     is_here = subprocess.run(here, cwd=workspace, capture_output=True).returncode == 0
     top = ["git", "rev-parse", "--show-toplevel"]
-    known = tags.get("tlpipe.git_remote")
+    recorded = tags.get("tlpipe.git_remote")
     if is_here:
-        known = subprocess.run(top, cwd=workspace, capture_output=True, text=True).stdout.strip()
-    if (source := repository or known) is None:
+        recorded = subprocess.run(top, cwd=workspace, capture_output=True, text=True).stdout.strip()
+    if (source := repository or recorded) is None:
         raise RegistryError(
             f"{name} does not say which repository its commit {commit} is in, and it is not in "
             f"this one. Name one with --repository."
@@ -87,16 +94,16 @@ def _origin(version: "ModelVersion", repository: str | None, workspace: Path) ->
 
 def _build(origin: _Origin, clone: Path, workspace: Path) -> Bundle:
     """Clone, check out, pull the data, reproduce up to the bundle."""
-    _log.info("cloning %s", origin.repository)
-    _step("git", "clone", "-q", "--no-checkout", origin.repository, str(clone), folder=Path())
+    _log.info("cloning %s, whose code runs then", origin.repository)
+    _step("git", "clone", "-q", "--no-checkout", "--", origin.repository, str(clone), folder=Path())
     _step("git", "checkout", "-q", origin.commit, folder=clone)
     inside = clone / origin.folder
     if (local := workspace / ".dvc" / "config.local").is_file():  # addresses and keys of remotes
         shutil.copy(local, inside / ".dvc")
     _step("dvc", "cache", "dir", "--local", str(clone / "cache"), folder=inside)
-    listed = ["git", "ls-files", "*.dvc"]
+    listed = ["git", "ls-files", "-z", "--", "*.dvc"]
     tracked = subprocess.run(listed, cwd=inside, capture_output=True, text=True, check=True)
-    if names := tracked.stdout.splitlines():
+    if names := tracked.stdout.split("\0")[:-1]:
         _log.info("pulling the data: %s", ", ".join(names))
         _step("dvc", "pull", "-q", *names, folder=inside)
     _step("dvc", "repro", "-q", "export", folder=inside)
@@ -107,6 +114,7 @@ def _step(*command: str, folder: Path) -> None:
     """Run a command with the code of the clone, its output to be seen."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     env = os.environ | {"PATH": path, "PYTHONPATH": str(folder.resolve())}
+    env.pop("MLFLOW_TRACKING_URI", None)  # nothing that is rebuilt is to be seen there
     if subprocess.run(command, cwd=folder, env=env, stdout=sys.stderr).returncode:
         raise ArtifactError(f"{' '.join(command)} failed, see above; nothing was rebuilt.")
 

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tlpipe import files, lineage
 from tlpipe.data import ingest
@@ -23,10 +23,18 @@ class Params(Section):
 
     name: str = Field(
         default="tlpipe",
-        pattern=r"^[^\s/:.%\"'@][^/:.%\"'@]*$",
+        pattern=r"^[^\s/:.%\"'@?#\\\x00-\x1f][^/:.%\"'@?#\\\x00-\x1f]*$",
         max_length=200,
         description="Name of the registered model and of the experiment.",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_log(cls, name: str) -> str:
+        if name.endswith(moves.SUFFIX):
+            raise ValueError(f"{moves.SUFFIX} ends the name of what keeps the moves of a model")
+        return name
+
     purpose: str = Field(
         default="", max_length=1000, description="What it is for and what not: for the model card."
     )

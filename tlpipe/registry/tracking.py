@@ -4,6 +4,7 @@
 the workspace.
 """
 
+import atexit
 import logging
 import os
 import re
@@ -11,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING
 
 from tlpipe import files
 from tlpipe.errors import ArtifactError, Interrupted, RegistryError
 from tlpipe.lineage import without_credentials
-from tlpipe.onnx_export.bundle import LABELS, Bundle, load
+from tlpipe.onnx_export.bundle import LABELS, Bundle, digest, load
 from tlpipe.registry import moves
 from tlpipe.registry.moves import CHAMPION
 
@@ -53,8 +56,6 @@ def connection(
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
 
     for chatty in ("alembic", "mlflow", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -71,7 +72,7 @@ def connection(
     mlflow.set_tracking_uri(address)  # also sets the variable
     try:
         yield mlflow.MlflowClient()
-    except (MlflowException, SQLAlchemyError, ConnectionError) as error:
+    except _errors() as error:
         line = without_credentials(" ".join(str(error).split()))[:300]
         raise RegistryError(
             f"MLflow at {without_credentials(address)} does not answer as expected: {line}. "
@@ -81,6 +82,21 @@ def connection(
         os.environ.pop(_ADDRESS, None)
         if given is not None:
             os.environ[_ADDRESS] = given
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Return what MLflow raises, and what passes through it from databases and stores."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    known = [MlflowException, SQLAlchemyError, ConnectionError, RequestException]
+    with suppress(ImportError):  # only where artifacts go to S3 directly
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        known += [Boto3Error, BotoCoreError, ClientError]
+    return tuple(known)
 
 
 def experiment(client: "MlflowClient", name: str, workspace: Path) -> str:
@@ -112,6 +128,16 @@ def find_version(client: "MlflowClient", name: str, which: str) -> "ModelVersion
         raise RegistryError(
             f"the registry has no {wanted}. {_what_there_is(client, name)}"
         ) from None
+
+
+def check_known(client: "MlflowClient", name: str) -> None:
+    """Check that a model is registered.
+
+    Raises:
+        RegistryError: it is not.
+    """
+    if not client.search_registered_models(f"name = '{name}'"):
+        raise RegistryError(f"the registry has no model {name}. {_REGISTER}")
 
 
 def _what_there_is(client: "MlflowClient", name: str) -> str:
@@ -176,23 +202,28 @@ def bundle_of(client: "MlflowClient", version: "ModelVersion") -> Bundle:
             f"{version.name} version {version.version} has no bundle: it was not registered by "
             f"tlpipe, or its artifacts are gone."
         )
-    bundle = load(folder)
-    if (expected := version.tags.get(BUNDLE_TAG)) != bundle.digest:
+    # Before anything of it is read: whoever swapped it may have brought a seal along.
+    if (expected := version.tags.get(BUNDLE_TAG)) != (found := digest(folder)):
         raise RegistryError(
             f"the stored bundle of {version.name} version {version.version} has the digest "
-            f"{bundle.digest[:16]}...; the registry says {str(expected)[:16]}.... "
+            f"{found[:16]}...; the registry says {str(expected)[:16]}.... "
             f"It was swapped or damaged; nothing was loaded."
         )
-    return bundle
+    return load(folder)
 
 
 def artifact(client: "MlflowClient", run_id: str | None, place: str) -> Path | None:
     """Fetch a file or folder at the top of a run's artifacts, None where there is none."""
-    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
 
-    if run_id is None or place not in {found.path for found in client.list_artifacts(run_id)}:
+    try:
+        if run_id is None or place not in {found.path for found in client.list_artifacts(run_id)}:
+            return None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return None
-    return Path(download_artifacts(run_id=run_id, artifact_path=place))
+    return Path(client.download_artifacts(run_id, place, mkdtemp(dir=_downloads())))
 
 
 def champion_labels(workspace: Path, name: str) -> frozenset[str] | None:
@@ -209,6 +240,14 @@ def champion_labels(workspace: Path, name: str) -> frozenset[str] | None:
     except RegistryError as error:
         _log.info("what is in production is not known: %s", error)
         return None
+
+
+@cache
+def _downloads() -> Path:
+    """Return a folder for what is fetched, which goes when the process ends."""
+    folder = TemporaryDirectory(prefix="tlpipe-", ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def fetch_bundle(workspace: Path, reference: str) -> Fetched:
@@ -237,9 +276,13 @@ def fetch_model(workspace: Path, reference: str) -> Path:
     name, alias, number = found.groups()
     with connection(workspace) as client:
         version = find_version(client, name, number or alias)
-        from mlflow.artifacts import download_artifacts
-
-        return Path(download_artifacts(run_id=version.run_id, artifact_path=MODEL_FOLDER))
+        folder = artifact(client, version.run_id, MODEL_FOLDER)
+    if folder is None:
+        raise RegistryError(
+            f"{reference} has no {MODEL_FOLDER} folder among the artifacts of its run: it was not "
+            f"registered by tlpipe. Name another version in embed.weights."
+        )
+    return folder
 
 
 @contextmanager

@@ -22,15 +22,13 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
         ArtifactError: the bundle, here or there, is damaged.
         RegistryError: there is no such version here, or what arrived is something else.
     """
-    from mlflow.artifacts import download_artifacts
-
     with TemporaryDirectory() as folder:
         with tracking.connection(workspace) as client:
             version = tracking.find_version(client, name, which)
             expected = tracking.bundle_of(client, version).digest
             assert version.run_id is not None  # its bundle came from there
             tags = client.get_run(version.run_id).data.tags
-            download_artifacts(run_id=version.run_id, dst_path=folder)
+            client.download_artifacts(version.run_id, "", folder)
             address, _, _ = without_credentials(client.tracking_uri).partition("?")
             origin = f"{address} version {version.version}"
         lineage = {key: value for key, value in tags.items() if key.startswith(_KEPT)}
@@ -44,11 +42,11 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
             )
             if (signature := Path(folder, signing.ARTIFACT)).is_file():
                 client.log_artifact(published.run_id, str(signature))
-            client.set_registered_model_alias(name, tracking.CHALLENGER, published.version)
             arrived = tracking.bundle_of(client, client.get_model_version(name, published.version))
             if arrived.digest != expected:
                 raise RegistryError(
                     f"{name} version {version.version} has the digest {expected[:16]}..., what "
                     f"arrived at {without_credentials(to)} {arrived.digest[:16]}...; do not use it."
                 )
+            client.set_registered_model_alias(name, tracking.CHALLENGER, published.version)
     return published.version
