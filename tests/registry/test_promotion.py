@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from onnx import numpy_helper
 
 from tests.conftest import Workspace
 from tests.registry.conftest import COMMAND, Said, change_bundle
+from tlpipe import files
 from tlpipe.onnx_export import bundle as bundles
 
 Tlpipe = Callable[..., Said]
@@ -99,7 +101,8 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
 
     # One that is worse is refused with the numbers, and goes there by force alone.
     params = (built.path / "params.yaml").read_text()
-    built.configure("register", gate={"recall": 0.2, "megabytes": 1.0, "milliseconds": 1e4})
+    bounds = {"recall": 0.2, "megabytes": 1.0, "milliseconds": 1e4, "calibration_error": 0.001}
+    built.configure("register", gate=bounds)
     change_bundle(built, graphs=blinded(folder, 3))
     tlpipe(*REGISTER)
     refused = tlpipe("promote")
@@ -108,6 +111,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     assert "recall 0.0000 (class 3), expected at least 0.2000" in refused.refusal
     assert "megabytes 13.4" in refused.refusal
     assert "accuracy_change -0." in refused.refusal
+    assert re.search(r"calibration_error 0\.\d{4}, expected at most 0\.0010", refused.refusal)
     assert "milliseconds" not in refused.refusal
     assert "│ fails" in refused.printed
     assert aliases(built) == {"challenger": 3, "champion": 2, "previous": 1}
@@ -246,6 +250,37 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
     assert "digits version 3 is in production" in tlpipe("promote", "3", "--force", "lost").printed
     assert tags(built, 3)["gate"] == "forced: lost"
     assert tags(built, 3)["gate.comparison"].startswith("FAILS: nothing that was in production")
+
+
+@pytest.mark.slow
+def test_other_labels_and_leaks_are_seen(built: Workspace, tlpipe: Tlpipe) -> None:
+    folder = built.path / "artifacts/export/bundle"
+    first, split = bundles.load(folder), built.path / "artifacts/split/split.csv"
+    tlpipe(*REGISTER)
+    change_bundle(built, labels=first.labels[::-1])
+    tlpipe(*REGISTER)
+    permuted = tlpipe("promote")
+    assert permuted.code == 11
+    assert "labels another order, expected the same, in the same order" in permuted.refusal
+    assert "accuracy_change -0." in permuted.refusal
+    # Of two images that are nearly equal, one trains and one tests.
+    grouped: dict[str, list[str]] = {}
+    for row in built.rows("artifacts/ingest/manifest.csv"):
+        if row["group"]:
+            grouped.setdefault(row["group"], []).append(row["path"])
+    twins = next(paths for paths in grouped.values() if len(paths) > 1)
+    lines = split.read_bytes().decode().splitlines(keepends=True)
+    for path, part in zip(twins, ("train", "test"), strict=False):
+        (at,) = (n for n, line in enumerate(lines) if line.startswith(f"{path},"))
+        lines[at] = re.sub(",(train|validation|test),", f",{part},", lines[at])
+    split.write_bytes("".join(lines).encode())
+    parted = {**first.provenance, "split_sha256": files.sha256(split)}
+    change_bundle(built, labels=first.labels, provenance=parted)
+    tlpipe(*REGISTER)
+    leaky = tlpipe("promote")
+    assert leaky.code == 11
+    assert "leaks 1 test images, expected none that training has seen" in leaky.refusal
+    assert "labels" not in leaky.refusal
 
 
 @pytest.mark.slow
