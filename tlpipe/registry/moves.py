@@ -79,8 +79,11 @@ def during(moves: list[Move], begin: datetime, end: datetime) -> list[Move]:
     return earlier[-1:] + [move for move in moves if begin < move.at <= end]
 
 
-def before(moves: list[Move]) -> str | None:
-    """Return which version a rollback goes back to: as one undoes steps, the last one first."""
+def standing(moves: list[Move]) -> list[str]:
+    """Return the versions that one rollback after the other passes, the champion last.
+
+    A rollback takes back the moves since its version was promoted, as one undoes steps.
+    """
     steps: list[str] = []
     for move in moves:
         if move.champion in steps and move.kind == ROLLBACK:
@@ -88,7 +91,7 @@ def before(moves: list[Move]) -> str | None:
                 steps.pop()
         else:
             steps.append(move.champion)
-    return steps[-2] if len(steps) > 1 else None
+    return steps
 
 
 def move(

@@ -98,11 +98,13 @@ def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> 
     if last is None:
         raise RegistryError(f"nothing of {name} is in production, so nothing can be rolled back.")
     if which is None:
-        if (target := moves.before(log)) is None:
+        steps = moves.standing(log)
+        if len(steps) < 2:
             raise RegistryError(
                 f"{name} version {last.champion} is the first that is known to have been in "
                 f"production; there is none to go back to. Name one, or promote another."
             )
+        target = steps[-2]
     else:
         target = str(tracking.find_version(client, name, which).version)
     known = sorted({entry.champion for entry in log} - {last.champion}, key=int)

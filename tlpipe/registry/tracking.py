@@ -178,7 +178,9 @@ def fetch(client: "MlflowClient", name: str, which: str) -> Fetched:
             raise
         wrong = error
     log = moves.history(client, name)
-    for number in dict.fromkeys(move.champion for move in reversed(log[:-1])):
+    # First those that nobody has taken out.
+    known = [*reversed(moves.standing(log)), *(move.champion for move in reversed(log))]
+    for number in list(dict.fromkeys(known))[1:]:
         with suppress(ArtifactError, RegistryError):
             found = bundle_of(client, find_version(client, name, number))
             degraded = (
