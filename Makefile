@@ -46,7 +46,7 @@ test: setup
 	mypy
 	lint-imports
 	hadolint Dockerfile
-	pytest -n 2 --dist worksteal
+	pytest -n 3 --dist worksteal
 
 flow: setup
 	@tlpipe check

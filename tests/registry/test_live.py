@@ -47,7 +47,7 @@ def test_curves_are_live_and_the_model_can_be_begun_from(
 
         trained = load_file(workspace.path / "artifacts/train/model/model.safetensors")
         workspace.replace("params.yaml", "weights: imagenet", "weights: models:/digits@champion")
-        workspace.run("dvc", "repro", "--quiet", "export")
+        workspace.run("dvc", "repro", "--quiet", "train")
         card = json.loads((workspace.path / "artifacts/train/model/model.json").read_text())
         assert card["origin"]["weights"] == "models:/digits@champion"
         digest = card["origin"]["weights_sha256"]

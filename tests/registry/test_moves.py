@@ -27,7 +27,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     found = f"http://127.0.0.1:{port}"
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = ("mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db")
-    where = ("--host", "127.0.0.1", "--port", str(port), "--workers", "2")
+    where = ("--host", "127.0.0.1", "--port", str(port), "--workers", "1")
     with server(Workspace(folder, env), *command, *where, ready=f"{found}/health"):
         client = mlflow.MlflowClient(found)
         client.create_registered_model(NAME)

@@ -3,13 +3,14 @@
 import json
 import random
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -285,22 +286,30 @@ def test_other_labels_and_leaks_are_seen(built: Workspace, tlpipe: Tlpipe) -> No
 
 @pytest.mark.slow
 @pytest.mark.fault("R11")
-def test_a_locked_database_is_waited_for_at_most_30_s(built: Workspace, tlpipe: Tlpipe) -> None:
+def test_a_locked_database_is_waited_for_at_most_30_s(
+    built: Workspace, tlpipe: Tlpipe, tmp_path: Path
+) -> None:
     tlpipe(*REGISTER)
-    database = built.path / "mlflow.db"
-    for seconds, code in ((7, 0), (60, 8)):
-        holder = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    other = shutil.copytree(built.path, tmp_path / "other", symlinks=True)
+
+    def ask(folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+        """Ask for the history while somebody else holds the database."""
+        holder = sqlite3.connect(folder / "mlflow.db", isolation_level=None)
         holder.execute("BEGIN EXCLUSIVE")
-        release = threading.Timer(seconds, lambda holder=holder: holder.execute("COMMIT"))
-        release.start()
-        started = time.monotonic()
-        said = built.run("tlpipe", "history", code=code)
-        assert time.monotonic() - started < 45
-        assert ("database is locked" in said.stderr) == (code == 8)
-        release.cancel()
-        if code:
-            holder.execute("COMMIT")
+        asking = ThreadPoolExecutor(1).submit(
+            Workspace(folder, built.env).run, "tlpipe", "history", code=None
+        )
+        wait([asking], seconds)
+        holder.execute("COMMIT")
         holder.close()
+        return asking.result()
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        soon, late = pool.map(ask, (built.path, other), (7, 60))
+    assert time.monotonic() - started < 50
+    assert (soon.returncode, late.returncode) == (0, 8)
+    assert "database is locked" in late.stderr
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ says, for those who look with MLflow alone; whoever finds them otherwise, after 
 writes, sets them right.
 """
 
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-_log = logging.getLogger(__name__)
 CHAMPION, PREVIOUS = "champion", "previous"
 PROMOTION, ROLLBACK, ADOPTION = "promotion", "rollback", "adoption"
 SUFFIX = "-history"

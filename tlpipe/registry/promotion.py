@@ -1,6 +1,5 @@
 """Put versions in production and take them out again: ``promote``, ``rollback``, ``history``."""
 
-import logging
 from collections.abc import Callable
 from datetime import UTC, date, datetime, time
 from typing import TYPE_CHECKING
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-_log = logging.getLogger(__name__)
 _TAG = "tlpipe.gate"
 
 
