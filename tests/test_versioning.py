@@ -1,6 +1,7 @@
 """Data under DVC: added, pushed, pulled, taken back; which version a model has seen."""
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx
@@ -69,6 +70,7 @@ def test_data_go_to_a_remote_and_back_and_an_older_version_is_restored(
     assert "Running stage" not in clone.run("dvc", "repro", "evaluate").stdout
     registry = {"MLFLOW_TRACKING_URI": f"sqlite:///{workspace.path / 'mlflow.db'}"}
     (tmp_path / "elsewhere").mkdir()
+    _lose_bundle(workspace, first)
     _is_rebuilt(Workspace(tmp_path / "elsewhere", cache_env | registry), first)
 
 
@@ -85,9 +87,17 @@ def _are_compared(workspace: Workspace, page: Path) -> None:
         assert any("suspects.png" in picture for picture in pictures)
 
 
+def _lose_bundle(workspace: Workspace, graph: bytes) -> None:
+    """Take the stored bundle with this graph out of the registry's artifacts."""
+    stored = (workspace.path / "mlartifacts").rglob("bundle/model.onnx")
+    (lost,) = (path.parent for path in stored if path.read_bytes() == graph)
+    shutil.rmtree(lost)
+
+
 def _is_rebuilt(elsewhere: Workspace, graph: bytes) -> None:
     """From nothing but the registry's address: repository, commit and data are recorded there."""
     said = elsewhere.run("tlpipe", "rebuild", "digits@1", "--output", "kept")
+    assert "the stored bundle is lost, its digest is known" in said.stderr
     assert "digits@1 (version 1) came out with the same bytes" in said.stdout
     assert (elsewhere.path / "kept/model.onnx").read_bytes() == graph
     assert "is whole" in elsewhere.run("tlpipe", "verify", "kept").stdout

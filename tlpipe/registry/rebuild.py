@@ -49,12 +49,20 @@ def run(
     """
     with tracking.connection(workspace) as client:
         version = tracking.find_version(client, *tracking.parse(reference))
-        known = tracking.bundle_of(client, version)
+        expected = version.tags.get(tracking.BUNDLE_TAG, "")
+        known = None
+        try:
+            known = tracking.bundle_of(client, version)
+        except (ArtifactError, RegistryError) as error:
+            _log.warning("the stored bundle is lost, its digest is known: %s", error)
     origin = _origin(version, known, repository, workspace)
     with TemporaryDirectory() as name:
         found = _build(origin, Path(name, "clone"), workspace)
-        if found.digest != known.digest:
-            raise ArtifactError(_differences(reference, found, known))
+        if found.digest != expected:
+            raise ArtifactError(
+                f"{reference} was rebuilt with the digest {found.digest[:16]}..., registered "
+                f"{expected[:16]}...: {_differences(found, known) if known else 'not the same'}."
+            )
         if keep is not None:
             with files.replacing_folder(keep) as folder:
                 shutil.copytree(found.folder, folder, dirs_exist_ok=True)
@@ -62,14 +70,14 @@ def run(
 
 
 def _origin(
-    version: "ModelVersion", known: Bundle, repository: str | None, workspace: Path
+    version: "ModelVersion", known: Bundle | None, repository: str | None, workspace: Path
 ) -> _Origin:
     """Return the commit at which the bundle was exported, and where that is.
 
-    The tag of the version is no help: it names the commit at which it was registered.
+    The version's tag names the commit at which it was registered, which may be a later one.
     """
     tags, name = version.tags, f"{version.name} version {version.version}"
-    commit = known.provenance.get("git_commit", "")
+    commit = (known.provenance if known else {}).get("git_commit") or tags.get("tlpipe.git_commit")
     if not commit:
         raise RegistryError(f"{name} was not made in a Git repository, so it cannot be rebuilt.")
     if not _COMMIT.fullmatch(commit):
@@ -119,7 +127,7 @@ def _step(*command: str, folder: Path) -> None:
         raise ArtifactError(f"{' '.join(command)} failed, see above; nothing was rebuilt.")
 
 
-def _differences(reference: str, found: Bundle, known: Bundle) -> str:
+def _differences(found: Bundle, known: Bundle) -> str:
     """Say which files are other ones, and which packages of other versions."""
     names = sorted(found.hashes.keys() | known.hashes.keys())
     other = [name for name in names if found.hashes.get(name) != known.hashes.get(name)]
@@ -129,8 +137,5 @@ def _differences(reference: str, found: Bundle, known: Bundle) -> str:
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
-    why = f"Packages differ: {', '.join(packages)}" if packages else "Packages are the same"
-    return (
-        f"{reference} was rebuilt, but {', '.join(other)} came out different: sha256 of the bundle "
-        f"{found.digest[:16]}..., registered {known.digest[:16]}.... {why}."
-    )
+    why = f"packages differ: {', '.join(packages)}" if packages else "packages are the same"
+    return f"{', '.join(other)} came out different; {why}"
