@@ -101,6 +101,12 @@ class Workspace:
         with (self.path / table).open(newline="", errors="surrogateescape") as file:
             return list(csv.DictReader(file))
 
+    def make_keys(self, name: str) -> None:
+        """Write a pair of keys to sign with: NAME.pem and NAME.pub."""
+        make = ("openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout")
+        self.run(*make, "-out", f"{name}.pem")
+        self.run("openssl", "ec", "-in", f"{name}.pem", "-pubout", "-out", f"{name}.pub")
+
     def rejects(self) -> dict[str, str]:
         """Return the reason of each rejected file after ``ingest``."""
         return {row["path"]: row["reason"] for row in self.rows("out/rejects.csv")}

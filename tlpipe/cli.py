@@ -199,9 +199,10 @@ def lr_find(
 ) -> None:
     """Raise the learning rates step by step and suggest those where the loss falls fastest."""
     from tlpipe.learning import lr_find, train
+    from tlpipe.versioning import stage_paths
 
     section = cast(train.Params, load_params(params)["train"])
-    given = _paths("train", params.parent)
+    given = stage_paths("train", params.parent)
     known = {name: given[name] for name in ("activations", "pixels", "split")}
     found = lr_find.run(**known, plot=plot, params=section)
     if found.rates is None:
@@ -221,15 +222,16 @@ def cross_validate(
 ) -> None:
     """Train and test once for each fold; give each number's mean over folds with its interval."""
     from tlpipe.metrics import cross_validation
+    from tlpipe.versioning import stage_paths
 
     sections = load_params(params)
     if folds is not None:
         sections["split"] = sections["split"].model_copy(update={"folds": folds})
     stages = {name: importlib.import_module(STAGES[name]).run for name in cross_validation.STAGES}
-    drawn = _paths("split", params.parent)
+    drawn = stage_paths("split", params.parent)
     folder = params.parent / "artifacts" / "cross-validation"
     report = cross_validation.run(
-        **_paths("embed", params.parent),
+        **stage_paths("embed", params.parent),
         split=drawn["split"],
         split_report=drawn["report"],
         folder=folder,
@@ -327,12 +329,9 @@ def register(
     )
 
 
-VersionArgument = Annotated[str, typer.Argument(help="Its number, or an alias.")]
-
-
 @app.command()
 def promote(
-    version: VersionArgument = "challenger",
+    version: Annotated[str, typer.Argument(help="Its number, or an alias.")] = "challenger",
     force: Annotated[
         str, typer.Option(metavar="WHY", help="Put it in production although the gate refuses it.")
     ] = "",
@@ -350,10 +349,11 @@ def promote(
     from tlpipe.data import ingest
     from tlpipe.registry import promotion, register, tracking, transfer
     from tlpipe.registry.gate import Decision, Measured
+    from tlpipe.versioning import stage_paths
 
     sections = load_params(params)
     section = cast(register.Params, sections["register"])
-    given = _paths("register", params.parent)
+    given = stage_paths("register", params.parent)
 
     def show(decision: Decision) -> None:
         against = f"version {decision.champion}" if decision.champion else "nothing before it"
@@ -414,8 +414,7 @@ def history(
 
     name = cast(register.Params, _read_params(params)["register"]).name
     with tracking.connection(params.parent) as client:
-        promotion.settle(client, name)
-        log = moves.history(client, name)
+        log = promotion.history(client, name)
     if at is not None:
         log = moves.during(log, *promotion.period(at))
     if not log:
@@ -614,17 +613,6 @@ def schema() -> None:
     print(json_bytes(params.json_schema(models)).decode(), end="")
 
 
-def _paths(stage: str, workspace: Path) -> dict[str, Path]:
-    """Return the paths that ``dvc.yaml`` gives to a stage, by the names of its options."""
-    import shlex
-
-    from tlpipe.params import read_yaml
-
-    command = shlex.split(read_yaml(workspace / "dvc.yaml")["stages"][stage]["cmd"])
-    options = zip(command[2::2], command[3::2], strict=True)
-    return {name.removeprefix("--").replace("-", "_"): workspace / path for name, path in options}
-
-
 def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":
     """Fetch the weights of a registered model, and pin what was found."""
     from tlpipe.errors import WeightsError
@@ -644,15 +632,12 @@ def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":
 def _say_what_changed(split: Path, workspace: Path, name: str) -> None:
     """Say which classes were taken away or added since the model in production was trained."""
     from tlpipe.data.manifest import load_split
-    from tlpipe.registry import moves, tracking
+    from tlpipe.registry import gate, moves, tracking
 
     if (known := tracking.champion_labels(workspace, name)) is None:
         return
     labels = {row.label for row in load_split(split) if row.split == "train"}
-    gone, new = sorted(known - labels), sorted(labels - known)
-    if gone or new:
-        changes = [f"gone: {', '.join(gone)}"] * bool(gone) + [f"new: {', '.join(new)}"] * bool(new)
-        what = _printable("; ".join(changes))
+    if what := _printable(gate.label_changes(known, labels)):
         _log.warning("the classes differ from those of %s@%s: %s", name, moves.CHAMPION, what)
 
 
@@ -699,8 +684,8 @@ def _print_folds(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tlpipe.metrics.cross_validation import title
     from tlpipe.metrics.evaluate import describe
+    from tlpipe.metrics.scores import title
 
     names = [name for name in report["mean"] if not name.startswith("top_")]
     table = Table("split.\nfold", *(title(name).replace(" ", "\n") for name in names))

@@ -42,6 +42,13 @@ def of_inputs(workspace: Path) -> dict[str, str]:
     }
 
 
+def repository_with(workspace: Path, commit: str) -> str:
+    """Return the top folder of the workspace's repository if it has a commit, or nothing."""
+    if _git(workspace, "cat-file", "-t", commit) != "commit":
+        return ""
+    return _git(workspace, "rev-parse", "--show-toplevel")
+
+
 def user() -> str:
     """Return who runs this; in a container, it may be somebody without a name."""
     try:

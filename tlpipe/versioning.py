@@ -1,14 +1,23 @@
-"""What DVC knows of the source, and what it must not see of it. DVC is imported here alone."""
+"""What DVC knows of source and stages, and what it must not see. DVC is imported here alone."""
 
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from tlpipe import files
 from tlpipe.errors import DataError
+from tlpipe.params import read_yaml
 
 _IGNORE = ".dvcignore"
+
+
+def stage_paths(stage: str, workspace: Path) -> dict[str, Path]:
+    """Return the paths that ``dvc.yaml`` gives to a stage, by the names of its options."""
+    command = shlex.split(read_yaml(workspace / "dvc.yaml")["stages"][stage]["cmd"])
+    options = zip(command[2::2], command[3::2], strict=True)
+    return {name.removeprefix("--").replace("-", "_"): workspace / path for name, path in options}
 
 
 def data_version(workspace: Path) -> str:

@@ -16,9 +16,7 @@ def signed(artifacts: Path, empty: Workspace) -> Workspace:
     """A folder with a bundle, two key pairs, and the bundle's signature by the first."""
     shutil.copytree(artifacts / "export/bundle", empty.path / "bundle")
     for name in ("ours", "theirs"):
-        make = ("openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout")
-        empty.run(*make, "-out", f"{name}.pem")
-        empty.run("openssl", "ec", "-in", f"{name}.pem", "-pubout", "-out", f"{name}.pub")
+        empty.make_keys(name)
     empty.run("tlpipe", "sign", "bundle", "--key", "ours.pem")
     return empty
 

@@ -170,9 +170,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
 
     # Where signatures are required, only signed ones pass.
     for name in ("mine", "other"):
-        key = ("openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout")
-        built.run(*key, "-out", f"{name}.pem")
-        built.run("openssl", "ec", "-in", f"{name}.pem", "-pubout", "-out", f"{name}.pub")
+        built.make_keys(name)
     built.configure("register", gate={"public_key": "mine.pub"})
     unsigned = tlpipe("promote", "2")
     assert (unsigned.code, "signature none, expected a signature by" in unsigned.refusal) == (

@@ -54,8 +54,7 @@ def test_a_version_goes_from_the_workspace_to_production_and_back_out_of_it(
 
     first = bundles.load(built.path / "artifacts/export/bundle")
     down = f"http://127.0.0.1:{free_port()}"
-    built.run("openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "key.pem")
-    built.run("openssl", "ec", "-in", "key.pem", "-pubout", "-out", "key.pub")
+    built.make_keys("key")
     assert tlpipe(*COMMAND[1:]).code == 0
     tlpipe("sign", "digits@1", "--key", "key.pem")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

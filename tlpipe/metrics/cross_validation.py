@@ -20,7 +20,7 @@ from tlpipe.data import split as splits
 from tlpipe.data.manifest import SPLITS, load_manifest, load_split
 from tlpipe.errors import ArtifactError, Interrupted, ParamsError
 from tlpipe.metrics import evaluate
-from tlpipe.metrics.scores import HEADLINES, wilson_interval
+from tlpipe.metrics.scores import HEADLINES, title, wilson_interval
 from tlpipe.onnx_export.bundle import EXACT
 from tlpipe.params import Section
 from tlpipe.resampling import ends, resamples
@@ -256,11 +256,6 @@ def _pooled(folds: Sequence[Fold], groups: Sequence[str], confidence: float) -> 
         low, high = wilson_interval(int(hits.sum()), len(hits), confidence)
     accuracy = {"value": float(hits.mean()), "low": low, "high": high, "confidence": confidence}
     return {"images": len(hits), "accuracy": accuracy}
-
-
-def title(headline: str) -> str:
-    """Return what people call a headline."""
-    return headline.replace("_", " ").replace("auroc", "AUROC").replace("f1", "F1")
 
 
 def draw(path: Path, report: Mapping[str, Any]) -> None:

@@ -31,6 +31,11 @@ HEADLINES = (
 )
 
 
+def title(headline: str) -> str:
+    """Return what people call a headline."""
+    return headline.replace("_", " ").replace("auroc", "AUROC").replace("f1", "F1")
+
+
 def measure(
     probabilities: Floats, truth: Labels, groups: Sequence[str], confidence: float
 ) -> dict[str, Any]:

@@ -110,12 +110,13 @@ def load(folder: Path) -> Bundle:
     Raises:
         ArtifactError: a file is missing, altered or one too many, or wants data of others.
     """
-    hashes = _verify(folder)
+    seal = _seal(folder)
+    hashes = _verify(folder, seal)
     for name in sorted(hashes.keys() & GRAPHS.values()):
         _check_alone(folder / name)
     return Bundle(
         folder=folder,
-        digest=digest(folder),
+        digest=hashlib.sha256(seal).hexdigest(),
         labels=tuple(json.loads((folder / LABELS).read_bytes())),
         preprocessing=Preprocessing(**files.read_json(folder / PREPROCESSING)),
         provenance=files.read_json(folder / PROVENANCE),
@@ -142,9 +143,9 @@ def _seal(folder: Path) -> bytes:
         ) from None
 
 
-def _verify(folder: Path) -> dict[str, str]:
+def _verify(folder: Path, seal: bytes) -> dict[str, str]:
     # Line by line as sha256sum reads: other characters that end lines elsewhere are damage.
-    *lines, end = _seal(folder).decode(errors="replace").split("\n")
+    *lines, end = seal.decode(errors="replace").split("\n")
     hashes = {name: found for found, _, name in (line.partition("  ") for line in lines)}
     present = sorted(path.name for path in folder.iterdir() if path.name != _SEAL)
     is_known = not end and _REQUIRED <= hashes.keys() <= _ALLOWED

@@ -6,20 +6,17 @@ Sections after Mitchell et al. (2019), Model cards for model reporting.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tlpipe.metrics.scores import title
 from tlpipe.onnx_export.bundle import EXACT, Bundle
+from tlpipe.registry.moves import LONGEST, SUFFIX
 
-_MOST = 5000  # MLflow keeps so many characters of a version's description
 _LISTED = 12
 PURPOSE = "tlpipe.purpose"
 _ROOM = "\N{EM SPACE}"
-_HEADLINES = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "auroc": "AUROC",
-    "log_loss": "log loss",
-    "calibration_error": "calibration error",
-}
+_HEADLINES = (
+    *("accuracy", "balanced_accuracy", "macro_f1", "auroc", "log_loss"),
+    "calibration_error",
+)
 Known = Mapping[str, Mapping[str, Any]]
 
 
@@ -28,7 +25,7 @@ def of_model(name: str) -> str:
     return (
         f"An image classifier made by tlpipe. The alias champion is in production, previous was "
         f"before it, challenger is the newest. 'tlpipe promote' moves them after a comparison, "
-        f"'tlpipe rollback' moves them back; {name}-history keeps every move ('tlpipe history')."
+        f"'tlpipe rollback' moves them back; {name}{SUFFIX} keeps every move ('tlpipe history')."
     )
 
 
@@ -62,14 +59,14 @@ def write(name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str]) 
         _use(name, shipped),
     ]
     text = "\n\n".join(part for part in parts if part)
-    return text if len(text) <= _MOST else f"{text[: _MOST - 2]}\n…"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]}\n…"
 
 
 def _results(known: Known) -> str:
     precisions = known["report"]["precisions"]
     rows = [
-        [words, *(_value(measured[key]) for measured in precisions.values())]
-        for key, words in _HEADLINES.items()
+        [title(key), *(_value(measured[key]) for measured in precisions.values())]
+        for key in _HEADLINES
         if key in precisions[EXACT]
     ]
     rows.append(["size", *(f"{measured['megabytes']:.1f} MB" for measured in precisions.values())])

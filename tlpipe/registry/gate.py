@@ -5,7 +5,7 @@ other times or on other images counts for nothing. Every rule gives a line: what
 expected. A rule that nobody set a bound for is not asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -150,8 +150,7 @@ def judge(
         GateError: the champion cannot be measured on these images.
     """
     squares = packed.load(measured.pixels).array
-    wanted = (("test",), candidate.labels, squares, measured.manifest, measured.split)
-    (part,) = answers.parts(*wanted)
+    (part,) = answers.parts(("test",), candidate.labels, squares, measured.manifest, measured.split)
     threads = candidate.provenance["origin"]["threads"]
     predictor = Predictor(candidate, threads=threads)
     given = part.ask(predictor, f"version {names[0]}")
@@ -276,16 +275,20 @@ def _change(change: dict[str, float], loss: float) -> Rule:
     )
 
 
+def label_changes(before: Iterable[str], after: Iterable[str]) -> str:
+    """Return which labels are gone and which are new, in words; nothing where none is."""
+    gone, new = sorted({*before} - {*after}), sorted({*after} - {*before})
+    changes = (("gone", gone), ("new", new))
+    return "; ".join(f"{what}: {', '.join(labels)}" for what, labels in changes if labels)
+
+
 def _labels(candidate: Bundle, champion: Bundle, may_differ: bool) -> Rule:
-    gone = sorted(set(champion.labels) - set(candidate.labels))
-    new = sorted(set(candidate.labels) - set(champion.labels))
-    if candidate.labels == champion.labels:
+    if is_same := candidate.labels == champion.labels:
         found = f"the same {len(candidate.labels)}"
     else:
-        changes = [f"gone: {', '.join(gone)}"] * bool(gone) + [f"new: {', '.join(new)}"] * bool(new)
-        found = "; ".join(changes) or "another order"
+        found = label_changes(champion.labels, candidate.labels) or "another order"
     expected = "any" if may_differ else "the same, in the same order"
-    return Rule("labels", found, expected, may_differ or candidate.labels == champion.labels)
+    return Rule("labels", found, expected, may_differ or is_same)
 
 
 def _signed(candidate: Bundle, key: Path, signature: Path | None) -> Rule:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS = "champion", "previous"
 PROMOTION, ROLLBACK, ADOPTION = "promotion", "rollback", "adoption"
 SUFFIX = "-history"
+LONGEST = 5000  # characters of a version's description that MLflow keeps
 _TAG = "tlpipe.move."
 _PAGE = 16
 _TRIES = 20
-_MOST = 5000  # characters of a description that MLflow keeps
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _append(
                 name + SUFFIX,
                 source=f"models:/{name}/{champion}",
                 tags={_TAG + key: value for key, value in parts.items()},
-                description=f"{kind}: version {previous or 'none'} -> {champion}. {why}"[:_MOST],
+                description=f"{kind}: version {previous or 'none'} -> {champion}. {why}"[:LONGEST],
                 await_creation_for=0,
             )
         except MlflowException as error:

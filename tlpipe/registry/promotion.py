@@ -27,12 +27,22 @@ def settle(client: "MlflowClient", name: str) -> Move | None:
         RegistryError: there is no such model.
     """
     tracking.check_known(client, name)
-    last = moves.settle(client, name)
-    alias = client.get_registered_model(name).aliases.get(moves.CHAMPION)
-    if last is None and alias is not None:
-        why = "it was in production before there was a history"
-        return moves.move(client, name, str(alias), after=None, kind=ADOPTION, why=why)
-    return last
+    if (last := moves.settle(client, name)) is not None:
+        return last
+    if (alias := client.get_registered_model(name).aliases.get(moves.CHAMPION)) is None:
+        return None
+    why = "it was in production before there was a history"
+    return moves.move(client, name, str(alias), after=None, kind=ADOPTION, why=why)
+
+
+def history(client: "MlflowClient", name: str) -> list[Move]:
+    """Return every move, the oldest first, with the aliases as the last one says.
+
+    Raises:
+        RegistryError: there is no such model.
+    """
+    settle(client, name)
+    return moves.history(client, name)
 
 
 def promote(
@@ -92,9 +102,10 @@ def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> 
         ArtifactError: its bundle is damaged.
         RegistryError: there is nothing to go back to, or somebody else was faster.
     """
-    last, log = settle(client, name), moves.history(client, name)
-    if last is None:
+    log = history(client, name)
+    if not log:
         raise RegistryError(f"nothing of {name} is in production, so nothing can be rolled back.")
+    last = log[-1]
     if which is None:
         steps = moves.standing(log)
         if len(steps) < 2:
@@ -102,16 +113,16 @@ def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> 
                 f"{name} version {last.champion} is the first that is known to have been in "
                 f"production; there is none to go back to. Name one, or promote another."
             )
-        target = steps[-2]
-    else:
-        target = str(tracking.find_version(client, name, which).version)
+        which = steps[-2]
+    version = tracking.find_version(client, name, which)
+    target = str(version.version)
     known = sorted({entry.champion for entry in log} - {last.champion}, key=int)
     if target not in known:
         raise RegistryError(
             f"{name} version {target} cannot be gone back to: expected one that was in production "
             f"before ({', '.join(known) or 'none'}). To put in a new one: 'tlpipe promote'."
         )
-    tracking.bundle_of(client, tracking.find_version(client, name, target))
+    tracking.bundle_of(client, version)
     return moves.move(client, name, target, after=last, kind=ROLLBACK, why=why)
 
 

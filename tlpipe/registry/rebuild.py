@@ -11,18 +11,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tlpipe import files
+from tlpipe import files, lineage
 from tlpipe.errors import ArtifactError, RegistryError
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import Bundle
 from tlpipe.registry import tracking
+from tlpipe.versioning import stage_paths
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 _log = logging.getLogger(__name__)
 _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
-_BUNDLE = Path("artifacts/export/bundle")
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,8 @@ def _origin(
             f"Commit, then make one that can: 'dvc repro --force --single-item export', "
             f"'dvc repro'."
         )
-    here = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
-    is_here = subprocess.run(here, cwd=workspace, capture_output=True).returncode == 0
-    top = ["git", "rev-parse", "--show-toplevel"]
-    recorded = tags.get("tlpipe.git_remote")
-    if is_here:
-        recorded = subprocess.run(top, cwd=workspace, capture_output=True, text=True).stdout.strip()
-    if (source := repository or recorded) is None:
+    here = lineage.repository_with(workspace, commit)
+    if not (source := repository or here or tags.get("tlpipe.git_remote")):
         raise RegistryError(
             f"{name} does not say which repository its commit {commit} is in, and it is not in "
             f"this one. Name one with --repository."
@@ -115,7 +110,7 @@ def _build(origin: _Origin, clone: Path, workspace: Path) -> Bundle:
         _log.info("pulling the data: %s", ", ".join(names))
         _step("dvc", "pull", "-q", *names, folder=inside)
     _step("dvc", "repro", "-q", "export", folder=inside)
-    return bundles.load(inside / _BUNDLE)
+    return bundles.load(stage_paths("export", inside)["bundle"])
 
 
 def _step(*command: str, folder: Path) -> None:

@@ -28,13 +28,6 @@ class Params(Section):
         description="Name of the registered model and of the experiment.",
     )
 
-    @field_validator("name")
-    @classmethod
-    def _is_no_log(cls, name: str) -> str:
-        if name.endswith(moves.SUFFIX):
-            raise ValueError(f"{moves.SUFFIX} ends the name of what keeps the moves of a model")
-        return name
-
     purpose: str = Field(
         default="", max_length=1000, description="What it is for and what not: for the model card."
     )
@@ -46,6 +39,13 @@ class Params(Section):
     gate: Bounds = Field(
         default=Bounds(), description="What a version must reach to go into production."
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_log(cls, name: str) -> str:
+        if name.endswith(moves.SUFFIX):
+            raise ValueError(f"{moves.SUFFIX} ends the name of what keeps the moves of a model")
+        return name
 
 
 def run(
@@ -77,7 +77,7 @@ def run(
         )
         version = published.version
         client.set_registered_model_alias(params.name, tracking.CHALLENGER, version)
-        log = moves.history(client, params.name) if promotion.settle(client, params.name) else []
+        log = promotion.history(client, params.name)
         # What once was in production and is no more was taken out by somebody.
         is_new = version not in {entry.champion for entry in log}
         if not log or (params.promote == "auto" and is_new):

@@ -148,10 +148,10 @@ def _what_there_is(client: "MlflowClient", name: str) -> str:
     return f"Expected one that is there, such as {', '.join(known)}."
 
 
-def parse(reference: str, *, otherwise: str = CHAMPION) -> tuple[str, str]:
+def parse(reference: str) -> tuple[str, str]:
     """Return name and alias or number of ``NAME@ALIAS``, ``NAME@NUMBER`` or ``NAME``."""
     name, _, which = reference.partition("@")
-    return name, which or otherwise
+    return name, which or CHAMPION
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,16 @@ def bundle_of(client: "MlflowClient", version: "ModelVersion") -> Bundle:
             f"{version.name} version {version.version} has no bundle: it was not registered by "
             f"tlpipe, or its artifacts are gone."
         )
+    return verified(version, folder)
+
+
+def verified(version: "ModelVersion", folder: Path) -> Bundle:
+    """Return what was fetched as the bundle of a version, if it is that.
+
+    Raises:
+        ArtifactError: its files are damaged.
+        RegistryError: it is not the registered one.
+    """
     # Before anything of it is read: whoever swapped it may have brought a seal along.
     if (expected := version.tags.get(BUNDLE_TAG)) != (found := digest(folder)):
         raise RegistryError(

@@ -25,10 +25,11 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
     with TemporaryDirectory() as folder:
         with tracking.connection(workspace) as client:
             version = tracking.find_version(client, name, which)
-            expected = tracking.bundle_of(client, version).digest
-            assert version.run_id is not None  # its bundle came from there
+            if version.run_id is None:
+                raise RegistryError(f"{name} version {version.version} has no run to be copied.")
             tags = client.get_run(version.run_id).data.tags
             client.download_artifacts(version.run_id, "", folder)
+            expected = tracking.verified(version, Path(folder, tracking.BUNDLE_FOLDER)).digest
             address, _, _ = without_credentials(client.tracking_uri).partition("?")
             origin = f"{address} version {version.version}"
         lineage = {key: value for key, value in tags.items() if key.startswith(_KEPT)}
