@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tlpipe import allocator, files
@@ -15,6 +16,7 @@ from tlpipe.errors import ArtifactError
 from tlpipe.features.backbone import load_network
 from tlpipe.features.device import training_device
 from tlpipe.features.weights import Weights
+from tlpipe.held_out import HeldOut
 from tlpipe.learning import endings, loop, norms, probe, processes
 from tlpipe.learning import head as heads
 from tlpipe.learning.batches import Feed, Photos, StoredActivations, batches
@@ -48,7 +50,7 @@ def tune(
         TrainingError: training cannot go on.
     """
     with endings.explained(recipe), processes.joined() as (rank, count):
-        task, penalty = prepare(data, pixels, recipe, rank, count)
+        task, l2 = prepare(data, pixels, recipe, rank, count)
         kept = Checkpoints(checkpoints, _digest(data, recipe, task))
         epochs = loop.fine_tune(task, recipe, kept, lambda epochs: note(_steps(epochs)))
         best = loop.best_of(epochs, recipe)
@@ -56,18 +58,19 @@ def tune(
         return Learned(
             stages={name: tensor.cpu().numpy() for name, tensor in tensors.items()},
             head=task.classifier.folded_head(),
-            penalty=penalty,
+            l2=l2,
             epoch=best.epoch,
             first=0,
             steps=_steps(epochs),
             kept=_steps([best])[0],
+            held_out=_held_out(task),
         )
 
 
 def prepare(
     data: Dataset, pixels: Path, recipe: Recipe, rank: int = 0, count: int = 1
 ) -> tuple[Task, float | None]:
-    """Return what is trained with its head solved, and the penalty that was picked for that.
+    """Return what is trained with its head solved, and the l2 that was picked for that.
 
     A head with hidden units is left as it was drawn, and has none.
     """
@@ -77,7 +80,7 @@ def prepare(
     classifier = _start(data, recipe).eval().to(device)
     classifier.to(memory_format=torch.channels_last)
     feed = _feed(data, pixels, device)
-    penalty = _solve_head(classifier, feed, data, recipe)
+    l2 = _solve_head(classifier, feed, data, recipe)
     if not classifier.trains_by_batch:
         norms.fold(classifier.stages, feed.plain(data.train.rows[:2]))
     elif count > 1:
@@ -93,7 +96,7 @@ def prepare(
         rank=rank,
         processes=count,
     )
-    return task, None if recipe.hidden else penalty
+    return task, None if recipe.hidden else l2
 
 
 def _start(data: Dataset, recipe: Recipe) -> Classifier:
@@ -123,7 +126,7 @@ def _feed(data: Dataset, pixels: Path, device: torch.device) -> Feed:
 
 
 def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recipe) -> float:
-    """Settle which statistics BatchNorm goes by, solve the head for them, return its penalty.
+    """Settle which statistics BatchNorm goes by, solve the head for them, return its l2.
 
     Pretrained statistics misjudge images of another kind; those of few images are worse than those
     of a million, where the images are alike.
@@ -139,16 +142,12 @@ def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recip
         if not by_batch:
             classifier.stages.load_state_dict(pretrained)
             classifier.trains_by_batch = False
-    solution, standard = probe.fit(
-        _computed(classifier, feed) if by_batch or recipe.reinitialise else probe.stored(data),
-        data,
-        penalties=recipe.penalties,
-        max_iterations=recipe.max_iterations,
-    )
-    classifier.standardise(standard)
+    read = _computed(classifier, feed) if by_batch or recipe.reinitialise else probe.stored(data)
+    found = probe.fit(read, data, data.train, recipe)
+    classifier.standardise(found.standard)
     if not recipe.hidden:
-        classifier.solve(solution.head)
-    return solution.penalty
+        classifier.solve(found.head)
+    return found.best.l2
 
 
 def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
@@ -162,6 +161,18 @@ def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
             yield features.double().cpu().numpy()
 
     return read
+
+
+def _held_out(task: Task) -> HeldOut:
+    """Return what the trained classifier answers for the validation split."""
+    rows, labels = task.validation.rows, task.validation.labels
+    task.classifier.eval()
+    logits = []
+    for start in range(0, len(rows), _BLOCK):
+        with torch.inference_mode(), autocast(task.device):
+            found = task.classifier(task.feed.plain(rows[start : start + _BLOCK]))
+        logits.append(found.float().cpu().numpy())
+    return HeldOut(rows, labels, np.concatenate(logits), np.zeros_like(rows))
 
 
 def _steps(epochs: Sequence[loop.Epoch]) -> list[heads.Step]:
