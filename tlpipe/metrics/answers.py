@@ -69,14 +69,20 @@ class Part:
         self,
         predictor: Predictor,
         description: str,
-        change: Callable[[Pixels], Pixels] = lambda images: images,
+        change: Callable[[Pixels, Sequence[str]], Pixels] | None = None,
     ) -> Answers:
-        """Return the answers for all of them, changed before where that is asked for."""
+        """Return the answers for all of them, changed before where that is asked for.
+
+        ``change``: gets images (N, H, W, 3) and what each is called, its path and box.
+        """
         starts = range(0, len(self.rows), BATCH)
-        found = [
-            predictor.scores(change(self.squares[list(self.rows[start : start + BATCH])]))
-            for start in track(starts, total=len(starts), description=description)
-        ]
+        keys = [f"{entry.path} {entry.box}" for entry in self.entries]
+        found = []
+        for start in track(starts, total=len(starts), description=description):
+            images = self.squares[list(self.rows[start : start + BATCH])]
+            if change is not None:
+                images = change(images, keys[start : start + BATCH])
+            found.append(predictor.scores(images))
         logits, probabilities = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return Answers(logits, probabilities, self.truth)
 
