@@ -39,8 +39,8 @@ def ends(drawn: Weights, confidence: float) -> tuple[float, float]:
 
 
 def paired_difference(
-    first: npt.NDArray[np.bool_],
-    second: npt.NDArray[np.bool_],
+    first: npt.NDArray[np.bool_] | npt.NDArray[np.float64],
+    second: npt.NDArray[np.bool_] | npt.NDArray[np.float64],
     groups: Sequence[str],
     confidence: float,
 ) -> dict[str, float]:
