@@ -51,6 +51,9 @@ ModelOption = Annotated[
         help="A bundle's folder, or NAME@ALIAS in the registry. [default: register.name@champion]",
     ),
 ]
+PrecisionOption = Annotated[
+    str, typer.Option(help="fp32, or another that the bundle has: int8, fp16.")
+]
 STAGE_PANEL = "Stages of the graph (dvc.yaml runs them)"
 PARAMS_FILE = Path("params.yaml")
 
@@ -245,11 +248,17 @@ def cross_validate(
 
 @app.command(rich_help_panel=STAGE_PANEL)
 def export(
-    model: In, pixels: In, split: In, bundle: Out, parity: Out, params: ParamsFile = PARAMS_FILE
+    model: In,
+    pixels: In,
+    manifest: In,
+    split: In,
+    bundle: Out,
+    parity: Out,
+    params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Write the ONNX bundle, proven equal to the trained model."""
-    paths = {"model": model, "pixels": pixels, "split": split, "bundle": bundle, "parity": parity}
-    _run("export", params, **paths, workspace=params.parent)
+    inputs = {"model": model, "pixels": pixels, "manifest": manifest, "split": split}
+    _run("export", params, **inputs, bundle=bundle, parity=parity, workspace=params.parent)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -454,13 +463,14 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     model: ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    precision: PrecisionOption = "fp32",
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Answer for image files with the model in production."""
     from tlpipe.inference import predict
 
     bundle, _ = _bundle(model, params)
-    answers = predict.run(bundle=bundle, images=images)
+    answers = predict.run(bundle=bundle, images=images, precision=precision)
     if as_json:
         import json
 
@@ -476,13 +486,14 @@ def serve(
     model: ModelOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    precision: PrecisionOption = "fp32",
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Answer over HTTP: POST the bytes of an image to /predict."""
     from tlpipe.serving import serve
 
     bundle, degraded = _bundle(model, params)
-    serve.run(bundle=bundle, degraded=degraded, host=host, port=port)
+    serve.run(bundle=bundle, degraded=degraded, host=host, port=port, precision=precision)
 
 
 @app.command()

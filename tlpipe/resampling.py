@@ -131,8 +131,8 @@ def effective_interval(
 
 
 def paired_difference(
-    first: npt.NDArray[np.bool_],
-    second: npt.NDArray[np.bool_],
+    first: npt.NDArray[np.bool_] | npt.NDArray[np.float64],
+    second: npt.NDArray[np.bool_] | npt.NDArray[np.float64],
     groups: Sequence[str],
     confidence: float,
 ) -> dict[str, float]:

@@ -145,6 +145,7 @@ def _run_stages(
     stages["export"](
         model=model,
         pixels=pixels,
+        manifest=manifest,
         split=split,
         bundle=bundle,
         parity=place / "parity.json",
