@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 
@@ -59,8 +60,7 @@ def _tokens(node: object) -> Iterator[str]:
     if isinstance(node, ast.AST):
         yield f"{type(node).__name__}("
         for field, found in ast.iter_fields(node):
-            is_list = isinstance(found, list)
-            value = [item for item in found if not _has_no_effect(item)] if is_list else found
+            value = _relevant(node, found) if isinstance(found, list) else found
             is_set = value is not None and value != []
             if (is_set or field == "value") and field not in ("kind", "type_comment"):
                 yield f"{field}="
@@ -75,6 +75,20 @@ def _tokens(node: object) -> Iterator[str]:
         yield ascii(node)
 
 
-def _has_no_effect(node: object) -> bool:
-    """Return whether it is a statement of a mere constant, as docstrings are."""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+def _relevant(parent: ast.AST, items: list[object]) -> list[object]:
+    """Return a list of nodes without statements of a mere constant, as docstrings are.
+
+    Python 3.12 splits the text in an f-string in other places: neighbours are put together.
+    """
+    if not isinstance(parent, ast.JoinedStr):
+        return [
+            item
+            for item in items
+            if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))
+        ]
+    joined: list[object] = []
+    for is_text, parts in groupby(items, lambda item: isinstance(item, ast.Constant)):
+        group = list(parts)
+        text = "".join(str(part.value) for part in group if isinstance(part, ast.Constant))
+        joined += [text] * bool(text) if is_text else group
+    return joined

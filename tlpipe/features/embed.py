@@ -82,7 +82,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
     entries = _entries(manifest, pixels, len(images.array))
     backbone = describe(params.backbone)
     names = [stage.name for stage in backbone.stages]
-    count = frozen_stages(params.freeze, names, (entry.label for entry in entries))
+    count = frozen_stages(params.freeze, backbone.stages, (entry.label for entry in entries))
     _log.info("frozen: %s", _share(backbone, count))
     shape = _boundary_shape(backbone, count, params.views)
     _check_size(backbone, len(entries), shape, params)
@@ -137,8 +137,7 @@ def check_freeze(params: Params) -> None:
     Raises:
         ParamsError: it has not.
     """
-    names = [stage.name for stage in describe(params.backbone).stages]
-    frozen_stages(params.freeze, names, labels=[""])
+    frozen_stages(params.freeze, describe(params.backbone).stages, labels=[""])
 
 
 def check_sampling(found: Sampling, params: Params) -> None:
