@@ -248,17 +248,11 @@ def cross_validate(
 
 @app.command(rich_help_panel=STAGE_PANEL)
 def export(
-    model: In,
-    pixels: In,
-    manifest: In,
-    split: In,
-    bundle: Out,
-    parity: Out,
-    params: ParamsFile = PARAMS_FILE,
+    model: In, pixels: In, split: In, bundle: Out, parity: Out, params: ParamsFile = PARAMS_FILE
 ) -> None:
     """Write the ONNX bundle, proven equal to the trained model."""
-    inputs = {"model": model, "pixels": pixels, "manifest": manifest, "split": split}
-    _run("export", params, **inputs, bundle=bundle, parity=parity, workspace=params.parent)
+    paths = {"model": model, "pixels": pixels, "split": split, "bundle": bundle, "parity": parity}
+    _run("export", params, **paths, workspace=params.parent)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -267,6 +261,7 @@ def evaluate(
     pixels: In,
     manifest: In,
     split: In,
+    held_out: In,
     history: In,
     report: Out,
     speed: Out,
@@ -277,10 +272,11 @@ def evaluate(
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Measure the bundle on the test split."""
-    inputs = {"bundle": bundle, "pixels": pixels, "manifest": manifest, "split": split}
+    images = {"pixels": pixels, "manifest": manifest, "split": split}
+    trained = {"bundle": bundle, "held_out": held_out, "history": history}
     texts = {"report": report, "speed": speed, "predictions": predictions, "tables": tables}
     pictures = {"plots": plots, "examples": examples}
-    _run("evaluate", params, **inputs, history=history, **texts, **pictures)
+    _run("evaluate", params, **images, **trained, **texts, **pictures)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)

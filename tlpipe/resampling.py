@@ -66,7 +66,7 @@ def wilson_interval(successes: float, trials: float, confidence: float) -> tuple
 
 
 def share_interval(
-    right: npt.NDArray[np.bool_],
+    right: npt.NDArray[np.bool_] | npt.NDArray[np.float64],
     groups: Sequence[str] | npt.NDArray[np.int64],
     confidence: float,
     *,
@@ -138,6 +138,8 @@ def paired_difference(
 ) -> dict[str, float]:
     """Return by how much more often the second is right on the same images, with its interval.
 
+    ``first``, ``second``: (N,) which answers are right, or by what share in [0, 1] each counts.
+
     The difference is the share that became right less the share that became wrong. Their intervals
     are combined, so the result has a width even where nothing changed: a change that none of n
     images shows may still happen for some 4 in n.
@@ -148,7 +150,8 @@ def paired_difference(
     correlation of the two shares.
     """
     place = group_numbers(groups)
-    changes = (second & ~first, first & ~second)
+    gained = second.astype(np.float64) - first.astype(np.float64)
+    changes = (np.maximum(gained, 0), np.maximum(-gained, 0))
     up, down = (share_interval(change, place, confidence) for change in changes)
     value = up["value"] - down["value"]
     apart = [

@@ -145,7 +145,6 @@ def _run_stages(
     stages["export"](
         model=model,
         pixels=pixels,
-        manifest=manifest,
         split=split,
         bundle=bundle,
         parity=place / "parity.json",
@@ -157,6 +156,7 @@ def _run_stages(
         pixels=pixels,
         manifest=manifest,
         split=split,
+        held_out=model / "held_out.safetensors",
         history=history,
         report=place / "report.json",
         speed=place / "speed.json",

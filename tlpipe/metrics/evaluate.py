@@ -73,6 +73,7 @@ def run(
     pixels: Path,
     manifest: Path,
     split: Path,
+    held_out: Path,
     history: Path,
     report: Path,
     speed: Path,
@@ -84,14 +85,15 @@ def run(
 ) -> None:
     """Write the report, how fast it is, the predictions, tables and plots, an example per class.
 
+    ``held_out``: predictions for images that did not train, which the abstention threshold goes by.
+
     Raises:
         ArtifactError: the bundle is damaged, or knows other classes than the split table.
         DataError: there are no unknown images where they should be.
     """
     shipped = bundles.load(bundle)
     squares = packed.load(pixels).array
-    names = ("test", "validation")
-    test, validation = answers.parts(names, shipped.labels, squares, manifest, split)
+    (test,) = answers.parts(("test",), shipped.labels, squares, manifest, split)
     threads = shipped.provenance["origin"]["threads"]
     predictors = {
         name: Predictor(shipped, precision=name, threads=threads)
@@ -100,13 +102,13 @@ def run(
     }
     found = {name: test.ask(predictor, name) for name, predictor in predictors.items()}
     exact, answered = predictors[EXACT], found[EXACT]
-    held_out = validation.ask(exact, "validation")
+    calibrated, groups = answers.of_held_out(held_out, shipped, split)
     unknown = answers.of_others(exact, params.unknown, shipped.preprocessing, params.unknown_images)
-    abstention = selective_prediction(answered, test.groups, held_out, validation.groups, params)
+    abstention = selective_prediction(answered, test.groups, calibrated, groups, params)
     threshold = abstention["threshold"]
     if threshold is None:
         _log.info(
-            "no threshold is known to keep errors at %s (%s validation images; at least %s needed)",
+            "no threshold is known to keep errors at %s (%s images held out; at least %s needed)",
             f"{params.error_rate:.1%}",
             abstention["images"],
             abstention["images_needed"],

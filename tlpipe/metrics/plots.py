@@ -119,7 +119,7 @@ def coverage(given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str
     axes.step(curve.coverage, curve.accuracy, where="post", label="test images")
     axes.axhline(1 - abstention["error_rate"], color="gray", linestyle=":", label="asked for")
     sure = f"kept with {abstention['confidence']:.0%} confidence"
-    for found, kept in ((abstention, sure), (abstention["observed"], "kept on validation")):
+    for found, kept in ((abstention, sure), (abstention["observed"], "kept on images held out")):
         if found["accuracy"]:
             label = f"threshold {found['threshold']:.2f}, {kept}"
             axes.plot(found["coverage"], found["accuracy"]["value"], "o", label=label)
@@ -130,7 +130,7 @@ def coverage(given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str
     if abstention["threshold"] is None:
         title = (
             f"No threshold is known to keep errors at {abstention['error_rate']:.1%} "
-            f"({abstention['images']} validation images;\n"
+            f"({abstention['images']} images held out;\n"
             f"{abstention['images_needed']} are needed where none is wrong)"
         )
     else:
@@ -188,13 +188,13 @@ def training(history: Path) -> "Figure":
     figure = pictures.new_figure(8, 3.8)
     left, right = figure.subplots(1, 2)
     column(left, "train_loss", "training")
-    column(left, "validation_loss", "validation")
+    column(left, "validation_loss", "held out")
     left.set_ylabel("loss (nats)")
     left.legend()
-    column(right, "validation_accuracy", "validation")
-    right.set_ylabel("accuracy on validation")
+    column(right, "validation_accuracy", "held out")
+    right.set_ylabel("accuracy on images held out")
     for axes in (left, right):
-        axes.set_xlabel("step of the solver, or epoch")
+        axes.set_xlabel("epoch; of a linear probe: l2, strongest first")
     return figure
 
 

@@ -1,7 +1,7 @@
 """Stage ``export``: write the bundle, after its graphs have proven equal to the trained model."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -12,10 +12,12 @@ import numpy as np
 from pydantic import Field
 
 from tlpipe import files, lineage
+from tlpipe import held_out as held_outs
 from tlpipe.data import pixels as packed
 from tlpipe.data.chunks import Chunks
-from tlpipe.data.manifest import Assignment, load_manifest, load_split
+from tlpipe.data.manifest import SPLITS, Assignment, load_split
 from tlpipe.features.backbone import describe
+from tlpipe.held_out import HeldOut
 from tlpipe.learning import model as models
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import ANY_SIZE, EXACT
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
     from tlpipe.onnx_export.parity import Logits, Sample
-    from tlpipe.onnx_export.precisions import Verdict
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "scipy", "pillow")
@@ -71,7 +72,6 @@ def run(
     *,
     model: Path,
     pixels: Path,
-    manifest: Path,
     split: Path,
     bundle: Path,
     parity: Path,
@@ -91,43 +91,44 @@ def run(
     origin = trained.card.origin
     backbone = describe(origin.backbone)
     weights = backbone.find_weights(origin.weights, origin.weights_sha256)
-    groups = [entry.group for entry in load_manifest(manifest)]
-    stored = packed.load(pixels).array
-    sample = partial(_sample, stored, load_split(split), groups, trained.card)
+    assignments = load_split(split)
+    sample = partial(_sample, packed.load(pixels).array, assignments, trained.card)
     in_onnx = partial(parities.in_onnx, threads=origin.threads)
 
     whole = graph.classifier(backbone, weights, trained)
-    validation = sample("validation")
-    logits = parities.logits(in_onnx(whole.SerializeToString()), validation, "temperature")
-    divisor = temperature.fit(logits, validation.truth)
+    held = held_outs.load(model / models.HELD_OUT)
+    divisor = temperature.fit(held.logits, held.labels)
     provenance = _provenance(trained.card, divisor, workspace)
     metadata = bundles.metadata(trained.card.labels, origin.preprocessing, provenance)
     finish = partial(graph.finished, temperature=divisor, metadata=metadata)
 
     exact = finish(whole)
-    test = sample("test").first(params.parity_images)
-    in_torch = parities.logits(parities.in_torch(trained, backbone, weights), test, "torch")
-    measured = parities.compare(in_torch, parities.logits(in_onnx(exact), test, "ONNX Runtime"))
+    train, validation, test = (_rows(assignments, part) for part in SPLITS)
+    tested = sample(test).first(params.parity_images)
+    in_torch = parities.logits(parities.in_torch(trained, backbone, weights), tested, "torch")
+    measured = parities.compare(in_torch, parities.logits(in_onnx(exact), tested, "ONNX Runtime"))
     parities.check(measured, params.parity_tolerance)
 
-    candidates = {
-        name: finish(candidate)
-        for name, candidate in _candidates(whole, sample("train"), params, origin.threads)
-    }
-    verdicts = {
-        name: _judge(name, content, exact, logits, validation, params, origin.threads)
-        for name, content in candidates.items()
-    }
+    checked = held.only(validation)
+    others, checks = _lower_precisions(
+        whole,
+        exact,
+        finish,
+        checked,
+        images=sample(checked.rows.tolist()),
+        fitted=sample(train).first(_FITTED * params.calibration_images),
+        threads=origin.threads,
+        params=params,
+    )
     resizing = finish(any_size.with_any_size(whole, origin.preprocessing))
     any_size.check(
         resizing,
         in_onnx(exact),
-        test.first(_ANY_SIZE_IMAGES),
+        tested.first(_ANY_SIZE_IMAGES),
         origin.preprocessing,
         tolerance=params.parity_tolerance,
         threads=origin.threads,
     )
-    others = {name: candidates[name] for name in candidates if not verdicts[name].refused}
     bundles.save(
         bundle,
         graphs={EXACT: exact, **others, ANY_SIZE: resizing},
@@ -135,8 +136,7 @@ def run(
         preprocessing=origin.preprocessing,
         provenance=provenance,
     )
-    precisions = {name: asdict(verdict) for name, verdict in verdicts.items()}
-    files.write_json(parity, {**asdict(measured), "temperature": divisor, "precisions": precisions})
+    files.write_json(parity, {**asdict(measured), "temperature": divisor, "precisions": checks})
     _log.info(
         "%.1f MB of ONNX; differs from torch by at most %.1e on %s images",
         len(exact) / 1e6,
@@ -145,64 +145,100 @@ def run(
     )
 
 
+def _rows(assignments: Sequence[Assignment], part: str) -> list[int]:
+    return [row for row, assignment in enumerate(assignments) if assignment.split == part]
+
+
 def _sample(
-    squares: Chunks,
-    assignments: Sequence[Assignment],
-    groups: Sequence[str],
-    card: models.Card,
-    part: str,
+    squares: Chunks, assignments: Sequence[Assignment], card: models.Card, rows: Sequence[int]
 ) -> "Sample":
     from tlpipe.onnx_export.parity import Sample
 
-    rows = [i for i, row in enumerate(assignments) if row.split == part]
     numbers = {label: number for number, label in enumerate(card.labels)}
-    truth = np.array([numbers[assignments[row].label] for row in rows], np.int64)
-    crop_px = card.origin.preprocessing.crop_px
-    return Sample(squares, crop_px, rows, truth, [groups[row] for row in rows])
+    chosen = [assignments[row] for row in rows]
+    truth = np.array([numbers[row.label] for row in chosen], np.int64)
+    groups = [row.group for row in chosen]
+    return Sample(squares, card.origin.preprocessing.crop_px, rows, truth, groups)
+
+
+def _lower_precisions(
+    whole: "ModelProto",
+    exact: bytes,
+    finish: Callable[["ModelProto"], bytes],
+    held: HeldOut,
+    *,
+    images: "Sample",
+    fitted: "Sample",
+    threads: int,
+    params: Params,
+) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
+    """Return the graphs beside fp32 that are good enough to ship, and what was found of each."""
+    from tlpipe.onnx_export import precisions
+
+    shipped, checks = {}, {}
+    for name, candidate in _candidates(whole, fitted, params, threads):
+        content = finish(candidate)
+        verdict = precisions.judge(
+            name,
+            held.logits,
+            _held_out_logits(name, content, exact, held, images, fitted, threads),
+            held.labels,
+            images.groups,
+            size=len(content) / len(exact),
+            loss=params.accuracy_loss,
+        )
+        checks[name] = asdict(verdict)
+        if verdict.refused:
+            _log.warning("%s does not ship: %s", name, verdict.refused)
+        else:
+            shipped[name] = content
+    return shipped, checks
 
 
 def _candidates(
-    whole: "ModelProto", train: "Sample", params: Params, threads: int
+    whole: "ModelProto", fitted: "Sample", params: Params, threads: int
 ) -> Iterator[tuple[str, "ModelProto"]]:
     """Yield the graph in each precision that was asked for, whatever this machine has."""
     from tlpipe.onnx_export import fp16, int8
 
     count = params.calibration_images
     if "fp16" in params.precisions:
-        yield "fp16", fp16.to_fp16(whole, train.first(count), threads)
+        yield "fp16", fp16.to_fp16(whole, fitted.first(count), threads)
     if "int8" in params.precisions:
-        fitted = train.first(_FITTED * count)
         yield "int8", int8.to_int8(whole, fitted, threads, calibration_images=count)
 
 
-def _judge(
+def _held_out_logits(
     name: str,
     content: bytes,
     exact: bytes,
-    logits: "Logits",
-    sample: "Sample",
-    params: Params,
+    held: HeldOut,
+    images: "Sample",
+    fitted: "Sample",
     threads: int,
-) -> "Verdict":
-    """Measure a graph as it would ship, and say so where it does not."""
+) -> "Logits":
+    """Return what a graph, as it would ship, answers for images held out.
+
+    A linear probe has trained on them, so the heads of its folds answer, on what the graph makes of
+    the images up to its last layer.
+    """
+    import onnx
+
     from tlpipe.onnx_export import int8, precisions
     from tlpipe.onnx_export import parity as parities
 
     if name == "int8":
         int8.check_no_saturation(content)
-    found = parities.logits(parities.in_onnx(content, threads), sample, name)
-    verdict = precisions.judge(
-        name,
-        logits,
-        found,
-        sample.truth,
-        sample.groups,
-        size=len(content) / len(exact),
-        loss=params.accuracy_loss,
-    )
-    if verdict.refused:
-        _log.warning("%s does not ship: %s", name, verdict.refused)
-    return verdict
+    if not held.heads:
+        return parities.logits(parities.in_onnx(content, threads), images, name)
+    graph = onnx.load_from_string(content)
+    correct = None
+    if name == "int8":
+        graphs = (onnx.load_from_string(exact), graph)
+        known = [parities.features(each, fitted, threads) for each in graphs]
+        correct = partial(int8.corrected, exact=known[0], seen=known[1])
+    taken = parities.features(graph, images, threads)
+    return precisions.out_of_fold_logits(held, taken, correct)
 
 
 def _provenance(card: models.Card, divisor: float, workspace: Path) -> dict[str, Any]:

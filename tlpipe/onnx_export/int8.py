@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from tlpipe.data.images import Pixels
 from tlpipe.errors import ParityError
-from tlpipe.onnx_export.bundle import IMAGES, LOGITS
-from tlpipe.onnx_export.parity import Sample
-from tlpipe.runtime import open_session
+from tlpipe.onnx_export.bundle import IMAGES
+from tlpipe.onnx_export.graph import last_layer
+from tlpipe.onnx_export.parity import Sample, features
 
 # Without VNNI, x86 adds two products of an activation (0..255) and a weight into 16 bits that
 # saturate (vpmaddubsw). Which two depends on the kernel; so it is any two of an output channel.
 LARGEST_PAIR = 32767 // 255
+Single = npt.NDArray[np.float32]
 _BATCH = 8
 _EXACT_SHARE = 0.0025
 _RIDGE, _FLOOR = 1.0, 1e-3
@@ -65,7 +66,7 @@ def to_int8(
     )
 
     batches = sample.first(calibration_images).batches(_BATCH)
-    excluded = [*_first_layers(model), _last_layer(model).name]
+    excluded = [*_first_layers(model), last_layer(model).name]
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> dict[str, Pixels] | None:
@@ -170,60 +171,43 @@ def _first_layers(model: onnx.ModelProto) -> list[str]:
     return names
 
 
-def _last_layer(model: onnx.ModelProto) -> onnx.NodeProto:
-    """Return the linear layer that gives the logits: Gemm(features, weight (C, D), bias (C,))."""
-    return next(node for node in model.graph.node if node.output[0] == LOGITS)
-
-
 def _fit_last_layer(
     rounded: onnx.ModelProto, exact: onnx.ModelProto, sample: Sample, threads: int
 ) -> None:
-    """Change the last layer so that its logits are closest to the exact ones on a sample.
+    """Change the last layer so that its logits are closest to the exact ones on a sample."""
+    layer = last_layer(rounded)
+    tensors = {tensor.name: tensor for tensor in rounded.graph.initializer}
+    weight, bias = (numpy_helper.to_array(tensors[name]) for name in layer.input[1:3])
+    taken = (features(graph, sample, threads) for graph in (exact, rounded))
+    for name, array in zip(layer.input[1:3], corrected(weight, bias, *taken), strict=True):
+        tensors[name].CopyFrom(numpy_helper.from_array(array, name))
+
+
+def corrected(weight: Single, bias: Single, exact: Single, seen: Single) -> tuple[Single, Single]:
+    """Return a linear layer that makes of ``seen`` what the given one makes of ``exact``.
 
     Ridge regression towards the layer as it is, on standardised features, solved in the space of
     images: their number is smaller than that of features.
+
+    Args:
+        weight: (C, D).
+        bias: (C,).
+        exact: (N, D) what the layer takes in fp32.
+        seen: (N, D) what it takes in eight bits, for the same images.
     """
-    layer = _last_layer(rounded)
-    tensors = {tensor.name: tensor for tensor in rounded.graph.initializer}
-    weight, bias = (
-        numpy_helper.to_array(tensors[name]).astype(np.float64) for name in layer.input[1:3]
-    )
-    taken = layer.input[0]
-    seen = _run(_with_output(rounded, taken, weight.shape[1]), taken, sample, threads)
-    wanted = _run(exact, LOGITS, sample, threads)
-    mean = seen.mean(axis=0)
-    spread = seen.std(axis=0)
+    taken, old = seen.astype(np.float64), weight.astype(np.float64)
+    mean, spread = taken.mean(axis=0), taken.std(axis=0)
     spread = np.maximum(spread, _FLOOR * np.sqrt((spread**2).mean()) or 1.0)
-    standard = (seen - mean) / spread
-    missing = wanted - (seen @ weight.T + bias)
+    standard = (taken - mean) / spread
+    missing = (exact.astype(np.float64) - taken) @ old.T
     likeness = standard @ standard.T
     ridge = _RIDGE * np.trace(likeness) / len(likeness)
     shares = np.linalg.solve(
         likeness + ridge * np.eye(len(likeness)), missing - missing.mean(axis=0)
     )
     change = (standard.T @ shares).T / spread
-    for name, array in zip(
-        layer.input[1:3],
-        (weight + change, bias + missing.mean(axis=0) - change @ mean),
-        strict=True,
-    ):
-        tensors[name].CopyFrom(numpy_helper.from_array(array.astype(np.float32), name))
-
-
-def _with_output(model: onnx.ModelProto, name: str, width: int) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    shape = ["batch", width]
-    copy.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-    return copy
-
-
-def _run(
-    model: onnx.ModelProto, output: str, sample: Sample, threads: int
-) -> npt.NDArray[np.float64]:
-    session = open_session(model.SerializeToString(), threads=threads, device="cpu")
-    found = [session.run([output], {IMAGES: images})[0] for images in sample.batches(_BATCH)]
-    return np.concatenate(found).astype(np.float64)
+    shift = missing.mean(axis=0) - change @ mean
+    return (old + change).astype(np.float32), (bias + shift).astype(np.float32)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
 
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import Pixels, crop_middle
@@ -15,6 +17,7 @@ from tlpipe.features.weights import Weights
 from tlpipe.learning.classifier import whole
 from tlpipe.learning.model import Model
 from tlpipe.onnx_export.bundle import IMAGES, LOGITS
+from tlpipe.onnx_export.graph import last_layer
 from tlpipe.progress import track
 from tlpipe.runtime import open_session
 
@@ -100,6 +103,17 @@ def logits(compute: Compute, sample: Sample, description: str) -> Logits:
     batches = -(-len(sample.rows) // _BATCH)
     shown = track(sample.batches(_BATCH), total=batches, description=description)
     return np.concatenate([compute(images) for images in shown])
+
+
+def features(model: onnx.ModelProto, sample: Sample, threads: int) -> Logits:
+    """Return what a graph's last layer takes for a sample, (N, D) float32, on the CPU."""
+    taken = last_layer(model).input[0]
+    showing = onnx.ModelProto()
+    showing.CopyFrom(model)
+    showing.graph.output.append(helper.make_tensor_value_info(taken, TensorProto.FLOAT, None))
+    session = open_session(showing.SerializeToString(), threads=threads, device="cpu")
+    found = [session.run([taken], {IMAGES: images})[0] for images in sample.batches(_BATCH)]
+    return np.concatenate(found)
 
 
 def compare(trained: Logits, exported: Logits) -> Parity:

@@ -1,18 +1,20 @@
 """Whether a graph in fewer bits is good enough to ship, by its answers for held-out images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tlpipe.held_out import HeldOut
 from tlpipe.onnx_export.parity import Labels, Logits
 from tlpipe.resampling import paired_difference
 
 # Eight bits are a quarter of thirty-two, and what stays exact adds a little.
 MOST_BYTES = {"int8": 0.3, "fp16": 0.55}
 _CONFIDENCE = 0.95
+Correct = Callable[[Logits, Logits], tuple[Logits, Logits]]
 # Of the spread of logits: about as much as eight bits move one.
 _TIE = 0.05
 
@@ -27,6 +29,22 @@ class Verdict:
     accuracy_change: dict[str, Any]
     size: float
     refused: str
+
+
+def out_of_fold_logits(held: HeldOut, taken: Logits, corrected: Correct | None) -> Logits:
+    """Return the logits (N, C) of images by the head of the fold that held each of them out.
+
+    Args:
+        held: predictions of N images, with the folds' heads.
+        taken: (N, D) what the last layer takes of them in the precision to be checked.
+        corrected: changes a head as the last layer of this precision was changed.
+    """
+    logits = np.empty_like(held.logits)
+    for fold, (weight, bias) in enumerate(held.heads):
+        weight, bias = corrected(weight, bias) if corrected else (weight, bias)
+        inside = held.folds == fold
+        logits[inside] = taken[inside] @ weight.T + bias
+    return logits
 
 
 def judge(

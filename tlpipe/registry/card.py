@@ -117,14 +117,14 @@ def _abstention(found: Mapping[str, Any]) -> str:
         )
     text = (
         f"No probability is known above which at most {rate} of answers are wrong "
-        f"({certainty} confidence): of {found['images']} independent validation images too many "
+        f"({certainty} confidence): of {found['images']} independent images held out too many "
         f"are wrong, or they are too few ({found['images_needed']} at least)."
     )
     observed = found["observed"]
     if observed["threshold"] is None:
         return text
     return (
-        f"{text} Above {observed['threshold']:.3f} no more were wrong on validation, which "
+        f"{text} Above {observed['threshold']:.3f} no more were wrong on images held out, which "
         f"promises nothing. {_answered(observed)}"
     )
 
