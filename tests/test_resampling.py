@@ -79,6 +79,15 @@ def test_two_groups_that_agree_by_chance_are_not_taken_for_many_images() -> None
     assert found["high"] - found["low"] > 0.5
 
 
+def test_groups_that_always_disagree_count_no_more_than_their_images() -> None:
+    """Each of a hundred pairs has one right, one wrong: their shares have no spread at all."""
+    right = np.tile([True, False], 100)
+    known = stats.binomtest(100, 200).proportion_ci(0.95, method="wilson")
+    assert interval(share_interval(right, copies(100, 2), 0.95)) == pytest.approx(
+        (known.low, known.high)
+    )
+
+
 @pytest.mark.parametrize("groups", [4, 12, 60])
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
 @pytest.mark.parametrize("likeness", [0.1, 0.5, 0.9])
@@ -141,7 +150,9 @@ def pair(both: int, up: int, down: int, none: int) -> tuple[np.ndarray, np.ndarr
     return first, second
 
 
-@pytest.mark.parametrize("table", [(150, 20, 12, 18), (80, 5, 9, 6), (40, 10, 10, 40)])
+@pytest.mark.parametrize(
+    "table", [(150, 20, 12, 18), (80, 5, 9, 6), (40, 10, 10, 40), (20, 80, 60, 40)]
+)
 def test_a_difference_has_nearly_newcombe_s_interval(table: tuple[int, int, int, int]) -> None:
     found = paired_difference(*pair(*table), alone(sum(table)), 0.95)
     assert found["value"] == pytest.approx((table[1] - table[2]) / sum(table))
@@ -195,14 +206,17 @@ def test_differences_hold_the_truth_as_often_as_they_say() -> None:
     assert held / times >= 0.92
 
 
-def test_resamples_draw_whole_groups() -> None:
-    groups = ["a", "", "a", "b", "", "b", "b"]
-    assert group_numbers(groups).max() + 1 == 4
-    weights = np.concatenate(list(resampling.resamples(groups)))
-    assert weights.shape == (1000, 7)
-    assert (weights[:, 0] == weights[:, 2]).all()
-    assert (weights[:, [3, 3]] == weights[:, [5, 6]]).all()
-    assert (weights[:, [0, 1, 3, 4]].sum(axis=1) == 4).all()
+def test_images_without_a_group_are_alone() -> None:
+    numbers = group_numbers(["a", "", "a", "b", "", "b", "b"]).tolist()
+    assert sorted(set(numbers)) == [0, 1, 2, 3]
+    assert numbers[0] == numbers[2]
+    assert numbers[3] == numbers[5] == numbers[6]
+
+
+def test_resamples_draw_as_many_groups_as_there_are() -> None:
+    weights = np.concatenate(list(resampling.resamples(4)))
+    assert weights.shape == (1000, 4)
+    assert (weights.sum(axis=1) == 4).all()
     # Each is drawn once on average, with the variance of a binomial number: 4 x 1/4 x 3/4.
     assert weights[:, 1].mean() == pytest.approx(1, abs=0.1)
     assert weights[:, 1].var() == pytest.approx(0.75, abs=0.1)
@@ -214,7 +228,8 @@ def test_the_variance_is_the_bootstrap_s() -> None:
     place = np.repeat(np.arange(80), random.integers(1, 7, 80))
     right = random.random(len(place)) < random.beta(4, 2, 80)[place]
     groups = [str(number) for number in place]
-    drawn = np.concatenate([(w @ right) / w.sum(axis=1) for w in resampling.resamples(groups)])
+    weights = np.concatenate(list(resampling.resamples(80)))[:, place]
+    drawn = weights @ right / weights.sum(axis=1)
     low, high = interval(share_interval(right, groups, 0.95))
     # Of Wilson's interval the effective number of images, and from it the standard deviation.
     value = right.mean()

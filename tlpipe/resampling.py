@@ -23,23 +23,21 @@ def group_numbers(groups: Sequence[str]) -> npt.NDArray[np.int64]:
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-def resamples(groups: Sequence[str]) -> Iterator[Weights]:
-    """Yield how often each image counts in each resampling, (B, N) in parts.
+def resamples(groups: int) -> Iterator[Weights]:
+    """Yield how often each of so many groups counts in each resampling, (B, G) in parts.
 
-    Groups are drawn with replacement, always the same for the same ones.
+    Groups are drawn with replacement, always the same for the same number.
 
     Source: Efron and Tibshirani (1993), An introduction to the bootstrap, sections 6 and 13.3;
     Davison and Hinkley (1997), Bootstrap methods, section 3.8, for whole groups.
     """
-    place = group_numbers(groups)
-    distinct = int(place.max()) + 1
     random = generator(0, "resamples")
     for _ in range(0, _RESAMPLES, _AT_ONCE):
         counts = [
-            np.bincount(random.integers(distinct, size=distinct), minlength=distinct)
+            np.bincount(random.integers(groups, size=groups), minlength=groups)
             for _ in range(_AT_ONCE)
         ]
-        yield np.stack(counts)[:, place].astype(np.float64)
+        yield np.stack(counts).astype(np.float64)
 
 
 def ends(drawn: Weights, confidence: float) -> tuple[float, float]:

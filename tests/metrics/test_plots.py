@@ -76,6 +76,27 @@ def test_ranking_shows_scikit_learn_s_curves(given: Answers) -> None:
         assert np.allclose(y[::-1], precision[:-1])
 
 
+def test_many_classes_need_neither_a_wall_nor_thousands_of_points(tmp_path: Path) -> None:
+    """100 classes: the confusion matrix stays a picture, and curves keep only their corners."""
+    random = np.random.default_rng(0)
+    truth = np.arange(1000) % 100
+    shown = (random.random((1000, 100)) + np.eye(100)[truth]).astype(np.float32)
+    given = Answers(shown, shown / shown.sum(axis=1, keepdims=True), truth)
+    labels = [f"class {number}" for number in range(100)]
+    pictures.save(plots.confusion(np.eye(100, dtype=int).tolist(), labels), tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as picture:
+        assert max(picture.size) < 2600
+    left, right = plots.ranking(given, labels).axes
+    lines = [line for line in left.get_lines() if line.get_linestyle() == "-"]
+    assert len(lines) == len(right.get_lines()) == 100
+    assert sum(len(np.asarray(line.get_xdata())) for line in lines) < 3 * 1000 + 3 * 100
+    for number in (0, 99):
+        x, y = (np.asarray(data) for data in lines[number].get_data())
+        area = float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))
+        known = metrics.roc_auc_score(truth == number, given.probabilities[:, number])
+        assert area == pytest.approx(known)
+
+
 NONE = {"threshold": None, "coverage": None, "accuracy": None}
 KNOWN = {"threshold": 0.9, "coverage": 0.6, "accuracy": {"value": 0.97}}
 OBSERVED = {"threshold": 0.7, "coverage": 0.8, "accuracy": {"value": 0.95}}
@@ -103,8 +124,8 @@ def test_coverage_says_that_no_threshold_is_known(given: Answers) -> None:
     labels = {line.get_label() for line in axes.get_lines()}
     assert labels == {"test images", "asked for"}
     assert axes.get_title() == (
-        "No threshold is known to keep errors at 2.0% (120 validation images;\n"
-        "149 are needed where none is wrong)"
+        "No threshold is known to keep errors at 2.0%: of 120 validation images\n"
+        "too many are wrong, or they are too few (149 at least)"
     )
 
 

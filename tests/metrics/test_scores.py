@@ -248,6 +248,19 @@ def test_calibration_error_is_the_published_estimator() -> None:
     assert found["value"] == pytest.approx(square**0.5, abs=1e-6)
 
 
+@pytest.mark.fault("M02")
+def test_calibration_error_has_bins_of_equally_many_images() -> None:
+    random = np.random.default_rng(0)
+    confidence = random.uniform(0.5, 1, 150)
+    right = random.random(150) < confidence - 0.2
+    probabilities = np.stack([confidence, 1 - confidence], axis=1).astype(np.float32)
+    chunks = np.array_split((confidence - right)[confidence.argsort()], 15)
+    # The square of a mean less its variance, the usual unbiased estimates of both.
+    square = np.mean([chunk.mean() ** 2 - chunk.var(ddof=1) / len(chunk) for chunk in chunks])
+    found = scores.calibration_error(probabilities, (~right).astype(int), [""] * 150, 0.95)
+    assert found["value"] == pytest.approx(square**0.5, rel=1e-5)
+
+
 def calibrated(images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Labels drawn from the probabilities themselves: a perfectly calibrated classifier."""
     random = np.random.default_rng(seed)
@@ -303,10 +316,10 @@ def test_a_calibration_error_of_zero_has_a_width() -> None:
 def test_auroc_has_the_variance_of_the_bootstrap() -> None:
     """DeLong's, over groups, against drawing groups anew: on images where neither is at its end."""
     probabilities, truth = drawn(400, 3, skill=0.8)
-    groups = [str(number // 2) for number in range(400)]
+    place = np.arange(400) // 2
     areas = []
-    for weights in list(resamples(groups))[:4]:
-        for weight in weights:
+    for weights in list(resamples(200))[:4]:
+        for weight in weights[:, place]:
             areas.append(
                 np.mean(
                     [
@@ -315,7 +328,7 @@ def test_auroc_has_the_variance_of_the_bootstrap() -> None:
                     ]
                 )
             )
-    found = scores.auroc(probabilities, truth, group_numbers(groups), 0.95)
+    found = scores.auroc(probabilities, truth, place, 0.95)
     half_width = (found["high"] - found["low"]) / 2
     assert np.std(areas) * 1.96 < half_width < np.std(areas) * 1.96 * 1.5
 

@@ -66,7 +66,7 @@ def run(
         _save_history(history, learned.steps, first=learned.first)
         shutil.rmtree(model.parent / _CHECKPOINTS, ignore_errors=True)
     _log.info(
-        "trained %s parameters, left %s as they were; validation accuracy %.4f",
+        "trained %s parameters, left %s as they were; held-out accuracy %.4f",
         f"{card.trainable_parameters:,}",
         f"{card.frozen_parameters:,}",
         card.validation_accuracy,

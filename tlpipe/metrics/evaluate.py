@@ -108,7 +108,8 @@ def run(
     threshold = abstention["threshold"]
     if threshold is None:
         _log.info(
-            "no threshold is known to keep errors at %s (%s images held out; at least %s needed)",
+            "no threshold is known to keep errors at %s: of %s images held out too many are "
+            "wrong, or they are too few (%s at least)",
             f"{params.error_rate:.1%}",
             abstention["images"],
             abstention["images_needed"],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_CURVES = 12
+_MOST_LABELS = 40
 _MOST_SLICES = 30
 
 
@@ -41,12 +42,14 @@ def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> "Figure
     """Draw the confusion matrix: true classes down, predicted ones across."""
     matrix = np.array(counts)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = max(4.0, 1.6 + 0.5 * len(labels))
+    # Beyond that many names the picture would grow with the square of their number.
+    side = max(4.0, 1.6 + 0.5 * min(len(labels), _MOST_LABELS))
     figure = pictures.new_figure(side, side)
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
-    axes.set_yticks(range(len(labels)), labels)
+    if len(labels) <= _MOST_LABELS:
+        axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
+        axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.set_title("Confusion on the test split (images)")
@@ -93,6 +96,10 @@ def ranking(given: Answers, labels: Sequence[str]) -> "Figure":
         style: dict[str, Any] = {"linewidth": 1.3, "label": label}
         if len(labels) > _MOST_CURVES:
             style = {"linewidth": 0.6, "color": "#4c72b0", "alpha": 0.5}
+            # Points within a straight line can go: thousands, of each class.
+            steps = np.diff(found.recall) > 0
+            kept = np.flatnonzero([True, *steps] | np.array([*steps, True]))
+            found = curves.Ranked(*(points[kept] for points in found))
         left.plot([0, *found.false_positives], [0, *found.recall], **style)
         right.plot(found.recall, found.precision, **style)
     left.plot([0, 1], [0, 1], color="gray", linestyle=":")
@@ -129,9 +136,9 @@ def coverage(given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str
     axes.legend(loc="lower left")
     if abstention["threshold"] is None:
         title = (
-            f"No threshold is known to keep errors at {abstention['error_rate']:.1%} "
-            f"({abstention['images']} images held out;\n"
-            f"{abstention['images_needed']} are needed where none is wrong)"
+            f"No threshold is known to keep errors at {abstention['error_rate']:.1%}: of "
+            f"{abstention['images']} images held out\n"
+            f"too many are wrong, or they are too few ({abstention['images_needed']} at least)"
         )
     else:
         title = (

@@ -63,7 +63,7 @@ def measure(
             name: share_interval(right, place, confidence, weights=weights, classes=truth)
             for name, weights in class_weights(truth, predicted).items()
         },
-        "log_loss": _log_loss(losses, groups, confidence),
+        "log_loss": _log_loss(losses, place, confidence),
         "calibration_error": calibration_error(probabilities, truth, groups, confidence),
     }
     for k in _TOP:
@@ -94,8 +94,9 @@ def class_weights(truth: Labels, predicted: Labels) -> dict[str, Weights]:
     }
 
 
-def _log_loss(losses: Weights, groups: Sequence[str], confidence: float) -> Interval:
-    drawn = np.concatenate([(w @ losses) / w.sum(axis=1) for w in resamples(groups)])
+def _log_loss(losses: Weights, place: npt.NDArray[np.int64], confidence: float) -> Interval:
+    sums, images = np.bincount(place, losses), np.bincount(place)
+    drawn = np.concatenate([(w @ sums) / (w @ images) for w in resamples(len(sums))])
     value, (low, high) = float(losses.mean()), ends(drawn, confidence)
     return {
         "value": value,
@@ -159,9 +160,9 @@ def calibration_error(
     """Return the calibration error of the answers, in [0, 1], with its interval.
 
     It is the root of the mean squared difference between confidence and accuracy, over fifteen
-    bins of equal width, by their images. In a bin of few images that difference is never zero, so
-    the plain sum is too large; its expected noise is taken off, from the spread between groups, and
-    the root of what is left is the value, 0 where nothing is. A bin with one group says nothing.
+    bins with equally many images (equal confidences stay together). That difference is never zero,
+    so the plain mean is too large; its expected noise is taken off, from the spread between groups,
+    and the root of what is left is the value, 0 where nothing is. A bin of one group says nothing.
     Source: Kumar, Liang and Ma (2019), Verified uncertainty calibration, section 5; where all
     images of a bin have one confidence and no groups, it is their estimator.
 
@@ -173,19 +174,23 @@ def calibration_error(
     sure = probabilities.max(axis=1).astype(np.float64)
     right = probabilities.argmax(axis=1) == truth
     gaps, place = sure - right, group_numbers(groups)
-    numbers = bin_numbers(sure)
-    inside = np.eye(BINS)[numbers]
+    edges = np.quantile(sure, np.arange(1, BINS) / BINS, method="inverted_cdf")
+    numbers = np.searchsorted(edges, sure, side="left")
+    distinct = int(place.max()) + 1
+    images, sums = np.zeros((2, distinct, BINS))
+    np.add.at(images, (place, numbers), 1)
+    np.add.at(sums, (place, numbers), gaps)
 
     def squares(weights: Weights) -> Weights:
-        """Return the plain sum (B,), for how often each image counts (B, N)."""
-        images = np.maximum(weights @ inside, 1e-12)
-        sums = (weights @ (inside * gaps[:, None])) ** 2
-        found: Weights = (sums / images).sum(axis=1) / weights.sum(axis=1)
+        """Return the plain mean squares (B,), for how often each group counts (B, G)."""
+        of_bins = weights @ images
+        squared = (weights @ sums) ** 2 / np.maximum(of_bins, 1)
+        found: Weights = squared.sum(axis=1) / of_bins.sum(axis=1)
         return found
 
-    plain = float(squares(np.ones((1, len(gaps))))[0])
+    plain = float(squares(np.ones((1, distinct)))[0])
     square = plain - _noise(gaps, numbers, place)
-    drawn = np.concatenate([squares(weights) for weights in resamples(groups)])
+    drawn = np.concatenate([squares(weights) for weights in resamples(distinct)])
     low, high = ends(drawn - drawn.mean(), confidence)
     value = math.sqrt(max(square, 0.0))
     accuracy = share_interval(right, place, confidence)
