@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from tlpipe import allocator, files
+from tlpipe import allocator
 from tlpipe.data import pixels as packed
-from tlpipe.errors import ArtifactError
+from tlpipe.errors import ArtifactError, ParamsError, TrainingError
 from tlpipe.features.backbone import load_network
 from tlpipe.features.device import training_device
 from tlpipe.features.weights import Weights
@@ -20,12 +20,16 @@ from tlpipe.learning import head as heads
 from tlpipe.learning.batches import Feed, Photos, StoredActivations, batches
 from tlpipe.learning.checkpoint import Checkpoints
 from tlpipe.learning.classifier import Classifier, build, open_part
-from tlpipe.learning.dataset import Dataset, Numbers
+from tlpipe.learning.dataset import Dataset, Examples, Numbers
 from tlpipe.learning.model import Learned
 from tlpipe.learning.recipe import Recipe
 from tlpipe.learning.task import Task, autocast
 
 _log = logging.getLogger(__name__)
+# Part of a checkpoint's digest: a training goes on only with code that computes the same. Raise it
+# with every change of the code that changes what is learned; tests/learning/test_computation.py
+# fails where the code has changed and this number has not.
+COMPUTATION = 1
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy")
 _BLOCK = 64
 # Digits differ by more than twice as much, photographs of hands a little more, of insects less.
@@ -48,8 +52,16 @@ def tune(
         TrainingError: training cannot go on.
     """
     with endings.explained(recipe), processes.joined() as (rank, count):
+        _check_shares(len(data.train), recipe, count)
         task, penalty = prepare(data, pixels, recipe, rank, count)
-        kept = Checkpoints(checkpoints, _digest(data, recipe, task))
+        digest = digest_of(data, recipe, task)
+        if processes.from_first(digest) != digest:
+            raise TrainingError(
+                f"process {rank} of {count} has other data, parameters or code than process 0; "
+                f"expected the same in all. Copy params.yaml and the outputs of embed to every "
+                f"machine, and install the same versions."
+            )
+        kept = Checkpoints(checkpoints, digest)
         epochs = loop.fine_tune(task, recipe, kept, lambda epochs: note(_steps(epochs)))
         best = loop.best_of(epochs, recipe)
         tensors = task.classifier.stages.state_dict()
@@ -64,36 +76,58 @@ def tune(
         )
 
 
+def _check_shares(images: int, recipe: Recipe, count: int) -> None:
+    """Check that every process has an image in every step.
+
+    Raises:
+        ParamsError: steps are too small.
+    """
+    size = recipe.batch_size(images)
+    if (least := images // -(-images // size)) < count:
+        raise ParamsError(
+            f"train.batch is {size}; {images} training images are steps of {least} and more, too "
+            f"few for {count} processes. Raise it to at least {2 * count}, or start fewer."
+        )
+
+
 def prepare(
     data: Dataset, pixels: Path, recipe: Recipe, rank: int = 0, count: int = 1
 ) -> tuple[Task, float | None]:
     """Return what is trained with its head solved, and the penalty that was picked for that.
 
-    A head with hidden units is left as it was drawn, and has none.
+    A head with hidden units is left as it was drawn, and has none. Of several processes only the
+    first one's weights are right; ``loop.Training.begin`` gives them to the others.
+
+    Raises:
+        ParamsError: ``batch_norm`` is set and no open layer is one.
     """
     allocator.keep_freed()
     torch.set_num_threads(data.activations.origin.threads)
-    device = training_device(rank)
+    device = training_device(processes.local_rank())
     classifier = _start(data, recipe).eval().to(device)
     classifier.to(memory_format=torch.channels_last)
     feed = _feed(data, pixels, device)
-    penalty = _solve_head(classifier, feed, data, recipe)
+    penalty = None
+    if rank == 0:
+        settle_batch_norm(classifier, feed, data.train, recipe)
+        penalty = _solve_head(classifier, feed, data, recipe)
+    decided = processes.from_first((penalty, classifier.trains_by_batch))
+    penalty, classifier.trains_by_batch = decided
     if not classifier.trains_by_batch:
         norms.fold(classifier.stages, feed.plain(data.train.rows[:2]))
     elif count > 1:
-        norms.share_statistics(classifier)
+        norms.share_statistics(classifier, device)
     task = Task(
         classifier=classifier,
         feed=feed,
         train=data.train,
         validation=data.validation,
         classes=len(data.labels),
-        rates=recipe.rates(data.backbone.name),
         device=device,
         rank=rank,
         processes=count,
     )
-    return task, None if recipe.hidden else penalty
+    return task, penalty
 
 
 def _start(data: Dataset, recipe: Recipe) -> Classifier:
@@ -122,32 +156,52 @@ def _feed(data: Dataset, pixels: Path, device: torch.device) -> Feed:
     return Photos(images.array, device, origin.preprocessing, origin.augmentation)
 
 
-def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recipe) -> float:
-    """Settle which statistics BatchNorm goes by, solve the head for them, return its penalty.
+def settle_batch_norm(classifier: Classifier, feed: Feed, train: Examples, recipe: Recipe) -> None:
+    """Settle whether open BatchNorm layers keep their statistics or go by those of batches.
 
     Pretrained statistics misjudge images of another kind; those of few images are worse than those
-    of a million, where the images are alike.
+    of a million, where the images are alike. So they are estimated anew over the training images,
+    and kept where ``batch_norm`` says so or where spreads differ by more than e^``_SHIFT``.
+
+    Raises:
+        ParamsError: ``batch_norm`` is set and no open layer is one.
     """
-    by_batch = False
-    if recipe.batch_norm != "pretrained" and classifier.batch_norms:
-        pretrained = copy.deepcopy(classifier.stages.state_dict())
-        order = batches(data.train, size=_BLOCK, seed=recipe.seed, epoch=-1, weights=None)
-        shift = classifier.adapt(feed.plain(data.train.rows[places]) for places in order)
-        by_batch = recipe.batch_norm == "batch" or shift > _SHIFT
-        whose = "of these images" if by_batch else "as pretrained"
-        _log.info("BatchNorm: statistics %s, where spreads differ by e^%.2f", whose, shift)
-        if not by_batch:
-            classifier.stages.load_state_dict(pretrained)
-            classifier.trains_by_batch = False
+    if recipe.batch_norm != "auto" and not classifier.batch_norms:
+        raise ParamsError(
+            f"train.batch_norm is {recipe.batch_norm}; no open stage has a BatchNorm layer. Take "
+            f"it out of params.yaml."
+        )
+    if recipe.batch_norm == "pretrained" or not classifier.batch_norms:
+        return
+    pretrained = copy.deepcopy(classifier.stages.state_dict())
+    order = batches(train, size=_BLOCK, seed=recipe.seed, epoch=-1, weights=None)
+    shift = classifier.adapt(feed.plain(train.rows[places]) for places in order)
+    by_batch = recipe.batch_norm == "batch" or shift > _SHIFT
+    whose = "of these images" if by_batch else "as pretrained"
+    _log.info("BatchNorm: statistics %s, where spreads differ by e^%.2f", whose, shift)
+    if not by_batch:
+        classifier.stages.load_state_dict(pretrained)
+        classifier.trains_by_batch = False
+
+
+def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recipe) -> float | None:
+    """Standardise features as the open stages give them, solve the head, return its penalty.
+
+    A head with hidden units is not solved, and has none.
+    """
+    is_changed = classifier.trains_by_batch or recipe.reinitialise
+    read = _computed(classifier, feed) if is_changed else probe.stored(data)
+    if recipe.hidden:
+        classifier.standardise(heads.standardisation(read(data.train.rows, True)))
+        return None
     solution, standard = probe.fit(
-        _computed(classifier, feed) if by_batch or recipe.reinitialise else probe.stored(data),
+        read,
         data,
         penalties=recipe.penalties,
         max_iterations=recipe.max_iterations,
     )
     classifier.standardise(standard)
-    if not recipe.hidden:
-        classifier.solve(solution.head)
+    classifier.solve(solution.head)
     return solution.penalty
 
 
@@ -159,7 +213,7 @@ def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
         for start in range(0, len(rows), _BLOCK):
             with torch.inference_mode(), autocast(classifier.mean.device):
                 features = classifier.stages(feed.plain(rows[start : start + _BLOCK]))
-            yield features.double().cpu().numpy()
+            yield features.cpu().double().numpy()  # in this order: MPS has no float64
 
     return read
 
@@ -175,15 +229,13 @@ def _steps(epochs: Sequence[loop.Epoch]) -> list[heads.Step]:
     ]
 
 
-def _digest(data: Dataset, recipe: Recipe, task: Task) -> str:
-    """Name all that the weights depend on, step by step."""
-    folders = (Path(__file__).parent, Path(__file__).parent.with_name("features"))
-    code = [files.sha256(path) for folder in folders for path in sorted(folder.glob("*.py"))]
+def digest_of(data: Dataset, recipe: Recipe, task: Task) -> str:
+    """Return a sha256 of all that the weights depend on, step by step."""
     parts = [
         data.digest,
         recipe.model_dump_json(exclude={"checkpoint_minutes"}),
         f"{task.device.type} {task.processes}",
+        f"computation {COMPUTATION}",
         *(f"{package} {version(package)}" for package in _PACKAGES),
-        *code,
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
