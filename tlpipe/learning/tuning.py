@@ -55,12 +55,7 @@ def tune(
         _check_shares(len(data.train), recipe, count)
         task, penalty = prepare(data, pixels, recipe, rank, count)
         digest = digest_of(data, recipe, task)
-        if processes.from_first(digest) != digest:
-            raise TrainingError(
-                f"process {rank} of {count} has other data, parameters or code than process 0; "
-                f"expected the same in all. Copy params.yaml and the outputs of embed to every "
-                f"machine, and install the same versions."
-            )
+        check_same(digest, rank)
         kept = Checkpoints(checkpoints, digest)
         epochs = loop.fine_tune(task, recipe, kept, lambda epochs: note(_steps(epochs)))
         best = loop.best_of(epochs, recipe)
@@ -73,6 +68,20 @@ def tune(
             first=0,
             steps=_steps(epochs),
             kept=_steps([best])[0],
+        )
+
+
+def check_same(digest: str, rank: int) -> None:
+    """Check that all processes train the same.
+
+    Raises:
+        TrainingError: this one does not train what the first one does.
+    """
+    if (first := processes.from_first(digest)) != digest:
+        raise TrainingError(
+            f"process {rank} has other data, parameters or code than process 0 (digests "
+            f"{digest[:12]} and {first[:12]}); expected the same in all. Copy params.yaml and the "
+            f"outputs of embed to every machine, and install the same versions there."
         )
 
 
