@@ -188,7 +188,7 @@ def epoch(table: Table, photos: Sequence[bytes], folder: Path) -> None:
         kept = square(read_upright(data)[0], SAMPLING)
         writer.append(number.to_bytes(8), np.asarray(kept), packed.thumbnail(kept))
     writer.close()
-    writer.finish("", "")
+    writer.finish(decoder="", data_sha256="", data_version="")
     steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()]
     images = datasets.ImageFolder(folder / "epoch", transforms.Compose(steps))
     array = packed.load(folder).array

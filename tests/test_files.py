@@ -1,4 +1,7 @@
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,131 @@ def test_what_is_missing_or_of_another_kind_is_said(tmp_path: Path) -> None:
     (tmp_path / "half.csv").write_text("a,b\n1,2\n3\n")
     with pytest.raises(ArtifactError, match=r"row 2 of .*half.csv has 1 columns; expected 2"):
         list(files.read_csv(tmp_path / "half.csv", ("a", "b")))
+
+
+# Kills itself before or after one of the calls that put the new folder into place.
+KILLED = """
+import os, sys
+from pathlib import Path
+from tlpipe import files
+
+target, step, is_before = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "before"
+steps, rename = iter(range(100)), os.rename
+
+def killing(source, goal, **options):
+    is_it = next(steps) == step
+    if is_it and is_before:
+        os.kill(os.getpid(), 9)
+    rename(source, goal, **options)
+    if is_it:
+        os.kill(os.getpid(), 9)
+
+with files.replacing_folder(target) as folder:
+    (folder / "new").write_text("new")
+    os.rename = killing
+"""
+
+
+@pytest.mark.fault("F02")
+@pytest.mark.parametrize(
+    ("step", "when", "stands"),
+    [(0, "before", "old"), (0, "after", "new"), (1, "before", "new"), (1, "after", "new")],
+)
+def test_a_kill_between_the_old_folder_and_the_new_loses_neither(
+    tmp_path: Path, step: int, when: str, stands: str
+) -> None:
+    target = tmp_path / "pixels"
+    with files.replacing_folder(target) as folder:
+        (folder / "old").write_text("old")
+    command = (sys.executable, "-c", KILLED, target, str(step), when)
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert any(name.endswith(".partial") for name in names(tmp_path))
+    files.recover_folder(target)
+    assert names(target) == [stands]
+    assert (target / stands).read_text() == stands
+    assert names(tmp_path) == ["pixels"]
+
+
+@pytest.mark.fault("F01")
+def test_two_writers_of_one_folder_leave_each_other_s_work_alone(tmp_path: Path) -> None:
+    target = tmp_path / "activations"
+    with files.replacing_folder(target) as folder:
+        (folder / "first").write_text("1")
+    with files.replacing_folder(target) as slow:
+        (slow / "slow").write_text("2")
+        with files.replacing_folder(target) as fast:
+            (fast / "fast").write_text("3")
+        assert names(target) == ["fast"]
+        assert names(slow) == ["slow"]
+        files.recover_folder(target)
+        assert names(slow) == ["slow"]
+    assert names(target) == ["slow"]
+    assert names(tmp_path) == ["activations"]
+
+
+@pytest.mark.fault("F01")
+def test_a_folder_that_another_writer_puts_there_at_the_last_moment_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "activations"
+    rename, steps = os.rename, iter(range(100))
+
+    def slow(source: Path, goal: Path) -> None:
+        if next(steps) == 1:  # the old folder is away, the new one not yet there
+            target.mkdir()
+            (target / "other").write_text("another writer's")
+        rename(source, goal)
+
+    for content in ("old", "new"):
+        with files.replacing_folder(target) as folder:
+            (folder / content).write_text(content)
+            if content == "new":
+                monkeypatch.setattr(os, "rename", slow)
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["activations"]
+
+
+@pytest.mark.fault("F01")
+def test_two_writers_of_one_file_each_write_their_own(tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    with files.replacing(target) as slow:
+        slow.write_text("slow")
+        with files.replacing(target) as fast:
+            fast.write_text("fast")
+        assert target.read_text() == "fast"
+    assert target.read_text() == "slow"
+    assert names(tmp_path) == ["report.json"]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_no_neighbour_s(
+    tmp_path: Path,
+) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from tlpipe import files\n"
+        "with files.replacing(Path(sys.argv[1])) as path:\n"
+        "    path.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    for name in ("report", "report.json"):
+        subprocess.run((sys.executable, "-c", program, tmp_path / name))
+    assert len(names(tmp_path)) == 2
+    files.write_bytes(tmp_path / "report", b"whole")
+    left, written = names(tmp_path)
+    assert left.startswith(".report.json.") and written == "report"
+
+
+def test_what_is_written_has_the_permissions_that_the_user_gives_to_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    files.write_bytes(tmp_path / "file", b"")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "made").mkdir()
+    with files.replacing_folder(tmp_path / "folder"):
+        pass
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "made").stat().st_mode
+
+
+def test_an_error_inside_is_never_swallowed(tmp_path: Path) -> None:
+    for write in (files.replacing, files.replacing_folder):
+        for error in (FileNotFoundError, BlockingIOError, OSError):
+            with pytest.raises(error), write(tmp_path / "a"):
+                raise error
+    assert names(tmp_path) == []

@@ -582,13 +582,20 @@ def backbones(
     from rich.console import Console
     from rich.table import Table
 
+    from tlpipe.errors import WeightsError
     from tlpipe.features import backbone, weights
     from tlpipe.progress import track
 
     console = Console()
     names = backbone.matching(pattern)
     for name in track(names, total=len(names), description="backbones"):
-        found = backbone.describe(name)
+        try:
+            found = backbone.describe(name)
+        except WeightsError as error:
+            if len(names) == 1:
+                raise
+            console.print(f"{name}: {error}", markup=False)
+            continue
         at_hand = "weights here" if weights.at_hand(found.pretrained) else "weights to be fetched"
         what = at_hand if found.pretrained else "no pretrained weights"
         side = found.preprocessing.crop_px

@@ -1,13 +1,17 @@
 """Write files so that nothing half-written looks finished, and equal content gives equal bytes."""
 
 import csv
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
@@ -15,6 +19,8 @@ from tlpipe.errors import ArtifactError, TrainingError
 
 if TYPE_CHECKING:
     import _csv
+
+_NEW, _OLD = "new", "old-"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -26,39 +32,66 @@ def write_bytes(path: Path, content: bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Named by the process: the cache folder is shared by all workspaces of a user.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.unlink(missing_ok=True)
-    try:
+    with _scratch(path) as scratch:
+        temporary = scratch / path.name
         yield temporary
         _flush(temporary)
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _flush(path.parent)
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``; on success rename it into place whole.
 
-    The folder that stood there before is kept until the new one is complete.
+    The folder that stood there before is kept until the new one is complete and on disk. Of several
+    writers at once each has a temporary folder of its own; the last one to finish stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            # One that is linked was flushed by who wrote it.
-            if file.is_file() and file.stat().st_nlink == 1:
-                _flush(file)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _scratch(path) as scratch:
+        new = scratch / _NEW
+        new.mkdir()
+        yield new
+        flush_folder(new)
+        for attempt in count():
+            # A kill between these two lines leaves both folders: see recover_folder.
+            with suppress(FileNotFoundError):
+                path.rename(scratch / f"{_OLD}{attempt}")
+            try:
+                new.rename(path)
+                break
+            except OSError as error:  # another writer was faster: its folder has to make room
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        _flush(path.parent)
+
+
+def recover_folder(path: Path) -> None:
+    """Finish what killed processes began: put a complete new folder into place, remove the rest.
+
+    A process that was killed between moving the old folder away and the new one into place leaves
+    nothing at ``path``, but the complete new folder beside it.
+    """
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.partial")
+    left = [name for name in _names(path.parent) if ours.fullmatch(name)]
+    for scratch in map(path.with_name, left):
+        with suppress(OSError):
+            descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                # Its writer holds the lock as long as it lives.
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                was_moved_away = any(name.startswith(_OLD) for name in _names(scratch))
+                if was_moved_away and not path.exists() and (scratch / _NEW).exists():
+                    (scratch / _NEW).rename(path)
+                shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder with all that is in it to disk; files with a second name were flushed."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir() or (path.is_file() and path.stat().st_nlink == 1):
+            _flush(path)
 
 
 @contextmanager
@@ -187,6 +220,56 @@ def _rows(
             yield row
 
 
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that nobody else uses; remove it at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
+    scratch, descriptor = _claim(path)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _claim(path: Path) -> tuple[Path, int]:
+    """Make a folder beside ``path`` and lock it, by which others know that its process lives."""
+    while True:
+        # Not by tempfile: that would keep what is written from everybody but this user.
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        scratch.mkdir()
+        try:
+            descriptor = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # somebody took it for left behind before it was locked
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # somebody is about to remove it
+        except OSError:
+            return scratch, descriptor  # no locks in this file system: nobody removes it either
+        else:
+            if scratch.exists():
+                return scratch, descriptor
+        os.close(descriptor)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+
+
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Flush a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

@@ -160,7 +160,7 @@ def test_a_backbone_is_described_stage_by_stage() -> None:
         "features": 2.5,
     }
     resnet = describe("resnet18")
-    assert [stage.shape for stage in resnet.stages][-2:] == [(512, 7, 7), (512,)]
+    assert [stage.shape for stage in resnet.stages][-2:] == [(256, 14, 14), (512,)]
     assert resnet.parameters == 11_689_512 - 513 * 1000  # what torchvision states, less the head
     assert (resnet.preprocessing.crop_px, resnet.preprocessing.interpolation) == (224, "bilinear")
     inception = describe("inception_v3").preprocessing
@@ -280,4 +280,4 @@ def test_another_backbone_embeds_and_says_what_it_was_trained_on(
     found = activations.load(empty.path / "out" / "activations")
     origin = found.origin
     assert found.features.shape == (24, 512)
-    assert (origin.backbone, origin.weights, origin.boundary) == ("resnet18", "none", "features")
+    assert (origin.backbone, origin.weights, origin.boundary) == ("resnet18", "none", "layer4")

@@ -17,7 +17,6 @@ from tlpipe.features.frozen import from_pixels
 from tlpipe.features.weights import IMAGENET, find
 
 LITE0 = describe("efficientnet_lite0")
-NAMES = [stage.name for stage in LITE0.stages]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +37,7 @@ NAMES = [stage.name for stage in LITE0.stages]
 )
 def test_levels_are_numbers_of_stages(freeze: str | int, images: int, expected: int) -> None:
     labels = ["rare"] + ["a", "b", "c"] * images
-    assert frozen_stages(freeze, NAMES, labels) == expected
+    assert frozen_stages(freeze, LITE0.stages, labels) == expected
 
 
 def embedded(workspace: Workspace, **settings: object) -> stored.Activations:

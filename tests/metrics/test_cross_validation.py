@@ -106,7 +106,8 @@ def said(embedded: Workspace, stamps: dict[str, tuple[int, int]]) -> Any:
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while not list(embedded.path.glob("artifacts/.cross-validation.partial/fold-0/split.csv")):
+    begun = "artifacts/.cross-validation.*.partial/new/fold-0/split.csv"
+    while not list(embedded.path.glob(begun)):
         assert command.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -1,11 +1,13 @@
-"""Many arrays of one shape on disk: a folder of chunks, each called by its content.
+"""Many arrays of one shape on disk: a folder of chunks, each named by the digest of its bytes.
 
 A chunk holds some neighbouring rows. Where it ends depends on the images in it alone, so that a
 data set to which images were added shares most of its chunks with the one before: they are linked,
-not written again, and DVC keeps and sends each of them once.
+not written again, and DVC keeps and sends each of them once. Names say whether a chunk is intact,
+and whoever hashes the names has hashed the content.
 """
 
 import hashlib
+import io
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -56,6 +58,21 @@ class Chunks(Sequence[Array]):
         """Let go of the chunks; they are mapped again when they are read."""
         self._open.clear()
 
+    def intact(self) -> npt.NDArray[np.bool_]:
+        """Return (N,) which rows lie in chunks that are what their names say; reads every byte."""
+        row = self.shape[1:]
+        found = [
+            name == _name(digest(self.folder / name, (count, *row), self.dtype))
+            for name, count in self.names
+        ]
+        return np.repeat(np.array(found, bool), [count for _, count in self.names])
+
+    def named(self, rows: Sequence[int]) -> str | None:
+        """Return the name of the chunk that holds just these rows in this order, if one does."""
+        number = int(np.searchsorted(self._starts, rows[0], side="right")) - 1
+        start, end = self._starts[number : number + 2]
+        return self.names[number][0] if list(rows) == list(range(start, end)) else None
+
     def _row(self, row: int) -> Array:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         if number not in self._open:
@@ -75,12 +92,14 @@ class Writer:
     def __init__(
         self, folder: Path, row: tuple[int, ...], dtype: str, known: Chunks | None = None
     ) -> None:
-        """Write rows of this shape into ``folder``; ``known``: whose chunks may be taken over."""
+        """Write rows of this shape into ``folder``.
+
+        ``known``: whose chunks may be taken over, unread; the rows asked for must be intact.
+        """
         self.names: list[tuple[str, int]] = []
         self._folder = folder
         self._shape, self._dtype = row, np.dtype(dtype)
         self._known = known
-        self._known_names = {name for name, _ in known.names} if known else set()
         self._most = max(1, _BYTES // (int(np.prod(row)) * self._dtype.itemsize))
         self._keys: list[bytes] = []
         self._recalled: list[int] = []
@@ -124,17 +143,18 @@ class Writer:
         self._recalled = []
 
     def _finish(self) -> None:
-        name = f"{hashlib.sha256(b''.join(self._keys)).hexdigest()[:32]}.npy"
-        self.names.append((name, len(self._keys)))
-        path = self._folder / name
-        if self._chunk is None and self._known is not None and name in self._known_names:
-            path.unlink(missing_ok=True)  # the very same images may have stood together before
-            files.link_or_copy(self._known.folder / name, path)
-        elif self._chunk is not None or not path.exists():
-            (self._chunk or self._begin()).close()
-            (self._folder / _UNFINISHED).rename(path)
+        name = None
+        if self._chunk is None and self._known is not None:
+            name = self._known.named(self._recalled)
+        if name is not None and self._known is not None:
+            if not (self._folder / name).exists():  # equal images may have stood together before
+                files.link_or_copy(self._known.folder / name, self._folder / name)
+        else:
+            name = _name((self._chunk or self._begin()).close())
+            (self._folder / _UNFINISHED).replace(self._folder / name)
             if self._known is not None:
                 self._known.unmap()
+        self.names.append((name, len(self._keys)))
         self._keys, self._recalled, self._chunk = [], [], None
 
 
@@ -145,26 +165,57 @@ class RowFile:
         """Begin a file of rows of this shape."""
         self.count = 0
         self._row, self._dtype = row, np.dtype(dtype)
+        self._digest = hashlib.sha256()
         self._file: IO[bytes] = path.open("wb", buffering=_BUFFER)
-        self._write_header()
+        self._file.write(_header((0, *row), self._dtype))
 
     def append(self, row: Array) -> None:
         """Write one more row."""
         assert row.shape == self._row and row.dtype == self._dtype
-        self._file.write(np.ascontiguousarray(row).data)
+        data = np.ascontiguousarray(row).data
+        self._file.write(data)
+        self._digest.update(data)
         self.count += 1
 
-    def close(self) -> None:
-        """Complete the file."""
-        self._write_header()
-        self._file.close()
-
-    def _write_header(self) -> None:
+    def close(self) -> str:
+        """Complete the file; return its digest, as ``digest`` does."""
+        header = _header((self.count, *self._row), self._dtype)
         # NumPy leaves room in the header for the first axis to grow.
         self._file.seek(0)
-        descr = np.lib.format.dtype_to_descr(self._dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (self.count, *self._row)}
-        np.lib.format.write_array_header_1_0(self._file, header)
+        self._file.write(header)
+        self._file.close()
+        self._digest.update(header)
+        return self._digest.hexdigest()
+
+
+def digest(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
+    """Return the sha256 of a ``.npy`` file's rows and then its header, or nothing.
+
+    In this order it is known without a second look when a file is complete that grew row by row.
+    Nothing is returned for a file that is missing, of another shape or of another type.
+    """
+    header = _header(shape, dtype)
+    try:
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                return ""
+            found = hashlib.file_digest(file, "sha256")
+    except OSError:
+        return ""
+    found.update(header)
+    return found.hexdigest()
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    header = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    found = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, found)
+    return header.getvalue()
+
+
+def _name(digest: str) -> str:
+    return f"{digest[:32]}.npy"
 
 
 def load_mapped(path: Path) -> Array:

@@ -5,6 +5,7 @@ as it did: the file ``.seen.csv`` beside the manifest notes how. That one is no 
 and inodes are not the same anywhere else; without it files are only read again.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from tlpipe.data.manifest import Entry, load_duplicates, load_manifest
 from tlpipe.data.pixels import PackedPixels
 from tlpipe.errors import ArtifactError
 
+_log = logging.getLogger(__name__)
 SEEN = ("name", "stamp", "sha256")
 Known = tuple[Entry, int]
 
@@ -34,11 +36,13 @@ class Earlier:
         *,
         sampling: Sampling,
         decoder: str,
+        compared: str,
     ) -> None:
         """Take what lies at the outputs' paths, if it belongs together.
 
-        ``keys`` are the images' keys as numbers; ``near`` are the pairs of keys whose images were
-        found nearly equal, of all that were kept.
+        ``decoder`` and ``compared`` say by what images are decoded, and compared with each other,
+        now. ``keys`` are the images' keys as numbers; ``near`` are the pairs of keys whose images
+        were found nearly equal, of all that were kept.
         """
         self.pixels: PackedPixels | None = None
         self.keys = np.empty(0, np.uint64)
@@ -47,8 +51,8 @@ class Earlier:
         self._seen: dict[str, Sequence[str]] = {}
         try:
             found = packed.load(pixels)
-            decoded_by = files.read_json(report).get("decoder")
-            if (found.sampling, decoded_by) != (sampling, decoder):
+            made_by = (found.sampling, found.decoder, files.read_json(report)["compared"])
+            if made_by != (sampling, decoder, compared):
                 return
             if found.data_sha256 != files.sha256(manifest):
                 return
@@ -57,13 +61,19 @@ class Earlier:
             numbers = [int.from_bytes(key) for key in keys]
             of = dict(zip((entry.path for entry in entries), numbers, strict=True))
             pairs = [(of[pair.path], of[pair.other]) for pair in load_duplicates(duplicates)]
+            intact = found.intact()
         except (ArtifactError, OSError, KeyError, ValueError, TypeError):
             return
         self.pixels = found
         self.keys = np.array(numbers, np.uint64)
         self.near = pairs
-        known = zip(entries, range(len(entries)), strict=True)
-        self._by_key = dict(zip(keys, known, strict=True))
+        self._by_key = {
+            key: (entry, row)
+            for row, (key, entry) in enumerate(zip(keys, entries, strict=True))
+            if intact[row]
+        }
+        if damaged := int((~intact).sum()):
+            _log.warning("%s of the stored images are damaged and are decoded again", damaged)
         with suppress(ArtifactError):
             rows = files.read_csv(_seen_path(manifest), SEEN)
             self._seen = {name: known for name, *known in rows}

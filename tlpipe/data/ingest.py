@@ -1,6 +1,5 @@
 """Stage ``ingest``: read every file of the source once, refuse the bad ones, keep the pixels."""
 
-import hashlib
 import logging
 import math
 import re
@@ -10,13 +9,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-import PIL
+from PIL import features
 from pydantic import Field, field_validator
 
 from tlpipe import files
-from tlpipe.data import duplicates as near_duplicates
-from tlpipe.data import images, reading
-from tlpipe.data import pixels as packed
+from tlpipe.code_digest import of_modules, versions
 from tlpipe.data.earlier import Earlier, remember
 from tlpipe.data.images import Sampling
 from tlpipe.data.journal import Journal
@@ -29,6 +26,7 @@ from tlpipe.sources import listing
 from tlpipe.sources.candidates import Reject
 
 _log = logging.getLogger(__name__)
+_CODECS = ("libjpeg_turbo", "libtiff", "webp")
 
 
 class Params(Section):
@@ -103,9 +101,9 @@ def run(
         DataError: the source is missing, or what is usable of it makes no data set.
     """
     sampling = Sampling(short_side_px=params.short_side_px, interpolation=params.interpolation)
-    decoder = _decoder(params)
+    decoder, compared = _decoder(params.box_margin), _compared()
     outputs = (manifest, duplicates, pixels, report)
-    earlier = Earlier(*outputs, sampling=sampling, decoder=decoder)
+    earlier = Earlier(*outputs, sampling=sampling, decoder=decoder, compared=compared)
     with opened(params) as source, files.replacing_folder(pixels) as folder:
         journal = Journal(folder, sampling, earlier.pixels)
         outcomes = read_all(source, sampling, params.box_margin, earlier)
@@ -125,11 +123,13 @@ def run(
         save_manifest(manifest, described.watch(entries))
         remember(manifest, journal.seen)
         journal.remove()
-        writer.finish(files.sha256(manifest), data_version)
+        sha256 = files.sha256(manifest)
+        writer.finish(decoder=decoder, data_sha256=sha256, data_version=data_version)
     content = {
         "source": Path(params.source).name,
         "data_version": data_version,
         "decoder": decoder,
+        "compared": compared,
         "rejected": dict(sorted(Counter(reject.reason for reject in refused).items())),
         "duplicates": {
             "equal": groups.equal,
@@ -161,12 +161,20 @@ def opened(params: Params) -> AbstractContextManager[listing.Source]:
     )
 
 
-def _decoder(params: Params) -> str:
-    """Return what the outputs depend on beside the files: of another decoder's none is reused."""
-    modules = (images, reading, packed, near_duplicates)
-    own = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
-    digest = hashlib.sha256(own).hexdigest()[:16]
-    return f"Pillow {PIL.__version__}, {digest}, margin {params.box_margin:g}"
+def _decoder(box_margin: float) -> str:
+    """Name what turns files into pixels: pixels of another decoder are never reused.
+
+    The codecs inside of Pillow count too, since a distribution may build it with its own.
+    """
+    pillow = versions("pillow")["pillow"]
+    codecs = ", ".join(f"{name} {features.version(name)}" for name in _CODECS)
+    code = of_modules("tlpipe.data.images", "tlpipe.data.reading")
+    return f"Pillow {pillow}, {codecs}, code {code}, margin {box_margin:g}"
+
+
+def _compared() -> str:
+    """Name what finds near duplicates: pairs that were found in another way are never reused."""
+    return of_modules("tlpipe.data.duplicates", "tlpipe.data.pixels")
 
 
 def _check_usable(

@@ -23,14 +23,24 @@ class PackedPixels:
     """What ``ingest`` keeps of the images.
 
     ``array``: (N, S, S, 3) uint8 RGB; ``thumbnails``: (N, 64, 64) uint8 gray; both memory-mapped.
-    ``data_sha256``: of the manifest; ``data_version``: DVC's hash of the source.
+    ``decoder``: what turned files into pixels; ``data_sha256``: of the manifest; ``data_version``:
+    DVC's hash of the source.
     """
 
     array: chunks.Chunks
     thumbnails: Pixels
     sampling: Sampling
+    decoder: str
     data_sha256: str
     data_version: str
+
+    def intact(self) -> npt.NDArray[np.bool_]:
+        """Return (N,) which images are as they were written; reads every byte."""
+        index = files.read_json(self.array.folder / _INDEX)
+        path = self.array.folder / _THUMBNAILS
+        if chunks.digest(path, self.thumbnails.shape, self.thumbnails.dtype) != index["thumbnails"]:
+            return np.zeros(len(self.array), bool)
+        return self.array.intact()
 
 
 class Writer:
@@ -44,6 +54,7 @@ class Writer:
         self.array = chunks.Writer(folder, (side, side, 3), "|u1", known.array if known else None)
         size = (THUMBNAIL_PX, THUMBNAIL_PX)
         self._thumbnails = chunks.RowFile(folder / _THUMBNAILS, size, "|u1")
+        self._thumbnails_digest = ""
 
     def append(self, key: bytes, square: Pixels | int, thumbnail: Pixels) -> None:
         """Write one more image.
@@ -57,12 +68,14 @@ class Writer:
     def close(self) -> None:
         """Complete the files."""
         self.array.close()
-        self._thumbnails.close()
+        self._thumbnails_digest = self._thumbnails.close()
 
-    def finish(self, data_sha256: str, data_version: str) -> None:
+    def finish(self, *, decoder: str, data_sha256: str, data_version: str) -> None:
         """Write the index, which says that the folder is complete."""
         index = {
             "chunks": self.array.names,
+            "thumbnails": self._thumbnails_digest,
+            "decoder": decoder,
             "data_sha256": data_sha256,
             "data_version": data_version,
             "sampling": self.sampling.model_dump(),
@@ -79,7 +92,7 @@ def keep_rows(
     old.mkdir()
     for name in {name for name, _ in everything.array.names} | {_THUMBNAILS}:
         (folder / name).rename(old / name)
-    everything.finish("", "")
+    everything.finish(decoder="", data_sha256="", data_version="")
     (folder / _INDEX).rename(old / _INDEX)
     thumbnails = Thumbnails(old, len(keys))
     kept = Writer(folder, sampling, load(old))
@@ -129,6 +142,7 @@ def load(folder: Path) -> PackedPixels:
     Raises:
         ArtifactError: the folder is missing or incomplete.
     """
+    files.recover_folder(folder)
     index = files.read_json(folder / _INDEX)
     sampling = Sampling(**index["sampling"])
     side = sampling.short_side_px
@@ -137,6 +151,7 @@ def load(folder: Path) -> PackedPixels:
         array=chunks.Chunks(folder, names, (side, side, 3), "|u1"),
         thumbnails=chunks.load_mapped(folder / _THUMBNAILS),
         sampling=sampling,
+        decoder=index["decoder"],
         data_sha256=index["data_sha256"],
         data_version=index["data_version"],
     )

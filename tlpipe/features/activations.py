@@ -6,7 +6,7 @@
     boundary/    (N, 1 + K, ...) float16: what the last frozen stage gives, for the image as it is
                  and for K augmented views; only where that is not the same as features
     keys.npy     (N,) uint64: which image a row is of
-    index.json   the shapes and the origin
+    index.json   the shapes, the origin, and the digest of every file
 """
 
 import shutil
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from tlpipe import files
 from tlpipe.data import chunks
 from tlpipe.data.images import Preprocessing
+from tlpipe.errors import ArtifactError
 from tlpipe.features.augment import Augmentation
 
 _INDEX, _KEYS, _FEATURES, _BOUNDARY = "index.json", "keys.npy", "features", "boundary"
@@ -29,9 +30,11 @@ class Origin(BaseModel):
     """What the activations were computed from; every later artifact carries it on.
 
     ``boundary`` is the last frozen stage, or empty; ``graph`` names all that the frozen part
-    depends on. ``data_sha256`` is of the manifest, ``data_version`` DVC's hash of the source;
-    ``threads`` is the number that tlpipe, here and in every later stage, computes with, since
-    another number may round differently.
+    depends on. ``decoder`` names what turned files into pixels, ``code`` is the digest of the code
+    that computed, ``packages`` are the versions of the libraries that did; models from before these
+    were recorded have none. ``provider`` is the device. ``data_sha256`` is of the manifest,
+    ``data_version`` DVC's hash of the source; ``threads`` is the number that tlpipe, here and in
+    every later stage, computes with, since another number may round differently.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,10 +52,13 @@ class Origin(BaseModel):
     data_version: str
     provider: str
     threads: int
+    decoder: str = ""
+    code: str = ""
+    packages: dict[str, str] = {}
 
     @property
     def computation(self) -> dict[str, object]:
-        """All that one image's row depends on beside the image."""
+        """Everything that determines an image's row beside the bytes of the image."""
         return self.model_dump(exclude={"freeze", "weights", "data_sha256", "data_version"})
 
 
@@ -64,6 +70,11 @@ class Activations:
     boundary: chunks.Chunks | None
     keys: npt.NDArray[np.uint64]
     origin: Origin
+
+    def intact(self) -> npt.NDArray[np.bool_]:
+        """Return (N,) which rows are as they were written; reads every byte."""
+        found = self.features.intact()
+        return found if self.boundary is None else found & self.boundary.intact()
 
 
 class Writer:
@@ -80,7 +91,7 @@ class Writer:
     ) -> None:
         """Write rows of ``width`` features, and of the shape ``boundary`` where that is given.
 
-        ``known``: activations whose rows may be taken over.
+        ``known``: activations whose intact rows may be taken over.
         """
         self._folder, self._origin = folder, origin
         self._keys: list[bytes] = []
@@ -106,12 +117,17 @@ class Writer:
 
     def finish(self) -> None:
         """Complete the files and write the index, which says that the folder is complete."""
-        index: dict[str, object] = {"origin": self._origin.model_dump()}
+        index: dict[str, object] = {"origin": self._origin.model_dump(), _KEYS: self._save_keys()}
         for name, (writer, row) in self._parts.items():
             writer.close()
             index[name] = {"chunks": writer.names, "row": row}
-        np.save(self._folder / _KEYS, np.frombuffer(b"".join(self._keys), ">u8").astype("<u8"))
         files.write_json(self._folder / _INDEX, index)
+
+    def _save_keys(self) -> str:
+        """Write which image each row is of; return the file's digest."""
+        path = self._folder / _KEYS
+        np.save(path, np.frombuffer(b"".join(self._keys), ">u8").astype("<u8"))
+        return files.sha256(path)
 
 
 def load(folder: Path) -> Activations:
@@ -120,6 +136,7 @@ def load(folder: Path) -> Activations:
     Raises:
         ArtifactError: the folder is missing or incomplete.
     """
+    files.recover_folder(folder)
     index = files.read_json(folder / _INDEX)
 
     def part(name: str) -> chunks.Chunks | None:
@@ -134,12 +151,30 @@ def load(folder: Path) -> Activations:
     return Activations(features, part(_BOUNDARY), keys, Origin(**index["origin"]))
 
 
+def load_kept(folder: Path, origin: Origin) -> tuple[Activations, npt.NDArray[np.bool_]] | None:
+    """Return what ``keep`` left, if computed in the same way, and (N,) which rows are intact.
+
+    Nothing else watches over this folder: what is taken from it is checked byte by byte.
+    """
+    try:
+        kept = load(folder)
+        keys_sha256 = files.read_json(folder / _INDEX)[_KEYS]
+    except (ArtifactError, ValueError, KeyError):
+        return None
+    if kept.origin.computation != origin.computation:
+        return None
+    if files.sha256(folder / _KEYS) != keys_sha256:
+        return None
+    return kept, kept.intact()
+
+
 def digest(folder: Path) -> str:
-    """Return a hash that names the whole content: chunks are called by their images."""
+    """Return a hash of the whole content: the index names every file by a digest of its bytes."""
     return files.sha256(folder / _INDEX)
 
 
 def keep(folder: Path, target: Path) -> None:
     """Keep a folder's files a second time, without copying where links can be made."""
+    files.flush_folder(folder)
     with files.replacing_folder(target) as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True, copy_function=files.link_or_copy)

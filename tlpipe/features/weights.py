@@ -5,7 +5,9 @@ tensors are taken.
 """
 
 import importlib.util
+import logging
 import os
+import re
 import urllib.error
 import warnings
 from collections.abc import Mapping
@@ -21,6 +23,7 @@ from tlpipe.errors import WeightsError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_log = logging.getLogger(__name__)
 IMAGENET, NONE, REGISTERED = "imagenet", "none", "models:/"
 
 
@@ -43,7 +46,7 @@ class Pretrained(BaseModel):
 
 @dataclass(frozen=True)
 class Weights:
-    """A file of weights with its hash; no file where they are drawn at random."""
+    """A file of weights with the hash that it has; no file where they are drawn at random."""
 
     path: Path | None
     sha256: str
@@ -53,7 +56,8 @@ def find(name: str, pretrained: Pretrained | None, source: str, sha256: str | No
     """Return the weights of the network ``name``, fetched where they were asked for by name.
 
     ``source`` is ``imagenet``, ``none``, or the path of a file, or ``models:/NAME@ALIAS`` in the
-    registry, which must have been fetched; of the last two the ``sha256`` must be given.
+    registry, which must have been fetched; of the last two the ``sha256`` must be given. Where
+    nobody states the hash of pretrained weights, the one found is logged and returned.
 
     Raises:
         WeightsError: they are missing, cannot be fetched, or are not the pinned ones.
@@ -62,7 +66,7 @@ def find(name: str, pretrained: Pretrained | None, source: str, sha256: str | No
         return Weights(None, "")
     if source == IMAGENET:
         path = fetch(name, pretrained)
-        expected = sha256 or (pretrained.sha256 if pretrained else "")
+        expected = sha256 or (pretrained.sha256 if pretrained else "") or _stated_by_hub(path)
     elif sha256 is None:
         raise WeightsError(
             f"embed.weights is the file {source}, and embed.weights_sha256 is not set; a file of "
@@ -81,6 +85,16 @@ def find(name: str, pretrained: Pretrained | None, source: str, sha256: str | No
         raise WeightsError(
             f"the weights {path} have the sha256 {found}; expected {expected}. "
             f"The file is another one or was altered: install or fetch it again."
+        )
+    if pretrained is not None and pretrained.repository and sha256 is None:
+        commit = path.parent.name
+        _log.info("weights: %s at commit %s, sha256 %s", pretrained.repository, commit, found)
+    if not expected:
+        _log.warning(
+            "nobody states the sha256 of the weights %s, so they were not checked. It is %s: set "
+            "embed.weights_sha256 to it to have it checked from now on",
+            path,
+            found,
         )
     return Weights(path, found)
 
@@ -177,6 +191,15 @@ def read_tensors(path: Path) -> Mapping[str, "Tensor"]:
 def registered_file(sha256: str) -> Path:
     """Return where the weights of a registered model lie, once they were fetched."""
     return files.cache_folder("tlpipe") / "registered" / f"{sha256}.safetensors"
+
+
+def _stated_by_hub(path: Path) -> str:
+    """Return the hash that the Hugging Face hub stated for a file in its cache, or nothing.
+
+    The cache keeps large files under the names that the hub gives them: their sha256.
+    """
+    name = path.resolve().name if path.is_symlink() else ""
+    return name if re.fullmatch("[0-9a-f]{64}", name) else ""
 
 
 def _fetched_by_torch(url: str) -> Path:

@@ -4,12 +4,12 @@ import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from tlpipe import allocator
+from tlpipe.code_digest import of_modules, versions
 from tlpipe.data import pixels as packed
 from tlpipe.errors import ArtifactError, ParamsError, TrainingError
 from tlpipe.features.backbone import load_network
@@ -26,11 +26,25 @@ from tlpipe.learning.recipe import Recipe
 from tlpipe.learning.task import Task, autocast
 
 _log = logging.getLogger(__name__)
-# Part of a checkpoint's digest: a training goes on only with code that computes the same. Raise it
-# with every change of the code that changes what is learned; tests/learning/test_computation.py
-# fails where the code has changed and this number has not.
-COMPUTATION = 1
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy")
+# All code that has a part in the weights: a training goes on only where it is what it was.
+_CODE = (
+    "tlpipe.data.chunks",
+    "tlpipe.data.images",
+    "tlpipe.data.pixels",
+    "tlpipe.features.augment",
+    "tlpipe.features.backbone",
+    "tlpipe.features.stages",
+    "tlpipe.features.weights",
+    *(
+        f"tlpipe.learning.{name}"
+        for name in (
+            *("batches", "classifier", "dataset", "head", "loop", "norms", "optimiser", "probe"),
+            *("processes", "recipe", "schedule", "task", "tuning"),
+        )
+    ),
+    "tlpipe.seeds",
+)
+_PACKAGES = ("numpy", "scipy", "timm", "torch", "torchvision")
 _BLOCK = 64
 # Digits differ by more than twice as much, photographs of hands a little more, of insects less.
 _SHIFT = 0.1
@@ -244,7 +258,7 @@ def digest_of(data: Dataset, recipe: Recipe, task: Task) -> str:
         data.digest,
         recipe.model_dump_json(exclude={"checkpoint_minutes"}),
         f"{task.device.type} {task.processes}",
-        f"computation {COMPUTATION}",
-        *(f"{package} {version(package)}" for package in _PACKAGES),
+        of_modules(*_CODE),
+        str(versions(*_PACKAGES)),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

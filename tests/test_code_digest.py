@@ -1,0 +1,137 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+from tlpipe.code_digest import of_modules, versions
+from tlpipe.features.forward import CODE
+
+SOURCE = '''"""What it is."""
+
+import math  # of the standard library
+
+
+class Circle:
+    """Round."""
+
+    radius: float = 1.0
+    "In metres."
+
+    @property
+    def area(self) -> float:
+        """The area."""
+        return self.radius**2 * math.pi
+
+
+def say(circle: Circle | None, *rest: int, sep=", ", **options) -> str:
+    match rest:
+        case [first, *_]:
+            return f"{circle!r:>{first}} {sep.join(map(str, rest))}{options['end']}"
+        case _:
+            return b"\\x00".decode() if circle is None else str({**options, "a": None})
+'''
+
+
+def digest(folder: Path, source: str) -> str:
+    """Return the digest of a module with this source, in a process of its own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "shapes.py").write_text(source)
+    program = "from tlpipe.code_digest import of_modules; print(of_modules('shapes'))"
+    command = (sys.executable, "-B", "-c", program)
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("  # of the standard library", ""),
+        ('"""What it is."""\n', "# A comment.\n"),
+        ('"""The area."""', '"""Return the area.\n\n        In square metres.\n        """'),
+        ('    "In metres."\n', ""),
+        ("self.radius**2 * math.pi", "(\n            self.radius ** 2 * math.pi\n        )"),
+        ('sep=", "', "sep=', '"),
+    ],
+)
+def test_comments_docstrings_and_layout_do_not_count(tmp_path: Path, old: str, new: str) -> None:
+    assert SOURCE.count(old) == 1
+    assert digest(tmp_path, SOURCE.replace(old, new)) == digest(tmp_path, SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("1.0", "1"),
+        ("radius**2", "radius**3"),
+        ("import math", "import cmath as math"),
+        ("@property\n", "@staticmethod\n"),
+        ('sep=", "', 'sep="; "'),
+        ("{circle!r:>", "{circle!s:>"),
+        ("[first, *_]", "[first, _]"),
+        ('"a": None', '"a": False'),
+        ("circle is None", "circle is not None"),
+        (" -> str:", " -> object:"),
+    ],
+)
+def test_what_is_executed_counts(tmp_path: Path, old: str, new: str) -> None:
+    assert SOURCE.count(old) == 1
+    assert digest(tmp_path, SOURCE.replace(old, new)) != digest(tmp_path, SOURCE)
+
+
+def test_the_digest_is_that_of_every_python(tmp_path: Path) -> None:
+    """The value was found alike by 3.10.13, 3.11.7, 3.12.1 and 3.13.0."""
+    assert digest(tmp_path, SOURCE) == "e486cb2dbb5ab2a1"
+
+
+def test_order_does_not_count_but_names_do() -> None:
+    one, two = "tlpipe.seeds", "tlpipe.runtime"
+    assert of_modules(one, two) == of_modules(two, one)
+    assert len({of_modules(one), of_modules(two), of_modules(one, two)}) == 3
+
+
+def test_a_module_without_source_is_an_error() -> None:
+    for name in ("tlpipe.nothing", "zlib"):
+        with pytest.raises(ModuleNotFoundError, match=rf"the source of {name} is missing"):
+            of_modules(name)
+
+
+def test_versions_are_those_of_the_installed_packages() -> None:
+    import numpy
+
+    assert versions("numpy", "no-such-package") == {"numpy": numpy.__version__}
+
+
+# These have no part in any number. Files are checked by content, progress is shown, the device is
+# recorded by its name.
+NO_NUMBERS = {
+    "tlpipe.code_digest",
+    "tlpipe.errors",
+    "tlpipe.features.device",
+    "tlpipe.files",
+    "tlpipe.params",
+    "tlpipe.progress",
+    "tlpipe.sources.candidates",
+}
+
+
+def test_the_key_of_activations_covers_all_code_that_makes_them() -> None:
+    graph = grimp.build_graph("tlpipe")
+    closure = graph.find_upstream_modules("tlpipe.features.forward")
+    packages = {module for module in graph.modules if graph.find_children(module)}
+    made_by = {"tlpipe.features.forward", *closure} - packages
+    assert set(CODE) | NO_NUMBERS == made_by
+    assert not set(CODE) & NO_NUMBERS
+
+
+def test_the_keys_of_the_graph_and_of_descriptions_cover_what_makes_them() -> None:
+    from tlpipe.features import backbone, frozen
+
+    graph = grimp.build_graph("tlpipe")
+    packages = {module for module in graph.modules if graph.find_children(module)}
+    # Of these the preprocessing alone is used, and its values stand in the key.
+    values = {"tlpipe.data.images"}
+    for module, code, known in ((frozen, frozen._CODE, values), (backbone, backbone._CODE, set())):
+        closure = {module.__name__, *graph.find_upstream_modules(module.__name__)} - packages
+        assert closure == {*code, *known} | (NO_NUMBERS & closure)
