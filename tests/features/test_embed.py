@@ -9,10 +9,11 @@ from PIL import Image
 
 from tests.conftest import Workspace
 from tlpipe.data import pixels as packed
+from tlpipe.errors import ParamsError
 from tlpipe.features import activations as stored
 from tlpipe.features.augment import CHANCES, Augmentation, apply, draw
 from tlpipe.features.backbone import describe, load_network
-from tlpipe.features.embed import Params
+from tlpipe.features.embed import Params, check_effects
 from tlpipe.features.freeze import frozen_stages
 from tlpipe.features.frozen import from_pixels
 from tlpipe.features.weights import IMAGENET, find
@@ -186,3 +187,18 @@ def test_the_size_is_said_beforehand(ingested: Workspace) -> None:
 
 def test_defaults_freeze_everything() -> None:
     assert Params().freeze == "all"
+
+
+@pytest.mark.fault("T16")
+def test_views_and_augmentation_that_nobody_sees_are_refused() -> None:
+    turned = Augmentation(rotation_degrees=10)
+    with pytest.raises(ParamsError, match=r"embed\.views is 3 and has no effect: embed\.fre"):
+        check_effects(Params(freeze="none", views=3), 0)
+    with pytest.raises(ParamsError, match=r"embed\.augmentation has no effect: embed\.fre"):
+        check_effects(Params(augmentation=turned), 5)
+    for count, params in (
+        (0, Params(freeze="none", augmentation=turned)),
+        (5, Params(views=3, augmentation=turned)),
+        (5, Params(augmentation=Augmentation())),
+    ):
+        check_effects(params, count)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Workspace
-from tlpipe.learning.lr_find import choose, smoothed
+from tlpipe.learning.lr_find import choose, has_diverged, smoothed
 from tlpipe.learning.schedule import Rates
 
 
@@ -20,6 +20,28 @@ def test_the_steepest_place_before_the_lowest_is_taken() -> None:
     assert found.rates.stages == pytest.approx(0.05, rel=0.01)
     assert choose(factors, np.arange(61.0), Rates(1.0, 0.5, 0.8)).rates is None
     assert smoothed(np.full(9, 2.5)) == pytest.approx(np.full(9, 2.5))
+
+
+def test_smoothing_is_the_average_without_the_bias_of_its_start() -> None:
+    losses = np.random.default_rng(0).random(30)
+    for last in range(30):
+        weights = 0.9 ** np.arange(last, -1, -1)
+        expected = (weights * losses[: last + 1]).sum() / weights.sum()
+        assert smoothed(losses)[last] == pytest.approx(expected)
+
+
+def test_a_noisy_batch_ends_nothing_and_a_loss_that_explodes_does() -> None:
+    """A solved head starts near 0, where one batch may be fifty times another."""
+    noisy = np.tile([0.002, 0.1, 0.01], 20)
+    assert not any(has_diverged(noisy[:end], classes=3) for end in range(1, 61))
+    exploded = np.append(noisy, np.full(30, 5.0))
+    ends = [end for end in range(1, 91) if has_diverged(exploded[:end], classes=3)]
+    # 5 * (1 - 0.9^n) is worse than guessing, log(3), from the third bad step on.
+    assert ends[0] == 63
+    untrained = np.append(np.full(20, np.log(10)), np.full(40, 30.0))
+    ends = [end for end in range(1, 61) if has_diverged(untrained[:end], classes=10)]
+    # Four times the least, 9.2, is passed where 27.7 * (1 - 0.9^n) > 6.9, up to the start's bias.
+    assert ends[0] == 23
 
 
 def test_lr_find_draws_and_suggests(main_job: Workspace, empty: Workspace) -> None:

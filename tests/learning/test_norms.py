@@ -1,17 +1,25 @@
 import pytest
 import torch
+import torchvision
 
 from tests.learning.test_loop import build_network
 from tlpipe.features.stages import cut
 from tlpipe.learning import norms
 
 
+def small_vgg() -> torch.nn.Sequential:
+    """As torchvision's, whose convolutions have biases; with little behind them."""
+    layers = torchvision.models.vgg.make_layers([8, "M", 16, 16, "M"], batch_norm=True)
+    return torch.nn.Sequential(layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
 @pytest.mark.parametrize(
-    "name", ["timm/tf_efficientnet_lite0", "resnet18", "densenet121", "vgg11_bn", "regnet_y_400mf"]
+    "name", ["timm/tf_efficientnet_lite0", "resnet18", "densenet121", "vgg", "regnet_y_400mf"]
 )
 def test_folded_layers_give_the_same_and_learn_the_same(name: str) -> None:
     torch.manual_seed(0)
-    stages = cut(build_network(name), 64).double()
+    stages = small_vgg() if name == "vgg" else cut(build_network(name), 64)
+    stages.double().eval()
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     for module in stages.modules():  # statistics of their own, not zero and one
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -62,3 +70,18 @@ def test_what_is_called_twice_is_left_alone() -> None:
             return self.norm(self.layer(self.norm(self.layer(x))))
 
     assert norms.fold(Twice().eval(), torch.randn(2, 3, 8, 8)) == 0
+
+
+def test_a_folded_layer_of_kept_statistics_gives_what_it_gave_with_other_statistics_too() -> None:
+    """It scales by its buffers at each call: a checkpoint that brings others changes the result."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert norms.fold(network, images) == 1
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    state = {n: t.clone() for n, t in network.state_dict().items()}
+    state["1.running_mean"] += 0.5
+    state["1.running_var"] *= 3
+    for other in (network, plain):
+        other.load_state_dict(state)
+    assert torch.allclose(network(images), plain(images), atol=1e-6)

@@ -5,10 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
-from tests.conftest import Workspace
+from tests.conftest import ROOT, Workspace
 from tlpipe import files
+from tlpipe.errors import ParamsError
+from tlpipe.learning.recipe import Recipe
+from tlpipe.learning.train import check_effects
 
 
 def test_the_model_holds_what_was_learned(main_job: Workspace) -> None:
@@ -104,6 +108,84 @@ def test_last_stages_forgotten_and_hidden_units(workspace: Workspace, photos: Pa
     assert "train:" in status and "embed:" not in status and "ingest:" not in status
 
 
+# (what is open, what is set, how the message begins)
+WITHOUT_EFFECT: list[tuple[int, dict[str, Any], str]] = [
+    *(
+        (0, {name: value}, f"train.{name}: {value} has no effect: embed.freeze is all, which")
+        for name, value in {
+            "epochs": 20,
+            "batch": 8,
+            "optimiser": "sgd",
+            "head_rate": 0.1,
+            "stage_rate": 0.1,
+            "stage_decay": 0.5,
+            "batch_norm": "batch",
+            "warmup": 0.2,
+            "weight_decay": 0.0,
+            "clip": 5.0,
+            "label_smoothing": 0.0,
+            "mix": "mixup",
+            "mix_alpha": 0.5,
+            "average": 0.9,
+            "metric": "loss",
+            "patience": 3,
+            "unfreeze_epochs": 1,
+            "checkpoint_minutes": 1.0,
+        }.items()
+    ),
+    (0, {"average": 0.9, "epochs": 20}, "train.epochs: 20, train.average: 0.9 have no effect: emb"),
+    (0, {"hidden": (8,), "stage_rate": 0.1}, "train.stage_rate: 0.1 has no effect: embed.freeze"),
+    (0, {"hidden": (8,), "batch_norm": "batch"}, "train.batch_norm: batch has no effect: embed.f"),
+    (1, {"hidden": (8,), "max_iterations": 9}, "train.max_iterations: 9 has no effect: a head wi"),
+    (1, {"hidden": (8,), "penalties": (0.5,)}, r"train.penalties: \[0.5\] has no effect: a head"),
+    (1, {"stage_decay": 0.5}, "train.stage_decay: 0.5 has no effect: a single stage is open"),
+    (2, {"stage_decay": 0.5, "stage_rate": 0}, "train.stage_decay: 0.5 has no effect: train.stag"),
+    (2, {"mix_alpha": 0.5}, "train.mix_alpha: 0.5 has no effect: train.mix is none"),
+    (2, {"mix": "mixup", "batch": 1}, "train.mix: mixup has no effect: train.batch is 1, so there"),
+    (2, {"patience": 10}, "train.patience: 10 has no effect: train.epochs is 10, which ends"),
+    (2, {"unfreeze_epochs": 10}, "train.unfreeze_epochs: 10 has no effect: train.epochs is 10, w"),
+]
+
+
+@pytest.mark.fault("T16")
+@pytest.mark.parametrize(("open_stages", "options", "said"), WITHOUT_EFFECT, ids=str)
+def test_an_option_that_can_have_no_effect_is_named(
+    open_stages: int, options: dict[str, Any], said: str
+) -> None:
+    freeze = "none" if open_stages else "all"
+    with pytest.raises(ParamsError, match=f"^{said}.*Take it out of params.yaml, or change that.$"):
+        check_effects(Recipe(**options), freeze, open_stages)
+
+
+@pytest.mark.parametrize(
+    ("open_stages", "options"),
+    [
+        (0, {}),
+        (0, {"seed": 3, "balance": "loss", "penalties": (0.5,), "max_iterations": 9}),
+        (0, {"balance": "sampling", "epochs": 10, "label_smoothing": 0.1}),  # the defaults
+        (0, {"hidden": (8,), "epochs": 20, "patience": 3, "mix": "mixup", "mix_alpha": 1.0}),
+        (1, {"stage_rate": 0.1, "penalties": (0.5,), "unfreeze_epochs": 9}),
+        (2, {"stage_decay": 0.5, "patience": 9, "metric": "loss", "batch_norm": "batch"}),
+    ],
+    ids=str,
+)
+def test_what_has_an_effect_is_taken(open_stages: int, options: dict[str, Any]) -> None:
+    check_effects(Recipe(**options), "all", open_stages)
+
+
+def test_every_option_is_known_to_the_refusals() -> None:
+    """A new option belongs in one of both lists."""
+    without = {name for stages, options, _ in WITHOUT_EFFECT if not stages for name in options}
+    with_effect = {"penalties", "max_iterations", "seed", "balance", "hidden", "reinitialise"}
+    assert without | with_effect == set(Recipe.model_fields)
+
+
+def test_the_shipped_params_are_taken() -> None:
+    section = yaml.safe_load((ROOT / "params.yaml").read_text())["train"]
+    for open_stages in (0, 1, 5):
+        check_effects(Recipe(**section), "all", open_stages)
+
+
 @pytest.mark.fault("P04")
 def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace) -> None:
     empty.configure("train", reinitialise=1)
@@ -114,10 +196,10 @@ def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace
     command = ("tlpipe", "train", *known, *split, "--model", "m", "--history", "h.csv")
     said = empty.run(*command, code=3).stderr
     assert "train.reinitialise is 1; 0 stages are open, since embed.freeze is all." in said
-    empty.configure("train", reinitialise=0, batch=597)
+    empty.configure("train", reinitialise=0, batch=597, hidden=[8])
     said = empty.run(*command, code=3).stderr
     assert "train.batch is 597; there are 596 training images." in said
-    empty.configure("train", batch=8, mix="cutmix", hidden=[8])
+    empty.configure("train", batch=8, mix="cutmix")
     said = empty.run(*command, code=3).stderr
     assert "train.mix is cutmix; what features gives has no height and width to cut" in said
 

@@ -84,6 +84,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
     backbone = describe(params.backbone)
     names = [stage.name for stage in backbone.stages]
     count = frozen_stages(params.freeze, backbone.stages, (entry.label for entry in entries))
+    check_effects(params, count)
     _log.info("frozen: %s", _share(backbone, count))
     shape = _boundary_shape(backbone, count, params.views)
     _check_size(backbone, len(entries), shape, params)
@@ -139,6 +140,26 @@ def check_freeze(params: Params) -> None:
         ParamsError: it has not.
     """
     frozen_stages(params.freeze, describe(params.backbone).stages, labels=[""])
+
+
+def check_effects(params: Params, count: int) -> None:
+    """Check that no option is set that can have no effect with ``count`` frozen stages.
+
+    Raises:
+        ParamsError: views of an image that is trained whole, or augmentation of what is not shown.
+    """
+    default = type(params).model_fields["augmentation"].default
+    if params.views and not count:
+        raise ParamsError(
+            f"embed.views is {params.views} and has no effect: embed.freeze is {params.freeze}, "
+            f"which freezes nothing, so images are augmented while training. Take it out of "
+            f"params.yaml, or freeze a stage."
+        )
+    if count and not params.views and params.augmentation != default:
+        raise ParamsError(
+            f"embed.augmentation has no effect: embed.freeze is {params.freeze} and embed.views is "
+            f"0, so no augmented image is ever seen. Set embed.views, or take it out."
+        )
 
 
 def check_sampling(found: Sampling, params: Params) -> None:

@@ -9,6 +9,7 @@ Every stage has weights to train: what only pools, reshapes or normalises belong
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from inspect import signature
 from itertools import accumulate, groupby
 from typing import Any
@@ -23,6 +24,8 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # More single modules than this in a row are a list of layers, not a list of stages.
 _MOST_SINGLE = 8
 _LEAST_RESOLUTIONS = 3
+# What torchvision's own training (references/classification) spares, in networks that say nothing.
+_NO_WEIGHT_DECAY = ("*class_token", "*pos_embedding", "*relative_position_bias_table")
 
 
 def cut(network: nn.Module, side_px: int) -> nn.Sequential:
@@ -31,6 +34,8 @@ def cut(network: nn.Module, side_px: int) -> nn.Sequential:
     ``network``: from (B, 3, H, W) float32 to features (B, D); ``side_px``: H and W that it takes.
     Modules and parameters stay the network's own, under their own names. What its code decides
     outside of modules is decided once, as in evaluation: an auxiliary output is left out.
+    Each stage has ``no_weight_decay``, the names of its parameters that should not decay beside
+    biases and vectors: those that the network names itself, as timm's do.
 
     Raises:
         WeightsError: its code cannot be traced or run, has no blocks, or ends in something else.
@@ -63,9 +68,11 @@ def _cut(network: nn.Module, side_px: int) -> nn.Sequential:
         for name, group in groupby(named, key=lambda pair: pair[0])
     ]
     incoming = next(node for node in traced.graph.nodes if node.op == "placeholder")
+    spared = list(getattr(network, "no_weight_decay", lambda: _NO_WEIGHT_DECAY)())
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     for name, nodes in _with_weights(groups, traced):
-        stages[name] = _stage(traced, incoming, nodes)
+        stages[name] = stage = _stage(traced, incoming, nodes)
+        stage.no_weight_decay = _matching(stage, spared)  # type: ignore[assignment]
         incoming = nodes[-1]
     return nn.Sequential(stages).eval()
 
@@ -182,6 +189,12 @@ def _stage(traced: fx.GraphModule, incoming: fx.Node, nodes: Sequence[fx.Node]) 
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(copies[nodes[-1]])
     return fx.GraphModule(traced, graph)
+
+
+def _matching(stage: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
+    """Return the names of the stage's parameters that match one of the patterns."""
+    names = (name for name, _ in stage.named_parameters())
+    return frozenset(n for n in names if any(fnmatch(n, pattern) for pattern in patterns))
 
 
 def _shapes(traced: fx.GraphModule, side_px: int) -> dict[fx.Node, tuple[int, ...]]:

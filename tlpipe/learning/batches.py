@@ -46,16 +46,21 @@ class _Store:
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if len(chunks) * self._row_bytes < _SHARE_OF_GPU * free:
-                parts = [
-                    self._load(range(i, min(i + 256, len(chunks))))
-                    for i in range(0, len(chunks), 256)
-                ]
-                self._resident = torch.cat(parts)
+                self._resident = self.load_all()
 
     def pick(self, rows: Numbers) -> Tensor:
         if self._resident is not None:
             return self._resident[torch.from_numpy(rows).to(self._device)]
         return self._load(rows)
+
+    def load_all(self) -> Tensor:
+        """Copy all rows to the device, block by block into their final place."""
+        first = self._load(range(1))
+        rows = first.new_empty((len(self._chunks), *first.shape[1:]))
+        for start in range(0, len(rows), 256):
+            end = min(start + 256, len(rows))
+            rows[start:end] = self._load(range(start, end))
+        return rows
 
     def _load(self, rows: Sequence[int] | Numbers) -> Tensor:
         picked = torch.from_numpy(self._chunks[rows])
@@ -125,8 +130,9 @@ class Photos:
 def batches(
     examples: Examples, *, size: int, seed: int, epoch: int, weights: npt.NDArray[np.float64] | None
 ) -> list[Numbers]:
-    """Return the places in ``examples`` of each batch of an epoch, none much smaller than others.
+    """Return the places in ``examples`` of each batch of an epoch.
 
+    Batches are as few as ``size`` allows, and even: they differ by one image at most.
     ``weights``: (N,) the chance of each image to be drawn, with replacement; None: each once.
     """
     random = generator(seed, f"order {epoch}")
@@ -142,7 +148,10 @@ def mixed(
     alpha: float,
     random: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Mix each input with another one of the batch, and their targets (B, C) alike.
+    """Mix each input (B, ...) with another one of the batch, and their targets (B, C) alike.
+
+    CutMix pastes a box of height and width, see ``spatial_axes``; the share of a target is the
+    share of the area that is left.
 
     Source: Zhang et al. (2018), mixup, eq. 1-2; Yun et al. (2019), CutMix, section 3.1.
     """
@@ -153,16 +162,33 @@ def mixed(
     if kind == "mixup":
         inputs = torch.lerp(inputs[other], inputs, share)
     else:
-        height, width = inputs.shape[-2:]
+        axes = spatial_axes(inputs.shape[1:])
+        assert axes is not None, f"no height and width in {tuple(inputs.shape)}"
+        height, width = (inputs.shape[axis] for axis in axes)
         side = np.sqrt(1 - share)
         middle = random.random(2) * (height, width)
         top, bottom = np.clip(middle[0] + np.array([-0.5, 0.5]) * side * height, 0, height).round()
         left, right = np.clip(middle[1] + np.array([-0.5, 0.5]) * side * width, 0, width).round()
-        box = (..., slice(int(top), int(bottom)), slice(int(left), int(right)))
-        inputs = inputs.clone()
-        inputs[box] = inputs[other][box]
+        box = torch.zeros(height, width, dtype=torch.bool, device=inputs.device)
+        box[int(top) : int(bottom), int(left) : int(right)] = True
+        is_pasted = box if axes[1] == -1 else box.unsqueeze(-1)  # channels last
+        inputs = torch.where(is_pasted, inputs[other], inputs)
         share = 1 - float((bottom - top) * (right - left)) / (height * width)
     return inputs, torch.lerp(targets[other], targets, share)
+
+
+def spatial_axes(shape: Sequence[int]) -> tuple[int, int] | None:
+    """Return which axes of one image's activations are height and width, counted from the end.
+
+    Images are squares, so those are the two neighbours of equal length: (C, S, S) of convolutional
+    networks, (S, S, C) of Swin and others that keep channels last. None where there are none, as
+    in the tokens of a vision transformer.
+    """
+    if len(shape) != 3:
+        return None
+    if shape[1] == shape[2]:
+        return (-2, -1)
+    return (-3, -2) if shape[0] == shape[1] else None
 
 
 def soft(labels: Tensor, classes: int) -> Tensor:
@@ -171,6 +197,10 @@ def soft(labels: Tensor, classes: int) -> Tensor:
 
 
 def _ready(inputs: Tensor) -> Tensor:
-    """Return inputs in single precision, images channels last."""
-    layout = torch.channels_last if inputs.dim() == 4 else torch.contiguous_format
+    """Return inputs in single precision, and in memory with the channels last where they are not.
+
+    What is (B, S, S, C) already stays as it is: torch's format would take S for the channels.
+    """
+    is_channels_first = spatial_axes(inputs.shape[1:]) == (-2, -1)
+    layout = torch.channels_last if is_channels_first else torch.contiguous_format
     return inputs.to(torch.float32, memory_format=layout)

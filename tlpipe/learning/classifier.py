@@ -103,11 +103,10 @@ class Classifier(nn.Module):
             for layer in self.batch_norms:
                 layer.eval()
 
-    def parameters_by_depth(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
-        """Yield the parameters of the head as depth 0, of the last stage as 1, and so on."""
-        yield 0, list(self.head.parameters())
-        for depth, stage in enumerate(reversed(self.stages), start=1):
-            yield depth, list(stage.parameters())
+    def parts_by_depth(self) -> Iterator[tuple[int, nn.Module]]:
+        """Yield the head as depth 0, the last stage as 1, and so on."""
+        yield 0, self.head
+        yield from enumerate(reversed(self.stages), start=1)
 
     def folded_head(self) -> tuple[tuple[Array, Array], ...]:
         """Return weight and bias of each layer, for features as they are."""

@@ -11,6 +11,7 @@ from tlpipe.errors import TrainingError
 from tlpipe.learning.recipe import Recipe
 
 _log = logging.getLogger(__name__)
+_MEMORY = re.compile("out of memory|can't allocate|enough memory", re.IGNORECASE)
 
 
 class Stop:
@@ -41,16 +42,16 @@ def stop_requests() -> Iterator[Stop]:
 
 @contextmanager
 def explained(recipe: Recipe) -> Iterator[None]:
-    """Turn what torch says where memory is short into a refusal."""
+    """Turn what torch says where memory is short into a TrainingError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         line = " ".join(str(error).split())[:160]
-        if isinstance(error, RuntimeError) and not re.search(
-            "out of memory|can't allocate|enough memory", line
-        ):
+        if isinstance(error, RuntimeError) and not _MEMORY.search(line):
             raise
+        batch = recipe.batch_size(10**9)
+        smaller = f"Lower train.batch, now {batch}, or freeze" if batch > 1 else "Freeze"
         raise TrainingError(
-            f"there is not enough memory to train ({line}); what was done is kept. Lower "
-            f"train.batch, now {recipe.batch_size(10**9)}, or freeze more in embed.freeze."
+            f"there is not enough memory to train ({line}); the last checkpoint is kept. {smaller} "
+            f"more in embed.freeze."
         ) from None

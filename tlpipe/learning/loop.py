@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,9 +25,15 @@ from tlpipe.learning.checkpoint import Checkpoint, Checkpoints
 from tlpipe.learning.classifier import Classifier
 from tlpipe.learning.dataset import Numbers
 from tlpipe.learning.endings import Stop, stop_requests
-from tlpipe.learning.optimiser import make_optimiser, move_average
-from tlpipe.learning.recipe import Recipe
-from tlpipe.learning.schedule import open_stages, progress_factor
+from tlpipe.learning.optimiser import (
+    ema_decay,
+    is_token_normalised,
+    make_optimiser,
+    restore_optimiser,
+    update_ema,
+)
+from tlpipe.learning.recipe import Recipe, class_weights
+from tlpipe.learning.schedule import lr_factor, open_stages, opening_epoch
 from tlpipe.learning.task import Measured, Task, autocast, evaluate
 from tlpipe.progress import Meter, meter
 from tlpipe.seeds import generator
@@ -81,13 +88,30 @@ def fine_tune(
 
 
 def best_of(epochs: Sequence[Epoch], recipe: Recipe) -> Epoch:
-    """Return the best by the metric; of equal ones the one of least loss."""
+    """Return the best epoch by the metric; of equal ones the one of least loss."""
+    metric = recipe.selection_metric
 
-    def badness(epoch: Epoch) -> tuple[float, float]:
+    def objective(epoch: Epoch) -> tuple[float, float]:
         found = epoch.validation
-        return 0.0 if recipe.metric == "loss" else -getattr(found, recipe.metric), found.loss
+        return 0.0 if metric == "loss" else -getattr(found, metric), found.loss
 
-    return min(epochs, key=badness)
+    return min(epochs, key=objective)
+
+
+def losses(
+    logits: Tensor, targets: Tensor, class_weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """Return the loss of each image (B,): its smoothed cross-entropy times the image's weight.
+
+    ``logits``, ``targets``: (B, C), targets before smoothing, rows of mixed images shared out;
+    ``class_weight``: (C,). The weight of an image is that of its classes, in the shares that it
+    has of them. It must not be a weight of the columns, as in ``functional.cross_entropy``: with
+    smoothed labels that would teach the rare class to every image, p_c ~ w_c * t_c.
+    """
+    each = functional.cross_entropy(
+        logits, targets, label_smoothing=label_smoothing, reduction="none"
+    )
+    return each if class_weight is None else each * (targets @ class_weight)
 
 
 class Training:
@@ -97,42 +121,53 @@ class Training:
         self.task, self.recipe, self.checkpoints = task, recipe, checkpoints
         self.state = _State()
         self.model = task.classifier
-        steps = recipe.epochs * -(-len(task.train) // recipe.batch_size(len(task.train)))
-        compiles = pays_to_compile(task.device, steps)
+        self.steps = -(-len(task.train) // recipe.batch_size(len(task.train)))  # of an epoch
+        compiles = pays_to_compile(task.device, recipe.epochs * self.steps)
         self.forward = torch.compile(self.model) if compiles else self.model
         self.average = copy.deepcopy(task.classifier) if recipe.average else None
         self.best: dict[str, Tensor] = {}
-        self.optimiser = make_optimiser(self.model, task.rates, recipe, task.device)
-        counts = np.bincount(task.train.labels, minlength=task.classes)
-        rare = len(task.train) / (task.classes * np.maximum(counts, 1))  # 1 where all are equal
-        by_loss, by_sampling = recipe.balance == "loss", recipe.balance == "sampling"
-        self.class_weights = (
-            torch.tensor(rare, dtype=torch.float32, device=task.device) if by_loss else None
-        )
-        chances = rare[task.train.labels]
-        self.chances = chances / chances.sum() if by_sampling else None
+        is_delicate = is_token_normalised(self.model.stages)
+        self.rates = recipe.rates(is_token_normalised=is_delicate)
+        self.optimiser = make_optimiser(self.model, self.rates, recipe, task.device)
+        rare = class_weights(task.train.labels, task.classes)
+        self.class_weight: Tensor | None = None
+        if recipe.balance == "loss":
+            dtype = self.model.mean.dtype
+            self.class_weight = torch.tensor(rare, dtype=dtype, device=task.device)
+        self.image_chances: npt.NDArray[np.float64] | None = None
+        if recipe.balance == "sampling":
+            self.image_chances = rare[task.train.labels] / rare[task.train.labels].sum()
 
     @property
-    def judged(self) -> Classifier:
-        """The weights that are measured and kept."""
+    def eval_model(self) -> Classifier:
+        """The weights that are evaluated and kept: the EMA where there is one."""
         return self.average or self.model
 
     @property
     def is_over(self) -> bool:
-        """Whether every epoch is done, or nothing has become better for too long."""
+        """True once all epochs are done or early stopping triggers."""
         state, patience = self.state, self.recipe.patience
         tired = patience is not None and state.epoch - state.best >= patience
         return state.epoch >= self.recipe.epochs or tired
 
     def begin(self) -> None:
-        """Take up the newest checkpoint, or measure where training starts from."""
-        checkpoint = self.checkpoints.newest() if self.checkpoints else None
+        """Resume from the newest checkpoint, or evaluate the initial weights.
+
+        Of several processes the first one decides; the others need no checkpoint on their disks.
+        """
+        is_first = self.task.rank == 0
+        checkpoint = self.checkpoints.newest() if self.checkpoints and is_first else None
+        if self.task.processes > 1:
+            checkpoint = _from_first(checkpoint)
+            processes.copy_from_first(self.model.state_dict().values())
+            if self.average is not None:
+                self.average.load_state_dict(self.model.state_dict())
         if checkpoint is not None:
-            self._take_up(checkpoint)
+            self._restore(checkpoint)
             place = f"epoch {self.state.epoch + 1}, step {self.state.step + 1}"
             _log.info("going on from a checkpoint at %s", place)
             return
-        self._note(train_loss=None)
+        self._record(train_loss=None)
 
     def train_epoch(self, stop: Stop) -> None:
         """Take every step of the current epoch that is still to be taken."""
@@ -145,14 +180,14 @@ class Training:
             size=recipe.batch_size(len(task.train)),
             seed=recipe.seed,
             epoch=state.epoch,
-            weights=self.chances,
+            weights=self.image_chances,
         )
         steps, saved = len(order), time.monotonic()
+        assert steps == self.steps
         title = f"epoch {state.epoch + 1} of {recipe.epochs}"
         with meter(title, total=len(task.train), done=state.images) as shown:
             for step in range(state.step, steps):
-                done, whole = state.epoch * steps + step, recipe.epochs * steps
-                self.set_rates(progress_factor(done, whole, recipe.warmup))
+                self.schedule_rates(state.epoch * steps + step)
                 loss = self.take_step(order[step], step)
                 state.loss_sum += loss * len(order[step])
                 state.images += len(order[step])
@@ -170,8 +205,17 @@ class Training:
                     saved = time.monotonic()
 
     def set_rates(self, factor: float) -> None:
-        """Let every part learn at this share of its largest rate."""
+        """Let every part learn at this share of its peak learning rate."""
         for group in self.optimiser.param_groups:
+            group["lr"] = group["rate"] * factor
+
+    def schedule_rates(self, step: int) -> None:
+        """Set the learning rates of a step, counted from 0 over all epochs."""
+        recipe = self.recipe
+        for group in self.optimiser.param_groups:
+            opened = self.steps * opening_epoch(group["depth"], recipe.unfreeze_epochs)
+            # What is closed has no gradient, and its rate no effect.
+            factor = lr_factor(step, recipe.epochs * self.steps, recipe.warmup, min(opened, step))
             group["lr"] = group["rate"] * factor
 
     def end_epoch(self) -> None:
@@ -179,7 +223,7 @@ class Training:
         state = self.state
         train_loss = state.loss_sum / state.images
         state.epoch, state.step, state.loss_sum, state.images = state.epoch + 1, 0, 0.0, 0
-        self._note(train_loss)
+        self._record(train_loss)
         self._save()
 
     def finish(self) -> list[Epoch]:
@@ -188,10 +232,15 @@ class Training:
         return self.state.history
 
     def take_step(self, places: Numbers, step: int) -> float:
-        """Take one step on this process's share of a batch; return the loss of the whole."""
+        """Take one step on this process's share of a batch; return the loss of the whole.
+
+        The loss is divided by the number of images, not by the sum of their weights: class weights
+        are 1 on average over the training images, and a rare image counts the same in every batch.
+        """
         task, recipe, epoch = self.task, self.recipe, self.state.epoch
         random = generator(recipe.seed, f"step {epoch} {step}")
-        torch.manual_seed(int(random.integers(2**62)))
+        # Dropout and stochastic depth draw other masks in every process.
+        torch.manual_seed(int(random.integers(2**62)) + task.rank)
         chances = random.random((len(places), augment.CHANCES))
         own = np.array_split(np.arange(len(places)), task.processes)[task.rank]
         mine = places[own]
@@ -202,38 +251,36 @@ class Training:
         )
         with autocast(task.device):
             logits = self.forward(inputs)
-        loss = functional.cross_entropy(
-            logits.float(),
-            targets,
-            weight=self.class_weights,
-            label_smoothing=recipe.label_smoothing,
-            reduction="sum",
-        ) / len(places)
+        logits = logits.to(self.model.mean.dtype)
+        each = losses(logits, targets.to(logits.dtype), self.class_weight, recipe.label_smoothing)
+        loss = each.sum() / len(places)
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         total = float(processes.add_up(loss.detach()))
         if not np.isfinite(total):
             raise TrainingError(
-                f"the loss is {total} in epoch {epoch + 1}, step {step + 1}; expected a number. "
-                f"Nothing was written. Lower train.stage_rate and train.head_rate, now "
-                f"{task.rates.stages:g} and {task.rates.head:g}, or look at the images."
+                f"the loss is {total} in epoch {epoch + 1}, step {step + 1}; expected a number. No "
+                f"model was written. Lower train.stage_rate and train.head_rate, now "
+                f"{self.rates.stages:g} and {self.rates.head:g}, or look at the images."
             )
         if task.processes > 1:
             processes.add_up_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimiser.step()
         if self.average is not None:
-            move_average(self.average, self.model, recipe.average)
+            updates = epoch * self.steps + step + 1
+            update_ema(self.average, self.model, ema_decay(updates, recipe.average))
         return total
 
-    def _note(self, train_loss: float | None) -> None:
+    def _record(self, train_loss: float | None) -> None:
+        """Evaluate, add to the history, and keep the weights if they are the best so far."""
         state = self.state
-        found = evaluate(self.task, self.judged, self.task.validation)
+        found = evaluate(self.task, self.eval_model, self.task.validation)
         now = Epoch(state.epoch, train_loss, found)
         state.history.append(now)
         if best_of(state.history, self.recipe) is now:
             state.best = state.epoch
-            self.best = {n: t.detach().clone() for n, t in self.judged.state_dict().items()}
+            self.best = {n: t.detach().clone() for n, t in self.eval_model.state_dict().items()}
         _log.info(
             "epoch %s of %s: %svalidation loss %.4f, accuracy %.4f%s",
             *(now.epoch, self.recipe.epochs),
@@ -262,7 +309,7 @@ class Training:
             tensors |= {f"optimiser.{number}.{n}": t for n, t in values.items()}
         self.checkpoints.save(Checkpoint(asdict(self.state), tensors))
 
-    def _take_up(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         history = [
             Epoch(past["epoch"], past["train_loss"], Measured(**past["validation"]))
             for past in checkpoint.notes["history"]
@@ -280,5 +327,21 @@ class Training:
         for name, tensor in parts.get("optimiser", {}).items():
             number, _, what = name.partition(".")
             state.setdefault(int(number), {})[what] = tensor
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        restore_optimiser(self.optimiser, state)
+
+
+def _from_first(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Return the first process's checkpoint in every process."""
+    known = None
+    if checkpoint is not None:
+        shapes = {name: (t.shape, t.dtype) for name, t in checkpoint.tensors.items()}
+        known = (checkpoint.notes, shapes)
+    known = processes.from_first(known)
+    if known is None:
+        return None
+    notes, shapes = known
+    if checkpoint is None:
+        tensors = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in shapes.items()}
+        checkpoint = Checkpoint(notes, tensors)
+    processes.copy_from_first(checkpoint.tensors.values())
+    return checkpoint

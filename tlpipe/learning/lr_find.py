@@ -15,6 +15,7 @@ from tlpipe.errors import ParamsError, TrainingError
 from tlpipe.learning import dataset as datasets
 from tlpipe.learning.recipe import Recipe
 from tlpipe.learning.schedule import Rates
+from tlpipe.learning.train import check_open
 from tlpipe.progress import track
 
 _STEPS, _LEAST, _MOST = 100, 1e-3, 1e3
@@ -40,7 +41,7 @@ def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Rec
 
     Raises:
         ArtifactError: activations and split table are of different data.
-        ParamsError: nothing is trained step by step.
+        ParamsError: nothing is trained step by step, or an option can have no effect.
     """
     data = datasets.load(activations, split)
     if not data.open_stages and not params.hidden:
@@ -48,6 +49,7 @@ def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Rec
             f"embed.freeze is {data.activations.origin.freeze} and train.hidden is empty; a linear "
             f"head is solved without a learning rate. Open a stage, then 'dvc repro embed'."
         )
+    check_open(data, params)
     from tlpipe.learning import loop, tuning
     from tlpipe.learning.batches import batches
 
@@ -62,7 +64,7 @@ def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Rec
             size=params.batch_size(len(task.train)),
             seed=params.seed,
             epoch=epoch,
-            weights=None,
+            weights=training.image_chances,
         )
     )
     factors, losses = np.geomspace(_LEAST, _MOST, _STEPS), np.empty(0)
@@ -72,9 +74,9 @@ def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Rec
             losses = np.append(losses, training.take_step(next(order), step))
         except TrainingError:  # the loss is no number any more
             break
-        if losses[-1] > _DIVERGED * losses.min():
+        if has_diverged(losses, task.classes):
             break
-    found = choose(factors[: len(losses)], smoothed(losses), task.rates)
+    found = choose(factors[: len(losses)], smoothed(losses), training.rates)
     _draw(plot, found)
     return found
 
@@ -86,6 +88,15 @@ def smoothed(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
         result[i] = average / (1 - _SMOOTHING ** (i + 1))
     return result
+
+
+def has_diverged(losses: npt.NDArray[np.float64], classes: int) -> bool:
+    """Return whether the smoothed loss is four times its least, and worse than guessing.
+
+    A solved head may start at a loss near 0, of which single batches are many times as large.
+    """
+    smooth = smoothed(losses)
+    return bool(smooth[-1] > max(_DIVERGED * smooth.min(), np.log(classes)))
 
 
 def choose(

@@ -17,8 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tlpipe.learning.processes import summed
 
 
-def share_statistics(module: nn.Module) -> None:
-    """Let BatchNorm layers normalise by the whole batch of all processes."""
+def share_statistics(module: nn.Module, device: torch.device) -> None:
+    """Let the BatchNorm layers inside a module normalise by the whole batch of all processes."""
+    if device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm  # torch's loses timm's activations
+
+        convert_sync_batchnorm(module)
+        return
     for path, layer in list(module.named_modules()):
         if isinstance(layer, _BatchNorm):
             module.set_submodule(path, _SharedNorm(layer))
@@ -107,7 +112,7 @@ def _pads_same(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv2dSame" and isinstance(layer, nn.Conv2d)
 
 
-class _NormTensors(nn.Module):
+class ReplacedNorm(nn.Module):
     """The tensors of a BatchNorm layer, and what comes after normalising: timm's also activate."""
 
     weight: nn.Parameter | None
@@ -133,7 +138,7 @@ class _NormTensors(nn.Module):
         return x
 
 
-class _FoldedNorm(_NormTensors):
+class _FoldedNorm(ReplacedNorm):
     """A layer whose normalisation the convolution before it has done."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,8 +191,11 @@ def _half_of_same(
     return [-(-int(get_same_padding(*side)) // 2) for side in sides]
 
 
-class _SharedNorm(_NormTensors):
-    """A BatchNorm layer over the batches of all processes; torch's own runs on GPUs only."""
+class _SharedNorm(ReplacedNorm):
+    """A BatchNorm layer over the batches of all processes; torch's SyncBatchNorm needs a GPU.
+
+    Counts and statistics are float32 at least: bfloat16 has no 97,216, it would count 97,280.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -196,6 +204,7 @@ class _SharedNorm(_NormTensors):
             return self.finish(x)
         over = [axis for axis in range(x.dim()) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+        given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         count = summed(x.new_tensor(float(x.numel() // x.shape[1])))
         mean = summed(x.sum(over)) / count
         centred = x - mean.view(shape)
@@ -208,4 +217,5 @@ class _SharedNorm(_NormTensors):
         if self.weight is not None:
             scale = scale * self.weight
         x = centred * scale.view(shape)
-        return self.finish(x if self.bias is None else x + self.bias.view(shape))
+        x = x if self.bias is None else x + self.bias.view(shape)
+        return self.finish(x.to(given))

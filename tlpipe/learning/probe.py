@@ -21,7 +21,7 @@ from tlpipe.data.folds import ALWAYS_TRAINS, held_out_folds
 from tlpipe.held_out import HeldOut
 from tlpipe.learning import head as heads
 from tlpipe.learning.dataset import Dataset, Examples, Numbers
-from tlpipe.learning.recipe import Recipe
+from tlpipe.learning.recipe import Recipe, class_weights
 
 _log = logging.getLogger(__name__)
 FOLDS = 4
@@ -162,8 +162,9 @@ def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
     is_fitted = np.arange(len(examples)) < len(train)
     standard = heads.standardisation(read(train.rows, True))
     blocks = (standard.apply(block) for block in read(examples.rows, True))
-    is_balanced = recipe.balance != "none"
-    weights = balanced(examples.labels) if is_balanced else np.ones(len(examples))
+    weights = np.ones(len(examples))
+    if recipe.balance != "none":
+        weights = class_weights(examples.labels, classes)[examples.labels]
     names = [data.labels[label] for label in examples.labels]
     folds = held_out_folds(names, [data.groups[row] for row in examples.rows], FOLDS)
     path: list[heads.Step] = []
@@ -238,13 +239,6 @@ def cross_validate(
         *_score(logits, table.labels, weights),
     )
     return CrossValidated(l2, found, logits, step)
-
-
-def balanced(labels: heads.Labels) -> heads.Floats:
-    """Return weights (N,) by which each class counts the same; their mean is 1."""
-    counts = np.bincount(labels)
-    result: heads.Floats = len(labels) / (np.count_nonzero(counts) * counts[labels])
-    return result
 
 
 def _score(logits: Single, labels: heads.Labels, weights: heads.Floats) -> tuple[float, float]:

@@ -1,20 +1,30 @@
 """Several processes that train one model together, as ``torchrun`` starts them.
 
 Each computes its share of every batch; gradients and the statistics of BatchNorm are those of the
-whole batch, so the result is that of one process.
+whole batch. Order, augmentation, learning rates and the mixing share are the same for any number of
+processes, so what one process learns is what several learn, up to rounding, with two exceptions:
+images are mixed with others of the same share, and dropout and stochastic depth draw other masks.
+What all start from (weights, the kind of BatchNorm, a checkpoint) is the first process's.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_TIMEOUT = timedelta(minutes=10)
+# The others wait while the first one solves the head. torchrun ends all where one has died.
+_TIMEOUT = timedelta(hours=2)
+_Value = TypeVar("_Value")
+
+
+def local_rank() -> int:
+    """Return this process's number among those on this machine; torchrun sets it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextmanager
@@ -24,8 +34,12 @@ def joined() -> Iterator[tuple[int, int]]:
     if count == 1:
         yield 0, 1
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield dist.get_rank(), count
     finally:
@@ -37,6 +51,25 @@ def add_up(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def from_first(value: _Value) -> _Value:
+    """Return what the first process gives."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with those of the first process; both may lie in memory as they like."""
+    if not dist.is_initialized():
+        return
+    for tensor in tensors:
+        dense = tensor.detach().contiguous()
+        dist.broadcast(dense, src=0)
+        tensor.detach().copy_(dense)
 
 
 def add_up_gradients(module: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """How fast each part of the network learns, and when: pure functions of depth and step."""
 
 import math
-import re
 from typing import NamedTuple
 
 
@@ -16,28 +15,32 @@ class Rates(NamedTuple):
     decay: float
 
 
-# Networks that normalise by tokens forget at rates that those with BatchNorm need.
-_DELICATE = re.compile(r"vit|swin|deit|beit|eva|cait|xcit|mixer|convnext|coat|former|clip|dino")
+def default_rates(*, is_token_normalised: bool, optimiser: str) -> Rates:
+    """Return peak learning rates that suit a kind of network.
 
-
-def default_rates(backbone: str, optimiser: str) -> Rates:
-    """Return rates that suit a family of networks."""
-    rates = Rates(1e-3, 5e-5, 0.75) if _DELICATE.search(backbone) else Rates(1e-3, 1e-3, 0.8)
+    Networks that normalise each token or pixel (LayerNorm: transformers, MLP-Mixers, ConvNeXt)
+    forget what they were trained for at rates that networks with BatchNorm need.
+    """
+    rates = Rates(1e-3, 5e-5, 0.75) if is_token_normalised else Rates(1e-3, 1e-3, 0.8)
     # SGD moves by the gradient itself, AdamW by its sign.
     return rates._replace(head=0.05, stages=rates.stages * 20) if optimiser == "sgd" else rates
 
 
-def progress_factor(step: int, steps: int, warmup: float) -> float:
-    """Return what share of its rate is used at a step: a linear rise, then half a cosine to zero.
+def lr_factor(step: int, steps: int, warmup: float, opened: int = 0) -> float:
+    """Return the share of its peak learning rate that a part has at a step.
 
-    ``step``: from 0 to ``steps`` - 1; ``warmup``: the share of all steps that the rise takes.
+    Half a cosine from 1 to 0 behind the warm-up, times a linear rise from the step at which the
+    part was opened: the first updates of an optimiser without statistics are of full size.
 
-    Source: Loshchilov and Hutter (2017), SGDR, eq. 5, without restarts.
+    ``step``: from 0 to ``steps`` - 1; ``warmup``: the share of all steps that a rise takes;
+    ``opened``: the first step in which the part is trained.
+
+    Source: Loshchilov and Hutter (2017), SGDR, eq. 5, without restarts; Goyal et al. (2017),
+    Accurate, large minibatch SGD, section 2.2.
     """
     rise = max(round(warmup * steps), 1)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+    cosine = 0.5 * (1 + math.cos(math.pi * max(step - rise, 0) / max(steps - rise, 1)))
+    return cosine * min((step - opened + 1) / rise, 1.0)
 
 
 def open_stages(epoch: int, stages: int, unfreeze_epochs: int) -> int:
@@ -48,3 +51,11 @@ def open_stages(epoch: int, stages: int, unfreeze_epochs: int) -> int:
     Source: Howard and Ruder (2018), Universal language model fine-tuning, section 3.3.
     """
     return min(epoch // unfreeze_epochs, stages) if unfreeze_epochs else stages
+
+
+def opening_epoch(depth: int, unfreeze_epochs: int) -> int:
+    """Return the first epoch in which a part is trained; ``depth``: 0 the head, 1 the last stage.
+
+    The inverse of ``open_stages``.
+    """
+    return depth * unfreeze_epochs

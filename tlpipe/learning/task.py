@@ -11,7 +11,6 @@ from tlpipe.learning import processes
 from tlpipe.learning.batches import Feed
 from tlpipe.learning.classifier import Classifier
 from tlpipe.learning.dataset import Examples
-from tlpipe.learning.schedule import Rates
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,6 @@ class Task:
     train: Examples
     validation: Examples
     classes: int
-    rates: Rates
     device: torch.device
     rank: int = 0
     processes: int = 1
@@ -50,7 +48,8 @@ def evaluate(task: Task, model: Classifier, examples: Examples) -> Measured:
         for start in range(0, len(own), size):
             places = own[start : start + size]
             labels = torch.from_numpy(examples.labels[places])
-            logits = model(task.feed.plain(examples.rows[places])).float().cpu()
+            logits = model(task.feed.plain(examples.rows[places])).cpu()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss += functional.cross_entropy(logits, labels, reduction="sum").double()
             pairs = labels * task.classes + logits.argmax(1)
             confusion += torch.bincount(pairs, minlength=task.classes**2).view_as(confusion)
@@ -74,5 +73,5 @@ def measured(loss_sum: float, confusion: npt.NDArray[np.float64]) -> Measured:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Return the context to compute in: half precision with eight bits of exponent on CUDA."""
+    """Return bfloat16 autocast on CUDA, and a context without effect elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -18,6 +18,14 @@ from tlpipe.learning.recipe import Recipe
 _log = logging.getLogger(__name__)
 HISTORY = ("step", "train_loss", "validation_loss", "validation_accuracy")
 _CHECKPOINTS, _LOCK = ".checkpoints", ".lock"
+_OF_SOLVER = ("penalties", "max_iterations")
+_OF_STAGES = ("stage_rate", "stage_decay", "batch_norm", "unfreeze_epochs")
+# What is not here counts where the head is solved, too: the seed, and class balance.
+_STEPWISE = (
+    *("epochs", "batch", "optimiser", "head_rate", *_OF_STAGES, "warmup", "weight_decay", "clip"),
+    *("label_smoothing", "mix", "mix_alpha", "average", "metric", "patience"),
+    "checkpoint_minutes",
+)
 
 
 class Params(Recipe):
@@ -44,7 +52,7 @@ def run(
 
     Raises:
         ArtifactError: activations and split table are of different data.
-        ParamsError: more is asked for than is open.
+        ParamsError: more is asked for than is open, or an option can have no effect.
         TrainingError: another training runs in this folder, or this one cannot go on.
         Interrupted: somebody asked to stop; the same command goes on from there.
     """
@@ -73,13 +81,14 @@ def run(
     )
 
 
-def check_open(data: Dataset, params: Params) -> None:
-    """Check that what is to be trained is not frozen.
+def check_open(data: Dataset, params: Recipe) -> None:
+    """Check that every option that is set can have its effect on what is open.
 
     Raises:
-        ParamsError: frozen weights are to be forgotten, parts of what is no image mixed, or a batch
-            is larger than the data.
+        ParamsError: an option has none, frozen weights are to be drawn anew, parts of what is no
+            image mixed, or a batch is larger than the data.
     """
+    check_effects(params, data.activations.origin.freeze, data.open_stages)
     origin = data.activations.origin
     if params.reinitialise > data.open_stages:
         raise ParamsError(
@@ -91,12 +100,69 @@ def check_open(data: Dataset, params: Params) -> None:
             f"train.batch is {params.batch}; there are {len(data.train)} training images. Lower it "
             f"in params.yaml."
         )
-    stored = data.activations.boundary
-    if params.mix == "cutmix" and origin.boundary and (stored is None or len(stored.shape) != 5):
-        raise ParamsError(
-            f"train.mix is cutmix; what {origin.boundary} gives has no height and width to cut. "
-            f"Use mixup, or freeze less, in params.yaml."
-        )
+    if params.mix == "cutmix" and origin.boundary:
+        from tlpipe.learning.batches import spatial_axes
+
+        stored = data.activations.boundary
+        if stored is None or spatial_axes(stored.shape[2:]) is None:
+            raise ParamsError(
+                f"train.mix is cutmix; what {origin.boundary} gives has no height and width to "
+                f"cut. Use mixup, or freeze less, in params.yaml."
+            )
+
+
+def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
+    """Check that no option is set that can have no effect.
+
+    Set is what differs from the default: a default that is written down promises nothing that
+    would not happen anyway, and the same ``params.yaml`` serves several values of ``embed.freeze``.
+
+    Raises:
+        ParamsError: one is; all that have none for the same reason are named.
+    """
+    is_solved = not open_stages and not params.hidden
+    reasons: list[tuple[bool, str, tuple[str, ...]]] = [
+        (
+            is_solved,
+            f"embed.freeze is {freeze}, which leaves no stage open, and train.hidden is empty, so "
+            f"the head is solved at once",
+            _STEPWISE,
+        ),
+        (
+            open_stages == 0 and not is_solved,
+            f"embed.freeze is {freeze}, which leaves no stage open",
+            _OF_STAGES,
+        ),
+        (bool(params.hidden), "a head with train.hidden units is not solved", _OF_SOLVER),
+        (open_stages == 1, "a single stage is open", ("stage_decay",)),
+        (params.stage_rate == 0, "train.stage_rate is 0", ("stage_decay", "unfreeze_epochs")),
+        (params.mix == "none", "train.mix is none", ("mix_alpha",)),
+        (params.batch == 1, "train.batch is 1, so there are no pairs", ("mix", "mix_alpha")),
+        (
+            params.patience is not None and params.patience >= params.epochs,
+            f"train.epochs is {params.epochs}, which ends training first",
+            ("patience",),
+        ),
+        (
+            params.unfreeze_epochs >= params.epochs,
+            f"train.epochs is {params.epochs}, which ends training before a stage is opened",
+            ("unfreeze_epochs",),
+        ),
+    ]
+    for holds, reason, names in reasons:
+        known = {name: getattr(params, name) for name in names}
+        defaults = type(params).model_fields
+        without = [n for n, value in known.items() if value != defaults[n].get_default()]
+        if holds and without:
+            given = ", ".join(f"train.{name}: {_shown(known[name])}" for name in without)
+            what = "has" if len(without) == 1 else "have"
+            raise ParamsError(
+                f"{given} {what} no effect: {reason}. Take it out of params.yaml, or change that."
+            )
+
+
+def _shown(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _learn(
