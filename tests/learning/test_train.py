@@ -69,16 +69,15 @@ def test_activations_are_half_precision_and_mapped(main_job: Workspace) -> None:
 
 
 def pipeline(workspace: Workspace, photos: Path, freeze: str, **train: object) -> dict[str, Any]:
-    """Run the graph up to evaluate; return the model's card."""
+    """Run the graph up to export; return the model's card."""
     workspace.set_source(photos)
     workspace.configure("embed", freeze=freeze)
     workspace.configure("train", **train)
-    workspace.run("dvc", "repro", "--quiet", "evaluate")
-    report = json.loads((workspace.path / "artifacts/evaluate/report.json").read_text())
-    assert report["precisions"]["fp32"]["accuracy"]["value"] == 1.0
+    workspace.run("dvc", "repro", "--quiet", "export")
     parity = json.loads((workspace.path / "artifacts/export/parity.json").read_text())
-    assert parity["same_top1"] == parity["images"] == report["images"]
+    assert parity["same_top1"] == parity["images"] > 0
     card = json.loads((workspace.path / "artifacts/train/model/model.json").read_text())
+    assert card["validation_accuracy"] == 1.0
     assert card["trainable_parameters"] + card["frozen_parameters"] >= 3_371_008
     return card
 
