@@ -15,7 +15,6 @@ from scipy.special import log_softmax, softmax
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from tests.features.test_stages import FAMILIES
 from tests.learning import tiny
 from tlpipe.errors import Interrupted, TrainingError
 from tlpipe.features.stages import cut
@@ -62,6 +61,13 @@ def build_network(name: str) -> torch.nn.Module:
     linear = [p for p, m in network.named_modules() if isinstance(m, torch.nn.Linear)]
     network.set_submodule(linear[-1], torch.nn.Identity())
     return network
+
+
+# Plain and grouped convolutions, dense and parallel blocks, shuffled channels, tokens, LayerNorm.
+FAMILIES = (
+    *("densenet121", "googlenet", "mobilenet_v2", "resnet18", "shufflenet_v2_x0_5"),
+    *("timm/convnext_atto", "timm/regnety_002", "timm/vit_tiny_patch16_224"),
+)
 
 
 @pytest.mark.slow
