@@ -33,9 +33,10 @@ WORKDIR /tmp
 # Reproduces the workspace that is mounted, or waits for Prefect's runs:
 # docker run ... tlpipe prefect worker start --pool tlpipe
 FROM base AS pipeline
+# gcc and libc6-dev: torch.compile builds its kernels' launchers with a C compiler.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends git make \
+    && apt-get install --yes --no-install-recommends gcc git libc6-dev make \
     && rm -rf /var/lib/apt/lists/* \
     && git config --system --add safe.directory '*'
 RUN --mount=type=cache,target=/root/.cache/uv \

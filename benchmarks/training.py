@@ -130,7 +130,9 @@ def made_activations(folder: Path, images: int, origin: Origin) -> None:
     for number in range(images):
         sha256 = f"{number * 2654435761 % 2**64:016x}" + "0" * 48
         part = ("train", "train", "train", "validation")[number % 4]
-        rows.append(Assignment(f"{number}.jpg", "ab"[number // 4 % 2], part, "", sha256, ""))
+        rows.append(
+            Assignment(f"{number}.jpg", "ab"[number // 4 % 2], part, "", sha256[:16], sha256, "")
+        )
         one = random.standard_normal((1, *shape), dtype=np.float32).astype(np.float16)
         features = random.standard_normal(1280, dtype=np.float32).astype(np.float16)
         writer.append(image_key(sha256, ""), features, one)

@@ -51,6 +51,9 @@ ModelOption = Annotated[
         help="A bundle's folder, or NAME@ALIAS in the registry. [default: register.name@champion]",
     ),
 ]
+PrecisionOption = Annotated[
+    str, typer.Option(help="fp32, or another that the bundle has: int8, fp16.")
+]
 STAGE_PANEL = "Stages of the graph (dvc.yaml runs them)"
 PARAMS_FILE = Path("params.yaml")
 
@@ -258,6 +261,7 @@ def evaluate(
     pixels: In,
     manifest: In,
     split: In,
+    held_out: In,
     history: In,
     report: Out,
     speed: Out,
@@ -268,10 +272,11 @@ def evaluate(
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Measure the bundle on the test split."""
-    inputs = {"bundle": bundle, "pixels": pixels, "manifest": manifest, "split": split}
+    images = {"pixels": pixels, "manifest": manifest, "split": split}
+    trained = {"bundle": bundle, "held_out": held_out, "history": history}
     texts = {"report": report, "speed": speed, "predictions": predictions, "tables": tables}
     pictures = {"plots": plots, "examples": examples}
-    _run("evaluate", params, **inputs, history=history, **texts, **pictures)
+    _run("evaluate", params, **images, **trained, **texts, **pictures)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -454,13 +459,14 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     model: ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    precision: PrecisionOption = "fp32",
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Answer for image files with the model in production."""
     from tlpipe.inference import predict
 
     bundle, _ = _bundle(model, params)
-    answers = predict.run(bundle=bundle, images=images)
+    answers = predict.run(bundle=bundle, images=images, precision=precision)
     if as_json:
         import json
 
@@ -476,13 +482,14 @@ def serve(
     model: ModelOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    precision: PrecisionOption = "fp32",
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Answer over HTTP: POST the bytes of an image to /predict."""
     from tlpipe.serving import serve
 
     bundle, degraded = _bundle(model, params)
-    serve.run(bundle=bundle, degraded=degraded, host=host, port=port)
+    serve.run(bundle=bundle, degraded=degraded, host=host, port=port, precision=precision)
 
 
 @app.command()

@@ -322,6 +322,40 @@ def test_what_an_earlier_run_left_half_is_not_used(
     assert outputs(empty) == expected
 
 
+@pytest.mark.fault("T17")
+@pytest.mark.parametrize("part", ["chunk", "thumbnails.npy"])
+def test_stored_pixels_that_were_altered_are_decoded_anew(
+    empty: Workspace, photos: Path, part: str
+) -> None:
+    empty.set_source(photos)
+    empty.ingest()
+    expected = outputs(empty)
+    ((name, count), *_) = json.loads((empty.path / "out/pixels/index.json").read_text())["chunks"]
+    path = empty.path / "out" / "pixels" / (name if part == "chunk" else part)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    damaged = count if part == "chunk" else 24
+    said = empty.ingest()
+    assert f"{damaged} of the stored images are damaged" in said
+    assert f" {damaged} decoded" in said
+    assert outputs(empty) == expected
+
+
+@pytest.mark.fault("F02")
+def test_pixels_of_a_killed_run_that_were_complete_are_found(
+    empty: Workspace, photos: Path
+) -> None:
+    empty.set_source(photos)
+    empty.ingest()
+    # As a kill leaves it between moving the old folder away and the new one into place.
+    left = empty.path / "out" / f".pixels.{'0' * 16}.partial"
+    (left / "old-0").mkdir(parents=True)
+    (empty.path / "out" / "pixels").rename(left / "new")
+    assert " 0 decoded" in empty.ingest()
+    assert not left.exists()
+
+
 def test_equal_pixels_in_training_and_serving(empty: Workspace, tmp_path: Path) -> None:
     """500 files of every mode, format and orientation, against what the predictor reads."""
     from tlpipe.data.images import Sampling, read_square

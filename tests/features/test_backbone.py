@@ -256,6 +256,76 @@ def test_weights_are_fetched_once_and_checked(
     assert pretrained.at_hand(altered) is None
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes, str], Pretrained]:
+    """Put a file into a cache of the Hugging Face hub, under the hash that the hub states."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--timm--net"
+
+    def put(content: bytes, stated: str) -> Pretrained:
+        snapshot = folder / "snapshots" / ("c" * 40)
+        for part in (folder / "refs", folder / "blobs", snapshot):
+            part.mkdir(parents=True)
+        (folder / "refs" / "main").write_text("c" * 40)
+        if stated:
+            (folder / "blobs" / stated).write_bytes(content)
+            (snapshot / "model.safetensors").symlink_to(folder / "blobs" / stated)
+        else:
+            (snapshot / "model.safetensors").write_bytes(content)
+        return Pretrained(repository="timm/net", file="model.safetensors")
+
+    return put
+
+
+@pytest.mark.fault("T11")
+def test_weights_from_the_hub_are_those_that_it_stated(
+    hub: Callable[[bytes, str], Pretrained], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    known = hashlib.sha256(b"weights").hexdigest()
+    source = hub(b"weights", known)
+    assert pretrained.find("net", source, IMAGENET, None).sha256 == known
+    assert f"weights: timm/net at commit {'c' * 40}, sha256 {known}" in caplog.text
+    assert "not checked" not in caplog.text
+    path = pretrained.at_hand(source)
+    assert path is not None
+    path.resolve().write_bytes(b"altered")
+    with pytest.raises(WeightsError, match=f"have the sha256 [0-9a-f]{{64}}; expected {known}"):
+        pretrained.find("net", source, IMAGENET, None)
+
+
+@pytest.mark.fault("T11")
+def test_weights_of_which_nobody_states_the_hash_are_not_called_checked(
+    hub: Callable[[bytes, str], Pretrained], caplog: pytest.LogCaptureFixture
+) -> None:
+    known = hashlib.sha256(b"weights").hexdigest()
+    source = hub(b"weights", "")
+    assert pretrained.find("net", source, IMAGENET, None).sha256 == known
+    assert f"they were not checked. It is {known}: set embed.weights_sha256" in caplog.text
+    caplog.clear()
+    assert pretrained.find("net", source, IMAGENET, known).sha256 == known
+    assert not caplog.text
+    with pytest.raises(WeightsError, match=f"have the sha256 {known}; expected {'0' * 64}"):
+        pretrained.find("net", source, IMAGENET, "0" * 64)
+
+
+def test_the_largest_vit_takes_images_of_the_size_of_its_weights() -> None:
+    backbone = describe("vit_h_14")
+    assert backbone.preprocessing.crop_px == 518
+    assert backbone.stages[0].shape == (1 + (518 // 14) ** 2, 1280)
+    head = 1281 * 1000
+    assert backbone.parameters == 633_470_440 - head  # what torchvision states, less the head
+
+
+@pytest.mark.slow
+def test_a_list_names_what_is_refused_and_goes_on(empty: Workspace) -> None:
+    shown = empty.run("tlpipe", "backbones", "timm/dm_nfnet_f[01]")
+    said = " ".join(shown.stdout.split())
+    for name in ("timm/dm_nfnet_f0: ", "timm/dm_nfnet_f1: "):
+        assert name in said
+    assert "crop_mode 'squash'" in said
+
+
 def test_backbones_lists_stages_and_what_they_give(empty: Workspace) -> None:
     shown = empty.run("tlpipe", "backbones", "efficientnet_lite0").stdout
     for text in ("3,371,008 parameters, 224 px", "weights here", "112 x 14 x 14", "42.9"):

@@ -11,12 +11,13 @@ from tests.conftest import Workspace
 from tlpipe.data import pixels as packed
 from tlpipe.errors import ParamsError
 from tlpipe.features import activations as stored
-from tlpipe.features.augment import Augmentation
+from tlpipe.features.augment import CHANCES, Augmentation, apply, draw
 from tlpipe.features.backbone import describe, load_network
 from tlpipe.features.embed import Params, check_effects
 from tlpipe.features.freeze import frozen_stages
 from tlpipe.features.frozen import from_pixels
 from tlpipe.features.weights import IMAGENET, find
+from tlpipe.seeds import generator
 
 LITE0 = describe("efficientnet_lite0")
 
@@ -57,28 +58,65 @@ def ingested(empty: Workspace, photos: Path) -> Workspace:
     return empty
 
 
-@pytest.mark.slow
-def test_activations_are_those_of_torch_at_every_boundary(ingested: Workspace) -> None:
+def in_torch(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what each stage gives in torch, float32, for images (N, 224, 224, 3) uint8."""
     weights = find(LITE0.name, LITE0.pretrained, IMAGENET, None)
     network = from_pixels(load_network(LITE0, weights), LITE0.preprocessing)
-    images = packed.load(ingested.path / "out" / "pixels").array[:6][:, 16:240, 16:240]
     results, current = {}, torch.from_numpy(np.ascontiguousarray(images))
     with torch.inference_mode():
         for name, stage in network.named_children():
             current = stage(current)
             results[name] = current.numpy()
+    return results
+
+
+def assert_rounded(found: np.ndarray, expected: np.ndarray) -> None:
+    """Check that these are the same numbers in float16, but for the order of sums in float32."""
+    assert found.dtype == np.float16 and found.shape == expected.shape
+    near = {"rtol": 2**-11, "atol": 2e-4 * float(expected.std())}
+    np.testing.assert_allclose(found.astype(np.float32), expected, **near)
+
+
+@pytest.fixture
+def noisy(empty: Workspace, photos: Path) -> Workspace:
+    """Images in which every place and every colour counts."""
+    for seed, path in enumerate(sorted(photos.rglob("*.png"))):
+        small = np.random.default_rng(seed).integers(0, 256, (12, 14, 3), "u1")
+        Image.fromarray(small).resize((280, 240), Image.Resampling.BICUBIC).save(path)
+    empty.set_source(photos)
+    empty.ingest()
+    return empty
+
+
+@pytest.mark.slow
+def test_activations_are_those_of_torch_at_every_boundary(noisy: Workspace) -> None:
+    squares = packed.load(noisy.path / "out" / "pixels").array[:6]
+    expected = in_torch(squares[:, 16:240, 16:240])
     for freeze, boundary in (("stem", "stem"), (4, "blocks2"), ("blocks5", "blocks5")):
-        found = embedded(ingested, freeze=freeze)
+        found = embedded(noisy, freeze=freeze)
         assert found.boundary is not None
         assert found.origin.boundary == boundary
-        expected = results[boundary]
-        assert found.boundary.shape == (24, 1, *expected.shape[1:])
-        spread = expected.std()
-        assert np.abs(found.boundary[:6][:, 0] - expected).max() < 0.01 * spread
-        assert np.abs(found.features[:6] - results["features"]).max() < 0.01
-    found = embedded(ingested, freeze="none")
+        assert len(found.boundary) == len(found.features) == 24
+        assert_rounded(found.boundary[:6], expected[boundary][:, None])
+        assert_rounded(found.features[:6], expected["features"])
+    found = embedded(noisy, freeze="none")
     assert (found.boundary, found.origin.boundary) == (None, "")
-    assert np.abs(found.features[:6] - results["features"]).max() < 0.01
+    assert_rounded(found.features[:6], expected["features"])
+
+
+@pytest.mark.slow
+def test_views_at_a_boundary_are_those_of_torch(noisy: Workspace) -> None:
+    augmentation = Augmentation(light=0.3, rotation_degrees=10)
+    found = embedded(noisy, freeze="blocks5", views=2, augmentation=augmentation.model_dump())
+    assert found.boundary is not None
+    squares = packed.load(noisy.path / "out" / "pixels").array[:6]
+    for view in range(2):
+        for row in (0, 5):  # alone, where the stage has batches of eight
+            key = int(found.keys[row]).to_bytes(8).hex()
+            drawn = draw(augmentation, generator(view, f"view {key}").random((1, CHANCES)))
+            seen = apply(torch.from_numpy(squares[row : row + 1]), torch.from_numpy(drawn), 224)
+            shown = seen.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            assert_rounded(found.boundary[row][1 + view], in_torch(shown)["blocks5"][0])
 
 
 def rows(found: stored.Activations) -> dict[int, np.ndarray]:

@@ -42,7 +42,7 @@ def test_the_digest_covers_all_code_that_trains() -> None:
 
 def digest(data: str = "data", recipe: Recipe | None = None) -> str:
     nothing = Examples(np.arange(0), np.arange(0))
-    given = Dataset(None, None, (), nothing, nothing, "", data)  # type: ignore[arg-type]
+    given = Dataset(None, None, (), nothing, nothing, (), "", data)  # type: ignore[arg-type]
     return tuning.digest_of(given, recipe or Recipe(), tiny.task([0, 1]))
 
 

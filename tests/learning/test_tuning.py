@@ -78,7 +78,7 @@ def dataset(name: str, boundary: str) -> Dataset:
     origin = Origin.model_construct(weights="none", weights_sha256=None, boundary=boundary)
     nothing = Examples(np.arange(0), np.arange(0))
     found = Activations(None, None, np.arange(0), origin)  # type: ignore[arg-type]
-    return Dataset(found, backbone, ("a", "b"), nothing, nothing, "", "")
+    return Dataset(found, backbone, ("a", "b"), nothing, nothing, (), "", "")
 
 
 def test_reinitialised_stages_are_drawn_with_the_seed_and_no_others() -> None:

@@ -3,9 +3,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.conftest import Workspace
+from tlpipe.data import pixels as packed
+from tlpipe.data.manifest import load_split
+from tlpipe.metrics.corruptions import STRENGTHS
+from tlpipe.metrics.scores import HEADLINES
 
 
 def test_the_digits_are_recognised(artifacts: Path) -> None:
@@ -37,9 +42,49 @@ def test_plots_and_examples_are_images(artifacts: Path) -> None:
     names = "confusion coverage mistakes ranking reliability robustness slices training unsure"
     assert sorted(p.stem for p in (folder / "plots").iterdir()) == names.split()
     assert sorted(p.stem for p in (folder / "examples").iterdir()) == list("0123456789")
-    for path in (*(folder / "plots").iterdir(), *(folder / "examples").iterdir()):
-        with Image.open(path) as image:
-            assert len(np.unique(np.asarray(image))) > 10
+    # What plots show is in test_plots.py. Galleries: the background, and pictures of many colours.
+    for name in ("mistakes", "unsure"):
+        with Image.open(folder / "plots" / f"{name}.png") as image:
+            colours = {colour: count for count, colour in image.getcolors(1 << 24)}
+        assert colours[(255, 255, 255, 255)] < 0.9 * image.size[0] * image.size[1]
+    # An example is the first test image of its class, as it is stored.
+    squares = packed.load(artifacts / "ingest" / "pixels").array
+    rows = load_split(artifacts / "split" / "split.csv")
+    for label in "0123456789":
+        known = next(i for i, row in enumerate(rows) if (row.split, row.label) == ("test", label))
+        with Image.open(folder / "examples" / f"{label}.png") as image:
+            assert (np.asarray(image) == squares[known]).all()
+
+
+def test_every_number_of_the_report_has_its_interval(artifacts: Path) -> None:
+    report = json.loads((artifacts / "evaluate" / "report.json").read_text(), parse_constant=fail)
+    measured = report["precisions"]["fp32"]
+    for name in set(HEADLINES) & measured.keys():
+        found = measured[name]
+        assert found["low"] <= found["value"] <= found["high"], name
+        assert found["low"] < found["high"], name
+    images = report["images"]
+    for rows in report["slices"].values():
+        assert sum(row["images"] for row in rows) == images
+        right = sum(row["images"] * row["accuracy"] for row in rows) / images
+        assert right == pytest.approx(measured["accuracy"]["value"])
+        assert all(row["low"] <= row["accuracy"] <= row["high"] for row in rows)
+    robustness = dict(report["robustness"])
+    count, clean = robustness.pop("images"), robustness.pop("clean")
+    assert set(robustness) == set(STRENGTHS)
+    for kind, rows in robustness.items():
+        assert [row["strength"] for row in rows] == list(STRENGTHS[kind])
+        for row in (clean, *rows):
+            assert row["low"] <= row["accuracy"] <= row["high"]
+            assert (row["accuracy"] * count) % 1 == pytest.approx(0, abs=1e-9)
+    assert min(rows[-1]["accuracy"] for rows in robustness.values()) < clean["accuracy"]
+    abstention = report["abstention"]
+    assert abstention["images_needed"] == 149
+    assert (abstention["threshold"] is None) == (report["unknown"]["answered"] is None)
+
+
+def fail(constant: str) -> None:
+    raise AssertionError(f"the report is no JSON: {constant}")
 
 
 def test_dvc_shows_metrics_and_plots(main_job: Workspace) -> None:

@@ -58,14 +58,15 @@ class Duplicate(NamedTuple):
 class Assignment(NamedTuple):
     """The split of one image: ``train``, ``validation``, ``test``, or ``unused``.
 
-    ``fold`` is its number among ``split.folds``, or empty. ``sha256`` and ``box`` say which image
-    it is, whatever its path.
+    ``fold`` is its number among ``split.folds``, or empty; ``group`` is that of the manifest.
+    ``sha256`` and ``box`` say which image it is, whatever its path.
     """
 
     path: str
     label: str
     split: str
     fold: str
+    group: str
     sha256: str
     box: str
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tlpipe import files
+from tlpipe.data.folds import deal
 from tlpipe.data.manifest import (
     SPLITS,
     UNUSED,
@@ -77,7 +78,7 @@ def run(*, manifest: Path, split: Path, report: Path, params: Params) -> None:
     entries = list(load_manifest(manifest))
     result = assign(entries, params, _earlier(split, report, params))
     assignments = [
-        Assignment(e.path, e.label, s, f, e.sha256, e.box)
+        Assignment(e.path, e.label, s, f, e.group, e.sha256, e.box)
         for e, s, f in zip(entries, result.splits, result.folds, strict=True)
     ]
     save_split(split, assignments)
@@ -197,21 +198,9 @@ class _Groups:
 
     def place_in_folds(self, folds: int, seed: int) -> None:
         """Deal the groups of each class over the folds, as evenly as they go."""
-        by_class: dict[str, Counter[str]] = defaultdict(Counter)
-        total: Counter[str] = Counter()
-        names = [str(fold) for fold in range(folds)]
-        for group, place in self.place.items():
-            total[place] += 1
-            for label in self.labels[group]:
-                by_class[label][place] += 1
-        for label in sorted(self._members, key=lambda label: (len(self._members[label]), label)):
-            free = self._members[label] - self.place.keys()
-            for group in sorted(free, key=lambda group: (uniform(seed, group), group)):
-                fold = min(names, key=lambda f: (by_class[label][f], total[f], int(f)))
-                self.place[group] = fold
-                total[fold] += 1
-                for other in self.labels[group]:
-                    by_class[other][fold] += 1
+        placed = {group: int(place) for group, place in self.place.items()}
+        dealt = deal(self._members, folds, seed, placed)
+        self.place = {group: str(fold) for group, fold in dealt.items()}
 
     def _complete(
         self,

@@ -1,6 +1,7 @@
 """Where torch computes: on a GPU where there is one, on the CPU elsewhere."""
 
 import importlib.util
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+_log = logging.getLogger(__name__)
 # Compiling takes a minute or two of a training.
 _STEPS_WORTH_COMPILING = 2000
 
@@ -33,7 +35,20 @@ def training_device(rank: int) -> "torch.device":
 def pays_to_compile(device: "torch.device", steps: int) -> bool:
     """Return whether so many steps are faster with a compiled network: not on CPUs.
 
-    Compiling needs Triton and a C compiler.
+    Compiling needs Triton and a C compiler; a warning says what is missing where it would pay.
     """
-    can = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
-    return device.type == "cuda" and steps >= _STEPS_WORTH_COMPILING and can
+    if device.type != "cuda" or steps < _STEPS_WORTH_COMPILING:
+        return False
+    missing = missing_to_compile()
+    if missing:
+        _log.warning("%s not found: training %s steps without torch.compile", missing, steps)
+    return not missing
+
+
+def missing_to_compile() -> str:
+    """Return what torch.compile lacks on this machine, or nothing."""
+    lacks = {
+        "Triton": importlib.util.find_spec("triton") is None,
+        "a C compiler (cc)": shutil.which("cc") is None,
+    }
+    return " and ".join(name for name, is_missing in lacks.items() if is_missing)

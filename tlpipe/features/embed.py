@@ -49,7 +49,8 @@ class Params(Section):
     freeze: str | int = Field(
         default=ALL,
         description="What keeps its weights: 'all' (but the head), 'none', a number of stages, the "
-        "last frozen stage, or 'auto'.",
+        "last frozen stage, or 'auto': by the median number of images per class, below 20 all, "
+        "below 1,000 all but the last stages with a quarter of the parameters, else none.",
     )
     views: int = Field(
         default=0, ge=0, le=64, description="Augmented views of each image to store beside it."

@@ -7,15 +7,18 @@ from typing import Any
 
 from tlpipe.errors import ImageError
 from tlpipe.inference.predictor import Predictor
-from tlpipe.onnx_export.bundle import Bundle
+from tlpipe.onnx_export.bundle import EXACT, Bundle
 
 
-def run(*, bundle: Bundle, images: Sequence[Path]) -> list[dict[str, Any]]:
+def run(*, bundle: Bundle, images: Sequence[Path], precision: str = EXACT) -> list[dict[str, Any]]:
     """Return one answer per image, in order: ``path`` and either the prediction or ``error``.
 
     A file that cannot be read costs its own answer only.
+
+    Raises:
+        ParamsError: the bundle has no graph of that precision.
     """
-    predictor = Predictor(bundle)
+    predictor = Predictor(bundle, precision=precision)
     return [{"path": str(image), **_answer(predictor, image)} for image in images]
 
 

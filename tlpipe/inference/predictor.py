@@ -30,10 +30,14 @@ class Predictor:
     ) -> None:
         """Open a graph of a bundle, which ``bundle.load`` has verified.
 
-        ``threads``: threads for one call; None lets ONNX Runtime take every core.
+        ``precision``: one of those that the bundle has; ``threads``: threads for one call; None
+        lets ONNX Runtime take every core.
+
+        Raises:
+            ParamsError: the bundle has no graph of that precision.
         """
         self.bundle = bundle
-        self._session = open_session(bundle.graphs[precision], threads=threads)
+        self._session = open_session(bundle.graph(precision), threads=threads)
 
     @property
     def provider(self) -> str:

@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from tlpipe import files, pictures
 from tlpipe.data import charts
 from tlpipe.data import pixels as packed
 from tlpipe.data.chunks import Chunks
+from tlpipe.data.folds import ALWAYS_TRAINS, held_out_folds
 from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split
 from tlpipe.errors import ArtifactError
 from tlpipe.features import activations as stored
 from tlpipe.learning import head as heads
+from tlpipe.learning import probe
 from tlpipe.params import Section
-from tlpipe.progress import track
-from tlpipe.seeds import uniform
 
 _log = logging.getLogger(__name__)
 SUSPECTS = ("path", "label", "suggested", "label_probability", "suggested_probability")
@@ -124,8 +123,11 @@ def find_suspects(entries: Sequence[Entry], features: Chunks, params: Params) ->
         return []
     number = {label: position for position, label in enumerate(labels)}
     targets = np.array([number[entries[row].label] for row in rows], dtype=np.int64)
-    folds = _deal([entries[row] for row in rows], params.folds)
-    probabilities = _judge(features, np.array(rows), targets, folds, params)
+    chosen = [entries[row] for row in rows]
+    folds = held_out_folds([e.label for e in chosen], [e.group for e in chosen], params.folds)
+    held = folds != ALWAYS_TRAINS
+    probabilities = _out_of_fold(features, np.array(rows), targets, folds, params.penalty)[held]
+    rows, targets = list(np.array(rows)[held]), targets[held]
     issues = find_label_issues(
         targets, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1
     )
@@ -140,41 +142,16 @@ def find_suspects(entries: Sequence[Entry], features: Chunks, params: Params) ->
     ]
 
 
-def _deal(entries: Sequence[Entry], folds: int) -> heads.Labels:
-    """Return a fold for each image: groups whole, and each class over all folds."""
-    fold: dict[str, int] = {}
-    dealt: dict[str, int] = {}
-    for entry in sorted(entries, key=lambda e: (e.label, uniform(0, e.group))):
-        if entry.group not in fold:
-            fold[entry.group] = dealt.get(entry.label, 0) % folds
-            dealt[entry.label] = dealt.get(entry.label, 0) + 1
-    return np.array([fold[entry.group] for entry in entries], dtype=np.int64)
-
-
-def _judge(
-    features: Chunks,
-    rows: npt.NDArray[np.int64],
-    targets: heads.Labels,
-    folds: heads.Labels,
-    params: Params,
+def _out_of_fold(
+    features: Chunks, rows: heads.Labels, targets: heads.Labels, folds: heads.Labels, l2: float
 ) -> heads.Floats:
-    """Return (N, C) probabilities of each image by the head that has not seen its fold."""
-    classes = int(targets.max()) + 1
-    probabilities = np.zeros((len(rows), classes))
-    for fold in track(range(params.folds), total=params.folds, description="audit"):
-        seen, unseen = folds != fold, folds == fold
-        known, asked = (features[rows[part]].astype(np.float64) for part in (seen, unseen))
-        standard = heads.standardisation([known])
-        solution = heads.solve_path(
-            [(standard.apply(known), targets[seen])],
-            [(standard.apply(asked), targets[unseen])],
-            classes=classes,
-            penalties=[params.penalty],
-            max_iterations=100,
-        )[0]
-        logits = solution.head.logits(standard.apply(asked))
-        probabilities[unseen] = np.exp(heads.log_softmax(logits))
-    return probabilities
+    """Return (N, C) probabilities of each image by a head that has not seen its fold."""
+    known = features[rows].astype(np.float64)
+    standard = heads.standardisation([known])
+    table = probe.Table(iter([standard.apply(known)]), targets)
+    weights, classes = np.ones(len(rows)), int(targets.max()) + 1
+    found = probe.cross_validate(table, weights, folds, classes, l2, max_iterations=100)
+    return np.exp(heads.log_softmax(found.logits.astype(np.float64)))
 
 
 def _draw_suspects(

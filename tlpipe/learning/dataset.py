@@ -28,15 +28,29 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """``digest`` names the activations and the split table by their content."""
+    """What ``train`` reads.
+
+    ``groups``: of every row of the split table; images of one group are not independent.
+    ``digest`` names the activations and the split table by their content.
+    """
 
     activations: stored.Activations
     backbone: Backbone
     labels: tuple[str, ...]
     train: Examples
     validation: Examples
+    groups: tuple[str, ...]
     split_sha256: str
     digest: str
+
+    @property
+    def labelled(self) -> Examples:
+        """The images that training may see: those of the training split, then of validation."""
+        parts = (self.train, self.validation)
+        return Examples(
+            np.concatenate([part.rows for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+        )
 
     @property
     def open_stages(self) -> int:
@@ -76,6 +90,7 @@ def load(activations: Path, split: Path) -> Dataset:
         labels=labels,
         train=examples("train"),
         validation=examples("validation"),
+        groups=tuple(row.group for row in assignments),
         split_sha256=files.sha256(split),
         digest=f"{files.sha256(split)} {stored.digest(activations)}",
     )

@@ -1,18 +1,14 @@
-"""Solve the head: multinomial logistic regression on frozen features, by L-BFGS.
+"""Multinomial logistic regression on features, by L-BFGS.
 
-The objective is convex, so the solution depends on the data and the penalty alone: no seed, no
-learning rate, no number of epochs.
+With l2 > 0 the objective is strictly convex in the weight, so what the solver converges to depends
+on the data, their weights and l2 alone: no seed, no learning rate, no number of epochs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from scipy.optimize import OptimizeResult
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -37,9 +33,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Step:
-    """The state after one iteration of the solver, or an epoch; losses in nats, accuracy in [0, 1].
+    """One l2 of the linear probe's path, or an epoch; losses in nats, accuracy in [0, 1].
 
-    Before the first epoch nobody has computed a training loss.
+    Before the first epoch nobody has computed a training loss. The linear probe's "validation" is
+    cross-validation.
     """
 
     train_loss: float | None
@@ -49,17 +46,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Solution:
-    """The head that one penalty leads to, and the way there."""
+    """Where the solver ended; ``train_loss``: weighted mean cross-entropy in nats, without l2."""
 
-    penalty: float
     head: Head
-    history: list[Step]
+    train_loss: float
+    iterations: int
     converged: bool
-
-    @property
-    def last(self) -> Step:
-        """The state that the solver ended in."""
-        return self.history[-1]
 
 
 @dataclass(frozen=True)
@@ -104,120 +96,68 @@ def standardisation(blocks: Iterable[Floats]) -> Standardisation:
 
 
 def solve(
-    train: Iterable[Block],
-    validation: Iterable[Block],
+    blocks: Iterable[Block],
+    weights: Floats,
     *,
     classes: int,
-    penalty: float,
+    l2: float,
     max_iterations: int,
+    tolerance: float,
     start: Head | None = None,
 ) -> Solution:
-    """Minimise mean cross-entropy + penalty / 2 * |weight|^2 over the training images.
+    """Minimise the weighted mean cross-entropy + l2 / 2 * |weight|^2.
 
-    Both sets come as blocks of rows, which are read anew at every iteration.
+    Args:
+        blocks: features (n, D) with label numbers (n,), read anew at every iteration.
+        weights: (N,) of the rows of all blocks in turn, not negative; a row of weight 0 is left
+            out.
+        classes: C, more than every label number.
+        l2: strength of the penalty, of the weight alone.
+        max_iterations: of L-BFGS.
+        tolerance: relative decrease of the objective at which the solver stops.
+        start: where it starts from, zeros if None.
 
     Source: Bishop, Pattern Recognition and Machine Learning (2006), section 4.3.4, eq. 4.108-4.109.
     """
-    from scipy.optimize import minimize
+    import scipy.optimize  # loads SciPy's BLAS: only what is loaded can be limited
+    from threadpoolctl import threadpool_limits
 
-    count, width = 0, 0
-    for features, _ in train:
-        count, width = count + len(features), features.shape[1]
+    shares = weights / weights.sum()
+    width = next(iter(blocks))[0].shape[1]
     shape = (classes, width)
 
     def objective(flat: Floats) -> tuple[float, Floats]:
         head = _unflatten(flat, shape)
-        loss = penalty / 2 * (head.weight**2).sum()
-        weight, bias = penalty * head.weight, np.zeros(classes)
-        for features, labels in train:
+        loss = l2 / 2 * (head.weight**2).sum()
+        weight, bias = l2 * head.weight, np.zeros(classes)
+        done = 0
+        for features, labels in blocks:
+            share = shares[done : done + len(labels)]
+            done += len(labels)
             log_probabilities = log_softmax(head.logits(features))
             rows = np.arange(len(labels))
-            loss -= log_probabilities[rows, labels].sum() / count
-            residual = np.exp(log_probabilities)  # (N, C)
+            loss -= share @ log_probabilities[rows, labels]
+            residual = np.exp(log_probabilities)  # (n, C)
             residual[rows, labels] -= 1
-            weight += residual.T @ features / count
-            bias += residual.sum(axis=0) / count
+            residual *= share[:, None]
+            weight += residual.T @ features
+            bias += residual.sum(axis=0)
         return loss, np.concatenate([weight.ravel(), bias])
 
-    history: list[Step] = []
-
-    def note(intermediate_result: "OptimizeResult") -> None:
-        head = _unflatten(intermediate_result.x, shape)
-        train_loss = intermediate_result.fun - penalty / 2 * (head.weight**2).sum()
-        history.append(Step(float(train_loss), *score(head, validation)))
-
     first = start or Head(np.zeros(shape), np.zeros(classes))
-    result = minimize(
-        objective,
-        np.concatenate([first.weight.ravel(), first.bias]),
-        jac=True,
-        method="L-BFGS-B",
-        callback=note,
-        options={"maxiter": max_iterations, "ftol": 1e-7, "gtol": 1e-5},
-    )
-    if not history:
-        note(result)  # the start was the solution
-    return Solution(penalty, _unflatten(result.x, shape), history, bool(result.success))
-
-
-def solve_path(
-    train: Iterable[Block],
-    validation: Iterable[Block],
-    *,
-    classes: int,
-    penalties: Sequence[float],
-    max_iterations: int,
-) -> list[Solution]:
-    """Solve for each penalty, the strongest first, each from where the one before it ended."""
-    import scipy.optimize  # noqa: F401  loads SciPy's BLAS: only what is loaded can be limited
-    from threadpoolctl import threadpool_limits
-
-    solutions: list[Solution] = []
     # NumPy and SciPy bring a BLAS each; with more threads the two pools spin against each other,
     # for twenty times the CPU seconds on the digits, and the sums depend on their number.
     with threadpool_limits(1):
-        for penalty in sorted(penalties, reverse=True):
-            solutions.append(
-                solve(
-                    train,
-                    validation,
-                    classes=classes,
-                    penalty=penalty,
-                    max_iterations=max_iterations,
-                    start=solutions[-1].head if solutions else None,
-                )
-            )
-    return solutions
-
-
-def score(head: Head, blocks: Iterable[Block]) -> tuple[float, float]:
-    """Return the mean cross-entropy in nats and the accuracy."""
-    hits, lost = [], []
-    for features, labels in blocks:
-        logits = head.logits(features)
-        lost.append(-log_softmax(logits)[np.arange(len(labels)), labels])
-        hits.append(logits.argmax(axis=1) == labels)
-    return float(np.concatenate(lost).mean()), float(np.concatenate(hits).mean())
-
-
-def choose(solutions: Sequence[Solution], validation: Iterable[Block]) -> Solution:
-    """Return the one of the strongest penalty whose loss is that of the best one, but for chance.
-
-    Few validation images tell penalties apart by luck, and a stronger one is the safer choice.
-
-    Source: Breiman et al. (1984), Classification and regression trees, section 3.4.3, the rule of
-    one standard error.
-    """
-    best = min(solutions, key=lambda solution: solution.last.validation_loss)
-    lost = np.concatenate(
-        [
-            -log_softmax(best.head.logits(features))[np.arange(len(labels)), labels]
-            for features, labels in validation
-        ]
-    )
-    allowed = lost.mean() + lost.std() / np.sqrt(len(lost))
-    close = [solution for solution in solutions if solution.last.validation_loss <= allowed]
-    return max(close, key=lambda solution: solution.penalty)
+        result = scipy.optimize.minimize(
+            objective,
+            np.concatenate([first.weight.ravel(), first.bias]),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": max_iterations, "ftol": tolerance, "gtol": tolerance},
+        )
+    head = _unflatten(result.x, shape)
+    train_loss = float(result.fun - l2 / 2 * (head.weight**2).sum())
+    return Solution(head, train_loss, int(result.nit), bool(result.success))
 
 
 def log_softmax(logits: Floats) -> Floats:

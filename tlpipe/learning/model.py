@@ -1,5 +1,7 @@
 """The trained model on disk: a folder with ``model.safetensors`` and ``model.json``, written last.
 
+Beside them lies ``held_out.safetensors``, the predictions for images it has not trained on.
+
 The tensors are those that were trained: ``stages.NAME...`` of the open stages, ``head.I.weight``
 and ``head.I.bias`` of the head's layers, between which stand ReLUs. What stayed as pretrained is
 named by its hash.
@@ -14,11 +16,14 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from tlpipe import files
+from tlpipe import held_out as held_outs
 from tlpipe.errors import ArtifactError
 from tlpipe.features.activations import Origin
+from tlpipe.held_out import HeldOut
 from tlpipe.learning.head import Step
 
 _TENSORS, _INDEX = "model.safetensors", "model.json"
+HELD_OUT = "held_out.safetensors"
 _STAGES, _HEAD = "stages.", "head."
 Array = npt.NDArray[np.float32]
 
@@ -26,7 +31,9 @@ Array = npt.NDArray[np.float32]
 class Card(BaseModel):
     """What a model is: the labels in the order of its outputs, its origin, how it was trained.
 
-    ``epoch`` is the one that was kept, 0 the solved head. Losses are in nats.
+    ``epoch`` is the one that was kept, 0 the solved head. ``validation_accuracy`` and
+    ``validation_loss`` (nats) are of the predictions held out: those of cross-validation where a
+    linear probe is all that was trained, since it has then trained on the validation split too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,7 +43,7 @@ class Card(BaseModel):
     split_sha256: str
     trainable_parameters: int
     frozen_parameters: int
-    penalty: float | None
+    l2: float | None
     epoch: int
     validation_accuracy: float
     validation_loss: float
@@ -58,22 +65,23 @@ class Model:
 class Learned:
     """What training came to: tensors as a model has them, and the way there.
 
-    ``epoch``: the one that was kept, 0 the solved head. ``steps``, numbered from ``first``: the
-    solver's where a head alone was solved, else the start and every epoch. ``kept``: the one that
-    the tensors are of.
+    ``epoch``: the one that was kept, 0 the solved head. ``steps``, numbered from ``first``: one
+    for each l2 where a linear probe is all that was trained, else the start and every epoch.
+    ``kept``: the one that the tensors are of. ``held_out``: what is to be calibrated on.
     """
 
     stages: Mapping[str, npt.NDArray[np.generic]]
     head: tuple[tuple[Array, Array], ...]
-    penalty: float | None
+    l2: float | None
     epoch: int
     first: int
     steps: Sequence[Step]
     kept: Step
+    held_out: HeldOut
 
 
-def save(folder: Path, model: Model) -> None:
-    """Write the model whole or not at all."""
+def save(folder: Path, model: Model, held_out: HeldOut) -> None:
+    """Write the model and its held-out predictions whole or not at all."""
     from safetensors.numpy import save as to_bytes
 
     tensors = {_STAGES + name: np.asarray(t, order="C") for name, t in model.stages.items()}
@@ -82,6 +90,7 @@ def save(folder: Path, model: Model) -> None:
         tensors[f"{_HEAD}{number}.bias"] = bias
     with files.replacing_folder(folder) as target:
         files.write_bytes(target / _TENSORS, to_bytes(tensors))
+        held_outs.save(target / HELD_OUT, held_out)
         files.write_json(target / _INDEX, model.card.model_dump())
 
 

@@ -16,13 +16,13 @@ class Recipe(Section):
     """How the head is solved; then, where a stage is open or the head has hidden units, tuned."""
 
     penalties: tuple[PositiveFloat, ...] = Field(
-        default=(0.0001, 0.001, 0.01, 0.1, 1.0),
+        default=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
         min_length=1,
         strict=False,
-        description="Strengths of the L2 penalty to try; validation picks one.",
+        description="l2 of the linear probe to try; four-fold cross-validation picks one.",
     )
     max_iterations: int = Field(
-        default=300, ge=1, description="Upper bound on the solver's iterations for one penalty."
+        default=1000, ge=1, description="Upper bound on the solver's iterations for one l2."
     )
     epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
     batch: int | None = Field(

@@ -1,12 +1,10 @@
-"""Stage ``train``: solve the head on the features; where more is open, fine-tune from there."""
+"""Stage ``train``: fit a linear probe on the features; where more is open, fine-tune from there."""
 
 import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
-
-import numpy as np
 
 from tlpipe import files
 from tlpipe.errors import ParamsError
@@ -47,9 +45,10 @@ def run(
 ) -> None:
     """Write the model and its history.
 
-    Where a linear head is all that is trained, the history's steps are the solver's; elsewhere they
-    are epochs, 0 the start. ``is_first``: of processes that train together, this one writes.
-    ``live`` is given all epochs so far after each of them.
+    Where a linear probe is all that is trained, it is fitted on the training and the validation
+    split, and the history has a step for each l2, strongest first, with the losses of its
+    cross-validation; elsewhere steps are epochs, 0 the start. ``is_first``: of processes that train
+    together, this one writes. ``live`` is given all epochs so far after each of them.
 
     Raises:
         ArtifactError: activations and split table are of different data.
@@ -71,11 +70,11 @@ def run(
     with files.locked(model.parent / _LOCK, "a training"):
         learned = _learn(data, pixels, model.parent / _CHECKPOINTS, params, note)
         card = _card(data, learned)
-        models.save(model, models.Model(card, learned.stages, learned.head))
+        models.save(model, models.Model(card, learned.stages, learned.head), learned.held_out)
         _save_history(history, learned.steps, first=learned.first)
         shutil.rmtree(model.parent / _CHECKPOINTS, ignore_errors=True)
     _log.info(
-        "trained %s parameters, left %s as they were; validation accuracy %.4f",
+        "trained %s parameters, left %s as they were; held-out accuracy %.4f",
         f"{card.trainable_parameters:,}",
         f"{card.frozen_parameters:,}",
         card.validation_accuracy,
@@ -177,21 +176,16 @@ def _learn(
         from tlpipe.learning import tuning
 
         return tuning.tune(data, pixels, checkpoints, params, note)
-    solution, standard = probe.fit(
-        probe.stored(data),
-        data,
-        penalties=params.penalties,
-        max_iterations=params.max_iterations,
-    )
-    head = standard.fold(solution.head)
+    found = probe.fit(probe.stored(data), data, data.labelled, params)
     return models.Learned(
         stages={},
-        head=((head.weight.astype(np.float32), head.bias.astype(np.float32)),),
-        penalty=solution.penalty,
+        head=(found.raw(found.head),),
+        l2=found.best.l2,
         epoch=0,
         first=1,
-        steps=solution.history,
-        kept=solution.last,
+        steps=found.path,
+        kept=found.best.step,
+        held_out=found.held_out(data.labelled),
     )
 
 
@@ -205,7 +199,7 @@ def _card(data: Dataset, learned: models.Learned) -> models.Card:
         split_sha256=data.split_sha256,
         trainable_parameters=open_parameters + head,
         frozen_parameters=data.backbone.parameters - open_parameters,
-        penalty=learned.penalty,
+        l2=learned.l2,
         epoch=learned.epoch,
         validation_accuracy=learned.kept.validation_accuracy,
         validation_loss=learned.kept.validation_loss,

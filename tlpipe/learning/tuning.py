@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tlpipe import allocator
@@ -15,6 +16,7 @@ from tlpipe.errors import ArtifactError, ParamsError, TrainingError
 from tlpipe.features.backbone import load_network
 from tlpipe.features.device import training_device
 from tlpipe.features.weights import Weights
+from tlpipe.held_out import HeldOut
 from tlpipe.learning import endings, loop, norms, probe, processes
 from tlpipe.learning import head as heads
 from tlpipe.learning.batches import Feed, Photos, StoredActivations, batches
@@ -67,7 +69,7 @@ def tune(
     """
     with endings.explained(recipe), processes.joined() as (rank, count):
         _check_shares(len(data.train), recipe, count)
-        task, penalty = prepare(data, pixels, recipe, rank, count)
+        task, l2 = prepare(data, pixels, recipe, rank, count)
         digest = digest_of(data, recipe, task)
         check_same(digest, rank)
         kept = Checkpoints(checkpoints, digest)
@@ -77,11 +79,12 @@ def tune(
         return Learned(
             stages={name: tensor.cpu().numpy() for name, tensor in tensors.items()},
             head=task.classifier.folded_head(),
-            penalty=penalty,
+            l2=l2,
             epoch=best.epoch,
             first=0,
             steps=_steps(epochs),
             kept=_steps([best])[0],
+            held_out=_held_out(task),
         )
 
 
@@ -116,7 +119,7 @@ def _check_shares(images: int, recipe: Recipe, count: int) -> None:
 def prepare(
     data: Dataset, pixels: Path, recipe: Recipe, rank: int = 0, count: int = 1
 ) -> tuple[Task, float | None]:
-    """Return what is trained with its head solved, and the penalty that was picked for that.
+    """Return what is trained with its head solved, and the l2 that was picked for that.
 
     A head with hidden units is left as it was drawn, and has none. Of several processes only the
     first one's weights are right; ``loop.Training.begin`` gives them to the others.
@@ -130,12 +133,11 @@ def prepare(
     classifier = _start(data, recipe).eval().to(device)
     classifier.to(memory_format=torch.channels_last)
     feed = _feed(data, pixels, device)
-    penalty = None
+    l2 = None
     if rank == 0:
         settle_batch_norm(classifier, feed, data.train, recipe)
-        penalty = _solve_head(classifier, feed, data, recipe)
-    decided = processes.from_first((penalty, classifier.trains_by_batch))
-    penalty, classifier.trains_by_batch = decided
+        l2 = _solve_head(classifier, feed, data, recipe)
+    l2, classifier.trains_by_batch = processes.from_first((l2, classifier.trains_by_batch))
     if not classifier.trains_by_batch:
         norms.fold(classifier.stages, feed.plain(data.train.rows[:2]))
     elif count > 1:
@@ -150,7 +152,7 @@ def prepare(
         rank=rank,
         processes=count,
     )
-    return task, penalty
+    return task, l2
 
 
 def _start(data: Dataset, recipe: Recipe) -> Classifier:
@@ -208,7 +210,7 @@ def settle_batch_norm(classifier: Classifier, feed: Feed, train: Examples, recip
 
 
 def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recipe) -> float | None:
-    """Standardise features as the open stages give them, solve the head, return its penalty.
+    """Standardise features as the open stages give them, solve the head, return its l2.
 
     A head with hidden units is not solved, and has none.
     """
@@ -217,15 +219,10 @@ def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recip
     if recipe.hidden:
         classifier.standardise(heads.standardisation(read(data.train.rows, True)))
         return None
-    solution, standard = probe.fit(
-        read,
-        data,
-        penalties=recipe.penalties,
-        max_iterations=recipe.max_iterations,
-    )
-    classifier.standardise(standard)
-    classifier.solve(solution.head)
-    return solution.penalty
+    found = probe.fit(read, data, data.train, recipe)
+    classifier.standardise(found.standard)
+    classifier.solve(found.head)
+    return found.best.l2
 
 
 def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
@@ -239,6 +236,18 @@ def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
             yield features.cpu().double().numpy()  # in this order: MPS has no float64
 
     return read
+
+
+def _held_out(task: Task) -> HeldOut:
+    """Return what the trained classifier answers for the validation split."""
+    rows, labels = task.validation.rows, task.validation.labels
+    task.classifier.eval()
+    logits = []
+    for start in range(0, len(rows), _BLOCK):
+        with torch.inference_mode(), autocast(task.device):
+            found = task.classifier(task.feed.plain(rows[start : start + _BLOCK]))
+        logits.append(found.float().cpu().numpy())
+    return HeldOut(rows, labels, np.concatenate(logits), np.zeros_like(rows))
 
 
 def _steps(epochs: Sequence[loop.Epoch]) -> list[heads.Step]:

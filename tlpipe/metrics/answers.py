@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tlpipe import held_out
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import Pixels, Sampling, read_square
 from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split
 from tlpipe.errors import ArtifactError, DataError, ImageError
 from tlpipe.inference.predictor import Prediction, Predictor
 from tlpipe.metrics.curves import Exact, Hits
-from tlpipe.metrics.scores import Floats, Labels
+from tlpipe.metrics.scores import Floats, Labels, softmax
+from tlpipe.onnx_export.bundle import Bundle
 from tlpipe.progress import track
 from tlpipe.sources import listing
 
@@ -69,14 +71,20 @@ class Part:
         self,
         predictor: Predictor,
         description: str,
-        change: Callable[[Pixels], Pixels] = lambda images: images,
+        change: Callable[[Pixels, Sequence[str]], Pixels] | None = None,
     ) -> Answers:
-        """Return the answers for all of them, changed before where that is asked for."""
+        """Return the answers for all of them, changed before where that is asked for.
+
+        ``change``: gets images (N, H, W, 3) and what each is called, its path and box.
+        """
         starts = range(0, len(self.rows), BATCH)
-        found = [
-            predictor.scores(change(self.squares[list(self.rows[start : start + BATCH])]))
-            for start in track(starts, total=len(starts), description=description)
-        ]
+        keys = [f"{entry.path} {entry.box}" for entry in self.entries]
+        found = []
+        for start in track(starts, total=len(starts), description=description):
+            images = self.squares[list(self.rows[start : start + BATCH])]
+            if change is not None:
+                images = change(images, keys[start : start + BATCH])
+            found.append(predictor.scores(images))
         logits, probabilities = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return Answers(logits, probabilities, self.truth)
 
@@ -126,6 +134,23 @@ def parts(
         return Part(squares, rows, [entries[row] for row in rows], truth)
 
     return [part(name) for name in names]
+
+
+def of_held_out(path: Path, shipped: Bundle, split: Path) -> tuple[Answers, list[str]]:
+    """Return the answers for images that did not train, and the group of each.
+
+    Raises:
+        ArtifactError: the predictions are missing, or of other images or classes.
+    """
+    held, assignments = held_out.load(path), load_split(split)
+    if held.logits.shape[1] != len(shipped.labels) or held.rows.max(initial=0) >= len(assignments):
+        raise ArtifactError(
+            f"{path} has {held.logits.shape[1]} classes and rows up to {held.rows.max(initial=0)}; "
+            f"expected {len(shipped.labels)} and at most {len(assignments) - 1}. Run 'dvc repro'."
+        )
+    probabilities = softmax(held.logits / np.float32(shipped.provenance["temperature"]))
+    groups = [assignments[row].group for row in held.rows]
+    return Answers(held.logits, probabilities, held.labels), groups
 
 
 def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) -> Exact:

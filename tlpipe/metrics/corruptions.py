@@ -5,6 +5,7 @@ robustness to common corruptions and perturbations.
 """
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
@@ -23,13 +24,26 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
 }
 
 
-def corrupt(images: Pixels, kind: str, strength: float) -> Pixels:
-    """Return images (N, H, W, 3) uint8 RGB, each changed in this way; the same ones every time."""
-    if kind == "noise":
-        noise = generator(0, f"noise {strength}").normal(0, strength, images.shape)
-        noisy: Pixels = (images + noise).round().clip(0, 255).astype(np.uint8)
-        return noisy
-    return np.stack([np.asarray(_change(Image.fromarray(i), kind, strength)) for i in images])
+def corrupt(images: Pixels, keys: Sequence[str], kind: str, strength: float) -> Pixels:
+    """Return images (N, H, W, 3) uint8 RGB, each changed in this way.
+
+    ``keys``: (N,) what each is called. What becomes of an image depends on it, its key, the kind
+    and the strength, not on the images beside it.
+    """
+    return np.stack(
+        [
+            _noisy(image, key, strength)
+            if kind == "noise"
+            else np.asarray(_change(Image.fromarray(image), kind, strength))
+            for image, key in zip(images, keys, strict=True)
+        ]
+    )
+
+
+def _noisy(image: Pixels, key: str, strength: float) -> Pixels:
+    noise = generator(0, f"noise {strength} {key}").normal(0, strength, image.shape)
+    noisy: Pixels = (image + noise).round().clip(0, 255).astype(np.uint8)
+    return noisy
 
 
 def _change(image: Image.Image, kind: str, strength: float) -> Image.Image:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,13 @@ from tlpipe.data import split as splits
 from tlpipe.data.manifest import SPLITS, load_manifest, load_split
 from tlpipe.errors import ArtifactError, Interrupted, ParamsError
 from tlpipe.metrics import evaluate
-from tlpipe.metrics.scores import HEADLINES, title, wilson_interval
+from tlpipe.metrics.scores import HEADLINES, title
 from tlpipe.onnx_export.bundle import EXACT
 from tlpipe.params import Section
-from tlpipe.resampling import ends, resamples
+from tlpipe.resampling import share_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _log = logging.getLogger(__name__)
 STAGES = ("split", "train", "export", "evaluate")
@@ -113,7 +116,7 @@ def run(
         groups = [entry.group for entry in load_manifest(manifest)]
         report = summarise(folds, groups, confidence)
         files.write_json(target / "report.json", report)
-        draw(target / "folds.png", report)
+        pictures.save(draw(report), target / "folds.png")
     return report
 
 
@@ -153,6 +156,7 @@ def _run_stages(
         pixels=pixels,
         manifest=manifest,
         split=split,
+        held_out=model / "held_out.safetensors",
         history=history,
         report=place / "report.json",
         speed=place / "speed.json",
@@ -188,7 +192,7 @@ def summarise(folds: Sequence[Fold], groups: Sequence[str], confidence: float) -
     """Return the report: each fold, the means over folds, and the accuracy over all images.
 
     ``groups``: of each row of the manifest. The pooled accuracy takes the trained classifiers as
-    they are; its interval says what other test images would change, by the bootstrap over groups.
+    they are; its interval says what other test images would change, with whole groups.
     The interval of a mean says what other training images would change too. A headline that a
     fold does not have, as AUROC where it tests one class, has no mean.
     """
@@ -250,15 +254,11 @@ def _pooled(folds: Sequence[Fold], groups: Sequence[str], confidence: float) -> 
     hits = np.concatenate([fold.hits for fold in folds])[order]
     rows = rows[order]
     assert len(np.unique(rows)) == len(rows), "an image was tested twice"
-    weights = resamples([groups[row] for row in rows])
-    low, high = ends(np.concatenate([w @ hits / w.sum(axis=1) for w in weights]), confidence)
-    if hits.all() or not hits.any():  # however they are drawn, it is the same
-        low, high = wilson_interval(int(hits.sum()), len(hits), confidence)
-    accuracy = {"value": float(hits.mean()), "low": low, "high": high, "confidence": confidence}
+    accuracy = share_interval(hits, [groups[row] for row in rows], confidence)
     return {"images": len(hits), "accuracy": accuracy}
 
 
-def draw(path: Path, report: Mapping[str, Any]) -> None:
+def draw(report: Mapping[str, Any]) -> "Figure":
     """Draw each headline: its folds, their mean and the mean's interval."""
     folds, means = report["folds"], report["mean"]
     columns = 3
@@ -286,4 +286,4 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
         f"{len(folds)} folds; pooled accuracy {accuracy} on {report['pooled']['images']} images",
         fontsize=10,
     )
-    pictures.save(figure, path)
+    return figure

@@ -1,6 +1,7 @@
 """Stage ``evaluate``: judge the bundle on the test split, through the predictor that serves it."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from tlpipe.metrics.answers import Answers, Part, Shown
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import ANY_SIZE, EXACT
 from tlpipe.params import Section
-from tlpipe.resampling import paired_difference
+from tlpipe.resampling import group_numbers, paired_difference, share_interval
 
 _log = logging.getLogger(__name__)
 PREDICTIONS = ("path", "label", "predicted", "probability", "true_probability")
@@ -36,7 +37,10 @@ class Params(Section):
         default=0.95, gt=0.5, lt=1, description="Confidence level of the intervals."
     )
     error_rate: float = Field(
-        default=0.02, gt=0, lt=1, description="Of answers, where unsure ones are not given."
+        default=0.02,
+        gt=0,
+        lt=1,
+        description="Share of wrong answers, at most, where unsure ones are not given.",
     )
     columns: tuple[str, ...] = Field(
         default=("format",),
@@ -69,6 +73,7 @@ def run(
     pixels: Path,
     manifest: Path,
     split: Path,
+    held_out: Path,
     history: Path,
     report: Path,
     speed: Path,
@@ -80,14 +85,15 @@ def run(
 ) -> None:
     """Write the report, how fast it is, the predictions, tables and plots, an example per class.
 
+    ``held_out``: predictions for images that did not train, which the abstention threshold goes by.
+
     Raises:
         ArtifactError: the bundle is damaged, or knows other classes than the split table.
         DataError: there are no unknown images where they should be.
     """
     shipped = bundles.load(bundle)
     squares = packed.load(pixels).array
-    names = ("test", "validation")
-    test, validation = answers.parts(names, shipped.labels, squares, manifest, split)
+    (test,) = answers.parts(("test",), shipped.labels, squares, manifest, split)
     threads = shipped.provenance["origin"]["threads"]
     predictors = {
         name: Predictor(shipped, precision=name, threads=threads)
@@ -96,10 +102,18 @@ def run(
     }
     found = {name: test.ask(predictor, name) for name, predictor in predictors.items()}
     exact, answered = predictors[EXACT], found[EXACT]
-    held_out = validation.ask(exact, "validation")
+    calibrated, groups = answers.of_held_out(held_out, shipped, split)
     unknown = answers.of_others(exact, params.unknown, shipped.preprocessing, params.unknown_images)
-    curve = curves.coverage(held_out.confidence, held_out.hits)
-    threshold = curves.threshold_for(curve, params.error_rate)
+    abstention = selective_prediction(answered, test.groups, calibrated, groups, params)
+    threshold = abstention["threshold"]
+    if threshold is None:
+        _log.info(
+            "no threshold is known to keep errors at %s: of %s images held out too many are "
+            "wrong, or they are too few (%s at least)",
+            f"{params.error_rate:.1%}",
+            abstention["images"],
+            abstention["images_needed"],
+        )
     content = {
         "bundle": shipped.digest,
         "images": len(test.rows),
@@ -110,12 +124,12 @@ def run(
             for name, given in found.items()
         },
         "temperature": shipped.provenance["temperature"],
-        "abstention": _abstention(answered, threshold, params),
+        "abstention": abstention,
         "unknown": {
             "source": Path(params.unknown).name,
             "images": len(unknown),
             "auroc": curves.separation(answered.confidence, unknown),
-            "answered": float((unknown >= threshold).mean()),
+            "answered": None if threshold is None else float((unknown >= threshold).mean()),
         },
         "slices": slices.measure(
             test.entries, test.brightness(), answered.hits, params.columns, params.confidence
@@ -155,33 +169,63 @@ def _measured(
     measured = scores.measure(given.probabilities, part.truth, part.groups, confidence)
     measured["per_class"] = dict(zip(labels, measured["per_class"], strict=True))
     change = paired_difference(exact.hits, given.hits, part.groups, confidence)
-    uncalibrated = scores.calibration_error(scores.softmax(given.logits), part.truth)
-    return measured | {"accuracy_change": change, "calibration_error_before": uncalibrated}
-
-
-def _abstention(given: Answers, threshold: float, params: Params) -> dict[str, Any]:
-    """Return what a threshold, chosen on validation, does on the test images."""
-    sure = given.confidence >= threshold
-    right, count = int(given.hits[sure].sum()), int(sure.sum())
-    content = {
-        "error_rate": params.error_rate,
-        "threshold": threshold,
-        "coverage": count / len(sure),
+    uncalibrated = scores.calibration_error(
+        scores.softmax(given.logits), part.truth, part.groups, confidence
+    )
+    return measured | {
+        "accuracy_change": change,
+        "calibration_error_before": uncalibrated["value"],
     }
-    if not count:
-        return content | {"accuracy": None}
-    low, high = scores.wilson_interval(right, count, params.confidence)
-    ends = {"low": low, "high": high, "confidence": params.confidence}
-    return content | {"accuracy": {"value": right / count, **ends}}
+
+
+def selective_prediction(
+    given: Answers,
+    groups: Sequence[str],
+    held_out: Answers,
+    held_out_groups: Sequence[str],
+    params: Params,
+) -> dict[str, Any]:
+    """Return the thresholds that ``held_out`` gives, and what they do on the images ``given``.
+
+    ``threshold`` keeps errors at the error rate with the probability ``confidence``;
+    ``observed`` kept them there on the images held out, which promises nothing. Either is None
+    where there is none.
+    """
+    rate, certainty = params.error_rate, params.confidence
+    sure, hits, place = held_out.confidence, held_out.hits, group_numbers(groups)
+    observed = curves.observed_threshold(curves.coverage(sure, hits), rate)
+    proven = curves.threshold_for(sure, hits, held_out_groups, rate, certainty)
+
+    def applied(threshold: float) -> dict[str, Any]:
+        if math.isinf(threshold):
+            return {"threshold": None, "coverage": None, "accuracy": None}
+        answered = given.confidence >= threshold
+        accuracy = None
+        if answered.any():
+            inside = place[answered]
+            accuracy = share_interval(given.hits[answered], inside, certainty)
+        return {
+            "threshold": threshold,
+            "coverage": float(answered.mean()),
+            "accuracy": accuracy,
+        }
+
+    return {
+        "error_rate": rate,
+        "confidence": certainty,
+        "images": int(group_numbers(held_out_groups).max()) + 1,
+        "images_needed": curves.images_needed(rate, certainty),
+        **applied(proven),
+        "observed": applied(observed),
+    }
 
 
 def _robustness(predictor: Predictor, part: Part, confidence: float) -> dict[str, Any]:
     """Return the accuracy on changed images, by kind, from mild to strong."""
 
     def measure(given: Answers) -> dict[str, float]:
-        right, count = int(given.hits.sum()), len(part.rows)
-        low, high = scores.wilson_interval(right, count, confidence)
-        return {"accuracy": right / count, "low": low, "high": high}
+        found = share_interval(given.hits, part.groups, confidence)
+        return {"accuracy": found["value"], "low": found["low"], "high": found["high"]}
 
     kinds: dict[str, list[dict[str, float]]] = {}
     for kind, strengths in corruptions.STRENGTHS.items():

@@ -15,33 +15,41 @@ from tlpipe.onnx_export.bundle import EXACT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MOST_CURVES = 12
+_MOST_LABELS = 40
 _MOST_SLICES = 30
 
 
 def draw(folder: Path, report: Mapping[str, Any], given: Answers, history: Path) -> None:
     """Draw the report of ``evaluate``, and how the training went, a PNG file for each question."""
     labels, exact = report["labels"], report["precisions"][EXACT]
-    confusion(folder / "confusion.png", exact["confusion"], labels)
-    reliability(folder / "reliability.png", given, exact)
-    ranking(folder / "ranking.png", given, labels)
-    coverage(folder / "coverage.png", given, report["abstention"], report["unknown"])
-    robustness(folder / "robustness.png", report["robustness"])
-    by_slice(folder / "slices.png", report["slices"], exact["accuracy"]["value"])
-    training(folder / "training.png", history)
+    figures = {
+        "confusion": confusion(exact["confusion"], labels),
+        "reliability": reliability(given, exact),
+        "ranking": ranking(given, labels),
+        "coverage": coverage(given, report["abstention"], report["unknown"]),
+        "robustness": robustness(report["robustness"]),
+        "slices": by_slice(report["slices"], exact["accuracy"]["value"]),
+        "training": training(history),
+    }
+    for name, figure in figures.items():
+        pictures.save(figure, folder / f"{name}.png")
 
 
-def confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
+def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> "Figure":
     """Draw the confusion matrix: true classes down, predicted ones across."""
     matrix = np.array(counts)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = max(4.0, 1.6 + 0.5 * len(labels))
+    # Beyond that many names the picture would grow with the square of their number.
+    side = max(4.0, 1.6 + 0.5 * min(len(labels), _MOST_LABELS))
     figure = pictures.new_figure(side, side)
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
-    axes.set_yticks(range(len(labels)), labels)
+    if len(labels) <= _MOST_LABELS:
+        axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
+        axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.set_title("Confusion on the test split (images)")
@@ -50,10 +58,10 @@ def confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence[str]
             if count:
                 colour = "white" if share[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=colour)
-    pictures.save(figure, path)
+    return figure
 
 
-def reliability(path: Path, given: Answers, exact: Mapping[str, Any]) -> None:
+def reliability(given: Answers, exact: Mapping[str, Any]) -> "Figure":
     """Draw how often answers of each confidence are right, and how many there are."""
     bins = curves.reliability(given.probabilities, given.truth)
     figure = pictures.new_figure(5, 5.5)
@@ -73,10 +81,10 @@ def reliability(path: Path, given: Answers, exact: Mapping[str, Any]) -> None:
     lower.set_ylabel("images")
     lower.set_xlabel("probability of the answer")
     lower.set_xlim(0, 1.02)
-    pictures.save(figure, path)
+    return figure
 
 
-def ranking(path: Path, given: Answers, labels: Sequence[str]) -> None:
+def ranking(given: Answers, labels: Sequence[str]) -> "Figure":
     """Draw the ROC and the precision-recall curve of each class against the others."""
     figure = pictures.new_figure(9, 4.4)
     left, right = figure.subplots(1, 2)
@@ -88,6 +96,10 @@ def ranking(path: Path, given: Answers, labels: Sequence[str]) -> None:
         style: dict[str, Any] = {"linewidth": 1.3, "label": label}
         if len(labels) > _MOST_CURVES:
             style = {"linewidth": 0.6, "color": "#4c72b0", "alpha": 0.5}
+            # Points within a straight line can go: thousands, of each class.
+            steps = np.diff(found.recall) > 0
+            kept = np.flatnonzero([True, *steps] | np.array([*steps, True]))
+            found = curves.Ranked(*(points[kept] for points in found))
         left.plot([0, *found.false_positives], [0, *found.recall], **style)
         right.plot(found.recall, found.precision, **style)
     left.plot([0, 1], [0, 1], color="gray", linestyle=":")
@@ -103,34 +115,41 @@ def ranking(path: Path, given: Answers, labels: Sequence[str]) -> None:
     if len(labels) <= _MOST_CURVES:
         handles, names = left.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center", fontsize=8)
-    pictures.save(figure, path)
+    return figure
 
 
-def coverage(
-    path: Path, given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str, Any]
-) -> None:
+def coverage(given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str, Any]) -> "Figure":
     """Draw how many answers are right where only the surest are given."""
     curve = curves.coverage(given.confidence, given.hits)
     figure = pictures.new_figure(5.5, 4.2)
     axes = figure.subplots()
     axes.step(curve.coverage, curve.accuracy, where="post", label="test images")
     axes.axhline(1 - abstention["error_rate"], color="gray", linestyle=":", label="asked for")
-    if abstention["accuracy"]:
-        label = f"threshold {abstention['threshold']:.2f}, from validation"
-        axes.plot(abstention["coverage"], abstention["accuracy"]["value"], "o", label=label)
+    sure = f"kept with {abstention['confidence']:.0%} confidence"
+    for found, kept in ((abstention, sure), (abstention["observed"], "kept on images held out")):
+        if found["accuracy"]:
+            label = f"threshold {found['threshold']:.2f}, {kept}"
+            axes.plot(found["coverage"], found["accuracy"]["value"], "o", label=label)
     axes.set_xlabel("share of images that are answered")
     axes.set_ylabel("share of answers that are right")
     axes.set_xlim(0, 1.02)
     axes.legend(loc="lower left")
-    axes.set_title(
-        f"Of {unknown['images']} images of no class ({unknown['source']}), "
-        f"{unknown['answered']:.0%} would be answered",
-        fontsize=9,
-    )
-    pictures.save(figure, path)
+    if abstention["threshold"] is None:
+        title = (
+            f"No threshold is known to keep errors at {abstention['error_rate']:.1%}: of "
+            f"{abstention['images']} images held out\n"
+            f"too many are wrong, or they are too few ({abstention['images_needed']} at least)"
+        )
+    else:
+        title = (
+            f"Of {unknown['images']} images of no class ({unknown['source']}), "
+            f"{unknown['answered']:.0%} would be answered"
+        )
+    axes.set_title(title, fontsize=9)
+    return figure
 
 
-def robustness(path: Path, found: Mapping[str, Any]) -> None:
+def robustness(found: Mapping[str, Any]) -> "Figure":
     """Draw the accuracy on changed images, from mild to strong."""
     figure = pictures.new_figure(5.5, 4.2)
     axes = figure.subplots()
@@ -143,10 +162,10 @@ def robustness(path: Path, found: Mapping[str, Any]) -> None:
     axes.set_xlabel("change")
     axes.legend(loc="lower left")
     axes.set_title(f"Accuracy on changed pictures ({found['images']} test images)")
-    pictures.save(figure, path)
+    return figure
 
 
-def by_slice(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]], overall: float) -> None:
+def by_slice(found: Mapping[str, Sequence[Mapping[str, Any]]], overall: float) -> "Figure":
     """Draw the accuracy on parts of the test images, with intervals."""
     rows = [(f"{name}: {row['value']}", row) for name, part in found.items() for row in part]
     rows = rows[:_MOST_SLICES]
@@ -161,10 +180,10 @@ def by_slice(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]], overa
     axes.invert_yaxis()
     axes.set_xlabel("accuracy; dotted: on all")
     axes.set_title("Accuracy on parts of the test split (images)")
-    pictures.save(figure, path)
+    return figure
 
 
-def training(path: Path, history: Path) -> None:
+def training(history: Path) -> "Figure":
     """Draw the losses and the accuracy of each step of the training."""
     with history.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -176,14 +195,14 @@ def training(path: Path, history: Path) -> None:
     figure = pictures.new_figure(8, 3.8)
     left, right = figure.subplots(1, 2)
     column(left, "train_loss", "training")
-    column(left, "validation_loss", "validation")
+    column(left, "validation_loss", "held out")
     left.set_ylabel("loss (nats)")
     left.legend()
-    column(right, "validation_accuracy", "validation")
-    right.set_ylabel("accuracy on validation")
+    column(right, "validation_accuracy", "held out")
+    right.set_ylabel("accuracy on images held out")
     for axes in (left, right):
-        axes.set_xlabel("step of the solver, or epoch")
-    pictures.save(figure, path)
+        axes.set_xlabel("epoch; of a linear probe: l2, strongest first")
+    return figure
 
 
 def galleries(folder: Path, squares: Chunks, shown: Sequence[Shown], most: int) -> None:

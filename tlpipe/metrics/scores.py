@@ -1,21 +1,29 @@
 """Measure a classifier from its probabilities and the true labels. Pure functions on arrays.
 
-A headline is a function of how often each image counts. So one function gives its value, where all
-count once, and its values on resampled images, between which its interval lies.
+Every headline has an interval. Images of one group (near copies, parts of one photo) count as one
+where they are right or wrong together: see ``tlpipe.resampling``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tlpipe.resampling import Weights, ends, resamples
+from tlpipe.resampling import (
+    Weights,
+    effective_interval,
+    ends,
+    group_numbers,
+    group_weight,
+    resamples,
+    share_interval,
+)
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
-Headlines = dict[str, npt.NDArray[np.float64]]
+Interval = dict[str, float]
 
 BINS = 15
 _TOP = (2, 3, 5)
@@ -41,94 +49,175 @@ def measure(
 ) -> dict[str, Any]:
     """Return every number of the report: headlines with their intervals, classes, confusion.
 
-    ``groups``: one for each image; images that share one, other than the empty one, are drawn
-    together, since they are not independent.
+    ``groups``: one for each image; images that share one, other than the empty one, are not
+    independent. Classes without test images count in no mean over classes.
     """
-    classes, images = probabilities.shape[1], len(truth)
-    count = headlines(probabilities, truth)
-    once = count(np.ones((1, images)))
-    values = {name: float(value[0]) for name, value in once.items()}
-    spread = [count(weights) for weights in resamples(groups)]
-    measured: dict[str, Any] = {}
-    for name, value in values.items():
-        drawn = np.concatenate([part[name] for part in spread])
-        low, high = ends(drawn, confidence)
-        if name == "accuracy" and value in (0.0, 1.0):  # however they are drawn, it is the same
-            low, high = wilson_interval(round(value * images), images, confidence)
-        measured[name] = {"value": value, "low": low, "high": high, "confidence": confidence}
-    confusion = confusion_matrix(truth, probabilities.argmax(axis=1), classes)
+    predicted = probabilities.argmax(axis=1)
+    right = predicted == truth
+    true = probabilities[np.arange(len(truth)), truth]
+    place = group_numbers(groups)
+    losses = -np.log(np.clip(true.astype(np.float64), 1e-12, None))
+    measured: dict[str, Any] = {
+        "accuracy": share_interval(right, place, confidence),
+        **{
+            name: share_interval(right, place, confidence, weights=weights, classes=truth)
+            for name, weights in class_weights(truth, predicted).items()
+        },
+        "log_loss": _log_loss(losses, place, confidence),
+        "calibration_error": calibration_error(probabilities, truth, groups, confidence),
+    }
+    for k in _TOP:
+        if k < probabilities.shape[1]:
+            among = (probabilities > true[:, None]).sum(axis=1) < k
+            measured[f"top_{k}_accuracy"] = share_interval(among, place, confidence)
+    if (truth != truth[0]).any():
+        measured["auroc"] = auroc(probabilities, truth, place, confidence)
+    confusion = confusion_matrix(truth, predicted, probabilities.shape[1])
     return measured | {"per_class": per_class(confusion), "confusion": confusion.tolist()}
 
 
-def headlines(probabilities: Floats, truth: Labels) -> Callable[[Weights], Headlines]:
-    """Return what computes every headline (B,) from how often each image counts (B, N).
+def class_weights(truth: Labels, predicted: Labels) -> dict[str, Weights]:
+    """Return how much each right answer counts (N,) in the balanced accuracy and in the macro F1.
 
-    Expected calibration error: Guo et al. (2017), On calibration of modern neural networks, eq. 3,
-    with fifteen bins of equal width. AUROC: one class against the others, the mean over classes;
-    Mann and Whitney (1947), with halves for ties.
+    Both are then the sum of the weights of right answers, and all weights sum to 1: the F1 of a
+    class is twice its hits over the number of images that are of it or taken for it, each of which
+    shares its weight between its own class and the one that it is taken for.
     """
-    images, classes = probabilities.shape
-    predicted = probabilities.argmax(axis=1)
-    confidence = probabilities.max(axis=1).astype(np.float64)
-    true = probabilities[np.arange(images), truth].astype(np.float64)
-    hit = (predicted == truth).astype(np.float64)
-    losses = -np.log(np.clip(true, 1e-12, None))
-    rank = (probabilities > true[:, None].astype(np.float32)).sum(axis=1)
-    actual = np.eye(classes)[truth]
-    answered = np.eye(classes)[predicted]
-    bins = np.eye(BINS)[bin_numbers(confidence)]
-    tested = np.flatnonzero(np.bincount(truth, minlength=classes))
+    size = int(max(truth.max(), predicted.max())) + 1
+    actual = np.bincount(truth, minlength=size)
+    both = actual + np.bincount(predicted, minlength=size)
+    tested = int((actual > 0).sum())
+    each = np.where(actual > 0, 1 / np.maximum(both, 1), 0.0) / tested
+    return {
+        "balanced_accuracy": 1 / (tested * actual[truth]),
+        "macro_f1": each[truth] + each[predicted],
+    }
 
-    def count(weights: Weights) -> Headlines:
-        total = weights.sum(axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            hits, drawn = weights @ (actual * hit[:, None]), weights @ actual
-            recall = (hits / drawn)[:, tested]
-            f1 = (2 * hits / (drawn + weights @ answered))[:, tested]
-        gaps = np.abs(weights @ (bins * (confidence - hit)[:, None]))
-        found = {
-            "accuracy": weights @ hit / total,
-            "balanced_accuracy": np.nanmean(recall, axis=1),
-            "macro_f1": np.nanmean(f1, axis=1),
-            "log_loss": weights @ losses / total,
-            "calibration_error": gaps.sum(axis=1) / total,
-        }
-        for k in _TOP:
-            if k < classes:
-                found[f"top_{k}_accuracy"] = weights @ (rank < k) / total
-        areas = [auroc(probabilities[:, c], truth == c, weights) for c in tested]
-        if len(tested) > 1:
-            found["auroc"] = np.nanmean(areas, axis=0)
-        return found
 
-    return count
+def _log_loss(losses: Weights, place: npt.NDArray[np.int64], confidence: float) -> Interval:
+    sums, images = np.bincount(place, losses), np.bincount(place)
+    drawn = np.concatenate([(w @ sums) / (w @ images) for w in resamples(len(sums))])
+    value, (low, high) = float(losses.mean()), ends(drawn, confidence)
+    return {
+        "value": value,
+        "low": min(low, value),
+        "high": max(high, value),
+        "confidence": confidence,
+    }
 
 
 def auroc(
-    scores: npt.NDArray[np.floating[Any]], actual: npt.NDArray[np.bool_], weights: Weights
-) -> Weights:
-    """Return the area under the ROC curve (B,) for how often each image counts (B, N).
+    probabilities: Floats, truth: Labels, groups: npt.NDArray[np.int64], confidence: float
+) -> Interval:
+    """Return the area under the ROC curve, each class against the others, the mean over classes.
 
-    It is the chance that one of the class scores above one of the others, with halves for ties;
-    NaN where one side is empty.
+    ``truth``: of two classes or more; ``groups``: (N,) numbers.
+
+    The variance is that of placements (of each image: the share of the other side that it is
+    rightly ranked against), summed over classes and whole groups: DeLong, DeLong and Clarke-Pearson
+    (1988), Biometrics 44; Obuchowski (1997), Nonparametric analysis of clustered ROC curve data,
+    Biometrics 53. It takes one sort for each class, and room for N numbers. Where the classes are
+    (nearly) separate it says too little: the interval is then that of the smallest class, or of
+    what it is held against, since the variance of a class is at most area (1 - area) over the
+    smaller side: Birnbaum and Klose (1957), Bounds for the variance of the Mann-Whitney statistic.
     """
-    order = np.argsort(scores, kind="stable")
-    ranked, inside = scores[order], np.flatnonzero(actual[order])
-    others = np.zeros((len(weights), len(scores) + 1))
-    np.cumsum(weights[:, order] * ~actual[order], axis=1, out=others[:, 1:])
-    # Of the others, those that score less, and half of those that score the same.
-    first, last = (np.searchsorted(ranked, ranked[inside], side) for side in ("left", "right"))
-    positive = weights[:, order[inside]]
-    above = (positive * (others[:, first] + others[:, last])).sum(axis=1) / 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        area: Weights = above / (positive.sum(axis=1) * others[:, -1])
-    return area
+    actual = np.bincount(truth)
+    tested = np.flatnonzero(actual)
+    share = np.zeros(len(truth))
+    area = 0.0
+    for number in tested:
+        positive = truth == number
+        scores = probabilities[:, number]
+        above = placements(scores[positive], scores[~positive])
+        below = 1 - placements(scores[~positive], scores[positive])
+        area += float(above.mean()) / len(tested)
+        share[positive] += above / (len(above) * len(tested))
+        share[~positive] += (below - below.mean()) / (len(below) * len(tested))
+    weights = 1 / (len(tested) * actual[truth])
+    # Against the area of all: a class with one image would seem to have no variance.
+    apart = np.bincount(groups, share - area * weights)
+    # A wrong answer counts twice: in its own class, and in the one that the image is taken for.
+    unit = 2 * group_weight(weights, groups, truth)
+    low, high = effective_interval(area, float((apart**2).sum()), unit, confidence)
+    return {"value": area, "low": low, "high": high, "confidence": confidence}
 
 
-def calibration_error(probabilities: Floats, truth: Labels) -> float:
-    """Return the expected calibration error, in [0, 1]."""
-    once = headlines(probabilities, truth)(np.ones((1, len(truth))))
-    return float(once["calibration_error"][0])
+def placements(
+    scores: npt.NDArray[np.floating[Any]], others: npt.NDArray[np.floating[Any]]
+) -> Weights:
+    """Return for each score (N,) the share of the others (M,) below it, with halves for ties.
+
+    Its mean is the area under the ROC curve: Mann and Whitney (1947).
+    """
+    ranked = np.sort(others)
+    below = np.searchsorted(ranked, scores, "left")
+    return (below + np.searchsorted(ranked, scores, "right")) / (2 * len(others))
+
+
+def calibration_error(
+    probabilities: Floats, truth: Labels, groups: Sequence[str], confidence: float
+) -> Interval:
+    """Return the calibration error of the answers, in [0, 1], with its interval.
+
+    It is the root of the mean squared difference between confidence and accuracy, over fifteen
+    bins with equally many images (equal confidences stay together). That difference is never zero,
+    so the plain mean is too large; its expected noise is taken off, from the spread between groups,
+    and the root of what is left is the value, 0 where nothing is. A bin of one group says nothing.
+    Source: Kumar, Liang and Ma (2019), Verified uncertainty calibration, section 5; where all
+    images of a bin have one confidence and no groups, it is their estimator.
+
+    The interval of the square is a basic bootstrap over groups about the corrected value: Davison
+    and Hinkley (1997), Bootstrap methods, section 5.2. Its upper end is no less than what the
+    interval of the accuracy leaves open, since the error is at least the difference between mean
+    confidence and accuracy.
+    """
+    sure = probabilities.max(axis=1).astype(np.float64)
+    right = probabilities.argmax(axis=1) == truth
+    gaps, place = sure - right, group_numbers(groups)
+    edges = np.quantile(sure, np.arange(1, BINS) / BINS, method="inverted_cdf")
+    numbers = np.searchsorted(edges, sure, side="left")
+    distinct = int(place.max()) + 1
+    images, sums = np.zeros((2, distinct, BINS))
+    np.add.at(images, (place, numbers), 1)
+    np.add.at(sums, (place, numbers), gaps)
+
+    def squares(weights: Weights) -> Weights:
+        """Return the plain mean squares (B,), for how often each group counts (B, G)."""
+        of_bins = weights @ images
+        squared = (weights @ sums) ** 2 / np.maximum(of_bins, 1)
+        found: Weights = squared.sum(axis=1) / of_bins.sum(axis=1)
+        return found
+
+    plain = float(squares(np.ones((1, distinct)))[0])
+    square = plain - _noise(gaps, numbers, place)
+    drawn = np.concatenate([squares(weights) for weights in resamples(distinct)])
+    low, high = ends(drawn - drawn.mean(), confidence)
+    value = math.sqrt(max(square, 0.0))
+    accuracy = share_interval(right, place, confidence)
+    least = max(abs(sure.mean() - accuracy[end]) for end in ("low", "high"))
+    return {
+        "value": value,
+        "low": min(math.sqrt(max(square - high, 0.0)), value),
+        "high": min(max(math.sqrt(max(square, 0.0) - min(low, 0.0)), least, value), 1.0),
+        "confidence": confidence,
+    }
+
+
+def _noise(gaps: Weights, numbers: Labels, place: npt.NDArray[np.int64]) -> float:
+    """Return by how much chance raises the mean squared gap: the variances of its bins, summed."""
+    noise = 0.0
+    for number in np.unique(numbers):
+        inside = numbers == number
+        mean, (_, of_bin) = gaps[inside].mean(), np.unique(place[inside], return_inverse=True)
+        apart, groups = np.bincount(of_bin, gaps[inside] - mean), int(of_bin.max()) + 1
+        # With one group the noise is unknown: take off all that there is.
+        variance = (
+            float((apart**2).sum()) / inside.sum() ** 2 * groups / (groups - 1)
+            if groups > 1
+            else mean**2
+        )
+        noise += inside.mean() * variance
+    return float(noise)
 
 
 def softmax(logits: Floats) -> Floats:
@@ -141,24 +230,6 @@ def softmax(logits: Floats) -> Floats:
 def bin_numbers(confidence: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """Return the bin of each confidence, from 0 to ``BINS`` - 1; its upper end belongs to a bin."""
     return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
-
-
-def wilson_interval(successes: int, trials: int, confidence: float) -> tuple[float, float]:
-    """Return the interval of a proportion, both ends in [0, 1].
-
-    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference,
-    JASA 22; it holds for small samples and for proportions near 0 and 1.
-    """
-    from statistics import NormalDist
-
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    half_width = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    low, high = (centre - half_width) / scale, (centre + half_width) / scale
-    # Where all or none succeeded, one end is the share itself but for rounding.
-    return min(max(low, 0.0), share), max(min(high, 1.0), share)
 
 
 def confusion_matrix(truth: Labels, predicted: Labels, classes: int) -> npt.NDArray[np.int64]:

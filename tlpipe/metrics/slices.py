@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tlpipe.data.manifest import Entry
-from tlpipe.metrics.scores import wilson_interval
+from tlpipe.resampling import group_numbers, share_interval
 
 _PARTS = 4
 _MOST_VALUES = 12
@@ -38,7 +38,10 @@ def measure(
         values = [getattr(entry, column) for entry in entries]
         is_number = all(isinstance(value, int) for value in values)
         ways[column] = np.array(values, np.float64) if is_number else [str(v) for v in values]
-    return {name: _measure(_named(values), hits, confidence) for name, values in ways.items()}
+    place = group_numbers([entry.group for entry in entries])
+    return {
+        name: _measure(_named(values), hits, place, confidence) for name, values in ways.items()
+    }
 
 
 def _named(values: Sequence[str] | npt.NDArray[np.float64]) -> Mapping[str, npt.NDArray[np.bool_]]:
@@ -58,13 +61,15 @@ def _named(values: Sequence[str] | npt.NDArray[np.float64]) -> Mapping[str, npt.
 
 
 def _measure(
-    parts: Mapping[str, npt.NDArray[np.bool_]], hits: npt.NDArray[np.bool_], confidence: float
+    parts: Mapping[str, npt.NDArray[np.bool_]],
+    hits: npt.NDArray[np.bool_],
+    place: npt.NDArray[np.int64],
+    confidence: float,
 ) -> list[dict[str, Any]]:
     rows = []
     for value, inside in parts.items():
-        images, right = int(inside.sum()), int(hits[inside].sum())
-        if images:
-            low, high = wilson_interval(right, images, confidence)
-            row = {"value": value, "images": images, "accuracy": right / images}
-            rows.append({**row, "low": low, "high": high})
+        if inside.any():
+            found = share_interval(hits[inside], place[inside], confidence)
+            row = {"value": value, "images": int(inside.sum()), "accuracy": found["value"]}
+            rows.append({**row, "low": found["low"], "high": found["high"]})
     return rows

@@ -4,12 +4,26 @@ It does what ``data.images.square`` and ``crop_middle`` do, in ONNX: the shorter
 uint8 with antialiasing, and the middle kept.
 """
 
+from dataclasses import replace
+
+import numpy as np
 import onnx
 from onnx import compose, parser
+from onnx.utils import Extractor
+from PIL import Image
 
-from tlpipe.data.images import Preprocessing
+from tlpipe.data.images import Pixels, Preprocessing, crop_middle, square
+from tlpipe.errors import ParityError
 from tlpipe.features.frozen import OPSET
-from tlpipe.onnx_export.bundle import IMAGES
+from tlpipe.onnx_export import parity
+from tlpipe.onnx_export.bundle import IMAGES, LOGITS
+from tlpipe.onnx_export.parity import Compute, Sample
+from tlpipe.runtime import open_session
+
+# Heights and widths in short sides: landscape and portrait, smaller and larger than what is stored.
+_SHAPES = ((0.59, 0.83), (0.81, 0.62), (1.31, 1.87), (2.13, 1.52))
+# Two passes round twice: a value in some millions comes out two grey levels apart.
+_LEVELS, _BEYOND_ONE = 2, 1e-4
 
 # The names begin with the prefix, since the classifier has an input "images" too. -0.5: Pillow's
 # bicubic kernel. The quotient of integers is int(side * long / short), and Round rounds halves to
@@ -61,3 +75,60 @@ def with_any_size(model: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.
         node.input[:] = [IMAGES if name == first.name else name for name in node.input]
     first.name = IMAGES
     return whole
+
+
+def check(
+    content: bytes,
+    exact: Compute,
+    sample: Sample,
+    preprocessing: Preprocessing,
+    *,
+    tolerance: float,
+    threads: int,
+) -> None:
+    """Check that a graph resizes as training did, and then computes what the exact graph computes.
+
+    First its resizing alone is held against ``data.images``, in grey levels; then the whole graph
+    against ``exact`` on the very pixels that came out. Rounding a pixel otherwise is thereby no
+    difference of logits, and ONNX Runtime optimises the whole graph as it will where it serves.
+
+    Raises:
+        ParityError: one of them differs.
+    """
+    alone = Extractor(onnx.load_from_string(content)).extract_model([IMAGES], ["any_square"])
+    sessions = [
+        open_session(graph, threads=threads, device="cpu")
+        for graph in (alone.SerializeToString(), content)
+    ]
+    shown = pictures(sample, preprocessing.short_side_px)
+    squares, logits = (
+        np.concatenate([session.run([name], {IMAGES: one[np.newaxis]})[0] for one in shown])
+        for session, name in zip(sessions, ("any_square", LOGITS), strict=True)
+    )
+    ours = [square(Image.fromarray(picture), preprocessing) for picture in shown]
+    wanted = crop_middle(np.stack([np.asarray(one) for one in ours]), preprocessing.crop_px)
+    apart = np.abs(squares.astype(np.int16) - wanted)
+    if apart.max() > _LEVELS or (apart > 1).mean() > _BEYOND_ONE:
+        raise ParityError(
+            f"the any-size graph resizes otherwise than training did: {(apart > 1).mean():.1%} of "
+            f"the values of {len(shown)} pictures differ by more than one grey level, by up to "
+            f"{apart.max()}; expected {_BEYOND_ONE:.2%} and {_LEVELS} at most. Nothing was "
+            f"exported. This version of onnxruntime is to blame: try another one."
+        )
+    parity.check(
+        parity.compare(np.concatenate([exact(one[np.newaxis]) for one in squares]), logits),
+        tolerance,
+        "the any-size graph",
+    )
+
+
+def pictures(sample: Sample, side: int) -> list[Pixels]:
+    """Return a picture (H, W, 3) uint8 RGB for each image: its square, repeated and cut to a shape.
+
+    Nothing is resized to make them, so that they have edges as sharp as those of photographs.
+    """
+    made = []
+    for number, (stored,) in enumerate(replace(sample, crop_px=side).batches(1)):
+        height, width = (round(share * side) for share in _SHAPES[number % len(_SHAPES)])
+        made.append(np.ascontiguousarray(np.tile(stored, (3, 3, 1))[:height, :width]))
+    return made

@@ -4,7 +4,7 @@
 
     model.onnx           images (N, S, S, 3) uint8 RGB -> logits, probabilities (N, C) float32
     model.int8.onnx      the same in eight bits, where that is nearly as right
-    model.fp16.onnx      the same in half precision, where it was made on a GPU
+    model.fp16.onnx      the same in half precision, for GPUs, where it was asked for
     model.any-size.onnx  images (N, H, W, 3) of any size -> the same
     labels.json          the classes, in the order of the outputs
     preprocessing.json   how a file becomes images
@@ -23,7 +23,7 @@ from typing import Any
 
 from tlpipe import files
 from tlpipe.data.images import Preprocessing
-from tlpipe.errors import ArtifactError
+from tlpipe.errors import ArtifactError, ParamsError
 from tlpipe.onnx_export.external import has_external_data
 
 IMAGES, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
@@ -58,6 +58,20 @@ class Bundle:
     def graphs(self) -> dict[str, Path]:
         """The ONNX files, by what they are."""
         return {name: self.folder / file for name, file in GRAPHS.items() if file in self.hashes}
+
+    def graph(self, precision: str) -> Path:
+        """Return the ONNX file of a precision.
+
+        Raises:
+            ParamsError: the bundle has no such one.
+        """
+        names = [name for name in self.graphs if name != ANY_SIZE]
+        if precision not in names:
+            raise ParamsError(
+                f"the bundle {self.folder} has no graph of the precision {precision}; it has "
+                f"{', '.join(names)}. Name one of these, or export it: export.precisions."
+            )
+        return self.graphs[precision]
 
     @property
     def model(self) -> Path:

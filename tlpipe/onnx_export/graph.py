@@ -47,6 +47,11 @@ def finished(model: onnx.ModelProto, temperature: float, metadata: Mapping[str, 
     return bytes(model.SerializeToString(deterministic=True))
 
 
+def last_layer(model: onnx.ModelProto) -> onnx.NodeProto:
+    """Return the linear layer that gives the logits: Gemm(features, weight (C, D), bias (C,))."""
+    return next(node for node in model.graph.node if node.output[0] == LOGITS)
+
+
 def _features(backbone: Backbone, weights: Weights, model: Model) -> onnx.ModelProto:
     """Return the graph from images to features: what was frozen, and behind it what was trained."""
     boundary = model.card.origin.boundary

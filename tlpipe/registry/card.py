@@ -50,7 +50,7 @@ def write(name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str]) 
         _results(known),
         _weakest(exact),
         "## Limits",
-        _limits(known["report"]),
+        limits(known["report"]),
         "## Data",
         _data(known),
         "## How it was made",
@@ -85,17 +85,17 @@ def _weakest(exact: Mapping[str, Any]) -> str:
     return f"Least often found: {', '.join(found)}. Pictures: plots/ among the artifacts."
 
 
-def _limits(report: Mapping[str, Any]) -> str:
+def limits(report: Mapping[str, Any]) -> str:
+    """Say what it does not do, by the report of ``evaluate``."""
     abstention, unknown, robustness = report["abstention"], report["unknown"], report["robustness"]
-    lines = [
-        f"Answers below a probability of {abstention['threshold']:.3f} should be left to people: "
-        f"that is meant to keep errors at {abstention['error_rate']:.1%}, and leaves "
-        f"{abstention['coverage']:.0%} of test images answered"
-        + (f", {abstention['accuracy']['value']:.1%} right." if abstention["accuracy"] else "."),
+    lines = [_abstention(abstention)]
+    above = "told from the test images by their probability with"
+    if unknown["answered"] is not None:
+        above = f"{unknown['answered']:.0%} were above that probability;"
+    lines.append(
         f"It has no answer for images of anything else: of {unknown['images']} from "
-        f"{_plain(unknown['source'])}, {unknown['answered']:.0%} were above that probability "
-        f"(AUROC {unknown['auroc']:.3f}).",
-    ]
+        f"{_plain(unknown['source'])}, {above} AUROC {unknown['auroc']:.3f}."
+    )
     kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
     worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
     lines.append(
@@ -104,6 +104,34 @@ def _limits(report: Mapping[str, Any]) -> str:
         f"they are."
     )
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _abstention(found: Mapping[str, Any]) -> str:
+    """Say below which probability answers should be left to people, or why none is known."""
+    rate, certainty = f"{found['error_rate']:.1%}", f"{found['confidence']:.0%}"
+    if found["threshold"] is not None:
+        return (
+            f"Answers below a probability of {found['threshold']:.3f} should be left to people: "
+            f"above it at most {rate} are wrong, with {certainty} confidence. "
+            f"{_answered(found)}"
+        )
+    text = (
+        f"No probability is known above which at most {rate} of answers are wrong "
+        f"({certainty} confidence): of {found['images']} independent images held out too many "
+        f"are wrong, or they are too few ({found['images_needed']} at least)."
+    )
+    observed = found["observed"]
+    if observed["threshold"] is None:
+        return text
+    return (
+        f"{text} Above {observed['threshold']:.3f} no more were wrong on images held out, which "
+        f"promises nothing. {_answered(observed)}"
+    )
+
+
+def _answered(found: Mapping[str, Any]) -> str:
+    right = f", {found['accuracy']['value']:.1%} right" if found["accuracy"] else ""
+    return f"It leaves {found['coverage']:.0%} of test images answered{right}."
 
 
 def _data(known: Known) -> str:

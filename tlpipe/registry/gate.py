@@ -46,7 +46,7 @@ class Bounds(Section):
         description="By how much its accuracy may be below that of the version in production.",
     )
     calibration_error: float | None = Field(
-        default=None, gt=0, le=1, description="Expected calibration error, at most."
+        default=None, gt=0, le=1, description="Calibration error, at most."
     )
     milliseconds: float | None = Field(
         default=None, gt=0, description="Time of an answer for one image, at most."
@@ -180,7 +180,9 @@ def judge(
         "images": len(part.rows),
         "accuracy": accuracy,
         "recall": recalls,
-        "calibration_error": scores.calibration_error(given.probabilities, part.truth),
+        "calibration_error": scores.calibration_error(
+            given.probabilities, part.truth, part.groups, _CONFIDENCE
+        )["value"],
         "milliseconds": speed.milliseconds_for(predictor, squares, 1),
         "megabytes": candidate.graphs[EXACT].stat().st_size / 1e6,
     }

@@ -7,21 +7,24 @@ import uvicorn
 
 from tlpipe.errors import ServingError
 from tlpipe.inference.predictor import Predictor
-from tlpipe.onnx_export.bundle import Bundle
+from tlpipe.onnx_export.bundle import EXACT, Bundle
 from tlpipe.serving import app
 
 _log = logging.getLogger(__name__)
 
 
-def run(*, bundle: Bundle, host: str, port: int, degraded: str = "") -> None:
+def run(
+    *, bundle: Bundle, host: str, port: int, degraded: str = "", precision: str = EXACT
+) -> None:
     """Serve a bundle; returns after SIGTERM or Ctrl-C, when accepted requests are answered.
 
     ``degraded``: why it is not the bundle that should serve, to be shown; empty where it is.
 
     Raises:
+        ParamsError: the bundle has no graph of that precision.
         ServingError: the address is not free.
     """
-    predictor = Predictor(bundle)
+    predictor = Predictor(bundle, precision=precision)
     try:
         listener = socket.create_server((host, port))
     except OSError as error:

@@ -1,0 +1,54 @@
+import json
+from typing import Any
+
+import pytest
+
+from tlpipe.registry import card
+
+NONE = {"threshold": None, "coverage": None, "accuracy": None}
+KNOWN = {"threshold": 0.91, "coverage": 0.6, "accuracy": {"value": 0.99}}
+
+
+def limits(known: dict[str, Any], observed: dict[str, Any], answered: float | None) -> str:
+    sizes = {"error_rate": 0.02, "confidence": 0.95, "images": 120, "images_needed": 149}
+    report = {
+        "abstention": {**sizes, **known, "observed": observed},
+        "unknown": {"source": "walls", "images": 50, "auroc": 0.75, "answered": answered},
+        "robustness": {
+            "images": 64,
+            "clean": {"accuracy": 0.9},
+            "blur": [{"accuracy": 0.8}],
+            "noise": [{"accuracy": 0.4}],
+        },
+    }
+    # As it comes from the file.
+    return card.limits(json.loads(json.dumps(report)))
+
+
+def test_a_known_threshold_is_told_with_its_confidence() -> None:
+    text = limits(KNOWN, KNOWN, 0.25)
+    assert (
+        "Answers below a probability of 0.910 should be left to people: above it at most 2.0% are "
+        "wrong, with 95% confidence. It leaves 60% of test images answered, 99.0% right." in text
+    )
+    assert "of 50 from walls, 25% were above that probability; AUROC 0.750." in text
+    assert "Strong noise costs most: 40.0% right, against 90.0%" in text
+
+
+@pytest.mark.fault("M03")
+def test_no_threshold_is_told_in_words() -> None:
+    text = limits(NONE, NONE, None)
+    assert "No probability is known above which at most 2.0% of answers are wrong" in text
+    assert "of 120 independent validation images too many are wrong, or they are too few" in text
+    assert "(149 at least)" in text
+    assert "left to people" not in text
+    assert "None" not in text
+    assert "told from the test images by their probability with AUROC 0.750" in text
+
+
+@pytest.mark.fault("M03")
+def test_a_threshold_that_was_only_observed_is_told_as_that() -> None:
+    nothing = {"threshold": 0.991, "coverage": 0.0, "accuracy": None}
+    text = limits(NONE, nothing, None)
+    assert "Above 0.991 no more were wrong on validation, which promises nothing." in text
+    assert "It leaves 0% of test images answered." in text
