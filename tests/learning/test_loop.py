@@ -1,6 +1,7 @@
 """Training itself, on tiny networks with random weights: quick, and against closed forms."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,15 @@ def test_the_metric_picks_the_epoch() -> None:
     for balance in ("loss", "sampling"):
         assert loop.best_of(epochs, Recipe(balance=balance)).epoch == 2
         assert loop.best_of(epochs, Recipe(balance=balance, metric="accuracy")).epoch == 3
+
+
+def test_the_log_gives_the_metric_that_picks(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    run(tiny.task([0, 0, 0, 1] * 3), Recipe(epochs=1, balance="loss"))
+    assert re.search(r"epoch 1 of 1: .*accuracy \d\.\d+, balanced_accuracy \d\.\d+", caplog.text)
+    caplog.clear()
+    run(tiny.task([0, 0, 0, 1] * 3), Recipe(epochs=1))
+    assert "epoch 1 of 1" in caplog.text and "balanced" not in caplog.text
 
 
 RARE, COMMON = 10, 990

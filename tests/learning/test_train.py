@@ -203,6 +203,17 @@ def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace
     assert "train.mix is cutmix; what features gives has no height and width to cut" in said
 
 
+@pytest.mark.fault("T16")
+def test_options_without_effect_are_refused_before_any_work(empty: Workspace) -> None:
+    empty.configure("train", epochs=20, mix="mixup")
+    said = empty.run("tlpipe", "check", code=3).stderr
+    assert "train.epochs: 20, train.mix: mixup have no effect: embed.freeze is all, which" in said
+    empty.configure("embed", freeze="auto")  # the number of images decides: nobody knows as yet
+    assert "no effect" not in empty.run("tlpipe", "check", code=None).stderr
+    empty.configure("embed", freeze="none", views=8)
+    assert "embed.views is 8 and has no effect" in empty.run("tlpipe", "check", code=3).stderr
+
+
 def test_hidden_units_learn_on_frozen_features(main_job: Workspace, empty: Workspace) -> None:
     empty.configure("train", hidden=[64], epochs=20)
     folder = main_job.path / "artifacts"
