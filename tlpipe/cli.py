@@ -91,11 +91,14 @@ def _check_together(sections: "dict[str, Section]") -> None:
     from tlpipe.data import ingest
     from tlpipe.data.images import Sampling
     from tlpipe.features import embed
+    from tlpipe.learning import train
 
     read = cast(ingest.Params, sections["ingest"])
     sampling = Sampling(short_side_px=read.short_side_px, interpolation=read.interpolation)
     frozen = cast(embed.Params, sections["embed"])
-    embed.check_freeze(frozen)
+    open_stages = embed.check_freeze(frozen)
+    if open_stages is not None:
+        train.check_effects(cast(train.Params, sections["train"]), frozen.freeze, open_stages)
     embed.check_sampling(sampling, frozen)
 
 

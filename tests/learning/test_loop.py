@@ -1,6 +1,7 @@
 """Training itself, on tiny networks with random weights: quick, and against closed forms."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from scipy.special import log_softmax, softmax
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from tests.features.test_stages import FAMILIES
 from tests.learning import tiny
 from tlpipe.errors import Interrupted, TrainingError
 from tlpipe.features.stages import cut
@@ -62,6 +62,13 @@ def build_network(name: str) -> torch.nn.Module:
     linear = [p for p, m in network.named_modules() if isinstance(m, torch.nn.Linear)]
     network.set_submodule(linear[-1], torch.nn.Identity())
     return network
+
+
+# Plain and grouped convolutions, dense and parallel blocks, shuffled channels, tokens, LayerNorm.
+FAMILIES = (
+    *("densenet121", "googlenet", "mobilenet_v2", "resnet18", "shufflenet_v2_x0_5"),
+    *("timm/convnext_atto", "timm/regnety_002", "timm/vit_tiny_patch16_224"),
+)
 
 
 @pytest.mark.slow
@@ -165,6 +172,15 @@ def test_the_metric_picks_the_epoch() -> None:
     for balance in ("loss", "sampling"):
         assert loop.best_of(epochs, Recipe(balance=balance)).epoch == 2
         assert loop.best_of(epochs, Recipe(balance=balance, metric="accuracy")).epoch == 3
+
+
+def test_the_log_gives_the_metric_that_picks(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    run(tiny.task([0, 0, 0, 1] * 3), Recipe(epochs=1, balance="loss"))
+    assert re.search(r"epoch 1 of 1: .*accuracy \d\.\d+, balanced_accuracy \d\.\d+", caplog.text)
+    caplog.clear()
+    run(tiny.task([0, 0, 0, 1] * 3), Recipe(epochs=1))
+    assert "epoch 1 of 1" in caplog.text and "balanced" not in caplog.text
 
 
 RARE, COMMON = 10, 990

@@ -104,6 +104,13 @@ def test_the_layers_tell_how_a_network_normalises(name: str) -> None:
     assert is_token_normalised(network) == NETWORKS[name]
 
 
+def test_a_tie_is_a_network_with_batch_norm() -> None:
+    layers = (nn.LayerNorm(3), nn.BatchNorm2d(3))
+    assert not is_token_normalised(nn.Sequential(*layers))
+    assert is_token_normalised(nn.Sequential(*layers, nn.GroupNorm(1, 3)))
+    assert not is_token_normalised(nn.Sequential(*layers, nn.GroupNorm(3, 3)))
+
+
 def test_rates_follow_the_network_and_what_is_set_wins() -> None:
     def rates(network: nn.Module, recipe: Recipe) -> Rates:
         given = tiny.task([0, 1])

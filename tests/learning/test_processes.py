@@ -1,5 +1,6 @@
 """Several processes that train together, in float64: what is equal but for rounding is equal."""
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 
-from tests.conftest import Workspace, copy_repository
+from tests.conftest import Workspace
 from tests.learning import tiny
 from tests.learning.test_resume import arguments
 from tlpipe.errors import Interrupted, TrainingError
@@ -243,19 +244,16 @@ def test_the_device_is_by_the_number_on_this_machine(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 @pytest.mark.fault("T20")
-def test_torchrun_trains_what_one_process_trains(
-    photos: Path, tmp_path: Path, cache_env: dict[str, str]
-) -> None:
+def test_torchrun_trains_what_one_process_trains(prepared: Workspace, tmp_path: Path) -> None:
     """The command itself: one writes, both start from one head and one set of statistics.
 
     Real networks in float32 part by rounding, on each processor otherwise; how exactly several
     processes learn what one does is asked above, in float64.
     """
-    workspace = copy_repository(tmp_path / "copy", cache_env)
-    workspace.set_source(photos)
-    workspace.configure("embed", freeze="blocks5")
+    workspace = Workspace(tmp_path, prepared.env)
+    (tmp_path / "artifacts").symlink_to(prepared.path / "artifacts")
+    shutil.copyfile(prepared.path / "params.yaml", tmp_path / "params.yaml")
     workspace.configure("train", epochs=1, batch=6, optimiser="sgd", batch_norm="batch")
-    workspace.run("dvc", "repro", "--quiet", "split", "embed")
     _, *alone = arguments(tmp_path / "one")
     workspace.run("tlpipe", *alone)
     _, *both = arguments(tmp_path / "two")

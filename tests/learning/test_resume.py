@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from PIL import Image
 
-from tests.conftest import Workspace, copy_repository
+from tests.conftest import Workspace
 from tlpipe import files
 from tlpipe.learning import checkpoint, loop, train
 from tlpipe.learning import model as models
@@ -32,23 +31,6 @@ RECIPE: dict[str, Any] = {
     "batch_norm": "batch",
     "checkpoint_minutes": 1e-6,
 }
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, cache_env: dict[str, str]) -> Workspace:
-    """A data set embedded up to the last two stages."""
-    path = tmp_path_factory.mktemp("prepared")
-    for number, label in enumerate(("dark", "light")):
-        (path / "photos" / label).mkdir(parents=True)
-        for i in range(14):
-            shade = 40 + 150 * number + 3 * i
-            picture = Image.new("RGB", (40 + i, 48), (shade, shade // 2, i))
-            picture.save(path / "photos" / label / f"{i}.png")
-    workspace = copy_repository(path / "copy", cache_env)
-    workspace.set_source(path / "photos")
-    workspace.configure("embed", freeze="blocks5")
-    workspace.run("dvc", "repro", "--quiet", "split", "embed")
-    return workspace
 
 
 Kill = Callable[[], None]
@@ -242,40 +224,35 @@ def arguments(folder: Path) -> list[str]:
     return ["tlpipe", "train", *known, "--split", "artifacts/split/split.csv", *outputs]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_is_asked_to_stop_says_how_to_go_on(
-    prepared: Workspace,
-    tmp_path: Path,
-    number: int,
+def test_who_is_asked_to_stop_says_how_to_go_on_and_does(
+    prepared: Workspace, tmp_path: Path
 ) -> None:
     workspace = Workspace(tmp_path, prepared.env)
-    shutil.copytree(prepared.path / "artifacts", tmp_path / "artifacts")
+    (tmp_path / "artifacts").symlink_to(prepared.path / "artifacts")
     shutil.copyfile(prepared.path / "params.yaml", tmp_path / "params.yaml")
     workspace.configure("train", **RECIPE | {"epochs": 500})
     (tmp_path / "out").mkdir()
 
-    def begin() -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    def stop_by(number: int, begins: str) -> None:
+        with subprocess.Popen(
             arguments(tmp_path / "out"),
             cwd=tmp_path,
             env=workspace.environment(),
             stderr=subprocess.PIPE,
             text=True,
-        )
+        ) as process:
+            assert process.stderr is not None
+            assert any(begins in line for line in process.stderr)
+            assert any("of 500: train loss" in line for line in process.stderr)
+            process.send_signal(number)
+            *_, last = process.stderr
+        assert process.returncode == 130
+        assert "stopped in epoch" in last
+        assert last.endswith("everything is kept. Run 'dvc repro' to go on.\n")
+        assert not (tmp_path / "out" / "model").exists()
 
-    with begin() as process:
-        assert process.stderr is not None
-        assert any("epoch 1 of 500: train loss" in line for line in process.stderr)
-        process.send_signal(number)
-        said = process.stderr.read()
-    assert process.returncode == 130
-    assert "stopped in epoch" in said.splitlines()[-1]
-    assert said.splitlines()[-1].endswith("everything is kept. Run 'dvc repro' to go on.")
-    assert not (tmp_path / "out" / "model").exists()
-    with begin() as again:
-        assert again.stderr is not None
-        assert any("going on from a checkpoint at epoch" in line for line in again.stderr)
-        again.kill()
+    stop_by(signal.SIGINT, "epoch 0 of 500: validation loss")
+    stop_by(signal.SIGTERM, "going on from a checkpoint at epoch")
 
 
 STARVED = """

@@ -69,16 +69,15 @@ def test_activations_are_half_precision_and_mapped(main_job: Workspace) -> None:
 
 
 def pipeline(workspace: Workspace, photos: Path, freeze: str, **train: object) -> dict[str, Any]:
-    """Run the graph up to evaluate; return the model's card."""
+    """Run the graph up to export; return the model's card."""
     workspace.set_source(photos)
     workspace.configure("embed", freeze=freeze)
     workspace.configure("train", **train)
-    workspace.run("dvc", "repro", "--quiet", "evaluate")
-    report = json.loads((workspace.path / "artifacts/evaluate/report.json").read_text())
-    assert report["precisions"]["fp32"]["accuracy"]["value"] == 1.0
+    workspace.run("dvc", "repro", "--quiet", "export")
     parity = json.loads((workspace.path / "artifacts/export/parity.json").read_text())
-    assert parity["same_top1"] == parity["images"] == report["images"]
+    assert parity["same_top1"] == parity["images"] > 0
     card = json.loads((workspace.path / "artifacts/train/model/model.json").read_text())
+    assert card["validation_accuracy"] == 1.0
     assert card["trainable_parameters"] + card["frozen_parameters"] >= 3_371_008
     return card
 
@@ -202,6 +201,17 @@ def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace
     empty.configure("train", batch=8, mix="cutmix")
     said = empty.run(*command, code=3).stderr
     assert "train.mix is cutmix; what features gives has no height and width to cut" in said
+
+
+@pytest.mark.fault("T16")
+def test_options_without_effect_are_refused_before_any_work(empty: Workspace) -> None:
+    empty.configure("train", epochs=20, mix="mixup")
+    said = empty.run("tlpipe", "check", code=3).stderr
+    assert "train.epochs: 20, train.mix: mixup have no effect: embed.freeze is all, which" in said
+    empty.configure("embed", freeze="auto")  # the number of images decides: nobody knows as yet
+    assert "no effect" not in empty.run("tlpipe", "check", code=None).stderr
+    empty.configure("embed", freeze="none", views=8)
+    assert "embed.views is 8 and has no effect" in empty.run("tlpipe", "check", code=3).stderr
 
 
 def test_hidden_units_learn_on_frozen_features(main_job: Workspace, empty: Workspace) -> None:

@@ -19,7 +19,7 @@ from tlpipe.features import weights as pretrained
 from tlpipe.features.augment import Augmentation
 from tlpipe.features.backbone import Backbone, describe
 from tlpipe.features.forward import CODE, PACKAGES, compute_rows, open_forward
-from tlpipe.features.freeze import ALL, frozen_stages
+from tlpipe.features.freeze import ALL, AUTO, frozen_stages
 from tlpipe.features.frozen import graph_key
 from tlpipe.params import Section
 
@@ -133,13 +133,20 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
         stored.keep(folder, kept)
 
 
-def check_freeze(params: Params) -> None:
-    """Check that the backbone has such a boundary.
+def check_freeze(params: Params) -> int | None:
+    """Check that the backbone has such a boundary, and that all that is set has an effect.
+
+    Returns: how many stages stay open; None where the number of images decides.
 
     Raises:
-        ParamsError: it has not.
+        ParamsError: it has no such boundary, or an option has no effect.
     """
-    frozen_stages(params.freeze, describe(params.backbone).stages, labels=[""])
+    stages = describe(params.backbone).stages
+    count = frozen_stages(params.freeze, stages, labels=[""])
+    if params.freeze == AUTO:
+        return None
+    check_effects(params, count)
+    return len(stages) - count
 
 
 def check_effects(params: Params, count: int) -> None:

@@ -277,15 +277,17 @@ class Training:
         state = self.state
         found = evaluate(self.task, self.eval_model, self.task.validation)
         now = Epoch(state.epoch, train_loss, found)
+        metric = self.recipe.selection_metric
         state.history.append(now)
         if best_of(state.history, self.recipe) is now:
             state.best = state.epoch
             self.best = {n: t.detach().clone() for n, t in self.eval_model.state_dict().items()}
         _log.info(
-            "epoch %s of %s: %svalidation loss %.4f, accuracy %.4f%s",
+            "epoch %s of %s: %svalidation loss %.4f, accuracy %.4f%s%s",
             *(now.epoch, self.recipe.epochs),
             "" if train_loss is None else f"train loss {train_loss:.4f}, ",
             *(found.loss, found.accuracy),
+            "" if metric in ("loss", "accuracy") else f", {metric} {getattr(found, metric):.4f}",
             " <- best" if state.best == state.epoch else "",
         )
 
