@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
@@ -70,6 +71,24 @@ def test_no_convolution_of_another_network_can_saturate(rounded: onnx.ModelProto
     copy = onnx.ModelProto()
     copy.CopyFrom(rounded)
     int8.check_no_saturation(graph.finished(copy, 1.0, {}))
+
+
+@pytest.mark.fault("E06")
+def test_layers_that_the_runtime_fuses_keep_their_weights(
+    rounded: onnx.ModelProto, tmp_path: Path
+) -> None:
+    """Graph optimisers make one node of a layer and its roundings; the bound holds there too."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    onnxruntime.InferenceSession(rounded.SerializeToString(), options)
+    fused = onnx.load(tmp_path / "fused.onnx").graph
+    tensors = {t.name: numpy_helper.to_array(t) for t in fused.initializer}
+    weights = [tensors[n.input[3]] for n in fused.node if n.op_type == "QLinearConv"]
+    assert len(weights) == 19
+    for weight in weights:
+        assert weight.dtype == np.int8
+        assert int8.largest_pair(weight, 0) <= 128
 
 
 @pytest.mark.slow
