@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -227,13 +228,15 @@ def cache_env(shared: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def main_job(shared: Path, cache_env: dict[str, str]) -> Workspace:
+def main_job(shared: Path, cache_env: dict[str, str], pytestconfig: pytest.Config) -> Workspace:
     """A workspace after its first 'dvc repro'. Tests read it and register nothing else in it.
 
     Of several test processes, the first one that needs it makes it.
     """
-    target, made = shared / "main job" / "copy", shared / "main job" / "made"
-    with FileLock(shared / "main job.lock"):
+    folder = Path(pytestconfig.getoption("--main-job") or shared / "main job").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    target, made = folder / "copy", folder / "made"
+    with FileLock(folder / "lock"):
         if made.exists():
             return Workspace(target, cache_env)
         workspace = copy_repository(target, cache_env, is_whole=True)
@@ -280,6 +283,46 @@ def shared_data() -> Callable[[str], Path]:
     return folder
 
 
+# Every case of the catalogue, with its status: "tested", or the issue that will build it.
+CATALOGUE = {
+    cells[1].strip(): cells[4].strip()
+    for line in (ROOT / "docs" / "faults.md").read_text().splitlines()
+    if len(cells := line.split("|")) == 6 and re.fullmatch(r" [A-Z]\d\d ", cells[1])
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--main-job",
+        metavar="DIR",
+        help="keep the finished main job there, and take it from there the next time, whatever has "
+        "changed since: saves a minute while a test is written",
+    )
+    parser.addoption(
+        "--faults", metavar="FILE", help="print docs/faults.md with the outcomes collected in FILE"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the outcome of each case, over this run and those before it with the same file."""
+    if (name := terminalreporter.config.getoption("--faults")) is None:
+        return
+    file = Path(name)
+    outcomes: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    ranks = ["not run", "skipped", "xfailed", "passed", "failed", "error"]
+    for outcome in ranks[1:]:
+        for report in terminalreporter.stats.get(outcome, []):
+            for key, fault in getattr(report, "user_properties", ()):
+                if key == "fault":
+                    known = outcomes.get(fault, "not run")
+                    outcomes[fault] = max(known, outcome, key=ranks.index)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(outcomes, sort_keys=True, indent=2))
+    terminalreporter.section("faults")
+    for fault, status in CATALOGUE.items():
+        terminalreporter.write_line(f"{fault} {status}: {outcomes.get(fault, 'not run')}")
+
+
 @pytest.fixture(autouse=True)
 def _note_faults(
     request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
@@ -287,9 +330,6 @@ def _note_faults(
     for marker in request.node.iter_markers("fault"):
         for fault in marker.args:
             record_property("fault", fault)
-
-
-_claims: list[socket.socket] = []
 
 
 def free_port(ports: range = range(20_000, 32_000)) -> int:
@@ -306,7 +346,7 @@ def free_port(ports: range = range(20_000, 32_000)) -> int:
         except OSError:
             claim.close()
             continue
-        _claims.append(claim)
+        claim.detach()  # open for as long as this process lives
         return port
     raise AssertionError(f"no port of {ports} is free")
 
