@@ -41,7 +41,6 @@ def run_export(artifacts: Path, folder: Path, env: dict[str, str], **params: obj
     inputs = {
         "--model": "train/model",
         "--pixels": "ingest/pixels",
-        "--manifest": "ingest/manifest.csv",
         "--split": "split/split.csv",
     }
     named = [word for option, path in inputs.items() for word in (option, str(artifacts / path))]

@@ -111,7 +111,6 @@ def test_export_writes_nothing_where_parity_fails(artifacts: Path, empty: Worksp
     inputs = (
         *("--model", str(artifacts / "train" / "model")),
         *("--pixels", str(artifacts / "ingest" / "pixels")),
-        *("--manifest", str(artifacts / "ingest" / "manifest.csv")),
         *("--split", str(artifacts / "split" / "split.csv")),
     )
     written = ("--bundle", "bundle", "--parity", "parity.json")

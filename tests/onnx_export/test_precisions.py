@@ -1,7 +1,9 @@
 """Which graphs beside the exact one ship."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grimp
@@ -9,7 +11,9 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.onnx_export.conftest import Family, verdicts
+from tests.onnx_export.conftest import Family, run_export, verdicts
+from tlpipe import held_out as held_outs
+from tlpipe.held_out import HeldOut
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export import export, precisions
 from tlpipe.onnx_export.precisions import Verdict
@@ -133,3 +137,34 @@ def test_a_hit_is_whole_outside_of_a_tie() -> None:
     found = precisions.hits(logits, np.zeros(5, np.int64), 0.1)
     assert found == pytest.approx([1, 0, 0.5, 0.75, 0], abs=1e-6)
     assert precisions.hits(np.ones((1, 2), np.float32), np.zeros(1, np.int64), 0.0) == 0.5
+
+
+def test_fold_heads_answer_for_their_own_fold() -> None:
+    taken = np.array([[1, 0], [0, 1], [2, 2]], np.float32)
+    first = (np.array([[1, 2], [3, 4]], np.float32), np.array([0, 10], np.float32))
+    second = (np.array([[5, 6], [7, 8]], np.float32), np.array([1, 1], np.float32))
+    folds, nothing = np.array([0, 1, 1]), np.zeros((3, 2), np.float32)
+    held = HeldOut(np.arange(3), np.zeros(3, np.int64), nothing, folds, [first, second])
+    found = precisions.out_of_fold_logits(held, taken, None)
+    assert found.tolist() == [[1, 13], [7, 9], [23, 31]]
+    doubled = precisions.out_of_fold_logits(held, taken, lambda w, b: (2 * w, b))
+    assert doubled.tolist() == [[2, 16], [13, 17], [45, 61]]
+
+
+@pytest.mark.slow
+def test_a_lower_precision_is_checked_by_heads_that_have_not_seen_the_images(
+    artifacts: Path, tmp_path: Path, cache_env: dict[str, str]
+) -> None:
+    """Heads of the folds that name every class wrong: the shipped head itself would pass."""
+    shutil.copytree(artifacts / "train/model", tmp_path / "train/model")
+    for name in ("ingest", "split"):
+        (tmp_path / name).symlink_to(artifacts / name)
+    path = tmp_path / "train/model/held_out.safetensors"
+    held = held_outs.load(path)
+    wrong = [(np.roll(weight, 1, axis=0), np.roll(bias, 1)) for weight, bias in held.heads]
+    held_outs.save(path, replace(held, heads=wrong))
+    folder = run_export(tmp_path, tmp_path / "out", cache_env, precisions=["int8"])
+    (verdict,) = verdicts(folder).values()
+    assert verdict["accuracy_change"]["value"] < -0.7
+    assert "its accuracy on 203 held-out images differs by -0." in verdict["refused"]
+    assert set(bundles.load(folder / "bundle").graphs) == {"fp32", "any-size"}
