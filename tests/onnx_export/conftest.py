@@ -103,7 +103,7 @@ def frozen_model(backbone: Backbone, *head: tuple[np.ndarray, np.ndarray]) -> Mo
         split_sha256="",
         trainable_parameters=0,
         frozen_parameters=0,
-        penalty=None,
+        l2=None,
         epoch=0,
         validation_accuracy=0.0,
         validation_loss=0.0,

@@ -80,7 +80,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     assert (nowhere.code, "there is none to go back to" in nowhere.refusal) == (8, True)
 
     # The next one only challenges, until somebody promotes it.
-    second = change_bundle(built, provenance={**first.provenance, "penalty": 0.5})
+    second = change_bundle(built, provenance={**first.provenance, "l2": 0.5})
     tlpipe(*REGISTER)
     assert aliases(built) == {"challenger": 2, "champion": 1}
     assert tags(built, 2) == {}
@@ -186,7 +186,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
 
     # By itself, where that is wanted; but not again what somebody took out.
     built.configure("register", gate={}, promote="auto")
-    change_bundle(built, graphs=whole, provenance={**first.provenance, "penalty": 0.25})
+    change_bundle(built, graphs=whole, provenance={**first.provenance, "l2": 0.25})
     assert tlpipe(*REGISTER).code == 0
     assert aliases(built) == {"challenger": 4, "champion": 4, "previous": 2}
     tlpipe("rollback")
@@ -231,7 +231,7 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
     split.unlink()
     assert "split.csv is not here, so it cannot be compared" in tlpipe("promote", "1").refusal
     split.write_bytes(table)
-    change_bundle(built, provenance={**first.provenance, "penalty": 0.5})
+    change_bundle(built, provenance={**first.provenance, "l2": 0.5})
     tlpipe(*REGISTER)
     tlpipe("rollback")
     (built.path / "data/digits.yaml").unlink()

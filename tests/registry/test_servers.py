@@ -75,7 +75,7 @@ def test_a_version_goes_from_the_workspace_to_production_and_back_out_of_it(
     assert len(client.search_model_versions("name = 'digits'")) == 1
 
     # Register, promote and roll back there: the registering was refused first, and is replayed.
-    change_bundle(built, provenance={**first.provenance, "penalty": 0.5})
+    change_bundle(built, provenance={**first.provenance, "l2": 0.5})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", down)
     assert tlpipe(*COMMAND[1:]).code == 8
     monkeypatch.setenv("MLFLOW_TRACKING_URI", production)
