@@ -35,8 +35,8 @@ def test_the_shipped_graph_answers_as_fp32_does(every_precision: Path, artifacts
     )
     assert found.dtype == chances.dtype == np.float32
     # 11 bits of mantissa in some fifty layers.
-    assert np.abs(found - expected).max() < 0.01 * expected.std()
-    assert np.abs(chances - wanted).max() < 0.01
+    assert np.abs(found - expected).max() < 0.03 * expected.std()
+    assert np.abs(chances - wanted).max() < 0.02
     assert chances.sum(axis=1) == pytest.approx(np.ones(32), abs=1e-5)
 
 
@@ -64,7 +64,8 @@ NORMALISED = """<ir_version: 10, opset_import: ["" : 20]>
 normalised (uint8[batch, 16] images) => (float[batch, 4] logits, float[batch, 4] probabilities)
 <float gain = {GAIN}, float two = {2.0}, float small = {0.00001}, float temperature = {1.0}> {
     bytes = Cast <to = 1> (images)
-    features = Mul (bytes, gain)
+    raised = Mul (bytes, gain)
+    features = MatMul (raised, mixing)
     mean = ReduceMean <axes_as_input = 0> (features, axes)
     centred = Sub (features, mean)
     SQUARE
@@ -87,6 +88,7 @@ def normalised(gain: float, square: str) -> onnx.ModelProto:
     random = np.random.default_rng(0)
     for name, array in {
         "axes": np.array([-1]),
+        "mixing": np.eye(16, dtype=np.float32),
         "gamma": random.uniform(0.5, 2, 16).astype(np.float32),
         "beta": random.normal(0, 0.1, 16).astype(np.float32),
         "between": random.normal(0, 0.5, (16, 8)).astype(np.float32),
@@ -108,7 +110,9 @@ class Rows:
 
 
 @pytest.mark.fault("E08")
-@pytest.mark.parametrize("square", ["Pow (centred, two)", "Mul (centred, centred)"])
+@pytest.mark.parametrize(
+    "square", ["Pow (centred, two)", "Mul (centred, centred)", "Mul (features, features)"]
+)
 @pytest.mark.parametrize(("gain", "dimmed"), [(10.0, 64), (400.0, 1)])
 def test_a_normalisation_does_not_overflow(gain: float, dimmed: int, square: str) -> None:
     """Run by ONNX's own reference, which computes every fp16 node in fp16.
