@@ -96,7 +96,7 @@ def test_nothing_frozen_trains_the_whole_network(workspace: Workspace, photos: P
 def test_last_stages_forgotten_and_hidden_units(workspace: Workspace, photos: Path) -> None:
     options = {"epochs": 4, "batch": 8, "hidden": [16], "reinitialise": 1, "metric": "loss"}
     card = pipeline(workspace, photos, "blocks5", **options)
-    assert card["penalty"] is None
+    assert card["l2"] is None
     assert card["trainable_parameters"] + card["frozen_parameters"] == 3_371_008 + 20_530
     tensors = load_file(workspace.path / "artifacts/train/model/model.safetensors")
     shapes = {n: t.shape for n, t in tensors.items() if n.startswith("head.")}
