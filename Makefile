@@ -1,5 +1,6 @@
 # make run    set up, reproduce the pipeline, say what came out
-# make test   set up, check and test everything
+# make test   set up, check, and run the tests that take seconds
+# make test-slow   the other tests: whole runs, real servers, kills
 # make flow   the pipeline as a Prefect flow
 # make ui     MLflow's pages over this workspace's registry
 # make constraints   pin the dependencies anew
@@ -8,6 +9,8 @@ PYTHON ?= python3
 # onnxruntime-gpu where an NVIDIA driver is found; ask for it with RUNTIME=gpu.
 RUNTIME ?= $(shell if [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null; then echo gpu; else echo cpu; fi)
 PORT ?= 5000
+# Tests mostly wait for what they start: a third process fills two cores, and none spins.
+PYTEST = OMP_WAIT_POLICY=passive pytest -n 3 --dist worksteal $(PYTEST_OPTIONS)
 READY = .venv/ready-$(RUNTIME)
 PACKAGES = -c constraints.txt -e '.[pipeline,serve,dev,$(RUNTIME)]'
 
@@ -18,7 +21,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: run setup test flow ui constraints
+.PHONY: run setup test test-slow flow ui constraints
 
 run: setup
 	@tlpipe check
@@ -46,7 +49,10 @@ test: setup
 	mypy
 	lint-imports
 	hadolint Dockerfile
-	pytest -n 3 --dist worksteal
+	$(PYTEST) -m 'not slow'
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 flow: setup
 	@tlpipe check

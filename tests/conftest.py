@@ -1,26 +1,45 @@
 """Workspaces to test in: copies of this repository, each a Git and DVC repository of its own."""
 
 import csv
+import functools
+import io
 import json
+import logging
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from filelock import FileLock
 from PIL import Image
 
-# Two test processes with two threads each on two cores: who waits must not spin.
+# How long anything may take before it counts as hanging. No test says how fast something is: a
+# machine that runs other things beside this suite is a slow one, not a broken one.
+PATIENCE_S = 1800
+# The same for what libraries give up on by themselves.
+PATIENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE_S),
+    "PREFECT_API_REQUEST_TIMEOUT": str(PATIENCE_S),
+    "PREFECT_SERVER_DATABASE_TIMEOUT": str(PATIENCE_S),
+    "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": str(PATIENCE_S),
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+os.environ.update(PATIENT)
+# Several test processes with two threads each on two cores: who waits must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,9 +53,7 @@ class Workspace:
     path: Path
     env: Mapping[str, str] = field(default_factory=dict)
 
-    def run(
-        self, *command: str, code: int | None = 0, timeout: float = 240
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run a command and check its exit code; ``None`` takes any."""
         result = subprocess.run(
             command,
@@ -44,12 +61,42 @@ class Workspace:
             env=self.environment(),
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=PATIENCE_S,
             stdin=subprocess.DEVNULL,
         )
         if code is not None:
             assert result.returncode == code, f"{command}\n{result.stdout}\n{result.stderr}"
         return result
+
+    def call(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run a command of tlpipe in this process, since a start with its imports costs seconds.
+
+        For what depends on neither signals nor limits nor variables that libraries read at import.
+        """
+        from tlpipe import cli
+
+        printed, said = io.StringIO(), io.StringIO()
+        handler, root = logging.StreamHandler(said), logging.getLogger()
+        found: object = 0
+        root.addHandler(handler)
+        try:
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                warnings.catch_warnings(action="default"),
+                redirect_stdout(printed),
+                redirect_stderr(said),
+            ):
+                patch.chdir(self.path)
+                patch.setattr(sys, "argv", ["tlpipe", *words])
+                for name, value in self.env.items():
+                    patch.setenv(name, value)
+                cli.main()
+        except SystemExit as end:
+            found = end.code or 0
+        finally:
+            root.removeHandler(handler)
+        assert found == code, f"{words}\n{printed.getvalue()}\n{said.getvalue()}"
+        return subprocess.CompletedProcess(words, code, printed.getvalue(), said.getvalue())
 
     def environment(self) -> dict[str, str]:
         """Return the environment, with this Python's commands first."""
@@ -57,7 +104,7 @@ class Workspace:
             k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PREFECT_"))
         }
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        return {**inherited, "PATH": path, "DO_NOT_TRACK": "1", **self.env}
+        return {**inherited, **PATIENT, "PATH": path, "DO_NOT_TRACK": "1", **self.env}
 
     def replace(self, file: str, old: str, new: str) -> None:
         """Replace the one place where ``old`` stands in a file."""
@@ -84,12 +131,7 @@ class Workspace:
 
     def ingest(self, *, code: int = 0) -> str:
         """Run the stage ``ingest`` alone, into ``out``; return what it says."""
-        outputs = (
-            *("--manifest", "out/manifest.csv", "--rejects", "out/rejects.csv"),
-            *("--duplicates", "out/duplicates.csv"),
-            *("--pixels", "out/pixels", "--report", "out/report.json"),
-        )
-        return self.run("tlpipe", "ingest", *outputs, code=code).stderr
+        return self.call(*INGEST, code=code).stderr
 
     def embed(self, activations: str = "out/activations", *, code: int = 0) -> str:
         """Run the stage ``embed`` alone, on what ``ingest`` has written; return what it says."""
@@ -112,6 +154,12 @@ class Workspace:
         return {row["path"]: row["reason"] for row in self.rows("out/rejects.csv")}
 
 
+INGEST = (
+    *("ingest", "--manifest", "out/manifest.csv", "--rejects", "out/rejects.csv"),
+    *("--duplicates", "out/duplicates.csv"),
+    *("--pixels", "out/pixels", "--report", "out/report.json"),
+)
+
 # What most tests of the pipeline do not look at: eight bits, and hundreds of images to check with.
 LESS = {
     "  parity_images: 256\n": "  parity_images: 32\n  precisions: []\n",
@@ -124,6 +172,14 @@ def copy_repository(target: Path, env: Mapping[str, str], *, is_whole: bool = Fa
 
     ``is_whole``: with the parameters as they are; otherwise less is exported and measured.
     """
+    shutil.copytree(_template(is_whole), target, dirs_exist_ok=True)
+    return Workspace(target, env)
+
+
+@functools.cache
+def _template(is_whole: bool) -> Path:
+    """Make the repository that is then copied, once for each test process."""
+    target = _templates[0] / ("whole" if is_whole else "less")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -135,7 +191,7 @@ def copy_repository(target: Path, env: Mapping[str, str], *, is_whole: bool = Fa
         if (ROOT / name).is_file() and name != "dvc.lock":
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((ROOT / name).read_bytes())
-    workspace = Workspace(target, env)
+    workspace = Workspace(target)
     if not is_whole:
         for much, less in LESS.items():
             workspace.replace("params.yaml", much, less)
@@ -146,8 +202,16 @@ def copy_repository(target: Path, env: Mapping[str, str], *, is_whole: bool = Fa
         ["add", "--all"],
         ["-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "copy"],
     ):
-        Workspace(target, {**env, **dated}).run("git", *arguments)
-    return workspace
+        Workspace(target, dated).run("git", *arguments)
+    return target
+
+
+_templates: list[Path] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _place_templates(tmp_path_factory: pytest.TempPathFactory) -> None:
+    _templates.append(tmp_path_factory.mktemp("templates"))
 
 
 @pytest.fixture(scope="session")
@@ -160,17 +224,19 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cache_env(shared: Path) -> dict[str, str]:
     """A user's cache folder that starts empty: the frozen part is exported in this session."""
-    return {"XDG_CACHE_HOME": str(shared / "cache")}
+    return {"XDG_CACHE_HOME": str(shared / "cache"), "DVC_SITE_CACHE_DIR": str(shared / "dvc")}
 
 
 @pytest.fixture(scope="session")
-def main_job(shared: Path, cache_env: dict[str, str]) -> Workspace:
+def main_job(shared: Path, cache_env: dict[str, str], pytestconfig: pytest.Config) -> Workspace:
     """A workspace after its first 'dvc repro'. Tests read it and register nothing else in it.
 
     Of several test processes, the first one that needs it makes it.
     """
-    target, made = shared / "main job" / "copy", shared / "main job" / "made"
-    with FileLock(shared / "main job.lock"):
+    folder = Path(pytestconfig.getoption("--main-job") or shared / "main job").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    target, made = folder / "copy", folder / "made"
+    with FileLock(folder / "lock"):
         if made.exists():
             return Workspace(target, cache_env)
         workspace = copy_repository(target, cache_env, is_whole=True)
@@ -217,24 +283,44 @@ def shared_data() -> Callable[[str], Path]:
     return folder
 
 
+# Every case of the catalogue, with its status: "tested", or the issue that will build it.
+CATALOGUE = {
+    cells[1].strip(): cells[4].strip()
+    for line in (ROOT / "docs" / "faults.md").read_text().splitlines()
+    if len(cells := line.split("|")) == 6 and re.fullmatch(r" [A-Z]\d\d ", cells[1])
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="print the table of docs/faults.md")
+    parser.addoption(
+        "--main-job",
+        metavar="DIR",
+        help="keep the finished main job there, and take it from there the next time, whatever has "
+        "changed since: saves a minute while a test is written",
+    )
+    parser.addoption(
+        "--faults", metavar="FILE", help="print docs/faults.md with the outcomes collected in FILE"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print each fault of the catalogue as passed, failed or missing."""
-    if not terminalreporter.config.getoption("--faults"):
+    """Print the outcome of each case, over this run and those before it with the same file."""
+    if (name := terminalreporter.config.getoption("--faults")) is None:
         return
-    outcomes: dict[str, str] = {}
-    for outcome in ("passed", "failed", "error"):
+    file = Path(name)
+    outcomes: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    ranks = ["not run", "skipped", "xfailed", "passed", "failed", "error"]
+    for outcome in ranks[1:]:
         for report in terminalreporter.stats.get(outcome, []):
-            for name, fault in getattr(report, "user_properties", ()):
-                if name == "fault" and outcomes.get(fault) != "failed":
-                    outcomes[fault] = "passed" if outcome == "passed" else "failed"
-    catalogue = (ROOT / "docs" / "faults.md").read_text()
+            for key, fault in getattr(report, "user_properties", ()):
+                if key == "fault":
+                    known = outcomes.get(fault, "not run")
+                    outcomes[fault] = max(known, outcome, key=ranks.index)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(outcomes, sort_keys=True, indent=2))
     terminalreporter.section("faults")
-    for fault in re.findall(r"^\| ([A-Z]\d\d) \|", catalogue, re.MULTILINE):
-        terminalreporter.write_line(f"{fault} {outcomes.get(fault, 'missing')}")
+    for fault, status in CATALOGUE.items():
+        terminalreporter.write_line(f"{fault} {status}: {outcomes.get(fault, 'not run')}")
 
 
 @pytest.fixture(autouse=True)
@@ -246,15 +332,50 @@ def _note_faults(
             record_property("fault", fault)
 
 
-def free_port() -> int:
-    """Return a port of the loopback address that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(ports: range = range(20_000, 32_000)) -> int:
+    """Return a port of the loopback address that nobody listens on, and that nobody else is given.
+
+    The kernel deals out ports above these. Other test processes of this machine see the claim: a
+    name of Linux's abstract sockets, which ends with this process.
+    """
+    for port in random.SystemRandom().sample(ports, len(ports)):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0tlpipe test port {port}")
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            claim.close()
+            continue
+        claim.detach()  # open for as long as this process lives
+        return port
+    raise AssertionError(f"no port of {ports} is free")
+
+
+def wait_until(
+    holds: Callable[[], object], *, process: "subprocess.Popen[bytes] | None" = None
+) -> None:
+    """Wait until a condition holds; fail where the process that should make it so has ended."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert process is None or process.poll() is None, "the process has ended before"
+        assert time.monotonic() < deadline, "it hangs"
+        time.sleep(0.05)
+
+
+def processes_in(folder: Path, program: str) -> list[int]:
+    """Return the ids of the running programs of that name that work in a folder.
+
+    Process names are the whole machine's; folders of a test are its own.
+    """
+    return [
+        process.pid
+        for process in psutil.process_iter(["name", "cwd"])
+        if process.info["name"] == program and process.info["cwd"] == str(folder)
+    ]
 
 
 @contextmanager
-def server(workspace: Workspace, *command: str, ready: str, timeout: float = 90) -> Iterator[int]:
+def server(workspace: Workspace, *command: str, ready: str) -> Iterator[int]:
     """Run a server in its own process group until the block ends; yield its process id.
 
     ``ready``: an address that answers 200 once the server is up.
@@ -271,17 +392,16 @@ def server(workspace: Workspace, *command: str, ready: str, timeout: float = 90)
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + timeout
-        while not answers(ready):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+        try:
+            wait_until(lambda: answers(ready), process=process)
+        except AssertionError as error:
+            raise AssertionError(f"{command[0]}: {error}\n{log.read_text()}") from None
         yield process.pid
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(15)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -290,7 +410,7 @@ def server(workspace: Workspace, *command: str, ready: str, timeout: float = 90)
 def answers(address: str) -> bool:
     """Return whether the address answers 200."""
     try:
-        with urllib.request.urlopen(address, timeout=5) as response:
+        with urllib.request.urlopen(address, timeout=60) as response:
             return response.status == 200
     except OSError:
         return False
@@ -311,6 +431,7 @@ def bucket(tmp_path: Path) -> Iterator[dict[str, str]]:
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "20",
     }
     command = ("moto_server", "-H", "127.0.0.1", "-p", str(port))
     with server(Workspace(tmp_path), *command, ready=f"http://127.0.0.1:{port}/moto-api/"):

@@ -113,6 +113,20 @@ def test_a_kill_between_the_old_folder_and_the_new_loses_neither(
     assert names(tmp_path) == ["pixels"]
 
 
+@pytest.mark.fault("F02")
+def test_half_a_folder_is_never_put_into_place(tmp_path: Path) -> None:
+    target = tmp_path / "pixels"
+    program = (
+        "import os, sys; from pathlib import Path; from tlpipe import files\n"
+        "with files.replacing_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run((sys.executable, "-c", program, target))
+    assert [name.endswith(".partial") for name in names(tmp_path)] == [True]
+    files.recover_folder(target)
+    assert names(tmp_path) == []
+
+
 @pytest.mark.fault("F01")
 def test_two_writers_of_one_folder_leave_each_other_s_work_alone(tmp_path: Path) -> None:
     target = tmp_path / "activations"

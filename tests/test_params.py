@@ -13,7 +13,7 @@ def refused(empty: Workspace, content: str) -> str:
     (empty.path / "params.yaml").write_text(content)
     before = empty.names()
     paths = ("--manifest", "m.csv", "--split", "s.csv", "--report", "r.json")
-    result = empty.run("tlpipe", "split", *paths, code=3)
+    result = empty.call("split", *paths, code=3)
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("tlpipe: ")
@@ -140,7 +140,7 @@ def test_what_is_no_mapping_is_refused(empty: Workspace) -> None:
     assert "params.yaml: line 2:" in refused(empty, "split: [1\n")
     (empty.path / "params.yaml").unlink()
     paths = ("--manifest", "m", "--split", "s", "--report", "r")
-    result = empty.run("tlpipe", "split", *paths, code=3)
+    result = empty.call("split", *paths, code=3)
     assert "params.yaml is missing" in result.stderr
 
 

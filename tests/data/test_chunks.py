@@ -86,6 +86,18 @@ def test_only_the_chunk_with_a_new_image_is_written_again(tmp_path: Path) -> Non
     assert (found[:] == given).all()
 
 
+def test_a_chunk_whose_rows_changed_places_is_another(tmp_path: Path) -> None:
+    named, given = keys(100), rows(100)
+    known = write(tmp_path / "a", named, list(given))
+    (_, first), (_, count), *_ = known.names
+    assert count > 3
+    order = list(range(100))
+    order[first + 1], order[first + 2] = first + 2, first + 1
+    found = write(tmp_path / "b", named, list(order), known)
+    assert (found[:] == given[order]).all()
+    assert [n != m for n, m in zip(found.names, known.names, strict=True)].index(True) == 1
+
+
 @pytest.mark.parametrize("damage", ["bit", "header", "cut", "longer", "gone", "another"])
 def test_damaged_chunks_are_told_by_their_bytes(tmp_path: Path, damage: str) -> None:
     chunks = write(tmp_path / "a", keys(200), list(rows(200)))

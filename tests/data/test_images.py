@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tlpipe.data.images import Sampling, crop_middle, read_square
+from tlpipe.data.images import Sampling, crop_middle, read_square, read_upright, upright_size
 from tlpipe.errors import ImageError
 
 SMALL = Sampling(short_side_px=64, interpolation="bicubic")
@@ -94,6 +94,26 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         assert np.abs(pixels.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.xfail(strict=True, reason="issue 14: values below 256 of 16 bits become black")
+@pytest.mark.parametrize("bits", [8, 12])
+def test_a_16_bit_picture_of_few_bits_is_not_dark(bits: int) -> None:
+    """As microscopes and X-ray detectors write them."""
+    gray = np.asarray(photo().convert("L")).astype(np.uint16)
+    data = encoded(Image.fromarray(gray * 2**bits // 2**8), "PNG")
+    pixels, _ = read_square(data, SMALL)
+    assert len(np.unique(pixels)) > 100
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: floating point pixels become black")
+def test_floating_point_pixels_are_not_black_without_a_word() -> None:
+    gray = np.asarray(photo().convert("L")).astype(np.float32) / 255
+    try:
+        pixels, _ = read_square(encoded(Image.fromarray(gray), "TIFF"), SMALL)
+    except ImageError:
+        return
+    assert len(np.unique(pixels)) > 100
+
+
 @pytest.mark.fault("D09")
 def test_transparency_is_laid_over_white() -> None:
     clear = Image.new("RGBA", (80, 80), (10, 20, 30, 0))
@@ -101,8 +121,9 @@ def test_transparency_is_laid_over_white() -> None:
 
 
 @pytest.mark.fault("D10")
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_comes_out_upright(orientation: int) -> None:
+def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> None:
     upright = photo()
     back = {
         1: None,
@@ -117,9 +138,12 @@ def test_every_orientation_comes_out_upright(orientation: int) -> None:
     stored = upright if back is None else upright.transpose(back)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels, _ = read_square(encoded(stored, exif=exif), SMALL)
+    data = encoded(stored, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    pixels, _ = read_square(data, SMALL)
     expected, _ = read_square(encoded(upright), SMALL)
     assert (pixels == expected).all()
+    # Boxes are cut from this image, and checked against its size before it is decoded.
+    assert upright_size(data) == read_upright(data)[0].size == upright.size
 
 
 def test_the_square_is_pillow_s_resize_and_a_centred_crop() -> None:

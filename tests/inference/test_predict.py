@@ -1,17 +1,20 @@
 import io
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from PIL import Image
 
 from tests.conftest import Workspace
 from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import load_split
 from tlpipe.inference.predictor import Predictor
-from tlpipe.onnx_export.bundle import load
+from tlpipe.onnx_export.bundle import Bundle, load, save
 
 
 @pytest.mark.parametrize("model", [[], ["--model", "artifacts/export/bundle"]])
@@ -76,6 +79,60 @@ def test_without_a_model_it_says_what_to_do(main_job: Workspace, empty: Workspac
     result = empty.run("tlpipe", "predict", "--model", "nowhere", "x.png", code=6)
     assert "nowhere is no bundle" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def doubled(artifacts: Path, tmp_path: Path) -> Bundle:
+    """A bundle whose int8 graph is the exact one with twice the temperature, so that it shows."""
+    old = load(artifacts / "export" / "bundle")
+    other = onnx.load(old.model)
+    (tensor,) = (t for t in other.graph.initializer if t.name == "temperature")
+    twice = np.float32(2 * numpy_helper.to_array(tensor))
+    tensor.CopyFrom(numpy_helper.from_array(twice, "temperature"))
+    graphs = {"fp32": old.model.read_bytes(), "int8": other.SerializeToString()}
+    save(
+        tmp_path / "bundle",
+        graphs=graphs,
+        labels=old.labels,
+        preprocessing=old.preprocessing,
+        provenance=old.provenance,
+    )
+    return load(tmp_path / "bundle")
+
+
+def test_the_precision_that_was_named_answers(doubled: Bundle, artifacts: Path) -> None:
+    image = artifacts / "evaluate" / "examples" / "4.png"
+    workspace = Workspace(doubled.folder.parent)
+    predict = ("tlpipe", "predict", "--model", "bundle", "--json", str(image))
+
+    def chances(*options: str) -> np.ndarray:
+        (answer,) = json.loads(workspace.run(*predict, *options).stdout)
+        return np.array([answer["probabilities"][label] for label in doubled.labels])
+
+    exact = chances()
+    assert np.array_equal(chances("--precision", "fp32"), exact)
+    # The softmax of half the logits: roots of the probabilities, made to sum to 1.
+    roots = np.sqrt(exact)
+    assert chances("--precision", "int8") == pytest.approx(roots / roots.sum(), rel=1e-4)
+    error = workspace.run(*predict, "--precision", "fp16", code=3).stderr
+    assert "the bundle bundle has no graph of the precision fp16; it has fp32, int8." in error
+    served = ("tlpipe", "serve", "--model", "bundle", "--precision", "fp16")
+    assert "has no graph of the precision fp16" in workspace.run(*served, code=3).stderr
+
+
+def test_batches_and_threads_do_not_change_answers(artifacts: Path) -> None:
+    """One predictor, asked by several threads at once, for one image or for many."""
+    bundle = load(artifacts / "export" / "bundle")
+    squares = packed.load(artifacts / "ingest" / "pixels").array[:6]
+    alone, shared = Predictor(bundle, threads=1), Predictor(bundle, threads=2)
+    logits, chances = shared.scores(squares)
+    assert logits.shape == chances.shape == (6, len(bundle.labels))
+    for predictor in (alone, shared):
+        singles = np.concatenate([predictor.scores(squares[i : i + 1])[0] for i in range(6)])
+        assert singles == pytest.approx(logits, abs=1e-4)
+    with ThreadPoolExecutor(4) as pool:
+        several = list(pool.map(lambda _: shared.scores(squares)[0], range(8)))
+    assert all(np.array_equal(found, logits) for found in several)
 
 
 def test_serving_sees_the_pixels_that_were_evaluated(artifacts: Path) -> None:

@@ -23,6 +23,7 @@ WITHOUT_PART = {
     "tlpipe.features.device",
     "tlpipe.features.frozen",
     "tlpipe.files",
+    "tlpipe.held_out",
     "tlpipe.learning.checkpoint",
     "tlpipe.learning.endings",
     "tlpipe.learning.model",

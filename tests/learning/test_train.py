@@ -9,7 +9,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from tests.conftest import ROOT, Workspace
-from tlpipe import files
+from tlpipe import files, held_out
 from tlpipe.errors import ParamsError
 from tlpipe.learning.recipe import Recipe
 from tlpipe.learning.train import check_effects
@@ -17,7 +17,8 @@ from tlpipe.learning.train import check_effects
 
 def test_the_model_holds_what_was_learned(main_job: Workspace) -> None:
     folder = main_job.path / "artifacts" / "train" / "model"
-    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
+    names = ["held_out.safetensors", "model.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     tensors = load_file(folder / "model.safetensors")
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
         "head.0.weight": (10, 1280),
@@ -33,13 +34,18 @@ def test_the_model_holds_what_was_learned(main_job: Workspace) -> None:
     )
 
 
-def test_the_history_falls_to_the_chosen_loss(main_job: Workspace) -> None:
+def test_the_history_is_the_path_of_l2_and_the_least_loss_is_chosen(main_job: Workspace) -> None:
     with (main_job.path / "artifacts/train/history.csv").open() as file:
         rows = list(csv.DictReader(file))
     card = json.loads((main_job.path / "artifacts/train/model/model.json").read_text())
     assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
-    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
-    assert float(rows[-1]["validation_loss"]) == pytest.approx(card["validation_loss"], abs=1e-6)
+    losses = [float(row["validation_loss"]) for row in rows]
+    l2s = sorted(Recipe().penalties, reverse=True)
+    assert card["l2"] == l2s[int(np.argmin(losses))]
+    assert card["validation_loss"] == pytest.approx(min(losses), abs=1e-6)
+    # A weaker l2 always fits the training images better.
+    fitted = [float(row["train_loss"]) for row in rows]
+    assert fitted == sorted(fitted, reverse=True)
 
 
 def test_activations_and_split_of_different_data_are_refused(
@@ -79,6 +85,15 @@ def pipeline(workspace: Workspace, photos: Path, freeze: str, **train: object) -
     card = json.loads((workspace.path / "artifacts/train/model/model.json").read_text())
     assert card["validation_accuracy"] == 1.0
     assert card["trainable_parameters"] + card["frozen_parameters"] >= 3_371_008
+    # The model has not trained on validation, so its own answers there are what is held out.
+    held = held_out.load(workspace.path / "artifacts/train/model/held_out.safetensors")
+    table = workspace.rows("artifacts/split/split.csv")
+    assert held.rows.tolist() == [i for i, row in enumerate(table) if row["split"] == "validation"]
+    assert [card["labels"][label] for label in held.labels] == [
+        table[row]["label"] for row in held.rows
+    ]
+    hits = held.logits.argmax(axis=1) == held.labels
+    assert hits.mean() == pytest.approx(card["validation_accuracy"]) and not held.heads
     return card
 
 

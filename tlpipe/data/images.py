@@ -114,7 +114,9 @@ def upright_size(data: bytes) -> tuple[int, int]:
     """
     image = _open(data)
     width, height = image.size
-    return (height, width) if _orientation(image) >= 5 else (width, height)
+    # Pillow states a TIFF's size as it will be when turned, others' as it is stored.
+    is_turned = _orientation(image) >= 5 and image.format != "TIFF"
+    return (height, width) if is_turned else (width, height)
 
 
 def square(image: Image.Image, sampling: Sampling, box: Box | None = None) -> Image.Image:

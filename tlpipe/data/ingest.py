@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,12 +105,11 @@ def run(
     outputs = (manifest, duplicates, pixels, report)
     earlier = Earlier(*outputs, sampling=sampling, decoder=decoder, compared=compared)
     with opened(params) as source, files.replacing_folder(pixels) as folder:
-        journal = Journal(folder, sampling, earlier.pixels)
         outcomes = read_all(source, sampling, params.box_margin, earlier)
         total = source.counts.total()
-        for outcome in track(outcomes, total=total, description="ingest"):
-            journal.add(outcome)
-        journal.close()
+        with closing(Journal(folder, sampling, earlier.pixels)) as journal:
+            for outcome in track(outcomes, total=total, description="ingest"):
+                journal.add(outcome)
         groups = journal.group(earlier)
         refused = sorted([*journal.rejects, *source.rejects], key=lambda reject: reject.path)
         save_rejects(rejects, refused)

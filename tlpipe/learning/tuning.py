@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 # All code that has a part in the weights: a training goes on only where it is what it was.
 _CODE = (
     "tlpipe.data.chunks",
+    "tlpipe.data.folds",
     "tlpipe.data.images",
     "tlpipe.data.pixels",
     "tlpipe.features.augment",

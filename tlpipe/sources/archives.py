@@ -8,6 +8,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from itertools import takewhile
 from pathlib import PurePosixPath
@@ -35,6 +36,7 @@ class Archive(Listed):
 
     def __init__(self, file: IO[bytes], address: str, members: Mapping[str, Member]) -> None:
         """Take the open file, its name for messages, and what reads each member."""
+        self.closing = ExitStack()  # what ends with the archive
         self._file = file
         self._address = address
         self._state = identity(os.fstat(file.fileno()))
@@ -75,23 +77,29 @@ class Archive(Listed):
             DataError: it has changed since it was opened.
         """
         after = identity(os.fstat(self._file.fileno()))
-        self._file.close()
+        self.closing.close()
         if after != self._state:
             raise DataError(f"{self._address} changed while it was read. Run again.")
 
 
 def open_archive(file: IO[bytes], address: str) -> Archive:
-    """Open a zip or tar file.
+    """Open a zip or tar file; ``file`` is closed with the archive, or where it is none.
 
     Raises:
         DataError: it is neither, damaged, too large when unpacked, or holds a member that would
             lead outside, a link or a device.
     """
     try:
-        if zipfile.is_zipfile(file):
-            return Archive(file, address, _zip_members(file, address))
-        file.seek(0)
-        return Archive(file, address, _tar_members(file, address))
+        with ExitStack() as opened:
+            opened.enter_context(file)
+            if zipfile.is_zipfile(file):
+                members = _zip_members(file, address)
+            else:
+                file.seek(0)
+                members = _tar_members(file, address, opened)
+            archive = Archive(file, address, members)
+            archive.closing = opened.pop_all()
+            return archive
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise DataError(
             f"ingest.source {address} cannot be read as an archive ({error}); expected a folder, a "
@@ -134,8 +142,8 @@ def _zip_count(file: IO[bytes]) -> int:
     return count
 
 
-def _tar_members(file: IO[bytes], address: str) -> dict[str, Member]:
-    plain = _decompressed(file, address)
+def _tar_members(file: IO[bytes], address: str, opened: ExitStack) -> dict[str, Member]:
+    plain = _decompressed(file, address, opened)
     members: dict[str, Member] = {}
     archive = tarfile.open(fileobj=plain, mode="r:")  # noqa: SIM115  shares the file
     lock = threading.Lock()
@@ -161,7 +169,7 @@ def _tar_members(file: IO[bytes], address: str) -> dict[str, Member]:
     return members
 
 
-def _decompressed(file: IO[bytes], address: str) -> IO[bytes]:
+def _decompressed(file: IO[bytes], address: str, opened: ExitStack) -> IO[bytes]:
     """Return the plain tar: a compressed one is read once, since nobody can seek in it."""
     import bz2
     import gzip
@@ -172,7 +180,8 @@ def _decompressed(file: IO[bytes], address: str) -> IO[bytes]:
     for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open)):
         if not start.startswith(magic):
             continue
-        plain = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the archive
+        # It lives as long as the archive.
+        plain = opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         written = 0
         try:
             with opener(file, "rb") as packed:

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,12 +51,14 @@ def opened(
     Raises:
         DataError: the source is missing, of no known kind, or its classes cannot be told apart.
     """
-    if "://" not in address and Path(address).suffix in (".yaml", ".yml"):
-        files, candidates = builtin.load(Path(address))
-        source = Source(files, partial(iter, candidates))
-    else:
-        source = _list(_open_storage(address), address, kind, pattern, background)
-    with closing(source.storage):
+    with ExitStack() as stack:
+        if "://" not in address and Path(address).suffix in (".yaml", ".yml"):
+            files, candidates = builtin.load(Path(address))
+            source = Source(files, partial(iter, candidates))
+            stack.enter_context(closing(files))
+        else:
+            storage = stack.enter_context(closing(_open_storage(address)))
+            source = _list(storage, address, kind, pattern, background)
         for candidate in source.candidates():
             source.counts[candidate.label] += 1
         _check_classes(source.counts, address)
