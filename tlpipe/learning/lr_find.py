@@ -3,7 +3,7 @@
 Source: Smith (2017), Cyclical learning rates for training neural networks, section 3.3.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,13 +32,14 @@ class Found:
     """``factors`` of the rates that were tried and the smoothed ``losses`` there, in nats.
 
     ``best``: the place in them where the loss fell fastest, and ``rates`` there; None where it
-    never fell.
+    never fell. ``open_stages``: how many stages have a rate of their own.
     """
 
     factors: npt.NDArray[np.float64]
     losses: npt.NDArray[np.float64]
     best: int | None
     rates: Rates | None
+    open_stages: int = 0
 
 
 def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Recipe) -> Found:
@@ -61,6 +62,7 @@ def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Rec
     training = loop.Training(task, params, None)
     losses = try_rates(training)
     found = choose(_FACTORS[: len(losses)], smoothed(losses), training.rates)
+    found = replace(found, open_stages=data.open_stages)
     _draw(plot, found)
     return found
 
