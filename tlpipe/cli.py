@@ -215,7 +215,8 @@ def lr_find(
         print(f"the loss never falls: {plot}")
     else:
         print(f"train.head_rate: {found.rates.head:.2g}")
-        print(f"train.stage_rate: {found.rates.stages:.2g}")
+        if found.open_stages:
+            print(f"train.stage_rate: {found.rates.stages:.2g}")
         print(f"see {plot}")
 
 

@@ -3,10 +3,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import Workspace
-from tlpipe.learning.lr_find import choose, has_diverged, smoothed
+from tests.learning import tiny
+from tlpipe.errors import TrainingError
+from tlpipe.learning import loop
+from tlpipe.learning.lr_find import choose, has_diverged, smoothed, try_rates
+from tlpipe.learning.recipe import Recipe
 from tlpipe.learning.schedule import Rates
 
 
@@ -44,6 +49,26 @@ def test_a_noisy_batch_ends_nothing_and_a_loss_that_explodes_does() -> None:
     assert ends[0] == 23
 
 
+@pytest.mark.parametrize("head_rate", [0.1, 1e30])
+def test_trying_rates_ends_where_the_loss_explodes(head_rate: float) -> None:
+    recipe = Recipe(head_rate=head_rate, stage_rate=head_rate, batch=4, optimiser="sgd")
+    losses = try_rates(loop.Training(tiny.task([0, 1] * 8), recipe, None))
+    assert np.isfinite(losses).all()
+    assert 0 < len(losses) < 100
+    assert not any(has_diverged(losses[:end], 2) for end in range(1, len(losses)))
+    if head_rate == 0.1:
+        assert has_diverged(losses, 2)
+    else:  # the next one was no number
+        assert len(losses) < 5
+
+
+def test_a_network_that_gives_no_number_at_all_is_said() -> None:
+    given = tiny.task([0, 1] * 8)
+    torch.nn.init.constant_(given.classifier.layers[0].weight, float("nan"))
+    with pytest.raises(TrainingError, match="the loss is nan in epoch 1, step 1"):
+        try_rates(loop.Training(given, Recipe(batch=4), None))
+
+
 def test_lr_find_draws_and_suggests(main_job: Workspace, empty: Workspace) -> None:
     artifacts = main_job.path / "artifacts"
     (empty.path / "artifacts").symlink_to(artifacts)
@@ -53,7 +78,7 @@ def test_lr_find_draws_and_suggests(main_job: Workspace, empty: Workspace) -> No
     empty.configure("train", hidden=[64])
     said = empty.run("tlpipe", "lr-find", "--plot", "rates.png").stdout
     rates = re.findall(r"train\.(\w+): ([\d.e-]+)", said)
-    assert [name for name, _ in rates] == ["head_rate", "stage_rate"]
+    assert [name for name, _ in rates] == ["head_rate"]  # no stage is open
     assert 1e-5 < float(rates[0][1]) < 1
     with Image.open(empty.path / "rates.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20

@@ -130,7 +130,7 @@ def start(prepared: Workspace) -> Callable[..., multiprocessing.Process]:
     def start(folder: Path, prepare: Kill | None = None, **changes: Any) -> multiprocessing.Process:
         folder.mkdir(exist_ok=True)
         arguments = (folder, prepared.path, RECIPE | changes, prepare)
-        process = context.Process(target=training, args=arguments)
+        process = context.Process(target=training, args=arguments, daemon=True)
         process.start()
         return process  # type: ignore[return-value]
 

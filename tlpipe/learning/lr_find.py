@@ -3,9 +3,10 @@
 Source: Smith (2017), Cyclical learning rates for training neural networks, section 3.3.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,11 @@ from tlpipe.learning.schedule import Rates
 from tlpipe.learning.train import check_open
 from tlpipe.progress import track
 
-_STEPS, _LEAST, _MOST = 100, 1e-3, 1e3
+if TYPE_CHECKING:
+    from tlpipe.learning.loop import Training
+
+_STEPS = 100
+_FACTORS = np.geomspace(1e-3, 1e3, _STEPS)  # of the rates that are set
 _SMOOTHING, _DIVERGED = 0.9, 4.0
 
 
@@ -27,13 +32,14 @@ class Found:
     """``factors`` of the rates that were tried and the smoothed ``losses`` there, in nats.
 
     ``best``: the place in them where the loss fell fastest, and ``rates`` there; None where it
-    never fell.
+    never fell. ``open_stages``: how many stages have a rate of their own.
     """
 
     factors: npt.NDArray[np.float64]
     losses: npt.NDArray[np.float64]
     best: int | None
     rates: Rates | None
+    open_stages: int = 0
 
 
 def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Recipe) -> Found:
@@ -51,34 +57,49 @@ def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Rec
         )
     check_open(data, params)
     from tlpipe.learning import loop, tuning
-    from tlpipe.learning.batches import batches
 
     task, _ = tuning.prepare(data, pixels, params)
     training = loop.Training(task, params, None)
+    losses = try_rates(training)
+    found = choose(_FACTORS[: len(losses)], smoothed(losses), training.rates)
+    found = replace(found, open_stages=data.open_stages)
+    _draw(plot, found)
+    return found
+
+
+def try_rates(training: "Training") -> npt.NDArray[np.float64]:
+    """Take a step at each of the factors, and return the losses until they explode.
+
+    Raises:
+        TrainingError: the first loss is no number.
+    """
+    from tlpipe.learning.batches import batches
+
+    task, recipe = training.task, training.recipe
     training.model.open_last(len(training.model.stages))
     order = (
         places
         for epoch in count()
         for places in batches(
             task.train,
-            size=params.batch_size(len(task.train)),
-            seed=params.seed,
+            size=recipe.batch_size(len(task.train)),
+            seed=recipe.seed,
             epoch=epoch,
             weights=training.image_chances,
         )
     )
-    factors, losses = np.geomspace(_LEAST, _MOST, _STEPS), np.empty(0)
-    for step, factor in track(enumerate(factors), total=_STEPS, description="lr-find"):
+    losses = np.empty(0)
+    for step, factor in track(enumerate(_FACTORS), total=_STEPS, description="lr-find"):
         training.set_rates(factor)
         try:
             losses = np.append(losses, training.take_step(next(order), step))
-        except TrainingError:  # the loss is no number any more
+        except TrainingError:
+            if step == 0:
+                raise
             break
         if has_diverged(losses, task.classes):
             break
-    found = choose(factors[: len(losses)], smoothed(losses), training.rates)
-    _draw(plot, found)
-    return found
+    return losses
 
 
 def smoothed(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
