@@ -258,7 +258,7 @@ def _claim(path: Path) -> tuple[Path, int]:
 def _names(folder: Path) -> list[str]:
     try:
         return [path.name for path in folder.iterdir()]
-    except FileNotFoundError:
+    except OSError:  # there is none, or none that can be read: who opens it says so
         return []
 
 

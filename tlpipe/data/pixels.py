@@ -151,7 +151,7 @@ def load(folder: Path) -> PackedPixels:
         array=chunks.Chunks(folder, names, (side, side, 3), "|u1"),
         thumbnails=chunks.load_mapped(folder / _THUMBNAILS),
         sampling=sampling,
-        decoder=index["decoder"],
+        decoder=index.get("decoder", ""),  # nothing where an older version wrote it
         data_sha256=index["data_sha256"],
         data_version=index["data_version"],
     )
