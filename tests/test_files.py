@@ -100,11 +100,8 @@ def test_digests_and_cache_folders_are_those_of_other_tools(
     assert files.sha256(tmp_path / "a") == expected
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert files.cache_folder("x") == tmp_path / "x"
-    for unset in ("", None):
-        monkeypatch.setenv("XDG_CACHE_HOME", "") if unset == "" else monkeypatch.delenv(
-            "XDG_CACHE_HOME"
-        )
-        assert files.cache_folder("x") == Path.home() / ".cache" / "x"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # as the XDG specification has it
+    assert files.cache_folder("x") == Path.home() / ".cache" / "x"
 
 
 def test_equal_content_gives_equal_bytes() -> None:
