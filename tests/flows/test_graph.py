@@ -15,7 +15,7 @@ from flows import graph
 from tests.conftest import PATIENCE_S, Workspace, processes_in, wait_until
 
 # Each of two waits until the other is there, which it never is when one runs after the other.
-MEET = "touch {0}.begun; until test -e {1}.begun; do sleep 0.1; done; touch {0}.txt"
+MEET = "touch {0}.begun; until test -e {1}.begun; do sleep 0.1; done; cat a.txt > {0}.txt"
 SLEEP = f"sleep {PATIENCE_S}"
 
 
