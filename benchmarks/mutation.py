@@ -42,11 +42,13 @@ MODULES = {
 }
 # Beside tests/ROOM/test_MODULE.py: files whose tests of a module are quick and thorough.
 ALSO = {
+    "data/duplicates": ["data/test_ingest.py"],
     "data/chunks": ["data/test_ingest.py"],
     "data/manifest": ["data/test_ingest.py", "data/test_split.py"],
     "features/activations": ["features/test_embed.py"],
     "features/freeze": ["features/test_stages.py", "test_params.py"],
     "learning/head": ["learning/test_probe.py"],
+    "learning/probe": ["learning/test_head.py"],
     "learning/optimiser": ["learning/test_loop.py"],
     "metrics/slices": ["metrics/test_evaluate.py"],
     "metrics/corruptions": ["metrics/test_evaluate.py"],
@@ -274,6 +276,8 @@ def tests_of(module: str) -> list[str]:
         imported = re.compile(rf"tlpipe\.{room}\.{name}\b|tlpipe\.{room} import .*\b{name}\b")
         files = sorted((ROOT / "tests" / room).glob("test_*.py"))
         found = [path for path in files if imported.search(path.read_text(encoding="utf-8"))]
+    if not found:
+        raise SystemExit(f"{module} has no tests: name some in ALSO")
     return [str(path.relative_to(ROOT)) for path in found]
 
 

@@ -33,6 +33,7 @@ PATIENCE_S = 1800
 # The same for what libraries give up on by themselves.
 PATIENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE_S),
+    "AWS_MAX_ATTEMPTS": "20",
     "PREFECT_API_REQUEST_TIMEOUT": str(PATIENCE_S),
     "PREFECT_SERVER_DATABASE_TIMEOUT": str(PATIENCE_S),
     "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": str(PATIENCE_S),
@@ -431,7 +432,6 @@ def bucket(tmp_path: Path) -> Iterator[dict[str, str]]:
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "20",
     }
     command = ("moto_server", "-H", "127.0.0.1", "-p", str(port))
     with server(Workspace(tmp_path), *command, ready=f"http://127.0.0.1:{port}/moto-api/"):

@@ -1,3 +1,5 @@
+import errno
+import hashlib
 import os
 import signal
 import subprocess
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tlpipe import files
-from tlpipe.errors import ArtifactError
+from tlpipe.errors import ArtifactError, TrainingError
 
 
 def names(folder: Path) -> list[str]:
@@ -36,6 +38,73 @@ def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
         (folder / "b").write_text("new")
     assert names(target) == ["b"]
     assert names(tmp_path) == ["bundle"]
+
+
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bytes]]:
+    """The inode and content of each file at the time when it is flushed to disk."""
+    found: list[tuple[int, bytes]] = []
+    flush = os.fsync
+
+    def noting(descriptor: int) -> None:
+        content = os.pread(descriptor, 100, 0)
+        found.append((os.fstat(descriptor).st_ino, content))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    return found
+
+
+def test_what_is_renamed_into_place_was_flushed_before(
+    tmp_path: Path, flushed: list[tuple[int, bytes]]
+) -> None:
+    target = tmp_path / "deeper" / "still" / "a.txt"
+    files.write_bytes(target, b"content")
+    assert flushed == [(target.stat().st_ino, b"content")]
+    flushed.clear()
+    folder = tmp_path / "other" / "still" / "folder"
+    with files.replacing_folder(folder) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "new").write_text("new")
+        os.link(target, temporary / "linked")  # whoever wrote it has flushed it
+    assert flushed == [((folder / "inner" / "new").stat().st_ino, b"new")]
+
+
+def test_a_lock_names_who_holds_it_and_ends_with_its_block(tmp_path: Path) -> None:
+    lock = tmp_path / "runs" / "lock"
+    with files.locked(lock, "a training"):
+        message = rf"a training runs in {tmp_path / 'runs'} already, as process {os.getpid()}; "
+        with pytest.raises(TrainingError, match=message), files.locked(lock, "a training"):
+            pass
+    with files.locked(lock, "a training"):
+        assert lock.read_text() == f"{os.getpid()}\n"
+
+
+def test_a_file_is_linked_or_else_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"content")
+    files.link_or_copy(source, tmp_path / "linked")
+    assert (tmp_path / "linked").samefile(source)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    files.link_or_copy(source, tmp_path / "copied")
+    assert (tmp_path / "copied").read_bytes() == b"content"
+    assert not (tmp_path / "copied").samefile(source)
+
+
+def test_digests_and_cache_folders_are_those_of_other_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 5000)
+    expected = hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    assert files.sha256(tmp_path / "a") == expected
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert files.cache_folder("x") == tmp_path / "x"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # as the XDG specification has it
+    assert files.cache_folder("x") == Path.home() / ".cache" / "x"
 
 
 def test_equal_content_gives_equal_bytes() -> None:

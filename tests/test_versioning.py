@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.conftest import Workspace
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 COMMIT = ("-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qam")
 

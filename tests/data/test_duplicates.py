@@ -16,8 +16,6 @@ from tlpipe.data import duplicates
 from tlpipe.data.images import Sampling, read_square
 from tlpipe.data.pixels import Thumbnails, thumbnail
 
-pytestmark = pytest.mark.slow
-
 
 def changed(data: bytes, kind: str, chance: random.Random) -> bytes:
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
@@ -53,6 +51,7 @@ def photographs(shared_data: Callable[[str], Path]) -> list[Path]:
     return found + random.Random(0).sample(signs, 2000 - len(found))
 
 
+@pytest.mark.slow
 @pytest.mark.fault("D24", "D25")
 def test_planted_copies_are_found_and_clean_images_left_alone(
     empty: Workspace, photographs: list[Path], tmp_path: Path

@@ -427,6 +427,8 @@ def test_equal_pixels_in_training_and_serving(empty: Workspace, tmp_path: Path) 
             image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
         else:
             image = image.convert("L" if mode == "LA" else "RGB").convert(mode)
+        if mode in ("LA", "RGBA"):
+            image.putalpha(Image.linear_gradient("L").resize(size))
         exif = Image.Exif()
         exif[0x0112] = number % 9
         options = {"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}

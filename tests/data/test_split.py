@@ -143,7 +143,10 @@ def test_given_splits_are_kept_and_completed() -> None:
 def test_given_splits_that_share_images_are_refused_or_mended() -> None:
     train, test = entries(60, "train"), entries(40, "test", start=60)
     copies = [row._replace(path=f"copy/{i}", split="train") for i, row in enumerate(test[:3])]
-    with pytest.raises(DataError, match=r"3 images stand in two of the given splits.*copy/0 is in"):
+    with pytest.raises(
+        DataError,
+        match=r"3 images stand in two of the given splits.*copy/0 is in train, a/60 in test;",
+    ):
         splits(train + test + copies)
     result = assign(train + test + copies, Params(leaks="drop"))
     assert result.splits[-3:] == ["unused"] * 3
@@ -200,6 +203,29 @@ def test_folds_test_every_image_once_and_are_even() -> None:
             validated[row.path] += split == "validation"
     assert set(tested.values()) == set(validated.values()) == {1}
     assert {row.path for row in rows} == set(tested)
+
+
+def test_folds_are_even_over_classes_together() -> None:
+    """Each class has one image more than four folds share out: not always the same fold gets it."""
+    rows = entries(40, labels="abcdefgh")
+    result = assign(rows, Params(folds=4))
+    assert Counter(result.folds) == {"0": 10, "1": 10, "2": 10, "3": 10}
+    old = {(row.sha256, row.box): fold for row, fold in zip(rows, result.folds, strict=True)}
+    more = entries(80, labels="abcdefgh")
+    grown = assign(more, Params(folds=4), old)
+    assert grown.folds[:40] == result.folds
+    assert Counter(grown.folds) == {"0": 20, "1": 20, "2": 20, "3": 20}
+
+
+def test_what_is_left_out_is_said(empty: Workspace) -> None:
+    train, test = entries(60, "train"), entries(40, "test", start=60)
+    copies = [row._replace(path=f"copy/{i}", split="train") for i, row in enumerate(test[:3])]
+    empty.replace("params.yaml", "leaks: refuse", "leaks: drop")
+    for rows, said in ((train + test, False), (train + test + copies, True)):
+        save_manifest(empty.path / "manifest.csv", sorted(rows, key=lambda row: row.path))
+        printed = empty.call(*SPLIT).stderr
+        assert ("3 images left unused: their like stands in a held-out split" in printed) is said
+        assert ("images left unused" in printed) is said
 
 
 def test_folds_keep_groups_whole_and_old_images_in_place(empty: Workspace) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -140,6 +141,39 @@ def test_what_others_put_into_the_log_counts_for_nothing(local: Any) -> None:
     second = moves.move(local, NAME, "2", after=first, kind="promotion", why="")
     assert moves.history(local, NAME) == [first, second]
     assert moves.history(local, NAME)[0].why == "a" * 9000
+
+
+@pytest.mark.xfail(strict=True, reason="issue 15: a move names a version by its number alone")
+def test_a_model_that_is_made_again_gets_no_champion_by_its_number(local: Any) -> None:
+    first = moves.move(local, NAME, "1", after=None, kind="promotion", why="")
+    moves.move(local, NAME, "2", after=first, kind="promotion", why="")
+    local.delete_registered_model(NAME)
+    local.create_registered_model(NAME)
+    for number in range(2):
+        local.create_model_version(NAME, source=f"s3://bucket/other-{number}")
+    with suppress(RegistryError):
+        moves.settle(local, NAME)
+    assert "champion" not in local.get_registered_model(NAME).aliases
+
+
+@pytest.mark.xfail(strict=True, reason="issue 15: an alias that was set by hand is set back")
+def test_a_champion_that_was_set_by_hand_stays(local: Any) -> None:
+    first = moves.move(local, NAME, "1", after=None, kind="promotion", why="")
+    moves.move(local, NAME, "2", after=first, kind="promotion", why="")
+    local.set_registered_model_alias(NAME, "champion", "1")
+    with suppress(RegistryError):
+        moves.settle(local, NAME)
+    assert str(local.get_registered_model(NAME).aliases["champion"]) == "1"
+
+
+@pytest.mark.xfail(strict=True, reason="issue 15: who lost a race wins when the winner is deleted")
+def test_who_lost_a_race_never_becomes_champion(local: Any) -> None:
+    first = moves.move(local, NAME, "1", after=None, kind="promotion", why="")
+    moves.move(local, NAME, "2", after=first, kind="promotion", why="")
+    with pytest.raises(RegistryError, match="has put raced version 2 in production"):
+        moves.move(local, NAME, "1", after=first, kind="promotion", why="lost")
+    local.delete_model_version(f"{NAME}-history", "2")
+    assert [move.why for move in moves.history(local, NAME)] != ["", "lost"]
 
 
 @pytest.mark.parametrize(
