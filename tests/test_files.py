@@ -2,6 +2,7 @@ import errno
 import hashlib
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -42,13 +43,14 @@ def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
 
 @pytest.fixture
 def flushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bytes]]:
-    """The inode and content of each file at the time when it is flushed to disk."""
+    """The inode and content of each file at the time when it is flushed to disk; no folders."""
     found: list[tuple[int, bytes]] = []
     flush = os.fsync
 
     def noting(descriptor: int) -> None:
-        content = os.pread(descriptor, 100, 0)
-        found.append((os.fstat(descriptor).st_ino, content))
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            content = os.pread(descriptor, 100, 0)
+            found.append((os.fstat(descriptor).st_ino, content))
         flush(descriptor)
 
     monkeypatch.setattr(os, "fsync", noting)

@@ -94,7 +94,7 @@ def test_dvc_shows_metrics_and_plots(main_job: Workspace) -> None:
     page = main_job.path / "dvc_plots"
     main_job.run("dvc", "plots", "show", "--out", str(page))
     text = (page / "index.html").read_text()
-    assert "Solving the head" in text
+    assert "Training, or the l2 of a linear probe" in text
     assert "Confusion on the test split" in text
 
 
@@ -106,6 +106,7 @@ def test_a_bundle_of_other_classes_is_refused(main_job: Workspace, empty: Worksp
         *("tlpipe", "evaluate", "--bundle", str(artifacts / "export" / "bundle")),
         *("--pixels", str(artifacts / "ingest" / "pixels"), "--split", "split.csv"),
         *("--manifest", str(artifacts / "ingest" / "manifest.csv")),
+        *("--held-out", str(artifacts / "train" / "model" / "held_out.safetensors")),
         *("--history", str(artifacts / "train" / "history.csv")),
         *("--report", "r", "--speed", "s", "--predictions", "p", "--tables", "t"),
         *("--plots", "pl", "--examples", "e"),

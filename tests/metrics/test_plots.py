@@ -113,7 +113,7 @@ def test_coverage_shows_the_curve_and_both_thresholds(given: Answers) -> None:
     curve = curves.coverage(given.confidence, given.hits)
     assert line(axes, "test images") == (curve.coverage.tolist(), curve.accuracy.tolist())
     assert line(axes, "threshold 0.90, kept with 95% confidence") == ([0.6], [0.97])
-    assert line(axes, "threshold 0.70, kept on validation") == ([0.8], [0.95])
+    assert line(axes, "threshold 0.70, kept on images held out") == ([0.8], [0.95])
     assert axes.get_title() == "Of 50 images of no class (walls), 25% would be answered"
 
 
@@ -124,7 +124,7 @@ def test_coverage_says_that_no_threshold_is_known(given: Answers) -> None:
     labels = {line.get_label() for line in axes.get_lines()}
     assert labels == {"test images", "asked for"}
     assert axes.get_title() == (
-        "No threshold is known to keep errors at 2.0%: of 120 validation images\n"
+        "No threshold is known to keep errors at 2.0%: of 120 images held out\n"
         "too many are wrong, or they are too few (149 at least)"
     )
 
@@ -161,5 +161,5 @@ def test_training_shows_the_history(tmp_path: Path) -> None:
     )
     left, right = plots.training(history).axes
     assert line(left, "training") == ([0, 1, 2], [2.0, 1.0, 0.5])
-    assert line(left, "validation") == ([0, 1], [2.1, 1.2])
-    assert line(right, "validation") == ([0, 1], [0.1, 0.6])
+    assert line(left, "held out") == ([0, 1], [2.1, 1.2])
+    assert line(right, "held out") == ([0, 1], [0.1, 0.6])

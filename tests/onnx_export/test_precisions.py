@@ -10,6 +10,7 @@ import grimp
 import numpy as np
 import onnx
 import pytest
+from scipy.stats import binomtest
 
 from tests.onnx_export.conftest import Family, run_export, verdicts
 from tlpipe import held_out as held_outs
@@ -106,13 +107,14 @@ def test_images_of_one_group_are_drawn_together() -> None:
     copies = [f"photo {i // 20}" for i in range(200)]
     together = judge(exact, other, truth, groups=copies).accuracy_change
     assert alone["value"] == together["value"] == pytest.approx(-0.1)
-    # Of ten photos each resampling takes the wrong one k times of ten, k binomial (10, 0.1):
-    # three times or more in 7 % of them, four or more in 1.3 %; never in 35 %.
-    assert together["low"] == pytest.approx(-0.3)
-    assert together["high"] == 0
-    # Of 200 images with a share of 0.1, 95 % lie within 1.96 * sqrt(0.1 * 0.9 / 200) = 0.0416.
-    assert alone["low"] == pytest.approx(-0.1416, abs=0.011)
-    assert alone["high"] == pytest.approx(-0.0584, abs=0.011)
+    for change, wrong, images in ((alone, 20, 200), (together, 1, 10)):
+        # Newcombe (1998), without correlation: Wilson's intervals of what was lost and of nothing.
+        lost, gained = (
+            binomtest(count, images).proportion_ci(method="wilson") for count in (wrong, 0)
+        )
+        low = -0.1 - np.hypot(lost.high - 0.1, gained.low)
+        high = -0.1 + np.hypot(0.1 - lost.low, gained.high)
+        assert (change["low"], change["high"]) == pytest.approx((low, high), abs=1e-6)
 
 
 @pytest.mark.fault("E07")

@@ -39,7 +39,7 @@ def test_a_known_threshold_is_told_with_its_confidence() -> None:
 def test_no_threshold_is_told_in_words() -> None:
     text = limits(NONE, NONE, None)
     assert "No probability is known above which at most 2.0% of answers are wrong" in text
-    assert "of 120 independent validation images too many are wrong, or they are too few" in text
+    assert "of 120 independent images held out too many are wrong, or they are too few" in text
     assert "(149 at least)" in text
     assert "left to people" not in text
     assert "None" not in text
@@ -50,5 +50,5 @@ def test_no_threshold_is_told_in_words() -> None:
 def test_a_threshold_that_was_only_observed_is_told_as_that() -> None:
     nothing = {"threshold": 0.991, "coverage": 0.0, "accuracy": None}
     text = limits(NONE, nothing, None)
-    assert "Above 0.991 no more were wrong on validation, which promises nothing." in text
+    assert "Above 0.991 no more were wrong on images held out, which promises nothing." in text
     assert "It leaves 0% of test images answered." in text
