@@ -277,3 +277,30 @@ def test_leaks_between_given_folders_are_found(
     assert rows[f"train/ants/{original.name}"] == "unused"
     assert rows["val/ants/planted.jpg"] == "test"
     workspace.run("dvc", "repro", "train")
+
+
+def test_a_table_of_another_version_still_says_where_images_are(empty: Workspace) -> None:
+    old = entries(40)
+    before = run(empty, old)
+    rows = empty.rows("out/split.csv")
+    kept = [name for name in rows[0] if name not in ("group", "path")]
+    lines = [",".join(kept), *(",".join(row[name] for name in kept) for row in rows)]
+    (empty.path / "out/split.csv").write_text("\n".join(lines) + "\n")
+    # Names of groups change when images join them: without the table, these would be drawn anew.
+    renamed = [row._replace(group=f"renamed {row.group}") for row in old]
+    after = run(empty, [*renamed, *entries(20, start=40)])
+    assert {path: after[path] for path in before} == before
+    (empty.path / "out/split.csv").unlink()
+    assert run(empty, renamed) != before
+
+
+def test_a_table_that_cannot_be_read_moves_no_image(empty: Workspace) -> None:
+    run(empty, entries(40))
+    table = empty.path / "out/split.csv"
+    table.write_text(table.read_text().replace("sha256", "hash", 1))
+    content = table.read_text()
+    save_manifest(empty.path / "manifest.csv", sorted(entries(60), key=lambda row: row.path))
+    said = empty.call(*SPLIT, code=6).stderr
+    assert "split.csv has no column sha256; expected sha256, box, split, fold." in said
+    assert "Put it right, or delete it to draw all anew." in said
+    assert table.read_text() == content

@@ -319,11 +319,11 @@ def test_the_largest_vit_takes_images_of_the_size_of_its_weights() -> None:
 
 @pytest.mark.slow
 def test_a_list_names_what_is_refused_and_goes_on(empty: Workspace) -> None:
-    shown = empty.run("tlpipe", "backbones", "timm/dm_nfnet_f[01]")
+    shown = empty.run("tlpipe", "backbones", "timm/vit_[bl]a[sr][eg]*_patch16_sapiens2")
     said = " ".join(shown.stdout.split())
-    for name in ("timm/dm_nfnet_f0: ", "timm/dm_nfnet_f1: "):
+    for name in ("timm/vit_base_patch16_sapiens2: ", "timm/vit_large_patch16_sapiens2: "):
         assert name in said
-    assert "crop_mode 'squash'" in said
+    assert "expected 3 channels and a square" in said
 
 
 def test_backbones_lists_stages_and_what_they_give(empty: Workspace) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, Workspace
+from tests.conftest import INGEST, ROOT, Workspace
 from tlpipe import files
 from tlpipe.features import activations as stored
 from tlpipe.features import frozen
@@ -32,6 +32,11 @@ def photographs(folder: Path) -> None:
         for i in range(IMAGES // 2):
             some = np.random.default_rng(100 * number + i).integers(0, 256, (30, 46 + i, 3), "u1")
             Image.fromarray(some).save(folder / label / f"{i}.png")
+
+
+def ingest(workspace: Workspace) -> str:
+    """Run the stage as a process of its own, which imports the code that PYTHONPATH names."""
+    return workspace.run(*INGEST).stderr
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,7 @@ def test_a_comment_a_docstring_or_code_beside_changes_nothing(case: Case) -> Non
         ("files.py", "_NEW, _OLD = ", "_CACHE = ''\n_NEW, _OLD = "),
     ):
         case.change(file, old, new)
-    assert " 0 decoded" in case.workspace.ingest()
+    assert " 0 decoded" in ingest(case.workspace)
     assert case.embed() == IMAGES
     assert contents(case.written) == case.before
 
@@ -142,7 +147,7 @@ def test_a_changed_line_of_the_augmentation_changes_every_view(case: Case) -> No
 def test_a_changed_line_of_the_decoding_changes_pixels_and_activations(case: Case) -> None:
     before = boundary(case.written)
     case.change("data/images.py", "offset = round((resized - side) / 2)", "offset = 0")
-    said = case.workspace.ingest()
+    said = ingest(case.workspace)
     assert f"{IMAGES} decoded" in said
     assert case.embed() == 0
     assert (np.abs(boundary(case.written) - before).max((1, 2, 3, 4)) > 0.01).all()
@@ -177,7 +182,7 @@ def test_another_version_of_what_exports_is_another_graph(
 def test_another_pillow_decodes_and_computes_anew(case: Case) -> None:
     case.pretend("pillow", "99.0")
     assert case.embed() == IMAGES  # the pixels are still those of the old one
-    assert f"{IMAGES} decoded" in case.workspace.ingest()
+    assert f"{IMAGES} decoded" in ingest(case.workspace)
     assert case.embed() == 0
     assert "Pillow 99.0" in stored.load(case.written).origin.decoder
 

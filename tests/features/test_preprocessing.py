@@ -15,8 +15,7 @@ import torchvision
 from PIL import Image
 
 from tlpipe.data.images import Preprocessing, crop_middle, read_square
-from tlpipe.errors import WeightsError
-from tlpipe.features.backbone import describe
+from tlpipe.features.backbone import _contract, describe
 
 # Names with the libraries' own: bilinear and bicubic, many sizes, several normalisations.
 NAMES = (
@@ -82,13 +81,21 @@ def _difference(ours: np.ndarray, theirs: np.ndarray, by: int, is_wide: bool) ->
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("timm/dm_nfnet_f0", r"squeezed into a square as a whole \(crop_mode 'squash'\); expected"),
-        ("timm/deepseek_vit_412m", r"padded to a square \(crop_mode 'border'\); expected 'center'"),
+        (
+            "timm/dm_nfnet_f0",
+            "squeezed into a square as a whole (crop_mode 'squash'); tlpipe",
+        ),
+        ("timm/deepseek_vit_412m", "padded to a square (crop_mode 'border'); tlpipe keeps the"),
     ],
 )
-def test_images_that_would_be_cropped_otherwise_are_refused(name: str, message: str) -> None:
-    with pytest.raises(WeightsError, match=message):
-        describe(name)
+def test_of_images_that_were_cropped_otherwise_it_is_said(
+    name: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    preprocessing, _ = _contract(name)
+    assert f"{name} was validated on images that were {message}" in caplog.text
+    assert (
+        preprocessing.crop_px == timm.get_pretrained_cfg(name.removeprefix("timm/")).input_size[1]
+    )
 
 
 @pytest.mark.parametrize("name", ["timm/convnext_atto", "timm/resnet50"])

@@ -145,6 +145,7 @@ WITHOUT_EFFECT: list[tuple[int, dict[str, Any], str]] = [
             "patience": 3,
             "unfreeze_epochs": 1,
             "checkpoint_minutes": 1.0,
+            "seed": 3,
         }.items()
     ),
     (0, {"average": 0.9, "epochs": 20}, "train.epochs: 20, train.average: 0.9 have no effect: emb"),
@@ -152,7 +153,11 @@ WITHOUT_EFFECT: list[tuple[int, dict[str, Any], str]] = [
     (0, {"hidden": (8,), "batch_norm": "batch"}, "train.batch_norm: batch has no effect: embed.f"),
     (1, {"hidden": (8,), "max_iterations": 9}, "train.max_iterations: 9 has no effect: a head wi"),
     (1, {"hidden": (8,), "penalties": (0.5,)}, r"train.penalties: \[0.5\] has no effect: a head"),
-    (1, {"stage_decay": 0.5}, "train.stage_decay: 0.5 has no effect: a single stage is open"),
+    (
+        1,
+        {"stage_decay": 0.5},
+        "train.stage_decay: 0.5 has no effect: embed.freeze is none, wh",
+    ),
     (2, {"stage_decay": 0.5, "stage_rate": 0}, "train.stage_decay: 0.5 has no effect: train.stag"),
     (2, {"mix_alpha": 0.5}, "train.mix_alpha: 0.5 has no effect: train.mix is none"),
     (2, {"mix": "mixup", "batch": 1}, "train.mix: mixup has no effect: train.batch is 1, so there"),
@@ -175,7 +180,7 @@ def test_an_option_that_can_have_no_effect_is_named(
     ("open_stages", "options"),
     [
         (0, {}),
-        (0, {"seed": 3, "balance": "loss", "penalties": (0.5,), "max_iterations": 9}),
+        (0, {"balance": "loss", "penalties": (0.5,), "max_iterations": 9}),
         (0, {"balance": "sampling", "epochs": 10, "label_smoothing": 0.1}),  # the defaults
         (0, {"hidden": (8,), "epochs": 20, "patience": 3, "mix": "mixup", "mix_alpha": 1.0}),
         (1, {"stage_rate": 0.1, "penalties": (0.5,), "unfreeze_epochs": 9}),
@@ -187,10 +192,22 @@ def test_what_has_an_effect_is_taken(open_stages: int, options: dict[str, Any]) 
     check_effects(Recipe(**options), "all", open_stages)
 
 
+def test_where_images_decide_what_is_open_an_option_without_effect_is_only_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A pipeline must not end on the night on which a class gets its thousandth image."""
+    check_effects(Recipe(label_smoothing=0.0), "auto", 0)
+    (line,) = caplog.messages
+    assert line.startswith("train.label_smoothing: 0.0 has no effect: embed.freeze is auto, which")
+    # What the freeze level does not decide stays an error.
+    with pytest.raises(ParamsError, match=r"train.mix_alpha: 0.5 has no effect: train.mix is none"):
+        check_effects(Recipe(mix_alpha=0.5), "auto", 2)
+
+
 def test_every_option_is_known_to_the_refusals() -> None:
     """A new option belongs in one of both lists."""
     without = {name for stages, options, _ in WITHOUT_EFFECT if not stages for name in options}
-    with_effect = {"penalties", "max_iterations", "seed", "balance", "hidden", "reinitialise"}
+    with_effect = {"penalties", "max_iterations", "balance", "hidden", "reinitialise"}
     assert without | with_effect == set(Recipe.model_fields)
 
 

@@ -1,16 +1,19 @@
 """What training starts from: statistics of BatchNorm, and stages that are drawn anew."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from tests.learning import tiny
 from tlpipe.errors import ParamsError
 from tlpipe.features.activations import Activations, Origin
 from tlpipe.features.backbone import describe, load_network
 from tlpipe.features.weights import Weights
+from tlpipe.learning import head as heads
 from tlpipe.learning import tuning
 from tlpipe.learning.dataset import Dataset, Examples
 from tlpipe.learning.recipe import Recipe
@@ -96,6 +99,29 @@ def test_reinitialised_stages_are_drawn_with_the_seed_and_no_others() -> None:
         else:
             assert torch.equal(tensor, before[name]), name
     assert redrawn > 0
+
+
+def test_fine_tuning_starts_from_a_head_that_has_not_seen_validation() -> None:
+    """On features as the stages give them that will be trained, not as they are stored."""
+    given, rows = tiny.task([0, 1, 2] * 42), np.arange(126)
+    train, validation = (Examples(part, part % 3) for part in (rows[:90], rows[90:]))
+    data = replace(
+        dataset("efficientnet_lite0", "blocks4"),
+        labels=("a", "b", "c"),
+        train=train,
+        validation=validation,
+        groups=tuple(map(str, rows)),
+    )
+    recipe = Recipe(reinitialise=1, penalties=(0.1,))
+    assert tuning._solve_head(given.classifier, given.feed, data, recipe) == 0.1
+    with torch.inference_mode():
+        features = given.classifier.stages(given.feed.plain(train.rows)).double().numpy()
+    standard = heads.standardisation([features])
+    assert given.classifier.mean.numpy() == pytest.approx(standard.mean, rel=1e-4)
+    model = LogisticRegression(C=1 / (0.1 * 90), max_iter=5000, tol=1e-10)
+    model.fit(standard.apply(features), train.labels)
+    (layer,) = given.classifier.layers
+    assert np.abs(layer.weight.detach().numpy() - model.coef_).max() < 1e-3
 
 
 @pytest.mark.fault("T16")

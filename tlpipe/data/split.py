@@ -1,5 +1,6 @@
 """Stage ``split``: say for each image whether it trains, validates or tests."""
 
+import csv
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,6 @@ from tlpipe.data.manifest import (
     Assignment,
     Entry,
     load_manifest,
-    load_split,
     save_split,
 )
 from tlpipe.errors import ArtifactError, DataError
@@ -244,14 +244,30 @@ class _Groups:
 
 
 def _earlier(split: Path, report: Path, params: Params) -> dict[Image, str]:
-    """Return where an earlier run with the same parameters put its images."""
-    try:
-        if files.read_json(report)["params"] != _drawn_by(params):
-            return {}
-        rows = load_split(split)
-    except (ArtifactError, KeyError, OSError, TypeError):
+    """Return where an earlier run with the same parameters put its images.
+
+    Only the columns that this needs are asked for, since another version may have written others.
+
+    Raises:
+        ArtifactError: there is a table which cannot be read; without it, images would move.
+    """
+    if not (split.is_file() and report.is_file()):
         return {}
-    return {(row.sha256, row.box): row.fold or row.split for row in rows if row.split != UNUSED}
+    if files.read_json(report).get("params") != _drawn_by(params):
+        return {}
+    with files.open_csv(split, "r") as file:
+        rows = csv.DictReader(file)
+        needed = ("sha256", "box", "split", "fold")
+        if missing := [name for name in needed if name not in (rows.fieldnames or ())]:
+            raise ArtifactError(
+                f"{split} has no column {missing[0]}; expected {', '.join(needed)}. It says where "
+                f"images are that must stay there. Put it right, or delete it to draw all anew."
+            )
+        return {
+            (row["sha256"], row["box"]): row["fold"] or row["split"]
+            for row in rows
+            if row["split"] != UNUSED
+        }
 
 
 def _drawn_by(params: Params) -> dict[str, Any]:

@@ -8,6 +8,7 @@ their classifiers are left out.
 import difflib
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -47,6 +48,7 @@ _CROP_MODES = {
     "squash": "squeezed into a square as a whole",
 }
 # An auxiliary output helps where a network is trained from nothing; it is not kept.
+_log = logging.getLogger(__name__)
 _AUXILIARY = ("AuxLogits.", "aux")
 
 
@@ -239,10 +241,11 @@ def _contract(name: str) -> tuple[Preprocessing, Pretrained | None]:
             f"3 channels and a square. Choose another backbone."
         )
     if (mode := config.get("crop_mode") or "center") != "center":
-        raise WeightsError(
-            f"{name} was measured on images that were {_CROP_MODES.get(mode, mode)} (crop_mode "
-            f"{mode!r}); expected 'center', since tlpipe keeps the middle square of each image. "
-            f"Choose another backbone."
+        # Another crop is another share of the image, not another kind of pixels.
+        _log.warning(
+            "%s was validated on images that were %s (crop_mode %r); tlpipe keeps the middle "
+            "square of each image",
+            *(name, _CROP_MODES.get(mode, mode), mode),
         )
     # As timm validates by default: test_input_size is a larger image, at which many are better.
     preprocessing = Preprocessing(

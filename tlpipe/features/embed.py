@@ -152,21 +152,28 @@ def check_freeze(params: Params) -> int | None:
 def check_effects(params: Params, count: int) -> None:
     """Check that no option is set that can have no effect with ``count`` frozen stages.
 
+    Where ``freeze`` is ``auto`` it is only said: the number of images decides, and may grow.
+
     Raises:
         ParamsError: views of an image that is trained whole, or augmentation of what is not shown.
     """
     default = type(params).model_fields["augmentation"].default
+    said = ""
     if params.views and not count:
-        raise ParamsError(
+        said = (
             f"embed.views is {params.views} and has no effect: embed.freeze is {params.freeze}, "
             f"which freezes nothing, so images are augmented while training. Take it out of "
             f"params.yaml, or freeze a stage."
         )
-    if count and not params.views and params.augmentation != default:
-        raise ParamsError(
+    elif count and not params.views and params.augmentation != default:
+        said = (
             f"embed.augmentation has no effect: embed.freeze is {params.freeze} and embed.views is "
             f"0, so no augmented image is ever seen. Set embed.views, or take it out."
         )
+    if said and params.freeze == AUTO:
+        _log.warning("%s", said)
+    elif said:
+        raise ParamsError(said)
 
 
 def check_sampling(found: Sampling, params: Params) -> None:

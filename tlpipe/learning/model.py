@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tlpipe import files
 from tlpipe import held_out as held_outs
@@ -98,12 +98,19 @@ def load(folder: Path) -> Model:
     """Read a model.
 
     Raises:
-        ArtifactError: the folder is missing or incomplete.
+        ArtifactError: the folder is missing, incomplete or of another version.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    card = Card(**files.read_json(folder / _INDEX))
+    try:
+        card = Card(**files.read_json(folder / _INDEX))
+    except ValidationError as error:
+        raise ArtifactError(
+            f"{folder / _INDEX} was written by another version of tlpipe: "
+            f"{error.errors()[0]['msg']}: {'.'.join(map(str, error.errors()[0]['loc']))}. Train it "
+            f"anew with this version."
+        ) from None
     try:
         tensors = load_file(folder / _TENSORS)
     except (OSError, SafetensorError) as error:

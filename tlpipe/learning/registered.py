@@ -34,7 +34,11 @@ def keep_weights(folder: Path, backbone: str) -> str:
     import torch
 
     trained = {name: torch.from_numpy(tensor) for name, tensor in model.stages.items()}
-    network.load_state_dict(trained, strict=False)
+    if unknown := network.load_state_dict(trained, strict=False).unexpected_keys:
+        raise WeightsError(
+            f"the registered model has tensors that {backbone} has not, such as {unknown[0]}: this "
+            f"version of tlpipe cuts it into other stages. Train and register it anew."
+        )
     # Behind the name of its stage, a tensor has the name that the backbone's own code gives it.
     tensors = {name.partition(".")[2]: tensor for name, tensor in network.state_dict().items()}
     content = save({name: tensors[name].contiguous() for name in sorted(tensors)})

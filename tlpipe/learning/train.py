@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tlpipe import files
 from tlpipe.errors import ParamsError
+from tlpipe.features.freeze import AUTO
 from tlpipe.learning import dataset as datasets
 from tlpipe.learning import model as models
 from tlpipe.learning import probe
@@ -20,11 +21,11 @@ HISTORY = ("step", "train_loss", "validation_loss", "validation_accuracy")
 _CHECKPOINTS, _LOCK = ".checkpoints", ".lock"
 _OF_SOLVER = ("penalties", "max_iterations")
 _OF_STAGES = ("stage_rate", "stage_decay", "batch_norm", "unfreeze_epochs")
-# What is not here counts where the head is solved, too: the seed, and class balance.
+# What is not here counts where the head is solved, too.
 _STEPWISE = (
     *("epochs", "batch", "optimiser", "head_rate", *_OF_STAGES, "warmup", "weight_decay", "clip"),
     *("label_smoothing", "mix", "mix_alpha", "average", "metric", "patience"),
-    "checkpoint_minutes",
+    *("checkpoint_minutes", "seed"),
 )
 
 
@@ -116,25 +117,23 @@ def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
 
     Set is what differs from the default: a default that is written down promises nothing that
     would not happen anyway, and the same ``params.yaml`` serves several values of ``embed.freeze``.
+    Where that is ``auto``, what depends on it is only said: more images may open a stage.
 
     Raises:
         ParamsError: one is; all that have none for the same reason are named.
     """
     is_solved = not open_stages and not params.hidden
+    by_freeze = (
+        f"embed.freeze is {freeze}, which leaves no stage open, and train.hidden is empty, so the "
+        f"head is solved at once",
+        f"embed.freeze is {freeze}, which leaves no stage open",
+        f"embed.freeze is {freeze}, which leaves a single stage open",
+    )
     reasons: list[tuple[bool, str, tuple[str, ...]]] = [
-        (
-            is_solved,
-            f"embed.freeze is {freeze}, which leaves no stage open, and train.hidden is empty, so "
-            f"the head is solved at once",
-            _STEPWISE,
-        ),
-        (
-            open_stages == 0 and not is_solved,
-            f"embed.freeze is {freeze}, which leaves no stage open",
-            _OF_STAGES,
-        ),
+        (is_solved, by_freeze[0], _STEPWISE),
+        (open_stages == 0 and not is_solved, by_freeze[1], _OF_STAGES),
+        (open_stages == 1, by_freeze[2], ("stage_decay",)),
         (bool(params.hidden), "a head with train.hidden units is not solved", _OF_SOLVER),
-        (open_stages == 1, "a single stage is open", ("stage_decay",)),
         (params.stage_rate == 0, "train.stage_rate is 0", ("stage_decay", "unfreeze_epochs")),
         (params.mix == "none", "train.mix is none", ("mix_alpha",)),
         (params.batch == 1, "train.batch is 1, so there are no pairs", ("mix", "mix_alpha")),
@@ -156,9 +155,10 @@ def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
         if holds and without:
             given = ", ".join(f"train.{name}: {_shown(known[name])}" for name in without)
             what = "has" if len(without) == 1 else "have"
-            raise ParamsError(
-                f"{given} {what} no effect: {reason}. Take it out of params.yaml, or change that."
-            )
+            said = f"{given} {what} no effect: {reason}."
+            if freeze != AUTO or reason not in by_freeze:
+                raise ParamsError(f"{said} Take it out of params.yaml, or change that.")
+            _log.warning("%s", said)
 
 
 def _shown(value: object) -> object:
