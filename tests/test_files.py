@@ -1,10 +1,15 @@
 import errno
+import fcntl
 import hashlib
 import os
+import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -247,6 +252,181 @@ def test_two_writers_of_one_file_each_write_their_own(tmp_path: Path) -> None:
         assert target.read_text() == "fast"
     assert target.read_text() == "slow"
     assert names(tmp_path) == ["report.json"]
+
+
+OTHER = 12 * "0"
+
+
+@contextmanager
+def on_another_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What begins inside writes as if on another host, whose locks this one cannot see."""
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "HOST_ID", OTHER)
+        patched.setattr(fcntl, "flock", lambda *_: None)
+        yield
+
+
+@pytest.mark.fault("F01")
+def test_a_file_that_another_host_writes_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "report.json"
+    with ExitStack() as writer:
+        with on_another_host(monkeypatch):
+            slow = writer.enter_context(files.replacing(target))
+        slow.write_text("slow")
+        files.write_bytes(target, b"fast")
+        assert (target.read_text(), slow.read_text()) == ("fast", "slow")
+    assert target.read_text() == "slow"
+    assert names(tmp_path) == ["report.json"]
+
+
+@pytest.mark.fault("F01")
+def test_a_folder_that_another_host_writes_is_left_alone_by_writers_and_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "pixels"
+    with ExitStack() as writer:
+        with on_another_host(monkeypatch):
+            slow = writer.enter_context(files.replacing_folder(target))
+        (slow / "slow").write_text("slow")
+        files.finish_folder(target)
+        assert not target.exists()
+        with files.replacing_folder(target) as fast:
+            (fast / "fast").write_text("fast")
+        files.finish_folder(target)
+        assert (names(target), names(slow)) == (["fast"], ["slow"])
+    assert names(target) == ["slow"]
+    assert names(tmp_path) == ["pixels"]
+
+
+@pytest.mark.fault("F01")
+@pytest.mark.parametrize("is_retry", [False, True])
+def test_a_writer_whose_folder_a_reader_puts_into_place_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_retry: bool
+) -> None:
+    target, steps, rename = tmp_path / "pixels", iter(range(100)), os.rename
+    finished: list[bool] = []
+    with files.replacing_folder(target) as folder:
+        (folder / "old").write_text("old")
+
+    def slow(source: Path, goal: Path) -> None:
+        step = next(steps)
+        if is_retry and step == 1:  # a second writer is faster
+            target.mkdir()
+            (target / "second").write_text("second")
+        if is_retry and step == 2:  # and a third one moves that away
+            rename(target, tmp_path / "moved")
+        if step == (2 if is_retry else 1):
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "rename", rename)
+                files.finish_folder(target)
+            finished.append((target / "new").exists())
+        rename(source, goal)
+
+    with files.replacing_folder(target) as folder:
+        (folder / "new").write_text("new")
+        monkeypatch.setattr(os, "rename", slow)
+    assert finished == [True]
+    assert names(target) == ["new"]
+    assert names(tmp_path) == (["moved", "pixels"] if is_retry else ["pixels"])
+
+
+def test_a_writer_whose_work_was_removed_says_so_and_the_old_folder_stands(tmp_path: Path) -> None:
+    target = tmp_path / "pixels"
+    with files.replacing_folder(target) as folder:
+        (folder / "old").write_text("old")
+    with (
+        pytest.raises(FileNotFoundError, match=r"\.partial/new"),
+        files.replacing_folder(target) as folder,
+    ):
+        shutil.rmtree(folder.parent)
+    assert names(target) == ["old"]
+
+
+@pytest.mark.fault("F02")
+@pytest.mark.parametrize("is_this_host", [True, False])
+@pytest.mark.parametrize(
+    ("step", "when", "stands"), [(0, "before", "old"), (0, "after", "new"), (1, "after", "new")]
+)
+def test_readers_finish_what_any_host_left_and_only_a_writer_of_that_host_removes_it(
+    tmp_path: Path, is_this_host: bool, step: int, when: str, stands: str
+) -> None:
+    target, host = tmp_path / "pixels", files.HOST_ID if is_this_host else OTHER
+    with files.replacing_folder(target) as folder:
+        (folder / "old").write_text("old")
+    program = f"from tlpipe import files; files.HOST_ID = {host!r}\n{KILLED}"
+    command = (sys.executable, "-c", program, target, str(step), when)
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    left, *_ = names(tmp_path)
+    assert left.startswith(f".pixels.{host}-")
+    files.finish_folder(target)
+    assert names(target) == [stands]
+    assert names(tmp_path) == [left, "pixels"]
+    with files.replacing_folder(target) as folder:
+        (folder / "next").write_text("next")
+    assert names(target) == ["next"]
+    assert names(tmp_path) == (["pixels"] if is_this_host else [left, "pixels"])
+
+
+@pytest.mark.fault("F02")
+def test_an_interrupt_between_the_old_folder_and_the_new_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, steps, rename = tmp_path / "pixels", iter(range(100)), os.rename
+    with files.replacing_folder(target) as folder:
+        (folder / "old").write_text("old")
+
+    def interrupted(source: Path, goal: Path) -> None:
+        if next(steps) == 1:
+            raise KeyboardInterrupt
+        rename(source, goal)
+
+    with pytest.raises(KeyboardInterrupt), files.replacing_folder(target) as folder:
+        (folder / "new").write_text("new")
+        monkeypatch.setattr(os, "rename", interrupted)
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["pixels"]
+
+
+@pytest.mark.fault("F02")
+def test_what_is_being_removed_is_never_put_into_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "pixels"
+    left = tmp_path / f".pixels.{files.HOST_ID}-{16 * '0'}.partial"
+    for folder in (target, left / "old-0", left / "new"):
+        folder.mkdir(parents=True)
+    remove = shutil.rmtree
+    finished: list[bool] = []
+
+    def slow(folder: Path, ignore_errors: bool) -> None:
+        target.rename(tmp_path / "moved")  # another writer is about to replace it
+        files.finish_folder(target)
+        finished.append(target.exists())
+        remove(folder, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    files.recover_folder(target)
+    assert finished == [False]
+    assert names(tmp_path) == ["moved"]
+
+
+def test_a_host_has_one_id_until_it_starts_again_or_has_another_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = "from tlpipe import files; print(files.HOST_ID)"
+    said = subprocess.run((sys.executable, "-c", program), capture_output=True, text=True)
+    assert said.stdout.strip() == files.HOST_ID
+    found = {files.HOST_ID}
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "gethostname", lambda: "another")
+        found.add(files._host_id())
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "exists", lambda _: True)
+        patched.setattr(Path, "read_text", lambda _: "another boot")
+        found.add(files._host_id())
+    assert len(found) == 3
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_no_neighbour_s(

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -20,7 +21,21 @@ from tlpipe.errors import ArtifactError, TrainingError
 if TYPE_CHECKING:
     import _csv
 
-_NEW, _OLD = "new", "old-"
+_NEW, _OLD, _HALF = "new", "old-", "half"
+
+
+def _host_id() -> str:
+    """Return 12 hexadecimal digits that tell this host, as it was started this time, from others.
+
+    Containers on one machine share its boot id but not its name; hosts that share a name, as
+    "localhost", have other boot ids.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")  # Linux; elsewhere the name has to do
+    boot_id = boot.read_text() if boot.exists() else ""
+    return hashlib.sha256(f"{socket.gethostname()}\n{boot_id}".encode()).hexdigest()[:12]
+
+
+HOST_ID = _host_id()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -53,11 +68,19 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         yield new
         flush_folder(new)
         for attempt in count():
-            # A kill between these two lines leaves both folders: see recover_folder.
+            # A kill between these two lines leaves both folders: see finish_folder.
+            old = scratch / f"{_OLD}{attempt}"
             with suppress(FileNotFoundError):
-                path.rename(scratch / f"{_OLD}{attempt}")
+                path.rename(old)
             try:
                 new.rename(path)
+                break
+            except FileNotFoundError:  # finish_folder of another process was faster
+                if not scratch.exists():
+                    raise
+                if attempt:  # then the new folder may be the one that was moved away above
+                    with suppress(OSError):
+                        old.rename(path)
                 break
             except OSError as error:  # another writer was faster: its folder has to make room
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -65,24 +88,31 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _flush(path.parent)
 
 
-def recover_folder(path: Path) -> None:
-    """Finish what killed processes began: put a complete new folder into place, remove the rest.
+def finish_folder(path: Path) -> None:
+    """Put the complete new folder of a killed writer into place; remove nothing.
 
     A process that was killed between moving the old folder away and the new one into place leaves
-    nothing at ``path``, but the complete new folder beside it.
+    nothing at ``path``, but the complete new folder beside it. This is safe even if the writer is
+    alive on another host: a writer that finds its folder in place already is done.
     """
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.partial")
-    left = [name for name in _names(path.parent) if ours.fullmatch(name)]
-    for scratch in map(path.with_name, left):
+    for scratch in _scratches(path):
+        _finish(path, scratch)
+
+
+def recover_folder(path: Path) -> None:
+    """Finish what killed writers began, then remove what those of this host and boot left.
+
+    A writer holds a lock on its scratch folder as long as it lives, but a lock on a folder is known
+    to its own kernel only: on NFS it looks free from every other host. So what another host, or
+    this one before it was started again, left beside ``path`` is never removed.
+    """
+    finish_folder(path)
+    for scratch in _scratches(path, HOST_ID):
         with suppress(OSError):
             descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                # Its writer holds the lock as long as it lives.
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                was_moved_away = any(name.startswith(_OLD) for name in _names(scratch))
-                if was_moved_away and not path.exists() and (scratch / _NEW).exists():
-                    (scratch / _NEW).rename(path)
-                shutil.rmtree(scratch, ignore_errors=True)
+                _remove(path, scratch)
             finally:
                 os.close(descriptor)
 
@@ -229,15 +259,15 @@ def _scratch(path: Path) -> Iterator[Path]:
     try:
         yield scratch
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(path, scratch)
         os.close(descriptor)
 
 
 def _claim(path: Path) -> tuple[Path, int]:
-    """Make a folder beside ``path`` and lock it, by which others know that its process lives."""
+    """Make a folder beside ``path`` and lock it: so this host knows that its process lives."""
     while True:
         # Not by tempfile: that would keep what is written from everybody but this user.
-        scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        scratch = path.with_name(f".{path.name}.{HOST_ID}-{secrets.token_hex(8)}.partial")
         scratch.mkdir()
         try:
             descriptor = os.open(scratch, os.O_RDONLY)
@@ -248,11 +278,34 @@ def _claim(path: Path) -> tuple[Path, int]:
         except BlockingIOError:
             pass  # somebody is about to remove it
         except OSError:
-            return scratch, descriptor  # no locks in this file system: nobody removes it either
+            # No locks in this file system: no other process of this host gets one to remove it.
+            return scratch, descriptor
         else:
             if scratch.exists():
                 return scratch, descriptor
         os.close(descriptor)
+
+
+def _scratches(path: Path, host_id: str = "[0-9a-f]{12}") -> list[Path]:
+    """Return the scratch folders beside ``path``, of all hosts or of one."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{host_id}-[0-9a-f]{{16}}\.partial")
+    return [path.with_name(name) for name in _names(path.parent) if pattern.fullmatch(name)]
+
+
+def _finish(path: Path, scratch: Path) -> None:
+    """Rename the new folder into place if it is complete: the old one was moved away for it."""
+    was_moved_away = any(name.startswith(_OLD) for name in _names(scratch))
+    with suppress(OSError):
+        if was_moved_away and not path.exists():
+            (scratch / _NEW).rename(path)
+
+
+def _remove(path: Path, scratch: Path) -> None:
+    """Remove a scratch folder, but not the only complete folder that there is."""
+    _finish(path, scratch)
+    with suppress(OSError):  # finish_folder must not find it while it is being removed
+        (scratch / _NEW).rename(scratch / _HALF)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _names(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from tests.conftest import Workspace
+from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import FORMATS
 from tlpipe.sources import storage
@@ -395,7 +396,7 @@ def test_pixels_of_a_killed_run_that_were_complete_are_found(
     empty.set_source(photos)
     empty.ingest()
     # As a kill leaves it between moving the old folder away and the new one into place.
-    left = empty.path / "out" / f".pixels.{'0' * 16}.partial"
+    left = empty.path / "out" / f".pixels.{files.HOST_ID}-{'0' * 16}.partial"
     (left / "old-0").mkdir(parents=True)
     (empty.path / "out" / "pixels").rename(left / "new")
     assert " 0 decoded" in empty.ingest()

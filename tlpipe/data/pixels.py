@@ -142,7 +142,7 @@ def load(folder: Path) -> PackedPixels:
     Raises:
         ArtifactError: the folder is missing or incomplete.
     """
-    files.recover_folder(folder)
+    files.finish_folder(folder)
     index = files.read_json(folder / _INDEX)
     sampling = Sampling(**index["sampling"])
     side = sampling.short_side_px

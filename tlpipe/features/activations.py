@@ -136,7 +136,7 @@ def load(folder: Path) -> Activations:
     Raises:
         ArtifactError: the folder is missing or incomplete.
     """
-    files.recover_folder(folder)
+    files.finish_folder(folder)
     index = files.read_json(folder / _INDEX)
 
     def part(name: str) -> chunks.Chunks | None:
