@@ -33,16 +33,17 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 
 MODULES = {
     "learning": "loop optimiser schedule batches checkpoint head probe norms",
-    "features": "embed activations frozen stages freeze augment",
-    "onnx_export": "graph precisions parity any_size temperature",
+    "features": "embed activations forward frozen stages freeze augment",
+    "onnx_export": "graph precisions parity any_size temperature int8 fp16",
     "metrics": "scores curves slices corruptions",
-    "data": "chunks split images duplicates manifest",
+    "data": "chunks folds split images duplicates manifest",
     "registry": "moves gate promotion",
-    "": "resampling files",
+    "": "resampling files held_out code_digest",
 }
 # Beside tests/ROOM/test_MODULE.py: files whose tests of a module are quick and thorough.
 ALSO = {
     "data/duplicates": ["data/test_ingest.py"],
+    "data/folds": ["learning/test_probe.py", "data/test_split.py"],
     "data/chunks": ["data/test_ingest.py"],
     "data/manifest": ["data/test_ingest.py", "data/test_split.py"],
     "features/activations": ["features/test_embed.py"],
@@ -52,6 +53,7 @@ ALSO = {
     "learning/optimiser": ["learning/test_loop.py"],
     "metrics/slices": ["metrics/test_evaluate.py"],
     "metrics/corruptions": ["metrics/test_evaluate.py"],
+    "features/forward": ["features/test_embed.py"],
     "onnx_export/any_size": ["onnx_export/test_export.py"],
     "onnx_export/graph": ["onnx_export/test_export.py"],
     "onnx_export/parity": ["onnx_export/test_export.py"],

@@ -2,8 +2,11 @@
 
 Folds hold out whole groups; what each fold's head answers for the images that it has not seen
 (out-of-fold predictions) is what the l2, the temperature and the abstention threshold are chosen
-by, so the head that ships is fitted on all images given. Features are read block by block: memory
-does not grow with the images.
+by, so the head that ships is fitted on all images given.
+
+Features are read block by block from a temporary file, so that of them memory holds one block;
+logits (N, C) of the images held out are kept. Each l2 costs one solution for each fold, and each of
+the solver's iterations two products of (N, D) and (D, C), on one thread.
 """
 
 import logging
