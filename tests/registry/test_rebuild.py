@@ -1,0 +1,65 @@
+"""What ``rebuild`` runs, and of whom."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import Workspace
+
+pytestmark = pytest.mark.slow
+COMMIT = ("-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "all")
+BY_THE_TAGS = "issue 15: what the registry's tags name is cloned and run"
+
+
+def repository(path: Path, env: dict[str, str], command: str) -> tuple[Workspace, str]:
+    """Make a DVC repository whose stage ``export`` is a command; return its commit as well."""
+    path.mkdir(parents=True)
+    stages = {"stages": {"export": {"cmd": command, "outs": ["bundle"]}}}
+    (path / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    made = Workspace(path, env)
+    made.run("git", "init", "-q")
+    made.run("dvc", "init", "-q")
+    made.run("git", "add", "--all")
+    made.run("git", *COMMIT)
+    return made, made.run("git", "rev-parse", "HEAD").stdout.strip()
+
+
+def registered(workspace: Workspace, **tags: str) -> None:
+    """Make a registry of a version with tags that somebody has set."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{workspace.path / 'mlflow.db'}")
+    client.create_registered_model("digits")
+    named = {f"tlpipe.{name}": value for name, value in {"bundle": "0" * 64, **tags}.items()}
+    client.create_model_version("digits", source="s3://bucket/0", tags=named)
+
+
+@pytest.mark.xfail(strict=True, reason=BY_THE_TAGS)
+def test_the_repository_that_a_tag_names_is_not_run(
+    empty: Workspace, tmp_path: Path, cache_env: dict[str, str]
+) -> None:
+    trace = tmp_path / "was run"
+    evil, commit = repository(tmp_path / "evil", cache_env, f"touch '{trace}' && mkdir bundle")
+    registered(empty, git_commit=commit, git_remote=str(evil.path))
+    said = empty.run("tlpipe", "rebuild", "digits@1", code=None)
+    assert not trace.exists()
+    assert said.returncode == 8
+    assert "--repository" in said.stderr
+
+
+@pytest.mark.xfail(strict=True, reason=BY_THE_TAGS)
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_a_folder_outside_of_the_repository_is_not_run(
+    empty: Workspace, tmp_path: Path, cache_env: dict[str, str], is_absolute: bool
+) -> None:
+    """The tag leads out of the clone, which lies in a temporary folder."""
+    trace = tmp_path / "was run"
+    own, commit = repository(tmp_path / "own", cache_env, "mkdir bundle")
+    evil, _ = repository(tmp_path / "evil", cache_env, f"touch '{trace}' && mkdir bundle")
+    upwards = "../" * 20 + str(evil.path).lstrip("/")
+    registered(empty, git_commit=commit, git_folder=str(evil.path) if is_absolute else upwards)
+    said = empty.run("tlpipe", "rebuild", "digits@1", "--repository", str(own.path), code=None)
+    assert not trace.exists()
+    assert said.returncode == 8
+    assert "folder" in said.stderr
