@@ -51,7 +51,7 @@ def proxy(target: str, fate: Fate) -> Iterator[str]:
                 kept = [(n, v) for n, v in answer.getheaders() if n.lower() not in own]
                 return answer.status, kept, answer.read()
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
+        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""

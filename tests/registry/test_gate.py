@@ -28,7 +28,9 @@ def test_who_loses_no_more_than_allowed_and_not_beyond_chance_passes(loss: float
             is_little = losses - gains <= round(loss * IMAGES)
             # Of images that changed, half are lost if nothing but chance decides.
             changed = losses + gains
-            chance = stats.binomtest(losses, changed, alternative="greater").pvalue if changed else 1
+            chance = (
+                stats.binomtest(losses, changed, alternative="greater").pvalue if changed else 1
+            )
             if chance > 0.05:
                 assert rule.passed == is_little, (losses, gains, rule)
             elif chance < 0.005:

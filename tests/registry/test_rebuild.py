@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from tests.conftest import Workspace
+from tests.test_versioning import commit, photographs
+from tlpipe.onnx_export import bundle as bundles
 
 pytestmark = pytest.mark.slow
 COMMIT = ("-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "all")
@@ -63,3 +65,22 @@ def test_a_folder_outside_of_the_repository_is_not_run(
     assert not trace.exists()
     assert said.returncode == 8
     assert "folder" in said.stderr
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: a split depends on tables that a clone lacks")
+def test_a_version_of_a_grown_data_set_is_rebuilt(workspace: Workspace, tmp_path: Path) -> None:
+    """Images were added after the first version, and each kept its split."""
+    workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    workspace.set_source("data/photos")
+    for count in (8, 14):
+        photographs(workspace, count)
+        workspace.run("dvc", "add", "data/photos")
+        commit(workspace, f"{count} images of each class")
+        workspace.run("dvc", "repro", "export")
+        commit(workspace, "what was made of them")
+    workspace.run("dvc", "push", "data/photos.dvc")
+    bundle = bundles.load(workspace.path / "artifacts/export/bundle")
+    registered(workspace, bundle=bundle.digest, git_commit=bundle.provenance["git_commit"])
+    said = workspace.run("tlpipe", "rebuild", "digits@1", code=None)
+    assert said.returncode == 0, said.stderr
+    assert f"came out with the same bytes: {bundle.digest}" in said.stdout
