@@ -92,8 +92,8 @@ def test_the_digest_is_that_of_every_python(tmp_path: Path) -> None:
 def other_python(request: pytest.FixtureRequest) -> str:
     """Another Python than this one, without any package; of this machine's, or the test skips."""
     name = f"python{request.param}"
-    homes = [Path.home() / ".pyenv" / "versions", Path("/usr/local/bin"), Path("/usr/bin")]
-    found = [shutil.which(name), *(p for home in homes for p in home.glob(f"**/bin/{name}"))]
+    of_pyenv = (Path.home() / ".pyenv" / "versions").glob(f"*/bin/{name}")
+    found = [shutil.which(name), *of_pyenv]
     asked = "import sys; print(*sys.version_info[:2], sep='.')"
     for program in filter(None, found):
         run = subprocess.run([program, "-c", asked], capture_output=True, text=True)

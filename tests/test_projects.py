@@ -7,17 +7,22 @@ import pytest
 
 from tests.conftest import Workspace
 
-FOLDER = "issue 16: but for the parameters, the folder is the one that the command is run in"
-
 
 @pytest.mark.parametrize(
     "command",
     [
         ("history",),
-        pytest.param(("check",), marks=pytest.mark.xfail(strict=True, reason=FOLDER)),
+        pytest.param(
+            ("check",),
+            marks=pytest.mark.xfail(
+                strict=True, reason="issue 16: the folder is where the command is run"
+            ),
+        ),
         pytest.param(
             ("predict", "--json", "artifacts/evaluate/examples/4.png"),
-            marks=pytest.mark.xfail(strict=True, reason=FOLDER),
+            marks=pytest.mark.xfail(
+                strict=True, reason="issue 16: the folder is where the command is run"
+            ),
         ),
     ],
     ids=lambda command: command[0],

@@ -12,8 +12,6 @@ from tests.test_versioning import commit
 from tlpipe.onnx_export import bundle as bundles
 
 pytestmark = pytest.mark.slow
-COMMIT = ("-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "all")
-BY_THE_TAGS = "issue 15: what the registry's tags name is cloned and run"
 
 
 def repository(path: Path, env: dict[str, str], command: str) -> tuple[Workspace, str]:
@@ -24,8 +22,7 @@ def repository(path: Path, env: dict[str, str], command: str) -> tuple[Workspace
     made = Workspace(path, env)
     made.run("git", "init", "-q")
     made.run("dvc", "init", "-q")
-    made.run("git", "add", "--all")
-    made.run("git", *COMMIT)
+    commit(made, "all")
     return made, made.run("git", "rev-parse", "HEAD").stdout.strip()
 
 
@@ -39,7 +36,7 @@ def registered(workspace: Workspace, **tags: str) -> None:
     client.create_model_version("digits", source="s3://bucket/0", tags=named)
 
 
-@pytest.mark.xfail(strict=True, reason=BY_THE_TAGS)
+@pytest.mark.xfail(strict=True, reason="issue 15: what a tag names is run")
 def test_the_repository_that_a_tag_names_is_not_run(
     empty: Workspace, tmp_path: Path, cache_env: dict[str, str]
 ) -> None:
@@ -52,7 +49,7 @@ def test_the_repository_that_a_tag_names_is_not_run(
     assert "--repository" in said.stderr
 
 
-@pytest.mark.xfail(strict=True, reason=BY_THE_TAGS)
+@pytest.mark.xfail(strict=True, reason="issue 15: what a tag names is run")
 @pytest.mark.parametrize("is_absolute", [True, False])
 def test_a_folder_outside_of_the_repository_is_not_run(
     empty: Workspace, tmp_path: Path, cache_env: dict[str, str], is_absolute: bool
