@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +7,7 @@ from pathlib import Path
 import grimp
 import pytest
 
+from tests.conftest import ROOT
 from tlpipe.code_digest import of_modules, versions
 from tlpipe.features.forward import CODE
 
@@ -83,6 +86,52 @@ def test_what_is_executed_counts(tmp_path: Path, old: str, new: str) -> None:
 def test_the_digest_is_that_of_every_python(tmp_path: Path) -> None:
     """The value was found alike by 3.10.13, 3.11.7, 3.12.1 and 3.13.0."""
     assert digest(tmp_path, SOURCE) == "e486cb2dbb5ab2a1"
+
+
+@pytest.fixture(params=["3.12", "3.13"])
+def other_python(request: pytest.FixtureRequest) -> str:
+    """Another Python than this one, without any package; of this machine's, or the test skips."""
+    name = f"python{request.param}"
+    of_pyenv = (Path.home() / ".pyenv" / "versions").glob(f"*/bin/{name}")
+    found = [shutil.which(name), *of_pyenv]
+    asked = "import sys; print(*sys.version_info[:2], sep='.')"
+    for program in filter(None, found):
+        run = subprocess.run([program, "-c", asked], capture_output=True, text=True)
+        if run.stdout.strip() == request.param:
+            return str(program)
+    pytest.skip(f"there is no {name} here")
+
+
+def test_another_python_compiles_all_code_and_gives_it_the_same_digest(
+    other_python: str, tmp_path: Path
+) -> None:
+    """Warnings are errors: what is deprecated in the grammar is found before it is taken out."""
+    shutil.copytree(ROOT / "tlpipe", tmp_path / "tlpipe", ignore=shutil.ignore_patterns("*.pyc"))
+    names = sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "tlpipe").rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    )
+    assert len(names) > 70
+    compiling = (other_python, "-W", "error", "-m", "compileall", "-q", "tlpipe")
+    subprocess.run(compiling, cwd=tmp_path, check=True)
+    # Alone, since packages import what this Python does not have.
+    files = {name: str(ROOT / f"{name.replace('.', '/')}.py") for name in names}
+    program = (
+        "import json, sys\nfrom types import SimpleNamespace\nfrom tlpipe import code_digest\n"
+        "files = json.load(sys.stdin)\n"
+        "code_digest.find_spec = lambda name: SimpleNamespace(origin=files[name])\n"
+        "print(code_digest.of_modules(*files))"
+    )
+    found = subprocess.run(
+        [other_python, "-B", "-c", program],
+        cwd=ROOT,
+        input=json.dumps(files),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == of_modules(*names)
 
 
 def test_order_does_not_count_but_names_do() -> None:

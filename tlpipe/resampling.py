@@ -151,7 +151,7 @@ def paired_difference(
     gained = second.astype(np.float64) - first.astype(np.float64)
     changes = (np.maximum(gained, 0), np.maximum(-gained, 0))
     up, down = (share_interval(change, place, confidence) for change in changes)
-    value = up["value"] - down["value"]
+    value = float(gained.mean())  # rounded once: two of 200 images are 0.01, no bit more
     apart = [
         np.bincount(place, change - share["value"])
         for change, share in zip(changes, (up, down), strict=True)

@@ -1,9 +1,11 @@
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Workspace
+from tests.conftest import PATIENCE_S, ROOT, Workspace
 
 EXPORT = """
 from tlpipe.features.backbone import describe
@@ -38,3 +40,53 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, main_job: Workspace) -> No
     assert export(tmp_path / "cache") == mine
     wanted = hashlib.sha256(cached.read_bytes()).hexdigest()
     assert hashlib.sha256(mine.read_bytes()).hexdigest() == wanted
+
+
+# Waits for the others before it looks into the cache.
+TOGETHER = """
+import sys
+from pathlib import Path
+from tlpipe.features.backbone import describe
+from tlpipe.features.frozen import whole_graph
+from tlpipe.features.weights import Weights
+import torch.onnx, onnxscript
+backbone = describe("timm/test_resnet")
+print("ready", flush=True)
+sys.stdin.readline()
+path = whole_graph(backbone, Weights(None, ""))
+print(path, path.read_bytes() == whole_graph(backbone, Weights(None, "")).read_bytes())
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_export_into_one_cache_leave_one_intact_file(tmp_path: Path) -> None:
+    workspace = Workspace(ROOT, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", TOGETHER],
+            cwd=ROOT,
+            env=workspace.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    (printed,) = {out for out, _ in ends}
+    name, is_same = printed.split()
+    assert is_same == "True"
+    folder = tmp_path / "cache" / "tlpipe" / "frozen"
+    path = Path(name)
+    assert sorted(folder.iterdir()) == [path, path.with_suffix(".sha256")]
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path.with_suffix(".sha256").read_text() == sha256

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from scipy.special import log_softmax, softmax
 from sklearn.utils.class_weight import compute_class_weight
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.learning import tiny
 from tlpipe.errors import Interrupted, TrainingError
@@ -300,6 +300,40 @@ def test_two_steps_are_those_of_the_formulas(options: dict[str, Any]) -> None:
     (layer,) = given.classifier.layers
     assert layer.weight.detach().numpy() == pytest.approx(weight, rel=1e-6, abs=1e-9)
     assert layer.bias.detach().numpy() == pytest.approx(bias, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_two_steps_of_open_stages_are_those_of_plain_torch(by_batch: bool) -> None:
+    """With statistics of each batch, which are averaged, and with pretrained ones, which stay."""
+    still = {"label_smoothing": 0.0, "weight_decay": 0.0, "stage_decay": 1.0}
+    rates = {"optimiser": "sgd", "stage_rate": 0.2, "head_rate": 0.2, "batch": 6}
+    recipe = Recipe(**still, **rates)  # type: ignore[arg-type]
+    given = tiny.task([0, 1, 2] * 2, dtype=torch.float64, by_batch=by_batch)
+    plain = nn.Sequential(tiny.stages(), nn.Linear(8, 3)).double()
+    plain[0].load_state_dict(given.classifier.stages.state_dict())
+    plain[1].load_state_dict(given.classifier.layers[0].state_dict())
+    training = loop.Training(given, recipe, None)
+    training.model.open_last(3)
+    training.set_rates(0.5)
+
+    for module in plain.modules():
+        module.train(by_batch or not isinstance(module, nn.BatchNorm2d))
+    optimiser = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    images, labels = given.feed.plain(given.train.rows), torch.tensor(given.train.labels)
+    for step in range(2):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(plain(images), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), recipe.clip)
+        optimiser.step()
+        assert training.take_step(given.train.rows, step) == pytest.approx(loss.item())
+    found = training.model.state_dict()
+    moved = 0
+    for name, tensor in plain.state_dict().items():
+        ours = found[name.replace("0.", "stages.", 1) if name[0] == "0" else f"head.0{name[1:]}"]
+        assert torch.allclose(ours.to(tensor), tensor, rtol=1e-9, atol=1e-12), name
+        moved += "running_var" in name and not torch.equal(tensor, torch.ones_like(tensor))
+    assert moved == (3 if by_batch else 0)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

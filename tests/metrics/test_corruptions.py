@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from tlpipe.data.manifest import Entry
-from tlpipe.metrics import answers, corruptions
+from tlpipe.metrics import answers, corruptions, evaluate
 from tlpipe.metrics.answers import Part
 
 KEYS = [f"{number}.png " for number in range(20)]
@@ -90,3 +91,31 @@ def test_answers_for_changed_images_do_not_depend_on_the_batch(
     assert (found[0] == found[2]).all()
     if kind == "noise":
         assert len(set(found[0][:, 0].tolist())) > 10, "each image has its own noise"
+
+
+@pytest.mark.fault("M01", "M04")
+@pytest.mark.parametrize("copies", [1, 5])
+def test_accuracy_on_changed_images_is_that_of_the_light_with_wilson_s_interval(
+    copies: int,
+) -> None:
+    """Named right is what is brighter than half. Copies of an image do not narrow an interval."""
+    levels = np.repeat([100, 160, 200], 4)
+    images = np.repeat(levels, copies).astype(np.uint8)[:, None, None, None]
+    squares = np.broadcast_to(images, (len(images), 32, 32, 3))
+    entries = [
+        Entry(f"{number}.png", "a", "", "", 1, 32, 32, "RGB", "PNG", f"{number // copies}", "", "")
+        for number in range(len(images))
+    ]
+    truth = np.zeros(len(images), np.int64)
+    part = Part(squares, list(range(len(images))), entries, truth)  # type: ignore[arg-type]
+    found = evaluate._robustness(Mean(), part, 0.95)  # type: ignore[arg-type]
+    assert found["images"] == len(images)
+    factors = {"blur": [1.0] * 3, "noise": [1.0] * 3, "jpeg": [1.0] * 3, "clean": [1.0]}
+    factors |= {kind: list(corruptions.STRENGTHS[kind]) for kind in ("dark", "bright")}
+    for kind, strengths in factors.items():
+        rows = [found[kind]] if kind == "clean" else found[kind]
+        for row, factor in zip(rows, strengths, strict=True):
+            right = int((levels * factor > 127.5).sum())
+            interval = stats.binomtest(right, 12).proportion_ci(0.95, method="wilson")
+            assert row["accuracy"] == pytest.approx(right / 12), (kind, factor)
+            assert (row["low"], row["high"]) == pytest.approx(interval), (kind, factor)

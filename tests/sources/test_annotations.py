@@ -283,19 +283,25 @@ def recorded(root: Path, content: dict[str, Any]) -> None:
 @pytest.mark.xfail(strict=True, reason="issue 14: a polygon without a box labels the whole photo")
 @pytest.mark.parametrize(
     "segmentation",
-    [[[20, 30, 80, 30, 80, 90, 20, 90]], {"size": [200, 300], "counts": [4030, 60, 55910]}],
+    [
+        [[20, 30, 80, 30, 80, 90, 20, 90]],
+        # Lengths of runs down the columns of 200 pixels: 60 columns from the 20th on.
+        {"size": [200, 300], "counts": [4030, *[60, 140] * 59, 60, 55910 - 59 * 200]},
+    ],
+    ids=["polygon", "mask"],
 )
 def test_a_polygon_or_mask_has_the_box_around_it(
     empty: Workspace, tmp_path: Path, segmentation: object
 ) -> None:
     content = coco(tmp_path / "coco", "all.json", 6)
-    del content["annotations"][0]["bbox"]
-    content["annotations"][0]["segmentation"] = segmentation
-    recorded(tmp_path / "coco", content)
     empty.set_source(tmp_path / "coco")
     empty.ingest()
-    rows = {row["path"]: row["box"] for row in empty.rows("out/manifest.csv")}
-    assert "images/000.png" not in rows
+    expected = empty.rows("out/manifest.csv")
+    assert content["annotations"][0].pop("bbox") == [20, 30, 60, 60]
+    content["annotations"][0]["segmentation"] = segmentation
+    recorded(tmp_path / "coco", content)
+    empty.ingest()
+    assert empty.rows("out/manifest.csv") == expected
 
 
 @pytest.mark.xfail(strict=True, reason="issue 14: a file of the same name in another folder is cut")

@@ -1,0 +1,96 @@
+"""What ``rebuild`` runs, and of whom."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.conftest import Workspace
+from tests.test_versioning import commit
+from tlpipe.onnx_export import bundle as bundles
+
+pytestmark = pytest.mark.slow
+
+
+def repository(path: Path, env: dict[str, str], command: str) -> tuple[Workspace, str]:
+    """Make a DVC repository whose stage ``export`` is a command; return its commit as well."""
+    path.mkdir(parents=True)
+    stages = {"stages": {"export": {"cmd": command, "outs": ["bundle"]}}}
+    (path / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    made = Workspace(path, env)
+    made.run("git", "init", "-q")
+    made.run("dvc", "init", "-q")
+    commit(made, "all")
+    return made, made.run("git", "rev-parse", "HEAD").stdout.strip()
+
+
+def registered(workspace: Workspace, **tags: str) -> None:
+    """Make a registry of a version with tags that somebody has set."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{workspace.path / 'mlflow.db'}")
+    client.create_registered_model("digits")
+    named = {f"tlpipe.{name}": value for name, value in {"bundle": "0" * 64, **tags}.items()}
+    client.create_model_version("digits", source="s3://bucket/0", tags=named)
+
+
+@pytest.mark.xfail(strict=True, reason="issue 15: what a tag names is run")
+def test_the_repository_that_a_tag_names_is_not_run(
+    empty: Workspace, tmp_path: Path, cache_env: dict[str, str]
+) -> None:
+    trace = tmp_path / "was run"
+    evil, commit = repository(tmp_path / "evil", cache_env, f"touch '{trace}' && mkdir bundle")
+    registered(empty, git_commit=commit, git_remote=str(evil.path))
+    said = empty.run("tlpipe", "rebuild", "digits@1", code=None)
+    assert not trace.exists()
+    assert said.returncode == 8
+    assert "--repository" in said.stderr
+
+
+@pytest.mark.xfail(strict=True, reason="issue 15: what a tag names is run")
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_a_folder_outside_of_the_repository_is_not_run(
+    empty: Workspace, tmp_path: Path, cache_env: dict[str, str], is_absolute: bool
+) -> None:
+    """The tag leads out of the clone, which lies in a temporary folder."""
+    trace = tmp_path / "was run"
+    own, commit = repository(tmp_path / "own", cache_env, "mkdir bundle")
+    evil, _ = repository(tmp_path / "evil", cache_env, f"touch '{trace}' && mkdir bundle")
+    upwards = "../" * 20 + str(evil.path).lstrip("/")
+    registered(empty, git_commit=commit, git_folder=str(evil.path) if is_absolute else upwards)
+    said = empty.run("tlpipe", "rebuild", "digits@1", "--repository", str(own.path), code=None)
+    assert not trace.exists()
+    assert said.returncode == 8
+    assert "folder" in said.stderr
+
+
+def textures(workspace: Workspace, count: int) -> None:
+    """Fill data/photos up to so many images of each of two kinds, the same in every run."""
+    for number, label in enumerate(("coarse", "fine")):
+        folder = workspace.path / "data" / "photos" / label
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            noise = np.random.default_rng(100 * number + i).integers(0, 256, (40, 40, 3), "u1")
+            grain = 2 - number
+            Image.fromarray(noise.repeat(grain, 0).repeat(grain, 1)).save(folder / f"{i}.png")
+
+
+@pytest.mark.xfail(strict=True, reason="issue 14: a split depends on tables that a clone lacks")
+def test_a_version_of_a_grown_data_set_is_rebuilt(workspace: Workspace, tmp_path: Path) -> None:
+    """Of three images each split got one, whatever their hashes say; each stays where it was."""
+    workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    workspace.set_source("data/photos")
+    for count, stage in ((3, "split"), (12, "export")):
+        textures(workspace, count)
+        workspace.run("dvc", "add", "data/photos")
+        commit(workspace, f"{count} images of each class")
+        workspace.run("dvc", "repro", stage)
+        commit(workspace, "what was made of them")
+    workspace.run("dvc", "push", "data/photos.dvc")
+    bundle = bundles.load(workspace.path / "artifacts/export/bundle")
+    registered(workspace, bundle=bundle.digest, git_commit=bundle.provenance["git_commit"])
+    said = workspace.run("tlpipe", "rebuild", "digits@1", code=None)
+    assert said.returncode == 0, said.stderr
+    assert f"came out with the same bytes: {bundle.digest}" in said.stdout
