@@ -1,6 +1,7 @@
 import json
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ from PIL import Image
 from scipy import stats
 
 from tests.conftest import Workspace, copy_repository
+from tlpipe import files
+from tlpipe.cli import _print_folds
+from tlpipe.data.manifest import Assignment, save_split
+from tlpipe.metrics import cross_validation
 from tlpipe.metrics.cross_validation import Fold, draw, mean_with_interval, summarise
+from tlpipe.metrics.evaluate import PREDICTIONS
 from tlpipe.metrics.scores import HEADLINES, measure
 
 FOLDS = 3
@@ -55,6 +61,32 @@ def test_the_corrected_interval_covers_what_the_plain_one_misses() -> None:
     )
     assert corrected == pytest.approx(0.95, abs=0.015)
     assert plain < 0.8
+
+
+@pytest.mark.fault("M02")
+def test_an_unknown_calibration_error_has_no_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one fold, whose test images are of one group: as for AUROC where it tests one class."""
+    folds = []
+    for number, groups in enumerate((["", ""], ["photo", "photo"])):
+        probabilities = np.array([[0.8, 0.2], [0.3, 0.7]], np.float32)
+        found = measure(probabilities, np.array([0, 1]), groups, 0.95)
+        files.write_json(tmp_path / "report.json", {"precisions": {"fp32": found}})
+        row = Assignment("a.png", "a", "train", "", "", "0" * 64, "")
+        names = ["test", "test", "train"] if number else ["train", "test", "test"]
+        save_split(tmp_path / "split.csv", [row._replace(split=name) for name in names])
+        predictions = [("a.png", "a", "a", "0.8", "0.8")] * 2
+        files.write_csv(tmp_path / "predictions.csv", PREDICTIONS, predictions)
+        folds.append(cross_validation._read(tmp_path))
+    first, second = ({*fold.headlines} for fold in folds)
+    assert first - second == {"calibration_error"}
+    folds[1] = replace(folds[1], rows=folds[1].rows + 3)
+    report = summarise(folds, [""] * 6, 0.95)
+    assert {*report["mean"]} == second
+    draw(report)
+    _print_folds(report)
+    assert "calibration" not in capsys.readouterr().out
 
 
 @pytest.mark.fault("M01")

@@ -62,6 +62,13 @@ def test_reliability_shows_the_bins_and_the_error(given: Answers) -> None:
     )
 
 
+@pytest.mark.fault("M02")
+def test_an_unknown_calibration_error_is_told_in_words(given: Answers) -> None:
+    unknown = {"calibration_error": None, "calibration_error_before": None}
+    title = plots.reliability(given, unknown).axes[0].get_title()
+    assert title == "Calibration error unknown, since all test images are of one group"
+
+
 def test_ranking_shows_scikit_learn_s_curves(given: Answers) -> None:
     left, right = plots.ranking(given, ["a", "b", "c"]).axes
     for number, label in enumerate("abc"):

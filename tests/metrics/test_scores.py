@@ -249,16 +249,114 @@ def test_calibration_error_is_the_published_estimator() -> None:
 
 
 @pytest.mark.fault("M02")
-def test_calibration_error_has_bins_of_equally_many_images() -> None:
+@pytest.mark.parametrize(("images", "bins"), [(5, 1), (90, 6), (900, 15), (3000, 15)])
+def test_calibration_error_has_bins_of_equally_many_images(images: int, bins: int) -> None:
+    """The number of images to the power of 2/5, at most 15."""
     random = np.random.default_rng(0)
-    confidence = random.uniform(0.5, 1, 150)
-    right = random.random(150) < confidence - 0.2
+    confidence = random.uniform(0.5, 1, images)
+    right = random.random(images) < confidence - 0.3
     probabilities = np.stack([confidence, 1 - confidence], axis=1).astype(np.float32)
-    chunks = np.array_split((confidence - right)[confidence.argsort()], 15)
+    chunks = np.array_split((confidence - right)[confidence.argsort()], bins)
     # The square of a mean less its variance, the usual unbiased estimates of both.
     square = np.mean([chunk.mean() ** 2 - chunk.var(ddof=1) / len(chunk) for chunk in chunks])
-    found = scores.calibration_error(probabilities, (~right).astype(int), [""] * 150, 0.95)
+    found = scores.calibration_error(probabilities, (~right).astype(int), [""] * images, 0.95)
+    assert square > 0
     assert found["value"] == pytest.approx(square**0.5, rel=1e-5)
+
+
+def all_wrong(images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return answers that are all wrong, at confidences that differ, 0.95 in the mean."""
+    confidence = np.linspace(0.93, 0.97, images)
+    np.random.default_rng(seed).shuffle(confidence)
+    probabilities = np.stack([confidence, 1 - confidence], axis=1).astype(np.float32)
+    return probabilities, np.ones(images, np.int64)
+
+
+@pytest.mark.fault("M02")
+@pytest.mark.parametrize("images", range(2, 31))
+def test_few_images_that_are_all_wrong_have_their_calibration_error(images: int) -> None:
+    """Were bins of one image taken for free of error, it would be 0."""
+    found = scores.calibration_error(*all_wrong(images), [""] * images, 0.95)
+    assert found["value"] == pytest.approx(0.95, abs=0.005)
+    # One bin's error is the difference of mean confidence and accuracy: Wilson's interval of it.
+    most = stats.binomtest(0, images).proportion_ci(0.95, method="wilson").high
+    assert found["low"] == pytest.approx(0.95 - most, abs=0.03)
+    assert found["value"] <= found["high"] <= 1
+
+
+@pytest.mark.fault("M02")
+def test_few_groups_that_are_all_wrong_have_their_calibration_error() -> None:
+    """Twelve photos of 25 images: whether their confidences mix, or lie apart from each other."""
+    probabilities, truth = all_wrong(300)
+    photos = [str(number // 25) for number in range(300)]
+    ranked = probabilities[probabilities[:, 0].argsort()]
+    most = stats.binomtest(0, 12).proportion_ci(0.95, method="wilson").high
+    for given in (probabilities, ranked):
+        found = scores.calibration_error(given, truth, photos, 0.95)
+        assert found["value"] == pytest.approx(0.95, abs=0.005)
+        assert found["low"] == pytest.approx(0.95 - most, abs=0.03)
+        assert found["value"] <= found["high"] <= 1
+    # Of two photos whose confidences lie apart, one bin has both.
+    halves = [str(number // 150) for number in range(300)]
+    found = scores.calibration_error(ranked, truth, halves, 0.95)
+    assert found["value"] == pytest.approx(0.95, abs=0.005)
+
+
+@pytest.mark.fault("M02")
+@pytest.mark.parametrize("groups", [2, 3, 7, 40])
+def test_the_calibration_error_lies_in_its_interval(groups: int) -> None:
+    """Whatever the images, also where the noise of few groups is all that there is."""
+    for seed in range(25):
+        random = np.random.default_rng(seed)
+        images = int(random.integers(groups, 4 * groups + 1))
+        probabilities, truth = drawn(images, 3, skill=random.uniform(0, 3), seed=seed)
+        place = np.concatenate([np.arange(groups), random.integers(groups, size=images - groups)])
+        found = scores.calibration_error(probabilities, truth, [str(g) for g in place], 0.95)
+        assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+        assert found["low"] < found["high"]
+
+
+@pytest.mark.fault("M02")
+def test_no_bin_has_the_images_of_one_group() -> None:
+    """Of 100 groups, one has half of the images, and the lowest confidences."""
+    confidence = np.linspace(0.5, 1, 198)
+    place = np.concatenate([np.zeros(99, np.int64), np.arange(1, 100)])
+    numbers = scores.calibration_bins(confidence, place)
+    assert np.bincount(numbers).tolist() == [198]
+    # Six bins have their places where that group is spread among all.
+    np.random.default_rng(0).shuffle(place)
+    numbers = scores.calibration_bins(confidence, place)
+    assert np.bincount(numbers).tolist() == [33] * 6
+    assert all(len(np.unique(place[numbers == number])) > 1 for number in range(6))
+
+
+@pytest.mark.fault("M02")
+def test_one_group_has_no_calibration_error() -> None:
+    for images, groups in ((1, [""]), (40, ["photo"] * 40)):
+        assert scores.calibration_error(*all_wrong(images), groups, 0.95) is None
+        measured = scores.measure(*all_wrong(images), groups, 0.95)
+        assert measured["calibration_error"] is None
+        assert measured["accuracy"]["value"] == 0
+
+
+@pytest.mark.fault("M02")
+def test_probabilities_that_hardly_differ_have_nearly_one_calibration_error() -> None:
+    """As those of two precisions of one classifier do, on 201 images: bins trade a few images."""
+    random = np.random.default_rng(0)
+    changes = []
+    for _ in range(100):
+        logits = random.normal(3, 2, 201)
+        found = []
+        for shift in (np.zeros(201), random.normal(0, 0.1, 201)):
+            sure = 1 / (1 + np.exp(-np.abs(logits + shift)))
+            if not shift.any():
+                truth = (random.random(201) > sure).astype(int)
+            probabilities = np.stack([sure, 1 - sure], axis=1).astype(np.float32)
+            found.append(scores.calibration_error(probabilities, truth, [""] * 201, 0.95)["value"])
+        changes.append(abs(found[0] - found[1]))
+    # Fifteen bins: 0.015 and 0.055.
+    assert np.mean(changes) < 0.011
+    assert np.quantile(changes, 0.95) < 0.045
 
 
 def calibrated(images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

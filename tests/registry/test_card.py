@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tlpipe.onnx_export import bundle as bundles
 from tlpipe.registry import card
 
 NONE = {"threshold": None, "coverage": None, "accuracy": None}
@@ -52,3 +54,18 @@ def test_a_threshold_that_was_only_observed_is_told_as_that() -> None:
     text = limits(NONE, nothing, None)
     assert "Above 0.991 no more were wrong on images held out, which promises nothing." in text
     assert "It leaves 0% of test images answered." in text
+
+
+@pytest.mark.fault("M02")
+def test_an_unknown_calibration_error_is_told_in_words(artifacts: Path) -> None:
+    stages = {
+        "report": "evaluate/report.json",
+        "speed": "evaluate/speed.json",
+        "data_report": "ingest/report.json",
+        "split_report": "split/report.json",
+    }
+    known = {name: json.loads((artifacts / path).read_text()) for name, path in stages.items()}
+    known["report"]["precisions"]["fp32"]["calibration_error"] = None
+    text = card.write("digits", bundles.load(artifacts / "export/bundle"), known, {})
+    (row,) = (line for line in text.splitlines() if "calibration error" in line)
+    assert row.split("|")[2].strip() == "unknown, since all test images are of one group"

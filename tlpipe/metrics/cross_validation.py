@@ -182,7 +182,7 @@ def _read(place: Path) -> Fold:
         hits.append(label == predicted)
     return Fold(
         images={name: places.count(name) for name in SPLITS},
-        headlines={name: measured[name]["value"] for name in HEADLINES if name in measured},
+        headlines={name: measured[name]["value"] for name in HEADLINES if measured.get(name)},
         rows=np.array(tested, np.int64),
         hits=np.array(hits, bool),
     )
@@ -194,7 +194,8 @@ def summarise(folds: Sequence[Fold], groups: Sequence[str], confidence: float) -
     ``groups``: of each row of the manifest. The pooled accuracy takes the trained classifiers as
     they are; its interval says what other test images would change, with whole groups.
     The interval of a mean says what other training images would change too. A headline that a
-    fold does not have, as AUROC where it tests one class, has no mean.
+    fold does not have has no mean: AUROC where it tests one class, the calibration error where it
+    tests one group.
     """
     share = sum(f.images["test"] for f in folds) / sum(f.images["train"] for f in folds)
     means = {}

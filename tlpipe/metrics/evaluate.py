@@ -174,7 +174,7 @@ def _measured(
     )
     return measured | {
         "accuracy_change": change,
-        "calibration_error_before": uncalibrated["value"],
+        "calibration_error_before": uncalibrated["value"] if uncalibrated else None,
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tlpipe import pictures
 from tlpipe.data.chunks import Chunks
-from tlpipe.metrics import corruptions, curves
+from tlpipe.metrics import corruptions, curves, scores
 from tlpipe.metrics.answers import Answers, Shown
 from tlpipe.onnx_export.bundle import EXACT
 
@@ -72,11 +72,13 @@ def reliability(given: Answers, exact: Mapping[str, Any]) -> "Figure":
     upper.set_ylim(-0.02, 1.02)
     upper.legend(loc="lower right")
     error = exact["calibration_error"]
-    upper.set_title(
-        f"Calibration error {error['value']:.3f} ({error['low']:.3f} to {error['high']:.3f}), "
-        f"{exact['calibration_error_before']:.3f} without temperature",
-        fontsize=9,
-    )
+    stated = scores.UNKNOWN
+    if error is not None:
+        stated = (
+            f"{error['value']:.3f} ({error['low']:.3f} to {error['high']:.3f}), "
+            f"{exact['calibration_error_before']:.3f} without temperature"
+        )
+    upper.set_title(f"Calibration error {stated}", fontsize=9)
     lower.bar([b.confidence for b in bins], [b.images for b in bins], width=0.04)
     lower.set_ylabel("images")
     lower.set_xlabel("probability of the answer")

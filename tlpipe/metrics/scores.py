@@ -27,6 +27,8 @@ Interval = dict[str, float]
 
 BINS = 15
 _TOP = (2, 3, 5)
+# What people are told where ``calibration_error`` is None.
+UNKNOWN = "unknown, since all test images are of one group"
 # All names that a headline may have; which there are depends on the number of classes.
 HEADLINES = (
     "accuracy",
@@ -156,26 +158,28 @@ def placements(
 
 def calibration_error(
     probabilities: Floats, truth: Labels, groups: Sequence[str], confidence: float
-) -> Interval:
+) -> Interval | None:
     """Return the calibration error of the answers, in [0, 1], with its interval.
 
-    It is the root of the mean squared difference between confidence and accuracy, over fifteen
-    bins with equally many images (equal confidences stay together). That difference is never zero,
-    so the plain mean is too large; its expected noise is taken off, from the spread between groups,
-    and the root of what is left is the value, 0 where nothing is. A bin of one group says nothing.
+    It is the root of the mean squared difference between confidence and accuracy, over the bins of
+    ``calibration_bins``. That difference is never zero, so the plain mean is too large; its
+    expected noise is taken off, from the spread between groups, and the root of what is left is the
+    value, 0 where nothing is. With fewer than two groups the noise, and so the error, is unknown:
+    None.
     Source: Kumar, Liang and Ma (2019), Verified uncertainty calibration, section 5; where all
     images of a bin have one confidence and no groups, it is their estimator.
 
     The interval of the square is a basic bootstrap over groups about the corrected value: Davison
-    and Hinkley (1997), Bootstrap methods, section 5.2. Its upper end is no less than what the
-    interval of the accuracy leaves open, since the error is at least the difference between mean
-    confidence and accuracy.
+    and Hinkley (1997), Bootstrap methods, section 5.2. The bootstrap has no width where all groups
+    agree, so the interval also spans what that of the accuracy leaves open: the mean square is at
+    least the square of the difference between mean confidence and accuracy.
     """
     sure = probabilities.max(axis=1).astype(np.float64)
     right = probabilities.argmax(axis=1) == truth
     gaps, place = sure - right, group_numbers(groups)
-    edges = np.quantile(sure, np.arange(1, BINS) / BINS, method="inverted_cdf")
-    numbers = np.searchsorted(edges, sure, side="left")
+    numbers = calibration_bins(sure, place)
+    if numbers is None:
+        return None
     distinct = int(place.max()) + 1
     images, sums = np.zeros((2, distinct, BINS))
     np.add.at(images, (place, numbers), 1)
@@ -194,28 +198,53 @@ def calibration_error(
     low, high = ends(drawn - drawn.mean(), confidence)
     value = math.sqrt(max(square, 0.0))
     accuracy = share_interval(right, place, confidence)
-    least = max(abs(sure.mean() - accuracy[end]) for end in ("low", "high"))
+    mean = float(sure.mean())
+    closest = mean - min(max(mean, accuracy["low"]), accuracy["high"])
+    furthest = max(abs(mean - accuracy[end]) for end in ("low", "high"))
+    down = max(high, (mean - accuracy["value"]) ** 2 - closest**2)
     return {
         "value": value,
-        "low": min(math.sqrt(max(square - high, 0.0)), value),
-        "high": min(max(math.sqrt(max(square, 0.0) - min(low, 0.0)), least, value), 1.0),
+        "low": min(math.sqrt(max(square - down, 0.0)), value),
+        "high": min(max(math.sqrt(max(square, 0.0) - min(low, 0.0)), furthest, value), 1.0),
         "confidence": confidence,
     }
 
 
-def _noise(gaps: Weights, numbers: Labels, place: npt.NDArray[np.int64]) -> float:
-    """Return by how much chance raises the mean squared gap: the variances of its bins, summed."""
+def calibration_bins(sure: Weights, place: Labels) -> Labels | None:
+    """Return the bin of each image (N,): equally many in each, equal confidences together.
+
+    ``sure``: (N,) confidences; ``place``: (N,) number of each image's group, from 0.
+
+    There are (number of groups)^(2/5) bins, at most ``BINS``: with more, the estimate follows the
+    noise, with fewer it misses errors that cancel out within a bin. Where that leaves a bin with
+    the images of one group, whose noise cannot be told from an error, there are fewer. None where
+    all images are of one group.
+
+    Source: Lee, Huang, Hassani and Dobriban (2023), T-Cal: an optimal test for the calibration of
+    predictive models, JMLR 24: n^(2 / (4 s + 1)) bins detect the smallest calibration error of one
+    probability with the debiased estimator; s = 1 where accuracy has a bounded slope.
+    """
+    groups = int(place.max()) + 1
+    for bins in range(min(BINS, int(groups**0.4)), 0, -1):
+        edges = np.quantile(sure, np.arange(1, bins) / bins, method="inverted_cdf")
+        numbers = np.searchsorted(edges, sure, side="left").astype(np.int64)
+        of_bins = np.bincount(np.unique(numbers * groups + place) // groups)
+        if (of_bins != 1).all():  # some have no image, where many confidences are equal
+            return numbers
+    return None
+
+
+def _noise(gaps: Weights, numbers: Labels, place: Labels) -> float:
+    """Return by how much chance raises the mean squared gap: the variances of its bins, summed.
+
+    Each bin has two groups at least.
+    """
     noise = 0.0
     for number in np.unique(numbers):
         inside = numbers == number
         mean, (_, of_bin) = gaps[inside].mean(), np.unique(place[inside], return_inverse=True)
         apart, groups = np.bincount(of_bin, gaps[inside] - mean), int(of_bin.max()) + 1
-        # With one group the noise is unknown: take off all that there is.
-        variance = (
-            float((apart**2).sum()) / inside.sum() ** 2 * groups / (groups - 1)
-            if groups > 1
-            else mean**2
-        )
+        variance = float((apart**2).sum()) / inside.sum() ** 2 * groups / (groups - 1)
         noise += inside.mean() * variance
     return float(noise)
 

@@ -6,7 +6,7 @@ Sections after Mitchell et al. (2019), Model cards for model reporting.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tlpipe.metrics.scores import title
+from tlpipe.metrics.scores import UNKNOWN, title
 from tlpipe.onnx_export.bundle import EXACT, Bundle
 from tlpipe.registry.moves import LONGEST, SUFFIX
 
@@ -180,7 +180,9 @@ def _use(name: str, shipped: Bundle) -> str:
     )
 
 
-def _value(found: Mapping[str, float]) -> str:
+def _value(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return UNKNOWN
     return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 

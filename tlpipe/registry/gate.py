@@ -46,7 +46,13 @@ class Bounds(Section):
         description="By how much its accuracy may be below that of the version in production.",
     )
     calibration_error: float | None = Field(
-        default=None, gt=0, le=1, description="Calibration error, at most."
+        default=None,
+        gt=0,
+        le=1,
+        description=(
+            "Calibration error, at most: the debiased root mean square difference between "
+            "confidence and accuracy (Kumar, Liang and Ma, 2019)."
+        ),
     )
     milliseconds: float | None = Field(
         default=None, gt=0, description="Time of an answer for one image, at most."
@@ -176,13 +182,12 @@ def judge(
         ),
         Rule("leaks", f"{leaked} test images", "none that training has seen", not leaked),
     ]
+    error = scores.calibration_error(given.probabilities, part.truth, part.groups, _CONFIDENCE)
     numbers: dict[str, Any] = {
         "images": len(part.rows),
         "accuracy": accuracy,
         "recall": recalls,
-        "calibration_error": scores.calibration_error(
-            given.probabilities, part.truth, part.groups, _CONFIDENCE
-        )["value"],
+        "calibration_error": error["value"] if error else None,
         "milliseconds": speed.milliseconds_for(predictor, squares, 1),
         "megabytes": candidate.graphs[EXACT].stat().st_size / 1e6,
     }
@@ -308,5 +313,11 @@ def _at_least(name: str, found: float, least: float) -> Rule:
     return Rule(name, f"{found:.4f}", f"at least {least:.4f}", found >= least)
 
 
-def _at_most(name: str, found: float, most: float) -> Rule:
+def _at_most(name: str, found: float | None, most: float) -> Rule:
+    if found is None:
+        expected = (
+            f"at most {most:.4f}; test on images of two groups or more, or set "
+            f"register.gate.{name} to null"
+        )
+        return Rule(name, scores.UNKNOWN, expected, False)
     return Rule(name, f"{found:.4f}", f"at most {most:.4f}", found <= most)
