@@ -87,7 +87,7 @@ def test_the_l2_and_the_held_out_predictions_are_those_of_cross_validation(
         )
         losses[l2] = log_loss(labels, expected)
         if l2 == found.best.l2:
-            logits = found.held_out(data.labelled).logits.astype(np.float64)
+            logits = found.best.logits.astype(np.float64)
             assert np.abs(np.exp(heads.log_softmax(logits)) - expected).max() < 0.02
     assert found.best.l2 == min(losses, key=losses.get)  # type: ignore[arg-type]
     assert 0.001 < found.best.l2 < 1.0  # a choice that the ends of the grid would not make
@@ -123,7 +123,7 @@ def test_views_train_and_only_the_plain_image_is_held_out(
     every = found.standard.apply(features.reshape(-1, WIDTH))
     targets, folds = np.repeat(data.labelled.labels, 2), np.repeat(found.folds, 2)
     held = found.held_out(data.labelled)
-    probabilities = np.exp(heads.log_softmax(held.logits.astype(np.float64)))
+    probabilities = np.exp(heads.log_softmax(found.best.logits.astype(np.float64)))
     for fold in range(4):
         model = reference(found.best.l2, np.ones(360))
         model.fit(every[folds != fold], targets[folds != fold])
@@ -162,6 +162,32 @@ def test_balance_weighs_images_by_their_class(features: heads.Floats, balance: s
     assert found.best.step.validation_loss == pytest.approx(
         log_loss(labels, probabilities, sample_weight=weights), abs=1e-6
     )
+
+
+def test_what_is_held_out_is_as_wide_as_what_ships(features: heads.Floats, data: Data) -> None:
+    found = probe.fit(plain(features), data, data.labelled, RECIPE)
+    held = found.held_out(data.labelled)
+    norms = [np.linalg.norm(head.weight) for head in found.best.fold_heads]
+    wider = np.linalg.norm(found.head.weight) / np.mean(norms)
+    assert abs(wider - 1) > 0.01
+    assert held.logits == pytest.approx(wider * found.best.logits, rel=1e-5)
+
+
+def test_folds_of_classes_of_few_groups_hold_out_every_class() -> None:
+    """Two classes of two groups: a fold with half of one and none of the other would be tilted."""
+    for groups in (2, 3, 5):
+        labels = [label for label in "abc" for _ in range(groups)]
+        folds = held_out_folds(labels, [str(i) for i in range(3 * groups)], 4)
+        for fold in range(min(groups, 4)):
+            inside = [label for label, own in zip(labels, folds, strict=True) if own == fold]
+            assert {inside.count(label) for label in "abc"} == {-(-(groups - fold) // 4)}
+
+
+def test_features_that_tell_nothing_are_said(data: Data, caplog: pytest.LogCaptureFixture) -> None:
+    noise = np.random.default_rng(5).normal(size=(240, 2, WIDTH))
+    with caplog.at_level(logging.WARNING):
+        probe.fit(plain(noise), data, data.labelled, Recipe(penalties=(0.001,)))
+    assert any("shares of the classes alone, whose loss is 1.0986" in m for m in caplog.messages)
 
 
 def test_groups_stay_in_one_fold_and_classes_are_spread() -> None:

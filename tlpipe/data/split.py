@@ -199,7 +199,7 @@ class _Groups:
     def place_in_folds(self, folds: int, seed: int) -> None:
         """Deal the groups of each class over the folds, as evenly as they go."""
         placed = {group: int(place) for group, place in self.place.items()}
-        dealt = deal(self._members, folds, seed, placed)
+        dealt = deal(self._members, folds, seed, placed, of_equal_size=True)
         self.place = {group: str(fold) for group, fold in dealt.items()}
 
     def _complete(
