@@ -1,6 +1,7 @@
 """Stages run by DVC in process groups of their own: real repositories, no Prefect."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -150,7 +151,7 @@ SAVING = (
 )
 def test_a_stage_that_is_ended_has_time_to_save(repository: Workspace) -> None:
     (repository.path / "saving.py").write_text(SAVING)
-    change(repository, a=f"{sys.executable} saving.py")
+    change(repository, a=f"{shlex.quote(sys.executable)} saving.py")
     runner = graph.Runner(repository.path, timeout_s=PATIENCE_S)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(runner.reproduce, "a", lambda _: None)
