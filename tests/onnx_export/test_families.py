@@ -37,8 +37,12 @@ def test_the_exported_graph_answers_as_torch_does(
     exact = given.graph
     found = parity.in_onnx(graph.finished(exact, 1.0, {}), threads=2)(few)
     parity.check(parity.compare(expected, found), 1e-4)
-    half = graph.finished(fp16.to_fp16(exact, given.sample(4), 2), 1.0, {})
-    assert abs(parity.in_onnx(half, threads=2)(few) - expected).max() < 0.05
+    # Random weights let next to nothing through some networks, less than fp16 has numbers for.
+    is_seen = abs(parity.features(exact, given.sample(4), 2)).max() > 1e-3
+    assert is_seen or name not in REPRESENTATIVE
+    if is_seen:
+        half = graph.finished(fp16.to_fp16(exact, given.sample(4), 2), 1.0, {})
+        assert abs(parity.in_onnx(half, threads=2)(few) - expected).max() < 0.05
 
 
 @pytest.mark.parametrize("name", NAMES)
