@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tlpipe import files
 from tlpipe.errors import ArtifactError
 
+NAME = "held_out.safetensors"  # beside the model
 _HEAD = "head."
 
 

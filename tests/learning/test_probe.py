@@ -173,6 +173,16 @@ def test_what_is_held_out_is_as_wide_as_what_ships(features: heads.Floats, data:
     assert held.logits == pytest.approx(wider * found.best.logits, rel=1e-5)
 
 
+def test_images_that_are_all_alike_are_answered_by_the_shares_of_classes(data: Data) -> None:
+    alike = np.ones((240, 2, WIDTH))
+    found = probe.fit(plain(alike), data, data.labelled, Recipe(penalties=(0.1,)))
+    assert not found.head.weight.any()
+    held = found.held_out(data.labelled)
+    assert np.exp(heads.log_softmax(held.logits.astype(np.float64))) == pytest.approx(
+        np.full((240, 3), 1 / 3), abs=0.02
+    )
+
+
 def test_folds_of_classes_of_few_groups_hold_out_every_class() -> None:
     """Two classes of two groups: a fold with half of one and none of the other would be tilted."""
     for groups in (2, 3, 5):

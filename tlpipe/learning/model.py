@@ -23,7 +23,6 @@ from tlpipe.held_out import HeldOut
 from tlpipe.learning.head import Step
 
 _TENSORS, _INDEX = "model.safetensors", "model.json"
-HELD_OUT = "held_out.safetensors"
 _STAGES, _HEAD = "stages.", "head."
 Array = npt.NDArray[np.float32]
 
@@ -90,7 +89,7 @@ def save(folder: Path, model: Model, held_out: HeldOut) -> None:
         tensors[f"{_HEAD}{number}.bias"] = bias
     with files.replacing_folder(folder) as target:
         files.write_bytes(target / _TENSORS, to_bytes(tensors))
-        held_outs.save(target / HELD_OUT, held_out)
+        held_outs.save(target / held_outs.NAME, held_out)
         files.write_json(target / _INDEX, model.card.model_dump())
 
 

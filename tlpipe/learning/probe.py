@@ -142,15 +142,16 @@ class Probe:
         that, a temperature fitted on them leaves five images a class overconfident.
         """
         held = self.folds != ALWAYS_TRAINS
-        norms = [float(np.linalg.norm(head.weight)) for head in self.best.fold_heads]
-        wider = float(np.linalg.norm(self.head.weight)) / float(np.mean(norms))
-        heads_ = [heads.Head(wider * h.weight, wider * h.bias) for h in self.best.fold_heads]
+        folds = self.best.fold_heads
+        norm = float(np.mean([np.linalg.norm(head.weight) for head in folds]))
+        # Features that are all alike leave every weight at zero.
+        wider = float(np.linalg.norm(self.head.weight)) / norm if norm else 1.0
         return HeldOut(
             rows=examples.rows[held],
             labels=examples.labels[held],
             logits=self.best.logits[held] * np.float32(wider),
             folds=self.folds[held],
-            heads=[self.raw(head) for head in heads_],
+            heads=[self.raw(heads.Head(wider * f.weight, wider * f.bias)) for f in folds],
         )
 
 

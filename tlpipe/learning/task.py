@@ -1,16 +1,18 @@
 """What is trained, on what and where; and how right it is by now."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from tlpipe.learning import processes
 from tlpipe.learning.batches import Feed
 from tlpipe.learning.classifier import Classifier
-from tlpipe.learning.dataset import Examples
+from tlpipe.learning.dataset import Examples, Numbers
 
 
 @dataclass(frozen=True)
@@ -39,23 +41,29 @@ class Measured:
 
 def evaluate(task: Task, model: Classifier, examples: Examples) -> Measured:
     """Measure a classifier on images as they are; every process computes its share."""
-    model.eval()
     loss = torch.zeros((), dtype=torch.float64)
     confusion = torch.zeros(task.classes, task.classes, dtype=torch.float64)
-    size = 64 if task.device.type == "cuda" else 16
     own = np.array_split(np.arange(len(examples)), task.processes)[task.rank]
-    with torch.inference_mode(), autocast(task.device):
-        for start in range(0, len(own), size):
-            places = own[start : start + size]
-            labels = torch.from_numpy(examples.labels[places])
-            logits = model(task.feed.plain(examples.rows[places])).cpu()
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss += functional.cross_entropy(logits, labels, reduction="sum").double()
-            pairs = labels * task.classes + logits.argmax(1)
-            confusion += torch.bincount(pairs, minlength=task.classes**2).view_as(confusion)
+    done = 0
+    for logits in predict(task, model, examples.rows[own]):
+        labels = torch.from_numpy(examples.labels[own[done : done + len(logits)]])
+        done += len(logits)
+        loss += functional.cross_entropy(logits, labels, reduction="sum").double()
+        pairs = labels * task.classes + logits.argmax(1)
+        confusion += torch.bincount(pairs, minlength=task.classes**2).view_as(confusion)
     processes.add_up(loss)
     processes.add_up(confusion)
     return measured(float(loss), confusion.numpy())
+
+
+def predict(task: Task, model: Classifier, rows: Numbers) -> Iterator[Tensor]:
+    """Yield logits (n, C) of images as they are, on the CPU, float32 or wider, batch by batch."""
+    model.eval()
+    size = 64 if task.device.type == "cuda" else 16
+    for start in range(0, len(rows), size):
+        with torch.inference_mode(), autocast(task.device):
+            logits = model(task.feed.plain(rows[start : start + size])).cpu()
+        yield logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def measured(loss_sum: float, confusion: npt.NDArray[np.float64]) -> Measured:

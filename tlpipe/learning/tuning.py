@@ -25,7 +25,7 @@ from tlpipe.learning.classifier import Classifier, build, open_part
 from tlpipe.learning.dataset import Dataset, Examples, Numbers
 from tlpipe.learning.model import Learned
 from tlpipe.learning.recipe import Recipe
-from tlpipe.learning.task import Task, autocast
+from tlpipe.learning.task import Task, autocast, predict
 
 _log = logging.getLogger(__name__)
 # All code that has a part in the weights: a training goes on only where it is what it was.
@@ -242,13 +242,8 @@ def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
 def _held_out(task: Task) -> HeldOut:
     """Return what the trained classifier answers for the validation split."""
     rows, labels = task.validation.rows, task.validation.labels
-    task.classifier.eval()
-    logits = []
-    for start in range(0, len(rows), _BLOCK):
-        with torch.inference_mode(), autocast(task.device):
-            found = task.classifier(task.feed.plain(rows[start : start + _BLOCK]))
-        logits.append(found.float().cpu().numpy())
-    return HeldOut(rows, labels, np.concatenate(logits), np.zeros_like(rows))
+    logits = torch.cat(list(predict(task, task.classifier, rows))).float().numpy()
+    return HeldOut(rows, labels, logits, np.zeros_like(rows))
 
 
 def _steps(epochs: Sequence[loop.Epoch]) -> list[heads.Step]:

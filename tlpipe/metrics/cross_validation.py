@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from tlpipe import files, pictures
+from tlpipe import files, held_out, pictures
 from tlpipe.data import split as splits
 from tlpipe.data.manifest import SPLITS, load_manifest, load_split
 from tlpipe.errors import ArtifactError, Interrupted, ParamsError
@@ -156,7 +156,7 @@ def _run_stages(
         pixels=pixels,
         manifest=manifest,
         split=split,
-        held_out=model / "held_out.safetensors",
+        held_out=model / held_out.NAME,
         history=history,
         report=place / "report.json",
         speed=place / "speed.json",

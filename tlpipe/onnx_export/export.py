@@ -96,7 +96,7 @@ def run(
     in_onnx = partial(parities.in_onnx, threads=origin.threads)
 
     whole = graph.classifier(backbone, weights, trained)
-    held = held_outs.load(model / models.HELD_OUT)
+    held = held_outs.load(model / held_outs.NAME)
     divisor = temperature.fit(held.logits, held.labels)
     provenance = _provenance(trained.card, divisor, workspace)
     metadata = bundles.metadata(trained.card.labels, origin.preprocessing, provenance)
