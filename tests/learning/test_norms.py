@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torchvision
+from timm.layers import Conv2dSame
 
 from tests.learning.test_loop import build_network
 from tlpipe.features.stages import cut
@@ -65,6 +66,24 @@ def test_folded_layers_compile_in_one_graph() -> None:
         network(images).square().sum().backward()
         gradients.append(weight.grad.clone())
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max())
+
+
+def test_what_cannot_be_seen_upside_down_is_folded_as_it_stands() -> None:
+    """Where places differ, as under a position embedding, turned pictures give something else."""
+
+    class Places(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.linspace(-1, 1, x.shape[-1])
+
+    torch.manual_seed(0)
+    padded = Conv2dSame(3, 4, 3, stride=2)
+    network = torch.nn.Sequential(Places(), padded, torch.nn.BatchNorm2d(4)).eval()
+    network[2].running_mean.normal_()
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = network(images)
+        assert norms.fold(network, images) == 1
+        assert torch.allclose(network(images), expected, atol=1e-5)
 
 
 def test_what_is_called_twice_is_left_alone() -> None:

@@ -110,6 +110,7 @@ def test_the_head_is_fitted_on_training_and_validation_or_on_training_alone(
         assert np.abs(found.head.weight - model.coef_).max() < 1e-4
         # The head for features as they are gives the same logits.
         weight, bias = found.raw(found.head)
+        assert weight.dtype == bias.dtype == np.float32
         ours = features[:, 0] @ weight.T + bias
         assert ours == pytest.approx(
             found.head.logits(found.standard.apply(features[:, 0])), abs=1e-4

@@ -97,6 +97,23 @@ def test_what_falls_short_is_refused_with_its_numbers() -> None:
     )
 
 
+def test_what_few_images_cannot_tell_is_said() -> None:
+    """All of n agree: Wilson's interval rules out one per cent of changes from n = 381 on."""
+    for images, can_tell in ((50, False), (380, False), (381, True)):
+        truth = np.arange(images) % 3
+        low = binomtest(images, images).proportion_ci(method="wilson").low
+        verdict = judge(eye(truth), eye(truth), truth)
+        assert verdict.agreement["low"] == pytest.approx(low)
+        assert verdict.can_tell == can_tell == (low >= 0.99)
+        assert verdict.refused == ""
+        assert "the same answer for 100.0%" in str(verdict)
+        assert ("too few images" in str(verdict)) != can_tell
+    truth = np.arange(1000) % 3
+    other = eye(truth)
+    other[:15] = np.roll(other[:15], 1, axis=1)
+    assert judge(eye(truth), other, truth, loss=0.03).agreement["value"] == 0.985
+
+
 def test_images_of_one_group_are_drawn_together() -> None:
     """Twenty wrong copies of one photo say as much as one: the interval is as wide as one's."""
     truth = np.zeros(200, np.int64)

@@ -55,8 +55,8 @@ _AUXILIARY = ("AuxLogits.", "aux")
 class Stage(BaseModel):
     """One stage: its name, the shape of what it gives for one image, how many parameters it has.
 
-    ``channels_last``: whether a shape of three is height, width, channels, as in a Swin; otherwise
-    it is channels, height, width. A shape of two is tokens, channels.
+    A shape of three is channels, height, width, or height, width, channels as in a Swin; one of two
+    is tokens, channels.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +64,6 @@ class Stage(BaseModel):
     name: str
     shape: tuple[int, ...]
     parameters: int
-    channels_last: bool
 
     @property
     def kib(self) -> float:
@@ -207,16 +206,8 @@ def _look_at(name: str) -> Backbone:
             image = stage(image)
             shapes[stage_name] = tuple(image.shape[1:])
             counts[stage_name] = sum(parameter.numel() for parameter in stage.parameters())
-    # Maps of square images are square. Those that are cubes are as the others of the network.
-    are_last = {s[0] == s[1] for s in shapes.values() if len(s) == 3 and len({*s}) > 1}
     stages = [
-        Stage(
-            name=stage_name,
-            shape=shape,
-            parameters=counts[stage_name],
-            channels_last=len(shape) == 3
-            and (shape[0] == shape[1] != shape[2] or (len({*shape}) == 1 and are_last == {True})),
-        )
+        Stage(name=stage_name, shape=shape, parameters=counts[stage_name])
         for stage_name, shape in shapes.items()
     ]
     return Backbone(

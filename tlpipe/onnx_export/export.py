@@ -191,6 +191,7 @@ def _lower_precisions(
         if verdict.refused:
             _log.warning("%s does not ship: %s", name, verdict.refused)
         else:
+            _log.info("%s ships: %s", name, verdict)
             shipped[name] = content
     return shipped, checks
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tlpipe.held_out import HeldOut
 from tlpipe.onnx_export.parity import Labels, Logits
-from tlpipe.resampling import paired_difference
+from tlpipe.resampling import paired_difference, share_interval
 
 # Eight bits are a quarter of thirty-two, and what stays exact adds a little.
 MOST_BYTES = {"int8": 0.3, "fp16": 0.55}
@@ -21,14 +21,31 @@ _TIE = 0.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """``accuracy_change``: on held-out images, with its interval; ``size``: share of fp32's.
+    """What a graph in fewer bits answers beside the exact one, on held-out images.
 
-    ``refused`` says why it does not ship, or is empty.
+    Attributes:
+        accuracy_change: with its interval.
+        agreement: share of images with the same answer, with its interval.
+        size: share of fp32's bytes.
+        refused: why it does not ship, or empty.
+        can_tell: whether a change below the bound is ruled out at 95 %; a graph that is not refused
+            ships without that, as no more than some 400 images rule out one per cent.
     """
 
     accuracy_change: dict[str, Any]
+    agreement: dict[str, Any]
     size: float
     refused: str
+    can_tell: bool
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        change, same = self.accuracy_change, self.agreement
+        said = (
+            f"accuracy {change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f}) "
+            f"against fp32 on held-out images, the same answer for {same['value']:.1%}"
+        )
+        return said if self.can_tell else f"{said}; too few images to rule out more"
 
 
 def out_of_fold_logits(held: HeldOut, taken: Logits, corrected: Correct | None) -> Logits:
@@ -69,6 +86,8 @@ def judge(
     tie = _TIE * float(exact.std())
     right, kept = hits(exact, truth, tie), hits(other, truth, tie)
     change = paired_difference(right, kept, groups, _CONFIDENCE)
+    is_same = exact.argmax(axis=1) == other.argmax(axis=1)
+    same = share_interval(is_same, groups, _CONFIDENCE)
     reasons = []
     if not np.isfinite(other).all():
         reasons.append("its logits are not finite")
@@ -79,7 +98,9 @@ def judge(
         )
     if size > MOST_BYTES[name]:
         reasons.append(f"its size is {size:.2f} of fp32's, expected at most {MOST_BYTES[name]:g}")
-    return Verdict(change, size, "; ".join(reasons))
+    # Accuracy cannot change by more than the share of answers that changed.
+    least = max(change["low"], same["low"] - 1)
+    return Verdict(change, same, size, "; ".join(reasons), can_tell=least >= -loss)
 
 
 def hits(logits: Logits, truth: Labels, tie: float) -> npt.NDArray[np.float64]:
