@@ -73,6 +73,7 @@ CONVERSIONS = {
     "tuple",
     "float",
     "int",
+    "bytes",
     "str",
     "Path",
     "iter",

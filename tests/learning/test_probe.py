@@ -1,6 +1,7 @@
 """The linear probe against scikit-learn, on the features of a small data set made here."""
 
 import logging
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,6 +143,21 @@ def test_blocks_from_a_file_give_what_one_block_gives(features: heads.Floats, da
     several = probe.fit(reader(features, block=7), data, data.labelled, RECIPE)
     assert np.abs(one.head.weight - several.head.weight).max() < 1e-5
     assert np.abs(one.best.logits - several.best.logits).max() < 1e-3
+
+
+@pytest.mark.fault("T20")
+def test_the_number_of_cores_changes_no_bit(features: heads.Floats, data: Data) -> None:
+    """Folds that run side by side read one file at the same time."""
+    recipe, cores = Recipe(penalties=(0.1, 0.03)), os.sched_getaffinity(0)
+    alike = []
+    try:
+        for given in ({min(cores)}, cores):
+            os.sched_setaffinity(0, given)
+            found = probe.fit(reader(features, block=7), data, data.labelled, recipe)
+            alike.append((found.best.logits.tobytes(), found.head.weight.tobytes()))
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert alike[0] == alike[1]
 
 
 @pytest.mark.parametrize("balance", ["loss", "sampling"])

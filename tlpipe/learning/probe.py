@@ -4,14 +4,17 @@ Folds hold out whole groups; what each fold's head answers for the images that i
 (out-of-fold predictions) is what the l2, the temperature and the abstention threshold are chosen
 by, so the head that ships is fitted on all images given.
 
-Features are read block by block from a temporary file, so that of them memory holds one block;
-logits (N, C) of the images held out are kept. Each l2 costs one solution for each fold, and each of
-the solver's iterations two products of (N, D) and (D, C), on one thread.
+Features are read block by block from a temporary file, so that of them memory holds one block a
+fold; logits (N, C) of the images held out are kept. Each l2 costs one solution for each fold, and
+each of the solver's iterations two products of (N, D) and (D, C). Folds run side by side, each on
+one thread, so the number of cores changes no bit.
 """
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import IO
@@ -39,7 +42,8 @@ Single = npt.NDArray[np.float32]
 class Table:
     """Features (N * V, D) float64 of N images in V views, as blocks that can be read again.
 
-    One block is held in memory; more of them lie in a file that has no name.
+    One block is held in memory; more of them lie in a file that has no name. Several threads may
+    read at the same time, each into a block of its own.
     """
 
     def __init__(self, blocks: Iterator[heads.Floats], labels: heads.Labels) -> None:
@@ -54,6 +58,8 @@ class Table:
                 self._file.write(first.data)
             self._lengths.append(len(block))
             self._file.write(np.ascontiguousarray(block).data)
+        if self._file is not None:
+            self._file.flush()
         self.labels = labels
         self.views = sum(self._lengths) // len(labels)
         self._repeated = np.repeat(labels, self.views)
@@ -62,11 +68,10 @@ class Table:
         if self._file is None:
             yield self._first, self._repeated
             return
-        self._file.seek(0)
         buffer, start = np.empty((max(self._lengths), self._width)), 0
         for length in self._lengths:
             block = buffer[:length]
-            self._file.readinto(block.data)  # type: ignore[attr-defined]
+            _read_into(self._file, block, start * block.strides[0])
             yield block, self._repeated[start : start + length]
             start += length
 
@@ -74,6 +79,15 @@ class Table:
         """Take the file away."""
         if self._file is not None:
             self._file.close()
+
+
+def _read_into(file: IO[bytes], block: heads.Floats, offset: int) -> None:
+    """Fill a block from a place of a file, without moving the position that others read at."""
+    left = memoryview(block.data).cast("B")
+    while left:
+        count = os.preadv(file.fileno(), [left], offset)
+        assert count, "the temporary file of features has become shorter"
+        left, offset = left[count:], offset + count
 
 
 # Reads the features of rows in blocks (n, D), of every view where that is asked for.
@@ -169,6 +183,9 @@ def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
 
     Source: Stone (1974), Cross-validatory choice and assessment of statistical predictions.
     """
+    import scipy.optimize  # noqa: F401 - loads SciPy's BLAS: only what is loaded can be limited
+    from threadpoolctl import threadpool_limits
+
     examples, classes = data.labelled, len(data.labels)
     l2s, max_iterations = recipe.penalties, recipe.max_iterations
     is_fitted = np.arange(len(examples)) < len(train)
@@ -182,7 +199,8 @@ def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
     path: list[heads.Step] = []
     best: CrossValidated | None = None
     tried: CrossValidated | None = None
-    with closing(Table(blocks, examples.labels)) as table:
+    # Folds are solved in threads of their own. What BLAS may take is the whole process's business.
+    with threadpool_limits(1), closing(Table(blocks, examples.labels)) as table:
         for l2 in sorted(l2s, reverse=True):
             tried = cross_validate(table, weights, folds, classes, l2, max_iterations, tried)
             path.append(tried.step)
@@ -232,8 +250,9 @@ def cross_validate(
         stronger: what a stronger l2 gave, to start from.
     """
     count = int(folds.max()) + 1
-    solutions = [
-        heads.solve(
+
+    def solve(fold: int) -> heads.Solution:
+        return heads.solve(
             table,
             np.repeat(weights * (folds != fold), table.views),
             classes=classes,
@@ -242,8 +261,9 @@ def cross_validate(
             tolerance=_ROUGH,
             start=stronger.fold_heads[fold] if stronger else None,
         )
-        for fold in range(count)
-    ]
+
+    with ThreadPoolExecutor(min(count, len(os.sched_getaffinity(0)))) as pool:
+        solutions = list(pool.map(solve, range(count)))
     found = tuple(solution.head for solution in solutions)
     logits = np.full((len(folds), classes), np.nan, np.float32)
     done = 0
