@@ -28,6 +28,23 @@ def photo(width: int = 200, height: int = 150) -> Image.Image:
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_only_where_that_is_enough() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise).resize((1600, 1200)), "JPEG")
+
+    def by_pillow(enough_px: int | None) -> np.ndarray:
+        image = Image.open(io.BytesIO(data))
+        if enough_px is not None:
+            image.draft("RGB", (enough_px, enough_px))
+        return np.asarray(image.convert("RGB"))
+
+    for enough_px, size in ((128, (200, 150)), (200, (400, 300)), (2000, (1600, 1200))):
+        image, header = read_upright(data, enough_px=enough_px)
+        assert image.size == size and (header.width, header.height) == (1600, 1200)
+        assert (np.asarray(image) == by_pillow(enough_px)).all()
+    assert (np.asarray(read_upright(data)[0]) == by_pillow(None)).all()
+
+
 def refused(data: bytes) -> str:
     with pytest.raises(ImageError) as caught:
         read_square(data, SMALL)
