@@ -340,7 +340,10 @@ def register(
 
 @app.command()
 def promote(
-    version: Annotated[str, typer.Argument(help="Its number, or an alias.")] = "challenger",
+    version: Annotated[
+        str | None,
+        typer.Argument(help="Its number, or an alias. [default: what was registered from here]"),
+    ] = None,
     force: Annotated[
         str, typer.Option(metavar="WHY", help="Put it in production although the gate refuses it.")
     ] = "",
@@ -363,6 +366,7 @@ def promote(
     sections = load_params(params)
     section = cast(register.Params, sections["register"])
     given = stage_paths("register", params.parent)
+    version = version or register.registered(given["receipt"], section.name)
 
     def show(decision: Decision) -> None:
         against = f"version {decision.champion}" if decision.champion else "nothing before it"
@@ -423,18 +427,26 @@ def history(
 
     name = cast(register.Params, _read_params(params)["register"]).name
     with tracking.connection(params.parent) as client:
-        log = promotion.history(client, name)
+        log, now = promotion.history(client, name)
     if at is not None:
         log = moves.during(log, *promotion.period(at))
     if not log:
+        if at is None and now:
+            print(f"{name} version {now} is in production; nobody has promoted it with tlpipe")
+            return
         print(f"nothing of {name} was in production{f' at {at}' if at else ' yet'}")
         return
     table = Table(Column("since (UTC)", no_wrap=True), "version", "before", "move", "by", "why")
     for move in log:
         since = f"{move.at:%Y-%m-%d %H:%M:%S}"
         words = (escape(_printable(text)) for text in (move.kind, move.by, move.why))
-        table.add_row(since, move.champion, move.previous or "none", *words)
+        table.add_row(since, move.champion or "none", move.previous or "none", *words)
     Console().print(table)
+    if at is None and now != log[-1].champion:
+        print(
+            f"now {f'version {now}' if now else 'none'} is in production: its alias was moved in "
+            f"MLflow since. The next 'register', 'promote' or 'rollback' writes that down."
+        )
 
 
 @app.command()

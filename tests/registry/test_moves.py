@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -104,12 +103,12 @@ def test_of_those_who_promote_at_once_one_wins_and_the_others_are_told_who(addre
 
 @pytest.fixture
 def local(tmp_path: Path) -> Any:
-    """A client of an SQLite registry with two versions."""
+    """A client of an SQLite registry with three versions."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     client.create_registered_model(NAME)
-    for number in range(2):
+    for number in range(3):
         client.create_model_version(NAME, source=f"s3://bucket/{number}")
     return client
 
@@ -143,41 +142,191 @@ def test_what_others_put_into_the_log_counts_for_nothing(local: Any) -> None:
     assert moves.history(local, NAME)[0].why == "a" * 9000
 
 
-@pytest.mark.xfail(strict=True, reason="issue 15: a move names a version by its number alone")
+def promote(client: Any, version: str, after: moves.Move | None) -> moves.Move:
+    return moves.move(client, NAME, version, after=after, kind=moves.PROMOTION, why="")
+
+
+def aliases(client: Any) -> dict[str, str]:
+    return {alias: str(v) for alias, v in client.get_registered_model(NAME).aliases.items()}
+
+
+def kinds(client: Any) -> list[tuple[str, str]]:
+    return [(move.kind, move.champion) for move in moves.history(client, NAME)]
+
+
+@pytest.mark.fault("R12")
 def test_a_model_that_is_made_again_gets_no_champion_by_its_number(local: Any) -> None:
-    first = moves.move(local, NAME, "1", after=None, kind="promotion", why="")
-    moves.move(local, NAME, "2", after=first, kind="promotion", why="")
+    promote(local, "2", promote(local, "1", None))
     local.delete_registered_model(NAME)
+    assert moves.tail(local, NAME) is None
     local.create_registered_model(NAME)
-    for number in range(2):
+    for number in range(3):
         local.create_model_version(NAME, source=f"s3://bucket/other-{number}")
-    with suppress(RegistryError):
-        moves.settle(local, NAME)
-    assert "champion" not in local.get_registered_model(NAME).aliases
+    assert moves.settle(local, NAME) is None
+    assert aliases(local) == {} and moves.history(local, NAME) == []
+    first = promote(local, "3", None)
+    assert moves.tail(local, NAME) == first
+    assert aliases(local) == {"champion": "3"}
+    with pytest.raises(RegistryError, match="has put raced version 3 in production"):
+        promote(local, "1", None)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 15: an alias that was set by hand is set back")
-def test_a_champion_that_was_set_by_hand_stays(local: Any) -> None:
-    first = moves.move(local, NAME, "1", after=None, kind="promotion", why="")
-    moves.move(local, NAME, "2", after=first, kind="promotion", why="")
+@pytest.mark.fault("R14")
+def test_a_champion_that_was_set_by_hand_stays_and_is_written_down(local: Any) -> None:
+    promote(local, "2", promote(local, "1", None))
     local.set_registered_model_alias(NAME, "champion", "1")
-    with suppress(RegistryError):
-        moves.settle(local, NAME)
-    assert str(local.get_registered_model(NAME).aliases["champion"]) == "1"
+    adopted = moves.settle(local, NAME)
+    assert adopted is not None and (adopted.kind, adopted.previous) == (moves.BY_HAND, "2")
+    assert adopted.why == "the alias champion was set in MLflow"
+    assert aliases(local) == {"champion": "1", "previous": "2"}
+    assert moves.settle(local, NAME) == adopted == moves.tail(local, NAME)
+    assert kinds(local) == [("promotion", "1"), ("promotion", "2"), ("by-hand", "1")]
+    assert moves.standing(moves.history(local, NAME)) == ["1"]
 
 
-@pytest.mark.xfail(strict=True, reason="issue 15: who lost a race wins when the winner is deleted")
-def test_who_lost_a_race_never_becomes_champion(local: Any) -> None:
-    first = moves.move(local, NAME, "1", after=None, kind="promotion", why="")
-    moves.move(local, NAME, "2", after=first, kind="promotion", why="")
+@pytest.mark.fault("R14")
+def test_a_champion_that_was_taken_away_by_hand_stays_away(local: Any) -> None:
+    first = promote(local, "1", None)
+    second = promote(local, "2", first)
+    local.delete_registered_model_alias(NAME, "champion")
+    adopted = moves.settle(local, NAME)
+    assert adopted is not None and (adopted.champion, adopted.follows) == ("", second.number)
+    assert "champion" not in aliases(local)
+    assert moves.standing(moves.history(local, NAME)) == ["1", "2"]
+    promote(local, "2", adopted)
+    assert aliases(local)["champion"] == "2"
+
+
+@pytest.mark.fault("R15")
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_who_lost_a_race_never_becomes_champion(local: Any, is_marked: bool) -> None:
+    """Also where the winner's entry is deleted, and where the loser was killed before its mark."""
+    first = promote(local, "1", None)
+    promote(local, "2", first)
     with pytest.raises(RegistryError, match="has put raced version 2 in production"):
-        moves.move(local, NAME, "1", after=first, kind="promotion", why="lost")
+        promote(local, "3", first)
+    if not is_marked:
+        local.delete_model_version_tag(f"{NAME}-history", "3", "tlpipe.move.lost")
     local.delete_model_version(f"{NAME}-history", "2")
-    assert [move.why for move in moves.history(local, NAME)] != ["", "lost"]
+    assert kinds(local) == [("promotion", "1")]
+    moves.settle(local, NAME)
+    assert aliases(local)["champion"] == "2"
+    assert kinds(local) == [("promotion", "1"), ("by-hand", "2")]
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+class Dying:
+    """A client whose process ends behind its n-th request that writes."""
+
+    def __init__(self, client: Any, writes: int) -> None:
+        self._client, self._left = client, writes
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+        if not name.startswith(("create_", "set_", "delete_")):
+            return call
+
+        def dying(*given: Any, **named: Any) -> Any:
+            result = call(*given, **named)
+            self._left -= 1
+            if not self._left:
+                raise Killed
+            return result
+
+        return dying
+
+
+# The entry, the alias champion, the alias previous, the version's tag, the mark.
+STEPS = range(1, 6)
+
+
+@pytest.mark.fault("R04")
+@pytest.mark.parametrize("step", STEPS)
+def test_a_move_that_is_killed_behind_any_step_is_finished_by_the_next(
+    local: Any, step: int
+) -> None:
+    first = promote(local, "1", None)
+    with pytest.raises(Killed):
+        promote(Dying(local, step), "2", first)
+    before = aliases(local)["champion"]
+    assert before == ("1" if step == 1 else "2")
+    assert moves.history(local, NAME)[-1].champion == ("2" if step == 5 else "1")
+    last = moves.settle(local, NAME)
+    assert last is not None and (last.champion, last.took_effect) == ("2", True)
+    assert aliases(local) == {"champion": "2", "previous": "1"}
+    assert kinds(local) == [("promotion", "1"), ("promotion", "2")]
+    assert moves.settle(local, NAME) == last
+    tag = local.get_model_version(NAME, "2").tags["tlpipe.move.2"]
+    assert tag.startswith("promotion, ")
+
+
+@pytest.mark.fault("R04", "R14")
+@pytest.mark.parametrize("step", STEPS)
+def test_a_hand_behind_a_killed_move_is_not_undone(local: Any, step: int) -> None:
+    first = promote(local, "1", None)
+    with pytest.raises(Killed):
+        promote(Dying(local, step), "2", first)
+    local.set_registered_model_alias(NAME, "champion", "3")
+    last = moves.settle(local, NAME)
+    assert last is not None and (last.champion, last.kind) == ("3", moves.BY_HAND)
+    assert aliases(local)["champion"] == "3"
+
+
+@pytest.mark.fault("R04")
+@pytest.mark.parametrize("step", STEPS)
+def test_somebody_who_finishes_late_does_not_undo_what_came_after(local: Any, step: int) -> None:
+    """One has seen a killed move; another finishes it and moves on; then the first goes on."""
+    first = promote(local, "1", None)
+    with pytest.raises(Killed):
+        promote(Dying(local, step), "2", first)
+    seen = moves.tail(local, NAME)
+    assert seen is not None
+    third = promote(local, "3", moves.settle(local, NAME))
+    moves._finish(local, NAME, seen)
+    assert aliases(local) == {"champion": "3", "previous": "2"}
+    assert moves.settle(local, NAME) == third
+
+
+@pytest.mark.fault("R17")
+def test_a_version_whose_digest_was_changed_does_not_go_into_production(local: Any) -> None:
+    for version in ("1", "2"):
+        local.set_model_version_tag(NAME, version, "tlpipe.bundle", version * 64)
+    first = promote(local, "1", None)
+    with pytest.raises(Killed):
+        promote(Dying(local, 1), "2", first)
+    local.set_model_version_tag(NAME, "2", "tlpipe.bundle", "f" * 64)
+    with pytest.raises(RegistryError, match=r"version 2 has the bundle f{16}; .* has 2{16}\."):
+        moves.settle(local, NAME)
+    assert aliases(local) == {"champion": "1"}
+    assert moves.settle(local, NAME) == first
+
+
+@pytest.mark.fault("R16")
+def test_a_model_that_was_renamed_says_where_its_history_is(local: Any) -> None:
+    first = promote(local, "1", None)
+    local.rename_registered_model(NAME, "other")
+    with pytest.raises(RegistryError, match=r"other was called raced before: .* in raced-history"):
+        moves.settle(local, "other")
+    local.rename_registered_model(f"{NAME}-history", "other-history")
+    assert moves.settle(local, "other") == first
+
+
+@pytest.mark.fault("R16")
+def test_a_deleted_history_leaves_the_champion_where_it_is(local: Any) -> None:
+    promote(local, "2", promote(local, "1", None))
+    local.delete_registered_model(f"{NAME}-history")
+    moves.settle(local, NAME)
+    assert aliases(local)["champion"] == "2"
+    assert kinds(local) == [("adoption", "2")]
+    kept = {tag for tag in local.get_model_version(NAME, "2").tags if "move" in tag}
+    assert kept == {"tlpipe.move.1", "tlpipe.move.2"}
 
 
 @pytest.mark.parametrize(
-    ("kinds", "steps"),
+    ("log", "steps"),
     [
         ("", ""),
         ("1", "1"),
@@ -189,11 +338,11 @@ def test_who_lost_a_race_never_becomes_champion(local: Any) -> None:
         ("1 2 3 back:2 back:3", "1 2 3"),
     ],
 )
-def test_rollbacks_go_back_step_by_step(kinds: str, steps: str) -> None:
-    log = []
-    for number, word in enumerate(kinds.split(), start=1):
+def test_rollbacks_go_back_step_by_step(log: str, steps: str) -> None:
+    found = []
+    for number, word in enumerate(log.split(), start=1):
         back, _, version = word.rpartition(":")
         kind = moves.ROLLBACK if back else moves.PROMOTION
         now = datetime.now(UTC)
-        log.append(moves.Move(number, number - 1, version, "", kind, "", "", now, str(number)))
-    assert moves.standing(log) == steps.split()
+        found.append(moves.Move(number, number - 1, version, "", kind, "", "", now, str(number)))
+    assert moves.standing(found) == steps.split()

@@ -4,14 +4,21 @@ MLflow's aliases are last-write-wins: two who promote at the same time would bot
 second would not know. What MLflow does do atomically is to give every new model version the next
 number. So the log is a registered model of its own, ``NAME-history``: each of its versions is a
 move, and says which move it ``follows``. Of all moves that follow the same one, the first counts;
-whoever wrote another is told who won. The aliases ``champion`` and ``previous`` are what the log
-says, for those who look with MLflow alone; whoever finds them otherwise, after a kill between two
-writes, sets them right.
+whoever wrote another is told who won.
+
+A move is written in three steps: its entry, the aliases ``champion`` and ``previous``, and a mark
+on the entry that it took effect. A move without that mark was killed on the way, and is finished by
+whoever finds the alias where it was before. Any other alias that differs from the log was set by
+hand, and is written down as a move of that kind: nobody sets it back.
+
+Entries carry the digest of the bundle and when the registered model was created. Those of a model
+that was deleted and made again under its name count for nothing.
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -25,10 +32,13 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, PREVIOUS = "champion", "previous"
-PROMOTION, ROLLBACK, ADOPTION = "promotion", "rollback", "adoption"
+PROMOTION, ROLLBACK, ADOPTION, BY_HAND = "promotion", "rollback", "adoption", "by-hand"
+BUNDLE_TAG = "tlpipe.bundle"  # of a version: the digest of its bundle
 SUFFIX = "-history"
 LONGEST = 5000  # characters of a version's description that MLflow keeps
 _TAG = "tlpipe.move."
+_TOOK_EFFECT, _LOST = _TAG + "took_effect", _TAG + "lost"
+_BORN = "tlpipe.born"  # of a log: when the model it is of was created
 _PAGE = 16
 _TRIES = 20
 
@@ -37,8 +47,18 @@ _TRIES = 20
 class Move:
     """``champion`` was put in production and ``previous`` (empty: none) before it was.
 
-    ``number`` counts the log's entries, ``follows`` is the move before it that counts, 0 for none.
-    ``token`` tells who wrote it: a request whose answer is lost may have been repeated.
+    Attributes:
+        number: counts the log's entries.
+        follows: the number of the move before it that counts, 0 for none.
+        champion: number of a version; empty where somebody took it out by hand.
+        previous: that of the version before it, or empty.
+        kind: ``PROMOTION``, ``ROLLBACK``, ``ADOPTION`` or ``BY_HAND``.
+        why: for those who read the history.
+        by: who moved, or found what was moved by hand.
+        at: when, by the server's clock, UTC.
+        token: tells who wrote it: a request whose answer is lost may have been repeated.
+        bundle: digest of the champion's bundle; empty where tlpipe has not registered it.
+        took_effect: whether the aliases were set.
     """
 
     number: int
@@ -50,25 +70,34 @@ class Move:
     by: str
     at: datetime
     token: str
+    bundle: str = ""
+    took_effect: bool = True
 
 
 def tail(client: "MlflowClient", name: str) -> Move | None:
-    """Return the last move that counts, or None before the first."""
-    last, newest = None, -1
+    """Return the last move that counts, or None before the first; it may not have taken effect."""
+    waiting: list[Move] = []
     for move in _newest_first(client, name):
-        if move.number <= newest:  # only later ones can follow it
-            break
-        if move.follows >= newest:
-            last, newest = move, move.follows
+        if move.took_effect:
+            return _end_of_chain(move, waiting)
+        waiting.append(move)
+    return _end_of_chain(None, waiting)
+
+
+def _end_of_chain(last: Move | None, waiting: Sequence[Move]) -> Move | None:
+    """Return the last of the moves that follow one another; of several the first counts."""
+    for move in reversed(waiting):
+        if move.follows == (last.number if last else 0):
+            last = move
     return last
 
 
 def history(client: "MlflowClient", name: str) -> list[Move]:
-    """Return every move that counts, the oldest first."""
-    found: dict[int, Move] = {}
-    for move in _newest_first(client, name):
-        found[move.follows] = move
-    return sorted(found.values(), key=lambda move: move.number)
+    """Return every move that took effect, the oldest first; write nothing."""
+    return sorted(
+        (move for move in _newest_first(client, name) if move.took_effect),
+        key=lambda move: move.number,
+    )
 
 
 def during(moves: list[Move], begin: datetime, end: datetime) -> list[Move]:
@@ -80,14 +109,15 @@ def during(moves: list[Move], begin: datetime, end: datetime) -> list[Move]:
 def standing(moves: list[Move]) -> list[str]:
     """Return the versions that one rollback after the other passes, the champion last.
 
-    A rollback takes back the moves since its version was promoted, as one undoes steps.
+    A rollback, also one by hand, takes back the moves since its version was promoted, as one undoes
+    steps.
     """
     steps: list[str] = []
     for move in moves:
-        if move.champion in steps and move.kind == ROLLBACK:
+        if move.champion in steps and move.kind in (ROLLBACK, BY_HAND):
             while steps[-1] != move.champion:
                 steps.pop()
-        else:
+        elif move.champion:
             steps.append(move.champion)
     return steps
 
@@ -100,56 +130,124 @@ def move(
     Raises:
         RegistryError: somebody else has moved since.
     """
-    token = _append(client, name, champion, after=after, kind=kind, why=why)
+    token, number = _append(client, name, champion, after=after, kind=kind, why=why)
     follows = after.number if after else 0
     later = takewhile(lambda move: move.number > follows, _newest_first(client, name))
-    *_, winner = (move for move in later if move.follows == follows)
+    winner = min((move for move in later if move.follows == follows), key=lambda move: move.number)
     if winner.token != token:
+        client.set_model_version_tag(name + SUFFIX, number, _LOST, str(winner.number))
         raise RegistryError(
             f"{winner.by} has put {name} version {winner.champion} in production "
             f"({winner.kind}, {winner.at:%Y-%m-%d %H:%M:%S} UTC) since version "
             f"{after.champion if after else 'none'} was looked at; version {champion} was not. "
             f"Compare it with the new one: run the same command again."
         )
-    settle(client, name)
-    return winner
+    _finish(client, name, winner)
+    return replace(winner, took_effect=True)
 
 
 def settle(client: "MlflowClient", name: str) -> Move | None:
-    """Make the aliases what the log says; return its last move."""
-    last = tail(client, name)
-    while last is not None:
-        aliases = client.get_registered_model(name).aliases
-        wanted = {CHAMPION: last.champion, PREVIOUS: last.previous}
-        for alias, version in wanted.items():
-            if version and str(aliases.get(alias)) != version:
-                _set_alias(client, name, alias, version)
-        # Somebody may have moved on, and have set them before we did.
-        newer = tail(client, name)
-        if newer == last:
-            break
-        last = newer
-    return last
+    """Finish a move that was killed, write down what was moved by hand; return the last move.
+
+    Raises:
+        RegistryError: the model was renamed without its history, or what was promoted is not what
+            the registry holds.
+    """
+    for _ in range(_TRIES):
+        last = tail(client, name)
+        # Read after the log: an alias that somebody has moved since has an entry that comes first.
+        champion = champion_alias(client, name)
+        if last is None:
+            if not champion:
+                return None
+            _check_not_renamed(client, name)
+            kind, why = ADOPTION, "it was in production before there was a history"
+        elif last.took_effect and champion == last.champion:
+            return last
+        elif not last.took_effect and champion in (last.champion, last.previous):
+            _finish(client, name, last)
+            continue
+        else:
+            kind = BY_HAND
+            why = f"the alias {CHAMPION} was {'set' if champion else 'taken away'} in MLflow"
+        with suppress(RegistryError):  # others have written it down first
+            return move(client, name, champion, after=last, kind=kind, why=why)
+    raise RegistryError(f"others move {name} all the time; try again.")
 
 
-def _set_alias(client: "MlflowClient", name: str, alias: str, version: str) -> None:
+def champion_alias(client: "MlflowClient", name: str) -> str:
+    """Return the version that the alias names now, or an empty string."""
+    return str(client.get_registered_model(name).aliases.get(CHAMPION, ""))
+
+
+def _check_not_renamed(client: "MlflowClient", name: str) -> None:
+    """Check that no history of this model lies under its earlier name.
+
+    Raises:
+        RegistryError: one does.
+    """
+    of_it = client.search_registered_models(f"tags.`{_BORN}` = '{_born(client, name)}'")
+    for log in of_it:
+        if log.name != name + SUFFIX:
+            raise RegistryError(
+                f"{name} was called {log.name.removesuffix(SUFFIX)} before: what was in production "
+                f"stands in {log.name}. Rename that to {name + SUFFIX} in MLflow, too."
+            )
+
+
+def _finish(client: "MlflowClient", name: str, last: Move) -> None:
+    """Set the aliases as a move says, and mark that it took effect.
+
+    Raises:
+        RegistryError: the version holds another bundle than the one that was to be moved; the move
+            counts for nothing then.
+    """
+    version = _version(client, name, last.champion) if last.champion else None
+    if version is not None and (found := version.tags.get(BUNDLE_TAG, "")) != last.bundle:
+        client.set_model_version_tag(name + SUFFIX, str(last.number), _LOST, "another bundle")
+        raise RegistryError(
+            f"{name} version {last.champion} has the bundle {found[:16] or 'none'}; what was to go "
+            f"into production has {last.bundle[:16] or 'none'}. Somebody changed the version's "
+            f"tags; nothing was moved. Register what was built, and promote that."
+        )
+    if tail(client, name) != last:
+        return  # somebody has finished it meanwhile, and may have moved on
+    aliases = client.get_registered_model(name).aliases
+    for alias, number in ((CHAMPION, last.champion), (PREVIOUS, last.previous)):
+        # Whoever deletes a version takes it out of production, whatever the log says.
+        if number and str(aliases.get(alias)) != number and _version(client, name, number):
+            client.set_registered_model_alias(name, alias, number)
+    if version is not None:  # also where the log will be deleted
+        text = f"{last.kind}, {last.at:%Y-%m-%d %H:%M:%S} UTC, by {last.by}: {last.why}"
+        key = f"{_TAG}{last.number}"
+        client.set_model_version_tag(name, last.champion, key, text[:LONGEST])
+    client.set_model_version_tag(name + SUFFIX, str(last.number), _TOOK_EFFECT, "yes")
+
+
+def _version(client: "MlflowClient", name: str, number: str) -> "ModelVersion | None":
     from mlflow.exceptions import MlflowException
 
     try:
-        client.set_registered_model_alias(name, alias, version)
+        return client.get_model_version(name, number)
     except MlflowException as error:
-        # Whoever deleted the version took it out of production, whatever the log says.
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
+        return None
+
+
+def _born(client: "MlflowClient", name: str) -> str:
+    """Return when the registered model was created, which another one of its name was not."""
+    return str(client.get_registered_model(name).creation_timestamp)
 
 
 def _append(
     client: "MlflowClient", name: str, champion: str, *, after: Move | None, kind: str, why: str
-) -> str:
-    """Write an entry, whole or not at all; return its token."""
+) -> tuple[str, str]:
+    """Write an entry, whole or not at all; return its token and number."""
     from mlflow.exceptions import MlflowException
 
-    previous = after.champion if after else ""
+    previous, born = after.champion if after else "", _born(client, name)
+    version = client.get_model_version(name, champion) if champion else None
     parts = {
         "follows": str(after.number if after else 0),
         "champion": champion,
@@ -158,14 +256,18 @@ def _append(
         "why": why,
         "by": user(),
         "token": uuid4().hex,
+        "bundle": version.tags.get(BUNDLE_TAG, "") if version else "",
+        "born": born,
     }
     for attempt in range(_TRIES):
         try:
-            client.create_model_version(
+            entry = client.create_model_version(
                 name + SUFFIX,
-                source=f"models:/{name}/{champion}",
+                source=f"models:/{name}/{champion or previous}",
                 tags={_TAG + key: value for key, value in parts.items()},
-                description=f"{kind}: version {previous or 'none'} -> {champion}. {why}"[:LONGEST],
+                description=f"{kind}: version {previous or 'none'} -> {champion or 'none'}. {why}"[
+                    :LONGEST
+                ],
                 await_creation_for=0,
             )
         except MlflowException as error:
@@ -177,7 +279,9 @@ def _append(
             else:
                 time.sleep(0.05 * (attempt + 1))
             continue
-        return parts["token"]
+        if after is None:
+            client.set_registered_model_tag(name + SUFFIX, _BORN, born)
+        return parts["token"], str(entry.version)
     raise RegistryError(f"others write to {name + SUFFIX} all the time; try again.")
 
 
@@ -195,7 +299,18 @@ def _create_log(client: "MlflowClient", name: str) -> None:
 
 
 def _newest_first(client: "MlflowClient", name: str) -> Iterator[Move]:
-    """Yield the entries; one may come twice where others are written meanwhile."""
+    """Yield the entries of this model; one may come twice where others are written meanwhile.
+
+    Those that lost are left out, and those of another model that had the name before.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        born = _born(client, name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return
     token = None
     while True:
         page = client.search_model_versions(
@@ -204,18 +319,18 @@ def _newest_first(client: "MlflowClient", name: str) -> Iterator[Move]:
             order_by=["version_number DESC"],
             page_token=token,
         )
-        yield from (move for version in page if (move := _move(client, version)))
+        yield from (move for version in page if (move := _move(client, version, born)))
         if not (token := page.token):
             return
 
 
-def _move(client: "MlflowClient", version: "ModelVersion") -> Move | None:
-    """Return the move that an entry is; None for what somebody else has put there."""
+def _move(client: "MlflowClient", version: "ModelVersion", born: str) -> Move | None:
+    """Return the move that an entry is; None for one that counts for nothing."""
     if not version.tags:
         # MLflow asks for tags after versions: what others pushed off the page meanwhile has none.
         version = client.get_model_version(version.name, version.version)
     tags = {key.removeprefix(_TAG): value for key, value in version.tags.items()}
-    if not tags.keys() >= {"follows", "champion", "previous", "kind", "why", "by", "token"}:
+    if tags.get("born") != born or _LOST in version.tags:
         return None
     return Move(
         number=int(version.version),
@@ -227,4 +342,6 @@ def _move(client: "MlflowClient", version: "ModelVersion") -> Move | None:
         by=tags["by"],
         at=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
         token=tags["token"],
+        bundle=tags["bundle"],
+        took_effect=_TOOK_EFFECT in version.tags,
     )

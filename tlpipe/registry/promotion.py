@@ -11,7 +11,7 @@ from tlpipe.onnx_export import signing
 from tlpipe.onnx_export.bundle import Bundle
 from tlpipe.registry import gate, moves, tracking
 from tlpipe.registry.gate import Bounds, Decision, Measured, Rule
-from tlpipe.registry.moves import ADOPTION, PROMOTION, ROLLBACK, Move
+from tlpipe.registry.moves import PROMOTION, ROLLBACK, Move
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,28 +21,25 @@ _TAG = "tlpipe.gate"
 
 
 def settle(client: "MlflowClient", name: str) -> Move | None:
-    """Return the last move, with the aliases as it says; a champion of older days is taken over.
+    """Return the last move; finish one that was killed, write down what was moved by hand.
+
+    Raises:
+        RegistryError: there is no such model, or it was renamed without its history.
+    """
+    tracking.check_known(client, name)
+    return moves.settle(client, name)
+
+
+def history(client: "MlflowClient", name: str) -> tuple[list[Move], str]:
+    """Return every move, the oldest first, and the version that is the champion now, or "".
+
+    It writes nothing: the two differ where the alias was set by hand since the last move.
 
     Raises:
         RegistryError: there is no such model.
     """
     tracking.check_known(client, name)
-    if (last := moves.settle(client, name)) is not None:
-        return last
-    if (alias := client.get_registered_model(name).aliases.get(moves.CHAMPION)) is None:
-        return None
-    why = "it was in production before there was a history"
-    return moves.move(client, name, str(alias), after=None, kind=ADOPTION, why=why)
-
-
-def history(client: "MlflowClient", name: str) -> list[Move]:
-    """Return every move, the oldest first, with the aliases as the last one says.
-
-    Raises:
-        RegistryError: there is no such model.
-    """
-    settle(client, name)
-    return moves.history(client, name)
+    return moves.history(client, name), moves.champion_alias(client, name)
 
 
 def promote(
@@ -102,7 +99,8 @@ def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> 
         ArtifactError: its bundle is damaged.
         RegistryError: there is nothing to go back to, or somebody else was faster.
     """
-    log = history(client, name)
+    settle(client, name)
+    log = moves.history(client, name)
     if not log:
         raise RegistryError(f"nothing of {name} is in production, so nothing can be rolled back.")
     last = log[-1]
@@ -116,7 +114,7 @@ def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> 
         which = steps[-2]
     version = tracking.find_version(client, name, which)
     target = str(version.version)
-    known = sorted({entry.champion for entry in log} - {last.champion}, key=int)
+    known = sorted({entry.champion for entry in log} - {last.champion, ""}, key=int)
     if target not in known:
         raise RegistryError(
             f"{name} version {target} cannot be gone back to: expected one that was in production "

@@ -22,7 +22,7 @@ from tlpipe.errors import ArtifactError, RegistryError
 from tlpipe.lineage import user
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import EXACT, Bundle
-from tlpipe.registry import card, tracking
+from tlpipe.registry import card, moves, tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -145,7 +145,7 @@ def publish(
 def _tags(shipped: Bundle) -> dict[str, str]:
     origin = shipped.provenance["origin"]
     return {
-        tracking.BUNDLE_TAG: shipped.digest,
+        moves.BUNDLE_TAG: shipped.digest,
         "tlpipe.onnx_sha256": shipped.model_sha256,
         "tlpipe.data_sha256": origin["data_sha256"],
         "tlpipe.data_version": origin["data_version"],
@@ -159,7 +159,7 @@ def _find_run(client: "MlflowClient", experiment_id: str, shipped: Bundle) -> "R
     """Return the oldest run of this very bundle."""
     found = client.search_runs(
         [experiment_id],
-        filter_string=f"tags.`{tracking.BUNDLE_TAG}` = '{shipped.digest}'",
+        filter_string=f"tags.`{moves.BUNDLE_TAG}` = '{shipped.digest}'",
         order_by=["attributes.start_time ASC"],
         max_results=1,
     )

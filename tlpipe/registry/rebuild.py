@@ -15,7 +15,7 @@ from tlpipe import files, lineage
 from tlpipe.errors import ArtifactError, RegistryError
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import Bundle
-from tlpipe.registry import tracking
+from tlpipe.registry import moves, tracking
 from tlpipe.versioning import stage_paths
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(
     """
     with tracking.connection(workspace) as client:
         version = tracking.find_version(client, *tracking.parse(reference))
-        expected = version.tags.get(tracking.BUNDLE_TAG, "")
+        expected = version.tags.get(moves.BUNDLE_TAG, "")
         known = None
         try:
             known = tracking.bundle_of(client, version)

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from tlpipe import files, lineage
 from tlpipe.data import ingest
-from tlpipe.errors import GateError
+from tlpipe.errors import GateError, RegistryError
 from tlpipe.onnx_export.bundle import EXACT
 from tlpipe.params import Section
 from tlpipe.registry import card, moves, promotion, publishing, tracking
@@ -76,8 +76,9 @@ def run(
             lineage=lineage.describe(workspace) | purpose,
         )
         version = published.version
-        client.set_registered_model_alias(params.name, tracking.CHALLENGER, version)
-        log = promotion.history(client, params.name)
+        tracking.challenge(client, params.name, version)
+        promotion.settle(client, params.name)
+        log = moves.history(client, params.name)
         # What once was in production and is no more was taken out by somebody.
         is_new = version not in {entry.champion for entry in log}
         if not log or (params.promote == "auto" and is_new):
@@ -113,3 +114,23 @@ def run(
         },
     )
     _log.info("%s version %s", params.name, version)
+
+
+def registered(receipt: Path, name: str) -> str:
+    """Return the digest of the bundle that was registered from this workspace, by its receipt.
+
+    Raises:
+        RegistryError: there is no receipt, or it is of another model.
+    """
+    if not receipt.exists():
+        raise RegistryError(
+            f"nothing was registered from here: {receipt} is missing. Run 'dvc repro', or name a "
+            f"version: 'tlpipe promote 3'."
+        )
+    content = files.read_json(receipt)
+    if content["name"] != name:
+        raise RegistryError(
+            f"{receipt} is of the model {content['name']}, params.yaml names {name}. Run 'dvc "
+            f"repro', or name a version: 'tlpipe promote 3'."
+        )
+    return str(content["bundle"])

@@ -22,7 +22,7 @@ from tlpipe.errors import ArtifactError, Interrupted, RegistryError
 from tlpipe.lineage import without_credentials
 from tlpipe.onnx_export.bundle import LABELS, Bundle, digest, load
 from tlpipe.registry import moves
-from tlpipe.registry.moves import CHAMPION
+from tlpipe.registry.moves import BUNDLE_TAG, CHAMPION
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 CHALLENGER = "challenger"
+_DIGEST = re.compile("[0-9a-f]{64}")
 _ADDRESS = "MLFLOW_TRACKING_URI"
 # DVC alone would say that nothing has changed: it does not see the registry.
 _REGISTER = "Register what was built: 'dvc repro --force --single-item register'."
 _TRAINING = {"tlpipe.kind": "training"}
-BUNDLE_TAG, BUNDLE_FOLDER, MODEL_FOLDER = "tlpipe.bundle", "bundle", "trained"
+BUNDLE_FOLDER, MODEL_FOLDER = "bundle", "trained"
 
 
 @contextmanager
@@ -110,13 +111,20 @@ def experiment(client: "MlflowClient", name: str, workspace: Path) -> str:
 
 
 def find_version(client: "MlflowClient", name: str, which: str) -> "ModelVersion":
-    """Return the model version of a number or behind an alias.
+    """Return the model version of a number, behind an alias, or of a bundle's digest.
 
     Raises:
         RegistryError: the model, the version or the alias does not exist.
     """
     from mlflow.exceptions import MlflowException
 
+    if _DIGEST.fullmatch(which):
+        wanted = f"name = '{name}' and tags.`{BUNDLE_TAG}` = '{which}'"
+        if found := client.search_model_versions(wanted):
+            return max(found, key=lambda version: int(version.version))
+        raise RegistryError(
+            f"the registry has no version of {name} with the bundle {which[:16]}.... {_REGISTER}"
+        )
     try:
         if which.isdecimal():
             return client.get_model_version(name, which)
@@ -128,6 +136,13 @@ def find_version(client: "MlflowClient", name: str, which: str) -> "ModelVersion
         raise RegistryError(
             f"the registry has no {wanted}. {_what_there_is(client, name)}"
         ) from None
+
+
+def challenge(client: "MlflowClient", name: str, version: str) -> None:
+    """Let the alias ``challenger`` name a version, unless it names a later one."""
+    current = client.get_registered_model(name).aliases.get(CHALLENGER)
+    if current is None or int(current) < int(version):
+        client.set_registered_model_alias(name, CHALLENGER, version)
 
 
 def check_known(client: "MlflowClient", name: str) -> None:
@@ -172,6 +187,8 @@ def fetch(client: "MlflowClient", name: str, which: str) -> Fetched:
     """
     try:
         version = find_version(client, name, which)
+        if which == CHAMPION:
+            _check_promoted(client, version)
         return Fetched(bundle_of(client, version), str(version.version))
     except (ArtifactError, RegistryError) as error:
         if which != CHAMPION:
@@ -189,6 +206,22 @@ def fetch(client: "MlflowClient", name: str, which: str) -> Fetched:
             _log.warning("degraded: %s", degraded)
             return Fetched(found, number, degraded)
     raise wrong
+
+
+def _check_promoted(client: "MlflowClient", version: "ModelVersion") -> None:
+    """Check that the champion is still what was promoted, by the digest in its last move.
+
+    Raises:
+        RegistryError: somebody has changed the version's tags since, and maybe its files.
+    """
+    last = moves.tail(client, version.name)
+    found = version.tags.get(BUNDLE_TAG, "")
+    if last is not None and last.champion == str(version.version) and last.bundle != found:
+        raise RegistryError(
+            f"{version.name} version {version.version} is not what was put in production: its tag "
+            f"{BUNDLE_TAG} is {found[:16] or 'missing'}, expected {last.bundle[:16]}. Nothing was "
+            f"loaded. Promote the version again, if it was changed on purpose."
+        )
 
 
 def bundle_of(client: "MlflowClient", version: "ModelVersion") -> Bundle:

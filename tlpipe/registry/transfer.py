@@ -49,5 +49,5 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
                     f"{name} version {version.version} has the digest {expected[:16]}..., what "
                     f"arrived at {without_credentials(to)} {arrived.digest[:16]}...; do not use it."
                 )
-            client.set_registered_model_alias(name, tracking.CHALLENGER, published.version)
+            tracking.challenge(client, name, published.version)
     return published.version
