@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
+from scipy.fft import dctn
 
 from tests.conftest import Workspace
 from tlpipe.data import duplicates
@@ -37,6 +38,17 @@ def changed(data: bytes, kind: str, chance: random.Random) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return file.getvalue()
+
+
+def test_low_frequencies_are_those_of_scipy() -> None:
+    random = np.random.default_rng(0)
+    blurred = random.integers(0, 256, (5, 8, 8)).repeat(8, 1).repeat(8, 2)
+    images = (0.7 * blurred + random.integers(0, 60, (5, 64, 64))).astype(np.uint8)
+    small = images.reshape(5, 32, 2, 32, 2).mean((2, 4))
+    small -= small.mean((1, 2), keepdims=True)
+    small /= np.sqrt((small**2).sum((1, 2), keepdims=True))
+    expected = dctn(small, axes=(1, 2), norm="ortho")[:, :6, :6]
+    assert np.abs(duplicates.describe(images) - expected).max() < 1e-5
 
 
 KINDS = ("re-encoded", "half", "mirrored", "cropped", "brighter")

@@ -134,6 +134,33 @@ def test_a_request_that_is_repeated_since_its_answer_was_lost_still_wins(local: 
         move(local, NAME, "1", after=first)
 
 
+class Failing:
+    """A client whose requests for a new version fail so many times, in MLflow's words."""
+
+    def __init__(self, client: Any, times: int, words: str) -> None:
+        self._client, self._times, self._words = client, times, words
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def create_model_version(self, *given: Any, **named: Any) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        self._times -= 1
+        if self._times >= 0:
+            raise MlflowException(self._words)
+        return self._client.create_model_version(*given, **named)
+
+
+def test_a_number_that_others_took_is_asked_for_again_and_no_other_error_is(local: Any) -> None:
+    local.create_registered_model(f"{NAME}-history")
+    words = "Model Version creation error (name=raced-history). Giving up after 3 attempts."
+    first = promote(Failing(local, 3, words), "1", None)
+    with pytest.raises(Exception, match="disk is full"):
+        promote(Failing(local, 1, "the disk is full"), "2", first)
+    assert moves.tail(local, NAME) == first
+
+
 def test_what_others_put_into_the_log_counts_for_nothing(local: Any) -> None:
     first = moves.move(local, NAME, "1", after=None, kind="promotion", why="a" * 9000)
     local.create_model_version(f"{NAME}-history", source="s3://bucket/other", tags={"mine": "1"})
