@@ -212,16 +212,20 @@ def test_a_champion_that_was_set_by_hand_stays_and_is_written_down(local: Any) -
 
 
 @pytest.mark.fault("R14")
-def test_a_champion_that_was_taken_away_by_hand_stays_away(local: Any) -> None:
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_champion_that_was_taken_away_by_hand_stays_away(local: Any, is_deleted: bool) -> None:
     first = promote(local, "1", None)
     second = promote(local, "2", first)
-    local.delete_registered_model_alias(NAME, "champion")
+    if is_deleted:
+        local.delete_model_version(NAME, "2")
+    else:
+        local.delete_registered_model_alias(NAME, "champion")
     adopted = moves.settle(local, NAME)
     assert adopted is not None and (adopted.champion, adopted.follows) == ("", second.number)
     assert "champion" not in aliases(local)
     assert moves.standing(moves.history(local, NAME)) == ["1", "2"]
-    promote(local, "2", adopted)
-    assert aliases(local)["champion"] == "2"
+    promote(local, "3", adopted)
+    assert aliases(local)["champion"] == "3"
 
 
 @pytest.mark.fault("R15")

@@ -263,7 +263,8 @@ def _append(
         try:
             entry = client.create_model_version(
                 name + SUFFIX,
-                source=f"models:/{name}/{champion or previous}",
+                # MLflow looks up what it names, and a version that was deleted is not there.
+                source=f"models:/{name}/{champion}" if champion else "mlflow-artifacts:/none",
                 tags={_TAG + key: value for key, value in parts.items()},
                 description=f"{kind}: version {previous or 'none'} -> {champion or 'none'}. {why}"[
                     :LONGEST
