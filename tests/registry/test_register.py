@@ -114,6 +114,36 @@ def test_killed_anywhere_and_replayed_there_is_one_run_and_one_version(built: Wo
     assert found["aliases"] == {"digits": {"challenger": 1, "champion": 1}}
 
 
+@pytest.mark.slow
+@pytest.mark.fault("R18")
+def test_what_is_stored_already_is_not_written_again(built: Workspace) -> None:
+    """A version in production is read by servers while somebody registers it once more."""
+
+    def stored() -> dict[Path, tuple[int, int, bytes]]:
+        found = (built.path / "mlartifacts").rglob("*")
+        return {
+            path: (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes())
+            for path in found
+            if path.is_file()
+        }
+
+    built.run(*COMMAND)
+    first = stored()
+    (graph,) = (path for path in first if path.match("bundle/model.onnx"))
+    (stored_speed,) = (path for path in first if path.name == "speed.json")
+    built.run(*COMMAND)
+    assert stored() == first
+    speed = built.path / "artifacts/evaluate/speed.json"
+    speed.write_bytes(speed.read_bytes() + b"\n")
+    graph.unlink()
+    built.run(*COMMAND)
+    after = stored()
+    changed = {path.name for path in first if after[path] != first[path]}
+    assert changed == {"model.onnx", "speed.json", "sha256.json"}
+    assert after[graph][2] == first[graph][2]
+    assert after[stored_speed][2] == speed.read_bytes()
+
+
 def test_a_report_of_another_bundle_is_refused(built: Workspace) -> None:
     report = built.path / "artifacts/evaluate/report.json"
     kept = report.read_bytes()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = "mlflow.note.content"  # what MLflow shows on top of a run
 _MADE_BY = {"mlflow.source.name": "tlpipe register", "mlflow.source.type": "LOCAL"}
+_DIGESTS = "sha256.json"  # of every artifact, by its path
 _AT_ONCE = 1000  # the most metrics that MLflow takes in one request
 
 
@@ -240,7 +241,10 @@ def _log_data(
 
 
 def _log_artifacts(client: "MlflowClient", run_id: str, content: Content) -> None:
-    """Log everything, laid out as it is kept: two reports have the same name in the workspace."""
+    """Log what is not there yet, laid out as it is kept: two reports have one name here.
+
+    What is there with these bytes is left alone, since somebody may be reading it.
+    """
     with TemporaryDirectory() as name:
         for field in fields(content):
             source, target = getattr(content, field.name), Path(name, _PLACES[field.name])
@@ -249,7 +253,31 @@ def _log_artifacts(client: "MlflowClient", run_id: str, content: Content) -> Non
                 shutil.copytree(source, target, copy_function=files.link_or_copy)
             else:
                 files.link_or_copy(source, target)
-        client.log_artifacts(run_id, name)
+        paths = [path for path in sorted(Path(name).rglob("*")) if path.is_file()]
+        wanted = {path.relative_to(name).as_posix(): files.sha256(path) for path in paths}
+        logged = _logged(client, run_id)
+        for place, digest in wanted.items():
+            if logged.get(place) == digest:
+                Path(name, place).unlink()
+        if wanted.items() - logged.items():
+            client.log_artifacts(run_id, name)
+            client.log_dict(run_id, wanted, _DIGESTS)
+
+
+def _logged(client: "MlflowClient", run_id: str) -> dict[str, str]:
+    """Return the digests by path of the artifacts that a run has."""
+    there, folders = set(), [""]
+    while folders:
+        for found in client.list_artifacts(run_id, folders.pop() or None):
+            if found.is_dir:
+                folders.append(found.path)
+            else:
+                there.add(found.path)
+    if _DIGESTS not in there:
+        return {}
+    with TemporaryDirectory() as name:
+        digests = files.read_json(Path(client.download_artifacts(run_id, _DIGESTS, name)))
+    return {place: digest for place, digest in digests.items() if place in there}
 
 
 def _log_model(client: "MlflowClient", found: "Run", shipped: Bundle, examples: Path) -> str:
