@@ -338,9 +338,9 @@ def test_a_killed_promotion_leaves_the_old_or_the_new_one(built: Workspace) -> N
         "import mlflow\n"
         "from tlpipe.registry import moves, promotion\n"
         f"client = mlflow.MlflowClient({address!r})\n"
-        "log = promotion.history(client, 'raced')\n"
-        "if log[-1].champion != 'VERSION':\n"
-        "    moves.move(client, 'raced', 'VERSION', after=log[-1], kind='promotion', why='')\n"
+        "last = promotion.settle(client, 'raced')\n"
+        "if last.champion != 'VERSION':\n"
+        "    moves.move(client, 'raced', 'VERSION', after=last, kind='promotion', why='')\n"
     )
     seen = []
     for version in ("2", "3"):
@@ -350,10 +350,13 @@ def test_a_killed_promotion_leaves_the_old_or_the_new_one(built: Workspace) -> N
             seen.append((place, log, str(found["champion"]), str(found.get("previous", ""))))
     assert seen == [
         ("create_registered_model", [], "1", ""),
-        ("create_model_version", ["1"], "1", ""),
-        ("set_registered_model_alias raced champion", ["1", "2"], "2", ""),
-        ("set_registered_model_alias raced previous", ["1", "2"], "2", "1"),
-        ("create_model_version", ["1", "2", "3"], "2", "1"),
-        ("set_registered_model_alias raced champion", ["1", "2", "3"], "3", "1"),
-        ("set_registered_model_alias raced previous", ["1", "2", "3"], "3", "2"),
+        ("set_registered_model_tag", [], "1", ""),
+        ("create_model_version", [], "1", ""),
+        ("set_model_version_tag", [], "1", ""),
+        ("set_registered_model_alias raced champion", ["1"], "2", ""),
+        ("set_registered_model_alias raced previous", ["1"], "2", "1"),
+        ("create_model_version", ["1", "2"], "2", "1"),
+        ("set_registered_model_alias raced champion", ["1", "2"], "3", "1"),
+        ("set_registered_model_alias raced previous", ["1", "2"], "3", "2"),
+        ("set_model_version_tag", ["1", "2"], "3", "2"),
     ]

@@ -259,6 +259,8 @@ def _append(
         "bundle": version.tags.get(BUNDLE_TAG, "") if version else "",
         "born": born,
     }
+    if after is None:
+        _create_log(client, name, born)
     for attempt in range(_TRIES):
         try:
             entry = client.create_model_version(
@@ -273,30 +275,31 @@ def _append(
             )
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                _create_log(client, name)
+                _create_log(client, name, born)
             # Others took the number meanwhile.
             elif attempt + 1 == _TRIES or "Giving up after" not in str(error):
                 raise
             else:
                 time.sleep(0.05 * (attempt + 1))
             continue
-        if after is None:
-            client.set_registered_model_tag(name + SUFFIX, _BORN, born)
         return parts["token"], str(entry.version)
     raise RegistryError(f"others write to {name + SUFFIX} all the time; try again.")
 
 
-def _create_log(client: "MlflowClient", name: str) -> None:
+def _create_log(client: "MlflowClient", name: str, born: str) -> None:
+    """Make the log of a model, or let one that is there be of this model, too."""
     from mlflow.exceptions import MlflowException
 
-    client.get_registered_model(name)  # there is no log of a model that does not exist
     try:
         client.create_registered_model(
-            name + SUFFIX, description=f"What was in production of {name}, and when."
+            name + SUFFIX,
+            tags={_BORN: born},
+            description=f"What was in production of {name}, and when.",
         )
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody else was faster
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+        client.set_registered_model_tag(name + SUFFIX, _BORN, born)
 
 
 def _newest_first(client: "MlflowClient", name: str) -> Iterator[Move]:
