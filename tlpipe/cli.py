@@ -587,10 +587,11 @@ def check(params: ParamsFile = PARAMS_FILE) -> None:
     sections = load_params(params)
     section = cast(ingest.Params, sections["ingest"])
     with (
-        ingest.opened(section),
+        ingest.opened(section) as source,
         answers.opened(cast(evaluate.Params, sections["evaluate"]).unknown),
     ):
-        pass
+        for note in source.notes:
+            print(_printable(note))
     for pattern in versioning.hide_unreadable(params.parent, Path(section.source)):
         print(f"{pattern} cannot be read and is now in .dvcignore; see rejects.csv after ingest")
 

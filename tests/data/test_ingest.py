@@ -129,7 +129,7 @@ def test_one_image_under_two_labels_is_refused_in_both(empty: Workspace, photos:
                 for split in ("train", "val")
                 for label in ("a", "b")
             ],
-            "holds train and held-out folders, and beside them dark, light",
+            "holds the split folders train, val, and beside them dark, light; expected splits only",
         ),
         (
             lambda root: shutil.rmtree(root),

@@ -46,6 +46,11 @@ class Params(Section):
         description="For folders: a regular expression, searched in each file's path; its group "
         "'label', and if wanted 'split' and 'group', say what they match.",
     )
+    columns: dict[Literal["path", "label", "split", "group"], str] = Field(
+        default={},
+        description="For tables: the names of columns by what they hold, such as {path: file, "
+        "label: species}, where they are not known ones.",
+    )
     box_margin: float = Field(
         default=0.1,
         ge=0,
@@ -105,6 +110,8 @@ def run(
     outputs = (manifest, duplicates, pixels, report)
     earlier = Earlier(*outputs, sampling=sampling, decoder=decoder, compared=compared)
     with opened(params) as source, files.replacing_folder(pixels) as folder:
+        for note in source.notes:
+            _log.info("%s", note)
         outcomes = read_all(source, sampling, params.box_margin, earlier)
         total = source.counts.total()
         with closing(Journal(folder, sampling, earlier.pixels)) as journal:
@@ -156,7 +163,11 @@ def opened(params: Params) -> AbstractContextManager[listing.Source]:
         DataError: as ``listing.opened``.
     """
     return listing.opened(
-        params.source, kind=params.kind, pattern=params.pattern, background=params.background
+        params.source,
+        kind=params.kind,
+        pattern=params.pattern,
+        background=params.background,
+        columns=params.columns,
     )
 
 

@@ -10,16 +10,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from tlpipe.errors import DataError, ImageError
-from tlpipe.sources import tables
-from tlpipe.sources.candidates import Candidate, Reject, given_split
+from tlpipe.sources.candidates import IMAGES, Candidate, Reject, given_split
 from tlpipe.sources.storage import Storage
 
 EXPECTED = {
-    "table": "one CSV or Parquet file beside the images' folders, with the columns path and label",
+    "table": "a CSV, TSV or Parquet file on top, with columns of paths and labels",
     "coco": "a JSON file with images, annotations and categories, in the folder or in annotations/",
     "voc": "XML files with <annotation>, below the folder",
 }
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -28,24 +26,20 @@ class Found:
 
     coco: dict[str, Any] = field(default_factory=dict)
     voc: tuple[str, ...] = ()
-    tables: tuple[str, ...] = ()
 
 
 def find(storage: Storage) -> Found:
-    """Find the annotation files: JSON on top or one folder below, XML anywhere, tables on top."""
-    coco, voc, on_top = [], [], []
+    """Find the annotation files: JSON on top or one folder below, XML anywhere."""
+    coco, voc = [], []
     for name in storage.names():
         depth, suffix = name.count("/"), name[-8:].lower()
         if suffix.endswith(".json") and depth <= 1:
             coco.append(name)
         elif suffix.endswith(".xml"):
             voc.append(name)
-        elif depth == 0:
-            on_top.append(name)
     return Found(
         coco={name: content for name in coco if (content := _coco(storage, name))},
         voc=tuple(voc) if voc and _is_voc(storage, voc[0]) else (),
-        tables=tuple(name for name in on_top if tables.is_table(storage, name)),
     )
 
 
@@ -173,7 +167,7 @@ def _image_finder(storage: Storage) -> Callable[[str, str], str | None]:
     """Return what finds the file that an annotation means; ``hint`` chooses between equal names."""
     by_name = defaultdict(list)
     for name in storage.names():
-        if name.lower().endswith(_IMAGES):
+        if name.lower().endswith(IMAGES):
             by_name[PurePosixPath(name).name].append(name)
             by_name[PurePosixPath(name).stem].append(name)
 

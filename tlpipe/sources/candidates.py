@@ -1,18 +1,21 @@
 """One labelled image of a source, before anyone looked inside."""
 
+import re
 from typing import NamedTuple
 
 Box = tuple[int, int, int, int]
+IMAGES = (
+    *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".heic", ".heif", ".avif"),
+)
 _SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
+    "test": ("test", "testing", "holdout", "hold_out", "held_out"),
 }
+_OF_WORD = {word: split for split, words in _SPLITS.items() for word in words}
+# As in train_set, test_data, val2017.
+_AROUND = re.compile(r"[-_ ]?(set|data|images|split|\d{4})$")
 
 
 class Candidate(NamedTuple):
@@ -42,5 +45,11 @@ class Reject(NamedTuple):
 
 
 def given_split(word: str) -> str:
-    """Return the split that a folder's or a table's word means, or nothing."""
-    return _SPLITS.get(word.strip().lower(), "")
+    """Return the split that a folder's or a table's word means, or nothing.
+
+    Examples:
+        >>> given_split("Training_Set"), given_split("val2017"), given_split("trains")
+        ('train', 'validation', '')
+    """
+    plain = word.strip().lower().replace("-", "_")
+    return _OF_WORD.get(plain) or _OF_WORD.get(_AROUND.sub("", plain), "")

@@ -1,35 +1,42 @@
 """Find the labelled images of a source: which file, under which label, in which given split."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from tlpipe.errors import DataError
-from tlpipe.sources import annotations, builtin, tables
+from tlpipe.sources import annotations, builtin, layouts, tables
 from tlpipe.sources.archives import open_archive
 from tlpipe.sources.candidates import Candidate, Reject, given_split
 from tlpipe.sources.remote import Remote, open_remote
 from tlpipe.sources.storage import Folder, Storage
 
 Kind = Literal["auto", "folders", "table", "coco", "voc"]
+# Beside labels in folders, these are labels of another kind, or nobody's.
+_ANNOTATIONS = (*tables.SUFFIXES, ".json", ".jsonl", ".xml")
+# So many times as many images: a class this rare has none to be measured on.
+_UNEQUAL = 50
 
 
 @dataclass(frozen=True)
 class Source:
     """What a source holds. ``candidates`` yields them in the order of their names, each time anew.
 
-    ``counts``: of each label, how many images it has before any was opened.
+    ``counts``: of each label, how many images it has before any was opened; ``notes``: what was
+    understood and what was left out, a sentence each.
     """
 
     storage: Storage
     candidates: Callable[[], Iterator[Candidate]]
     rejects: list[Reject] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def is_local(self) -> bool:
@@ -39,7 +46,12 @@ class Source:
 
 @contextmanager
 def opened(
-    address: str, *, kind: Kind = "auto", pattern: str | None = None, background: str | None = None
+    address: str,
+    *,
+    kind: Kind = "auto",
+    pattern: str | None = None,
+    background: str | None = None,
+    columns: tables.Columns | None = None,
 ) -> Iterator[Source]:
     """Open a source and list its images.
 
@@ -47,6 +59,10 @@ def opened(
     ``pattern``: for folders, a regular expression that is searched in each name and whose groups
         ``label``, ``split`` and ``group`` say what they match.
     ``background``: for boxes, the label of one region of each photo that no box touches.
+    ``columns``: for tables, the names of columns by what they hold.
+
+    Where splits are given and none is called test, the one called validation is: it is what the
+    result is measured on, whatever the images' labels are read from.
 
     Raises:
         DataError: the source is missing, of no known kind, or its classes cannot be told apart.
@@ -58,11 +74,36 @@ def opened(
             stack.enter_context(closing(files))
         else:
             storage = stack.enter_context(closing(_open_storage(address)))
-            source = _list(storage, address, kind, pattern, background)
+            source = _list(storage, address, kind, pattern, background, columns or {})
+        splits: Counter[str] = Counter()
         for candidate in source.candidates():
             source.counts[candidate.label] += 1
+            splits[candidate.split] += 1
         _check_classes(source.counts, address)
+        source.notes.extend(_unequal(source.counts))
+        if splits["train"] and splits["validation"] and not splits["test"]:
+            source.notes.append(
+                "no split is called test: the one called validation is taken for it"
+            )
+            source = replace(source, candidates=partial(_validation_as_test, source.candidates))
         yield source
+
+
+def _validation_as_test(candidates: Callable[[], Iterator[Candidate]]) -> Iterator[Candidate]:
+    for candidate in candidates():
+        yield candidate._replace(split=candidate.split.replace("validation", "test"))
+
+
+def _unequal(counts: Counter[str]) -> Iterator[str]:
+    """Yield what follows where one class has many times the images of another."""
+    (many, most), *_, (few, least) = counts.most_common()
+    if most >= _UNEQUAL * least:
+        yield (
+            f"classes are unequal: {many} has {most} images, {few} {least}. Whoever always answers "
+            f"{many} is right on {most / counts.total():.1%} of them, so look at the recall of "
+            f"each class; of {few}, validation and test hold next to nothing. train.balance lets "
+            f"rare classes count as much as others"
+        )
 
 
 def _open_storage(address: str) -> Storage:
@@ -76,6 +117,10 @@ def _open_storage(address: str) -> Storage:
     path = Path(address)
     if path.is_dir():
         return Folder(path)
+    if not path.exists() and Path(f"{path}.dvc").exists():
+        raise DataError(
+            f"ingest.source {address} is not here, but DVC has it: run 'dvc pull {path}.dvc'."
+        )
     if not path.exists():
         raise DataError(
             f"ingest.source {address} does not exist; expected a folder, a zip or tar archive, an "
@@ -88,34 +133,65 @@ def _open_storage(address: str) -> Storage:
 
 
 def _list(
-    storage: Storage, address: str, kind: Kind, pattern: str | None, background: str | None
+    storage: Storage,
+    address: str,
+    kind: Kind,
+    pattern: str | None,
+    background: str | None,
+    columns: tables.Columns,
 ) -> Source:
-    by_name_alone = kind == "folders" or pattern is not None
-    described = annotations.Found() if by_name_alone else annotations.find(storage)
+    if pattern is not None:
+        return _by_names(storage, re.compile(pattern))
+    is_open = kind != "folders"
+    described = annotations.find(storage) if is_open else annotations.Found()
+    table = tables.find(storage, columns) if is_open else tables.Found()
     rejects: list[Reject] = []
-    coco, voc, table = described.coco, described.voc, described.tables
+    notes = [f"{name} is left out: {reason}" for name, reason in table.others]
+    coco, voc = described.coco, described.voc
     for name, found, read in (
         ("coco", coco, partial(annotations.read_coco, storage, coco, background)),
         ("voc", voc, partial(annotations.read_voc, storage, voc, background)),
-        ("table", table, partial(tables.read_table, storage, table)),
+        ("table", table.tables, partial(tables.read_tables, storage, table.tables, notes=notes)),
     ):
         if kind == name and not found:
+            seen = "; ".join(f"{other}: {reason}" for other, reason in table.others)
             raise DataError(
                 f"ingest.kind is {kind}, but {address} holds no such annotations; expected "
-                f"{annotations.EXPECTED[name]}. Change ingest.kind or ingest.source."
+                f"{annotations.EXPECTED[name]}. {f'Seen: {seen}. ' if seen else ''}Change "
+                f"ingest.kind or ingest.source."
             )
         if kind == name or (kind == "auto" and found):
-            listed = read(rejects)
-            return Source(storage, partial(iter, sorted(listed, key=lambda c: c.name)), rejects)
-    layout = _given_splits(storage, address) if pattern is None else {}
-    search = re.compile(pattern).search if pattern is not None else None
-    for folder in storage.folders() if pattern is None else ():
-        _check_not_empty(storage, folder, layout)
+            listed = sorted(read(rejects=rejects), key=lambda candidate: candidate.name)
+            return Source(storage, partial(iter, listed), rejects, notes=notes)
+    if is_open:
+        _check_no_other_labels(storage, dict(table.others), address)
+    layout = layouts.find(storage, address)
+    aside = [name for name in storage.names() if layout.is_left_out(name)]
+    if beside := [name for name in aside if not name.startswith(layout.left_out)]:
+        layout.notes.append(f"{len(beside)} files beside the classes are no images: {beside[0]}")
 
     def candidates() -> Iterator[Candidate]:
         rejects.clear()
         for name in storage.names():
-            found = _by_pattern(name, search(name)) if search else _by_folder(name, layout)
+            if layout.is_left_out(name):
+                continue
+            found = layout.read(name)
+            if isinstance(found, Candidate):
+                yield found
+            else:
+                rejects.append(Reject(name, "no_label", found))
+
+    return Source(storage, candidates, rejects, notes=layout.notes)
+
+
+def _by_names(storage: Storage, pattern: re.Pattern[str]) -> Source:
+    """Return the images whose labels a pattern finds in their names."""
+    rejects: list[Reject] = []
+
+    def candidates() -> Iterator[Candidate]:
+        rejects.clear()
+        for name in storage.names():
+            found = _by_pattern(name, pattern.search(name))
             if isinstance(found, Candidate):
                 yield found
             else:
@@ -124,42 +200,22 @@ def _list(
     return Source(storage, candidates, rejects)
 
 
-def _given_splits(storage: Storage, address: str) -> dict[str, str]:
-    """Return the split of each top folder, if they are splits; nothing, if they are classes."""
-    folders = storage.folders()
-    given = {folder: given_split(folder) for folder in folders}
-    if "train" not in given.values():
-        return {}
-    held_out = {"validation", "test"} & set(given.values())
-    if not held_out:
-        return {}
-    if "" in given.values():
-        others = ", ".join(folder for folder, split in given.items() if not split)
+def _check_no_other_labels(storage: Storage, reasons: dict[str, str], address: str) -> None:
+    """Check that no file on top may hold other labels than the folders' names.
+
+    Raises:
+        DataError: one may, and nobody has said that the folders count.
+    """
+    for name in storage.names():
+        if "/" in name or not name.lower().endswith(_ANNOTATIONS):
+            continue
+        is_table = name.lower().endswith(tables.SUFFIXES)
+        if (reason := reasons.get(name)) is None:
+            reason = "empty" if is_table else "it is no COCO and no Pascal VOC that is known"
         raise DataError(
-            f"{address} holds train and held-out folders, and beside them {others}; expected "
-            f"splits only, or classes only. Move {others} elsewhere."
+            f"{address} holds {name}, which may hold the labels but is not read: {reason}. To "
+            f"take the names of folders for labels, set ingest.kind: folders."
         )
-    if "test" not in held_out:
-        # With no test folder, the held-out one is what the result is measured on.
-        given = {folder: split.replace("validation", "test") for folder, split in given.items()}
-    return given
-
-
-def _check_not_empty(storage: Storage, folder: str, layout: dict[str, str]) -> None:
-    inner = [f"{folder}/{name}" for name in storage.folders(f"{folder}/")] if layout else [folder]
-    for path in inner:
-        if not storage.has_files(f"{path}/"):
-            raise DataError(f"the class folder {path} is empty. Add images or take the folder out.")
-
-
-def _by_folder(name: str, layout: dict[str, str]) -> Candidate | str:
-    """Return what the folders of a file say of it, or why they say nothing."""
-    first, *rest = name.split("/")
-    if first in layout and len(rest) > 1:
-        return Candidate(name=name, file=name, label=rest[0], split=layout[first])
-    if layout or not rest:
-        return "it lies in no class folder"
-    return Candidate(name=name, file=name, label=first)
 
 
 def _by_pattern(name: str, match: re.Match[str] | None) -> Candidate | str:
@@ -168,7 +224,13 @@ def _by_pattern(name: str, match: re.Match[str] | None) -> Candidate | str:
     groups = {key: value or "" for key, value in match.groupdict().items()}
     if not groups["label"]:
         return "ingest.pattern finds no label in its name"
-    split, group = given_split(groups.get("split", "")), groups.get("group", "")
+    word, group = groups.get("split", ""), groups.get("group", "")
+    split = given_split(word)
+    if word and not split:
+        raise DataError(
+            f"ingest.pattern finds the split {word!r} in {name}; expected train, validation or "
+            f"test. Change the pattern, or the name."
+        )
     return Candidate(name=name, file=name, label=groups["label"], split=split, group=group)
 
 
@@ -181,13 +243,16 @@ def _check_classes(counts: Counter[str], address: str) -> None:
         )
     seen: dict[str, str] = {}
     for label in sorted(counts):
-        if not label.isprintable() or "/" in label:
+        if not label.isprintable():
             raise DataError(
                 f"the class {label!r} has a name that is not UTF-8 or not printable. Rename it."
             )
-        other = seen.setdefault(label.casefold(), label)
+        other = seen.setdefault(unicodedata.normalize("NFC", label).casefold(), label)
         if other != label:
+            how = "upper and lower case"
+            if other.casefold() != label.casefold():
+                how = "Unicode's normal form (NFC and NFD)"
             raise DataError(
-                f"the classes {other!r} and {label!r} differ in upper and lower case only; "
-                f"expected one name per class. Merge or rename them."
+                f"the classes {other!r} and {label!r} differ in {how} only; expected one name per "
+                f"class. Merge or rename them."
             )

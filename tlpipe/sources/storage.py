@@ -17,7 +17,11 @@ from tlpipe.errors import DataError, ImageError
 
 MAX_FILE_BYTES = 512 * 2**20
 _SURE_NS = 2_000_000_000
-_IGNORED = ("Thumbs.db", "__MACOSX")
+# What systems and programs leave behind.
+_IGNORED = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "$recycle.bin"),
+    *("system volume information", "lost+found", "@eadir"),
+}
 
 
 class Storage(Protocol):
@@ -226,7 +230,7 @@ def check_collisions(where: str, names: Collection[str]) -> None:
 
 def is_ignored(name: str) -> bool:
     """Return whether nobody means such a file or folder to be data."""
-    return name.startswith(".") or name in _IGNORED
+    return name.startswith(".") or name.lower() in _IGNORED
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int]:

@@ -1,84 +1,448 @@
-"""Read labels from a table: CSV or Parquet, ``path,label[,split][,group]``."""
+"""Read labels from tables: CSV, TSV or Parquet, as spreadsheets, Kaggle and exporters write them.
+
+Which separator, encoding and columns were taken is said. What a table does not say plainly is an
+error that names what was seen and the key to set.
+"""
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Literal
 
 from tlpipe.errors import DataError, ImageError
-from tlpipe.sources.candidates import Candidate, Reject, given_split
+from tlpipe.sources.candidates import IMAGES, Candidate, Reject, given_split
 from tlpipe.sources.storage import Storage
 
-_COLUMNS = ("path", "label", "split", "group")
+Role = Literal["path", "label", "split", "group"]
+Columns = Mapping[Role, str]
+SUFFIXES = (".csv", ".tsv", ".parquet")
+_NAMES: dict[Role, tuple[str, ...]] = {
+    "path": (
+        *("path", "file", "filename", "file_name", "filepath", "file_path", "id"),
+        *("image", "image_path", "image_name", "image_id", "image_file", "img", "img_path"),
+    ),
+    "label": ("label", "labels", "class", "class_name", "classname", "category", "target"),
+    "split": ("split", "subset"),
+    "group": ("group",),
+}
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+# Of a competition: what is to be handed in, with made-up labels.
+_SUBMISSION = re.compile("submission", re.IGNORECASE)
+_LOOKED_AT = 50
 
 
-def is_table(storage: Storage, name: str) -> bool:
-    """Return whether a file is a table with paths and labels."""
-    return name.lower().endswith((".csv", ".parquet")) and {"path", "label"} <= set(
-        _columns(storage, name)
-    )
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: the path as it stands there, and what it says of the image."""
+
+    number: int
+    path: str
+    label: str
+    split: str
+    group: str
 
 
-def read_table(storage: Storage, tables: Sequence[str], rejects: list[Reject]) -> list[Candidate]:
-    """Read ``path,label[,split][,group]``; paths are relative to the table, other columns unused.
+class NotATableError(Exception):
+    """Says in half a sentence why a file is not read as a table of labels."""
+
+
+class Files:
+    """Finds the files that tables name."""
+
+    def __init__(self, storage: Storage) -> None:
+        """List a storage's files."""
+        self.names = set(storage.names())
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        self._by_base: dict[str, set[str]] = defaultdict(set)
+        for name in self.names:
+            if is_image(name):
+                self._by_stem[_stem(name)].append(name)
+                base = PurePosixPath(name).name
+                self._by_base[base].add(name)
+                self._by_base[_stem(base)].add(name)
+
+    def find(self, stated: str, folder: str) -> list[str]:
+        r"""Return the files that a path may mean: one, or none, or those it does not tell apart.
+
+        It is looked for as it stands, with ``/`` for ``\``, relative to the table's ``folder``
+        and to the source, with a known extension; what is absolute by its longest end that is
+        there; what has no folder by its base name.
+        """
+        path = stated if stated in self.names else stated.replace("\\", "/")
+        path = PurePosixPath(path).as_posix()
+        for place in (f"{folder}/{path}" if folder else path, path):
+            if found := self._at(place):
+                return found
+        is_absolute = path.startswith("/") or path[1:3] == ":/"
+        parts = path.strip("/").split("/")
+        if is_absolute:
+            ends = ("/".join(parts[start:]) for start in range(1, len(parts)))
+            if found := next(filter(None, map(self._at, ends)), []):
+                return found
+        return sorted(self._by_base[parts[-1]]) if is_absolute or len(parts) == 1 else []
+
+    def _at(self, place: str) -> list[str]:
+        return [place] if place in self.names else sorted(self._by_stem.get(place, []))
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file's name ends as an image's does."""
+    return name.lower().endswith(IMAGES)
+
+
+def _stem(name: str) -> str:
+    return name[: -len(PurePosixPath(name).suffix)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of labels: its rows, the split that its name or folder gives, how it was read."""
+
+    name: str
+    rows: tuple[Row, ...]
+    split: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """Tables of a source, and in half a sentence by name why others are none."""
+
+    tables: tuple[Table, ...] = ()
+    others: tuple[tuple[str, str], ...] = ()
+
+
+def find(storage: Storage, columns: Columns) -> Found:
+    """Read the tables on top of a source and in folders of splits.
+
+    ``columns``: the names of columns by what they hold, where they are not known ones.
 
     Raises:
-        DataError: there are several tables, or a split is no known word.
+        DataError: a table is understood in two ways, or ``columns`` names one that it lacks.
     """
-    if len(tables) > 1:
+    names = [name for name in storage.names() if _may_be_table(name)]
+    if not names:
+        return Found()
+    files = Files(storage)
+    found, others = [], []
+    for name in names:
+        try:
+            if _SUBMISSION.search(name):
+                raise NotATableError("its name says that it is for handing in answers")
+            found.append(_read(storage, name, files, columns))
+        except NotATableError as reason:
+            others.append((name, str(reason)))
+    return Found(tuple(found), tuple(others))
+
+
+def _may_be_table(name: str) -> bool:
+    folder, _, base = name.rpartition("/")
+    is_near = not folder or ("/" not in folder and given_split(folder) != "")
+    return is_near and base.lower().endswith(SUFFIXES)
+
+
+def read_tables(
+    storage: Storage, found: Sequence[Table], rejects: list[Reject], notes: list[str]
+) -> list[Candidate]:
+    """Return the images that tables name; several tables are one source with given splits.
+
+    Raises:
+        DataError: several tables are not one for each split, or a split is no known word.
+    """
+    splits = [table.split for table in found]
+    if len(found) > 1 and ("" in splits or len(set(splits)) < len(splits)):
         raise DataError(
-            f"the source holds {len(tables)} tables with path and label: {', '.join(tables)}; "
-            f"expected one. Put a column split into one table, or move the others elsewhere."
+            f"the source holds {len(found)} tables with path and label: "
+            f"{', '.join(table.name for table in found)}; expected one, or one each named train, "
+            f"validation and test. Put a column split into one table, or move the others elsewhere."
         )
-    candidates = []
+    files = Files(storage)
+    candidates: list[Candidate] = []
     seen: dict[str, str] = {}
-    for number, row in enumerate(_rows(storage, tables[0]), start=1):
-        name, label = PurePosixPath(row["path"]).as_posix(), row["label"].strip()
-        if not row["path"] or not label:
-            reason = f"row {number} of {tables[0]} has no {'label' if row['path'] else 'path'}"
-            rejects.append(Reject(name if row["path"] else f"row {number}", "no_label", reason))
-            continue
-        split = given_split(row.get("split", ""))
-        if row.get("split", "").strip() and not split:
-            raise DataError(
-                f"row {number} of {tables[0]} has the split {row['split']!r}; expected train, "
-                f"validation, test or nothing. Change it in the table."
-            )
-        if name in seen:
-            both = f"row {number} of {tables[0]} names it again"
-            reason = "repeated" if seen[name] == label else "conflict"
-            rejects.append(Reject(name, reason, f"{both}, under {label}; before, {seen[name]}"))
-            continue
-        seen[name] = label
-        group = row.get("group", "").strip()
-        candidates.append(Candidate(name=name, file=name, label=label, split=split, group=group))
+    for table in found:
+        notes.append(f"{table.name}: {table.said}")
+        given = table.split if len(found) > 1 else ""
+        for row in table.rows:
+            candidate = _candidate(table, row, given, files, rejects)
+            if candidate is None:
+                continue
+            if (before := seen.get(candidate.name)) is not None:
+                both = f"row {row.number} of {table.name} names it again"
+                reason = "repeated" if before == candidate.label else "conflict"
+                text = f"{both}, under {candidate.label}; before, {before}"
+                rejects.append(Reject(candidate.name, reason, text))
+                continue
+            seen[candidate.name] = candidate.label
+            candidates.append(candidate)
+    left = sorted(name for name in files.names - seen.keys() if is_image(name))
+    if left:
+        where = ", ".join(table.name for table in found)
+        notes.append(f"{len(left)} images are in no row of {where} and left out: {_some(left)}")
     in_conflict = {reject.path for reject in rejects if reject.reason == "conflict"}
     return [candidate for candidate in candidates if candidate.name not in in_conflict]
 
 
-def _columns(storage: Storage, name: str) -> list[str]:
+def _candidate(
+    table: Table, row: Row, given: str, files: Files, rejects: list[Reject]
+) -> Candidate | None:
+    """Return what a row means, or None where it is rejected."""
+    place = f"row {row.number} of {table.name}"
+    if not row.path or not row.label:
+        reason = f"{place} has no {'label' if row.path else 'path'}"
+        rejects.append(Reject(row.path or f"row {row.number}", "no_label", reason))
+        return None
+    split = given_split(row.split) or given
+    if row.split and not given_split(row.split):
+        raise DataError(
+            f"{place} has the split {row.split!r}; expected train, validation, test or nothing. "
+            f"Change it in the table."
+        )
+    found = files.find(row.path, _folder(table.name))
+    if len(found) > 1:
+        raise DataError(
+            f"{place} names {row.path!r}, which may be {_some(found)}; expected one file. Write "
+            f"its folder and extension into the table."
+        )
+    name = found[0] if found else PurePosixPath(row.path).as_posix()
+    if not found:
+        is_outside = name.startswith("/") or ".." in name.split("/")
+        text = "a path that leads outside the source" if is_outside else f"{place} names it"
+        rejects.append(Reject(name, "outside_root" if is_outside else "missing", text))
+        return None
+    return Candidate(name=name, file=name, label=row.label, split=split, group=row.group)
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _read(storage: Storage, name: str, files: Files, columns: Columns) -> Table:
+    """Read a table.
+
+    Raises:
+        NotATableError: it is none of labels.
+        DataError: it can be understood in two ways, or lacks a column that was named.
+    """
+    header, rows, how = _cells(storage, name, files, columns)
+    roles = _roles(header, rows, name, files, columns)
+    words = _stem_words(name)
+    split = next(filter(None, map(given_split, words)), "") or given_split(_folder(name))
+    if "label" in roles:
+        labels = [row[roles["label"]].strip() for row in rows]
+        how += f", labels from {header[roles['label']]!r}"
+    else:
+        labels = _of_one_hot(header, rows, roles, name)
+        how += ", labels from columns of 0 and 1"
+
+    def cell(row: Sequence[str], role: Role) -> str:
+        return row[roles[role]].strip() if role in roles else ""
+
+    read = tuple(
+        Row(
+            number, cell(row, "path"), label, cell(row, "split").strip(), cell(row, "group").strip()
+        )
+        for number, (row, label) in enumerate(zip(rows, labels, strict=True), start=1)
+    )
+    return Table(
+        name, read, split, f"{len(read)} rows, {how}, paths from {header[roles['path']]!r}"
+    )
+
+
+def _stem_words(name: str) -> list[str]:
+    return re.findall("[a-z]+", PurePosixPath(name).stem.lower())
+
+
+def _cells(
+    storage: Storage, name: str, files: Files, columns: Columns
+) -> tuple[list[str], list[list[str]], str]:
+    """Return header, rows and how they were read; every row has as many cells as the header."""
     try:
-        if name.lower().endswith(".parquet"):
-            from pyarrow import parquet
-
-            return list(parquet.ParquetFile(io.BytesIO(storage.read(name))).schema_arrow.names)
-        first = storage.read(name).decode("utf-8-sig").split("\n", 1)[0]
-        return next(csv.reader([first.rstrip("\r")]), [])
-    except (ValueError, OSError, csv.Error, ImageError):
-        return []
-
-
-def _rows(storage: Storage, name: str) -> Iterable[Mapping[str, Any]]:
-    data = storage.read(name)
+        data = storage.read(name)
+    except ImageError as error:
+        raise NotATableError(f"it cannot be read: {error.detail}") from None
     if name.lower().endswith(".parquet"):
-        from pyarrow import parquet
+        return _of_parquet(data, columns)
+    text, encoding = _decoded(data)
+    if not (first := text.lstrip("\r\n").split("\n", 1)[0].strip()):
+        raise NotATableError("it is empty")
+    wanted = {_plain(column) for column in columns.values()}
+    known = wanted or {word for words in _NAMES.values() for word in words}
 
-        table = parquet.read_table(io.BytesIO(data))
-        wanted = [column for column in _COLUMNS if column in table.column_names]
-        for row in table.select(wanted).to_pylist():
-            yield {key: "" if value is None else str(value) for key, value in row.items()}
-        return
-    text = io.StringIO(data.decode("utf-8-sig", errors="surrogateescape"), newline="")
-    for row in csv.DictReader(text):
-        yield {key: value or "" for key, value in row.items() if isinstance(key, str)}
+    def fit(separator: str) -> tuple[int, int]:
+        cells = [_plain(cell) for cell in _split_line(first, separator)]
+        return len(known & set(cells)), len(cells)
+
+    separator = max(_SEPARATORS, key=fit)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    try:
+        rows = [row for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise NotATableError(f"line {reader.line_num} cannot be read: {error}") from None
+    how = f"separated by {_SEPARATORS[separator]}, in {encoding}"
+    header = [cell.strip() for cell in rows[0]]
+    if not columns and not fit(separator)[0]:
+        # The first row may name a file already.
+        paths = [
+            place for place, cell in enumerate(rows[0]) if files.find(cell.strip(), _folder(name))
+        ]
+        if len(rows[0]) == 2 and len(paths) == 1:
+            header = ["path", "label"] if paths == [0] else ["label", "path"]
+            rows.insert(0, header)
+            how += ", without a header"
+        elif paths:
+            raise NotATableError(
+                f"its first row names a file ({rows[0][paths[0]].strip()}), so it has no header; "
+                f"expected one such as path,label"
+            )
+    for number, row in enumerate(rows[1:], start=1):
+        if len(row) > len(header):
+            raise NotATableError(
+                f"row {number} has {len(row)} cells, its header {len(header)}; cells that hold "
+                f"the separator must stand in quotes"
+            )
+        row.extend([""] * (len(header) - len(row)))
+    return header, rows[1:], how
+
+
+def _split_line(line: str, separator: str) -> list[str]:
+    return next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
+
+
+def _decoded(data: bytes) -> tuple[str, str]:
+    """Return a text and its encoding: of UTF-8, UTF-16 and Windows' Western one."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", errors="replace"), "UTF-16"
+    try:
+        return data.decode("utf-8-sig"), "UTF-8"
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace"), "Windows-1252, as it is no UTF-8"
+
+
+def _of_parquet(data: bytes, columns: Columns) -> tuple[list[str], list[list[str]], str]:
+    from pyarrow import ArrowException, parquet, types
+
+    try:
+        schema = parquet.read_schema(io.BytesIO(data))
+        plain = [
+            field.name
+            for field in schema
+            if not types.is_nested(field.type) and not types.is_binary(field.type)
+        ]
+        known = {word for words in _NAMES.values() for word in words}
+        wanted = [
+            column for column in plain if _plain(column) in known or column in columns.values()
+        ]
+        # Other columns may hold the images themselves; without a label, those of 0 and 1 count.
+        has_label = any(_plain(column) in _NAMES["label"] for column in wanted)
+        wanted = wanted if has_label or "label" in columns else plain
+        table = parquet.read_table(io.BytesIO(data), columns=wanted)
+    except (ArrowException, OSError, ValueError) as error:
+        raise NotATableError(f"it is no Parquet file: {error}") from None
+    rows = [[_text(value) for value in row.values()] for row in table.to_pylist()]
+    return table.column_names, rows, "Parquet"
+
+
+def _text(value: object) -> str:
+    """Return a cell as text; whole numbers that gaps have turned into fractions are whole."""
+    if value is None or value != value:
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _plain(column: str) -> str:
+    return column.strip().casefold().replace(" ", "_").replace("-", "_")
+
+
+def _roles(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    name: str,
+    files: Files,
+    columns: Columns,
+) -> dict[Role, int]:
+    """Return which column holds what.
+
+    Raises:
+        NotATableError: there is none for paths, or none for labels.
+        DataError: there are several, or not the one that was named.
+    """
+    plain, roles = [_plain(column) for column in header], dict[Role, int]()
+    seen = ", ".join(map(repr, header[:8])) + (" ..." if len(header) > 8 else "")
+    for role, words in _NAMES.items():
+        if given := columns.get(role):
+            if _plain(given) not in plain:
+                raise DataError(
+                    f"{name} has no column {given!r}, which ingest.columns.{role} names; it has "
+                    f"{seen}. Change ingest.columns."
+                )
+            roles[role] = plain.index(_plain(given))
+            continue
+        found = [place for place, column in enumerate(plain) if column in words]
+        if role == "path" and len(found) > 1:
+            folder = _folder(name)
+            found = [
+                place
+                for place in found
+                if any(files.find(row[place].strip(), folder) for row in islice(rows, _LOOKED_AT))
+            ] or found
+        if len(found) > 1:
+            both = " and ".join(repr(header[place]) for place in found)
+            raise DataError(
+                f"{name} has the columns {both}, of which each may be the {role}; expected one. "
+                f"Name it: ingest.columns: {{{role}: {header[found[0]]}}}."
+            )
+        if found:
+            roles[role] = found[0]
+    if "path" not in roles:
+        raise NotATableError(
+            f"its columns are {seen}, and none is known to hold paths. Name them: ingest.columns: "
+            f"{{path: COLUMN, label: COLUMN}}"
+        )
+    if "label" not in roles and not _one_hot_columns(header, rows, roles):
+        raise NotATableError(
+            f"its columns are {seen}, and none is known to hold labels. Name it: ingest.columns: "
+            f"{{label: COLUMN}}"
+        )
+    return roles
+
+
+def _one_hot_columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]], roles: Mapping[Role, int]
+) -> list[int]:
+    """Return the columns that hold nothing but 0 and 1, if there are several and no others."""
+    rest = [place for place in range(len(header)) if place not in roles.values()]
+    are_flags = all(row[place].strip() in _FLAGS for row in rows for place in rest)
+    return rest if rows and len(rest) > 1 and are_flags else []
+
+
+_FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "False": False, "True": True}
+
+
+def _of_one_hot(
+    header: Sequence[str], rows: Sequence[Sequence[str]], roles: Mapping[Role, int], name: str
+) -> list[str]:
+    """Return the label of each row: the column that holds its only 1.
+
+    Raises:
+        DataError: a row has several, or none.
+    """
+    places = _one_hot_columns(header, rows, roles)
+    labels = []
+    for number, row in enumerate(rows, start=1):
+        marked = [header[place] for place in places if _FLAGS[row[place].strip()]]
+        if len(marked) != 1:
+            raise DataError(
+                f"row {number} of {name} marks {len(marked)} classes ({', '.join(marked) or '-'}); "
+                f"expected a single 1 in each row: one label an image."
+            )
+        labels.append(marked[0])
+    return labels

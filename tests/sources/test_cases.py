@@ -1,0 +1,344 @@
+"""Tables and folders as Kaggle, Roboflow, Hugging Face, spreadsheets and systems write them."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Workspace
+from tlpipe.errors import DataError
+from tlpipe.sources import listing
+
+CLASSES = ("ant", "bee")
+Rows = list[tuple[str, str]]
+
+
+def put(path: Path, data: bytes | str = b"a picture") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def folders(
+    root: Path, classes: tuple[str, ...] = CLASSES, images: int = 4, start: int = 0
+) -> None:
+    for label in classes:
+        for i in range(start, start + images):
+            put(root / label / f"{label}_{i:03}.jpg", f"{label} {i}")
+
+
+def flat(root: Path, images: int = 8, start: int = 0) -> Rows:
+    """Write images of two classes in turn into one folder; return their names and labels."""
+    rows = [(f"img_{i:03}.jpg", CLASSES[i % 2]) for i in range(start, start + images)]
+    for name, label in rows:
+        put(root / name, f"{name} {label}")
+    return rows
+
+
+def table(rows: Rows, *, header: str = "path,label", line: str = "images/{},{}") -> str:
+    return "".join(f"{text}\n" for text in [header, *(line.format(*row) for row in rows)])
+
+
+def three_splits(root: Path, write: Callable[[Path, str, Rows], None]) -> None:
+    for split, images, start in (("train", 8, 0), ("valid", 4, 100), ("test", 4, 200)):
+        write(root, split, flat(root / split, images, start))
+
+
+def kaggle_training_set(root: Path) -> None:
+    for split, images, start in (("training_set", 8, 0), ("test_set", 4, 100)):
+        folders(root / split / split, images=images // 2, start=start)
+
+
+def kaggle_id_label(root: Path) -> None:
+    rows = flat(root / "train")
+    put(root / "train.csv", table(rows, header="id,label", line="{:.7},{}"))
+    put(root / "test" / "t0.jpg")
+    put(root / "test.csv", "id\nt0\n")
+    put(root / "sample_submission.csv", "id,label\nt0,ant\n")
+
+
+def chest(root: Path) -> None:
+    for split, images, start in (("train", 4, 0), ("val", 2, 100), ("test", 2, 200)):
+        folders(root / split, images=images, start=start)
+        folders(root / "chest" / split, images=images, start=start)
+    put(root / "__MACOSX" / "train" / "._x.jpg", b"\0")
+
+
+def with_systems_files(root: Path) -> None:
+    folders(root)
+    for label in CLASSES:
+        put(root / label / "desktop.ini")
+        put(root / label / "Thumbs.db")
+    put(root / "$RECYCLE.BIN" / "desktop.ini")
+    put(root / "System Volume Information" / "IndexerVolumeGuid")
+
+
+def one_hot(root: Path, split: str, rows: Rows) -> None:
+    cells = [f"{name}, {int(label == 'ant')}, {int(label == 'bee')}" for name, label in rows]
+    put(root / split / "_classes.csv", "\n".join(["filename, ant, bee", *cells]))
+
+
+def hugging_face(root: Path) -> None:
+    put(root / "metadata.csv", table(flat(root), header="file_name,label", line="{},{}"))
+
+
+def roboflow_folders(root: Path) -> None:
+    for split, images, start in (("train", 4, 0), ("valid", 2, 100), ("test", 2, 200)):
+        folders(root / split, images=images, start=start)
+    put(root / "README.roboflow.txt")
+
+
+def two_spellings(root: Path) -> None:
+    rows = [(name, {"ant": "007", "bee": "07"}[label]) for name, label in flat(root / "images")]
+    put(root / "labels.csv", table(rows))
+
+
+def with_slashes(root: Path) -> None:
+    rows = [(name, f"tomato/{label}") for name, label in flat(root / "images")]
+    put(root / "labels.csv", table(rows))
+
+
+def of(text: Callable[[Path, Rows], str]) -> Callable[[Path], None]:
+    return lambda root: put(root / "labels.csv", text(root, flat(root / "images")))
+
+
+NONE = {"": 8}
+THREE = {"train": 8, "validation": 4, "test": 4}
+READ = {
+    "filename, class": (
+        of(lambda _, rows: table(rows, header="filename,class")), CLASSES, NONE,
+        "labels from 'class', paths from 'filename'",
+    ),
+    "backslashes": (of(lambda _, rows: table(rows, line="images\\{},{}")), CLASSES, NONE, "8 rows"),
+    "absolute": (
+        of(lambda root, rows: table(rows, line=f"{root.resolve()}/images/{{}},{{}}")),
+        CLASSES, NONE, "8 rows",
+    ),
+    "absolute, of another machine": (
+        of(lambda _, rows: table(rows, line="C:\\Users\\ann\\set\\images\\{},{}")),
+        CLASSES, NONE, "8 rows",
+    ),
+    "no extension": (
+        of(lambda _, rows: table(rows, line="images/{:.7},{}")), CLASSES, NONE, "8 rows",
+    ),
+    "bare names": (of(lambda _, rows: table(rows, line="{},{}")), CLASSES, NONE, "8 rows"),
+    "no header": (
+        of(lambda _, rows: table(rows).removeprefix("path,label\n")), CLASSES, NONE,
+        "without a header",
+    ),
+    "no header, labels first": (
+        of(lambda _, rows: "".join(f"{label},images/{name}\n" for name, label in rows)),
+        CLASSES, NONE, "without a header",
+    ),
+    "one-hot": (
+        of(lambda _, rows: "filename,ant,bee\n" + "".join(
+            f"images/{name},{int(label == 'ant')},{int(label == 'bee')}\n" for name, label in rows
+        )),
+        CLASSES, NONE, "labels from columns of 0 and 1",
+    ),
+    "id beside file name": (
+        of(lambda _, rows: "id,filename,label\n" + "".join(
+            f"{i},images/{name},{label}\n" for i, (name, label) in enumerate(rows)
+        )),
+        CLASSES, NONE, "paths from 'filename'",
+    ),
+    "leading zeros": (two_spellings, ("007", "07"), NONE, "8 rows"),
+    "slashes in labels": (with_slashes, ("tomato/ant", "tomato/bee"), NONE, "8 rows"),
+    "Hugging Face": (hugging_face, CLASSES, NONE, "paths from 'file_name'"),
+    "Kaggle, id and label": (
+        kaggle_id_label, CLASSES, NONE,
+        "1 images are in no row of train.csv and left out: test/t0.jpg",
+    ),
+    "a table for each split": (
+        lambda root: three_splits(
+            root, lambda r, split, rows: put(r / f"{split}.csv", table(rows, line=split + "/{},{}"))
+        ),
+        CLASSES, THREE, "valid.csv: 4 rows",
+    ),
+    "Roboflow, one-hot": (
+        lambda root: three_splits(root, one_hot), CLASSES, THREE, "train/_classes.csv: 8 rows",
+    ),
+    "Roboflow, folders": (
+        roboflow_folders, CLASSES, THREE, "1 files beside the classes are no images",
+    ),
+    "Kaggle, training_set": (
+        kaggle_training_set, CLASSES, {"train": 8, "test": 4},
+        "classes of training_set are the folders inside of training_set/training_set/",
+    ),
+    "one folder around": (
+        lambda root: folders(root / "flowers"), CLASSES, NONE, "the folders inside of flowers/",
+    ),
+    "a copy inside": (chest, CLASSES, THREE, "chest/ repeats what lies beside it"),
+    "folders of systems": (with_systems_files, CLASSES, NONE, ""),
+    "train and eval": (
+        lambda root: [folders(root / "train"), folders(root / "eval", start=50)],
+        CLASSES, {"train": 8, "test": 8},
+        "no split is called test: the one called validation is taken for it",
+    ),
+    "train and hold-out": (
+        lambda root: [folders(root / "Train"), folders(root / "hold-out", start=50)],
+        CLASSES, {"train": 8, "test": 8}, "",
+    ),
+    "a class called train": (
+        lambda root: folders(root, ("train", "tram")), ("train", "tram"), NONE, "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.fault("D40")
+@pytest.mark.parametrize("name", READ)
+def test_what_others_write_is_read_and_said(name: str, tmp_path: Path) -> None:
+    write, labels, splits, note = READ[name]
+    write(tmp_path / "data")
+    with listing.opened(str(tmp_path / "data")) as source:
+        found = list(source.candidates())
+    assert source.rejects == []
+    total = sum(splits.values())
+    assert Counter(candidate.label for candidate in found) == dict.fromkeys(labels, total / 2)
+    assert Counter(candidate.split for candidate in found) == splits
+    assert all((tmp_path / "data" / candidate.file).is_file() for candidate in found)
+    assert len({candidate.file for candidate in found}) == total
+    # The label that each image was written with.
+    for candidate in found:
+        if labels == CLASSES:
+            written = (tmp_path / "data" / candidate.file).read_text()
+            assert candidate.label in written
+    assert note in " ".join(source.notes)
+
+
+REFUSED = {
+    "unknown columns": (
+        of(lambda _, rows: table(rows, header="photo,species")),
+        r"labels.csv, .* not read: its columns are 'photo', 'species', and none is known to hold "
+        r"paths. Name them: ingest.columns: {path: COLUMN, label: COLUMN}. To take the names of "
+        r"folders for labels, set ingest.kind: folders",
+    ),
+    "no labels": (
+        of(lambda _, rows: table(rows, header="path,width")),
+        r"none is known to hold labels. Name it: ingest.columns: {label: COLUMN}",
+    ),
+    "two columns of labels": (
+        of(lambda _, rows: table(rows, header="path,label,class", line="images/{},{},x")),
+        r"labels.csv has the columns 'label' and 'class', of which each may be the label; .* "
+        r"ingest.columns: {label: label}",
+    ),
+    "two columns of paths": (
+        of(lambda _, rows: table(rows, header="path,label,file", line="images/{0},{1},{0}")),
+        r"has the columns 'path' and 'file', of which each may be the path",
+    ),
+    "two files": (
+        lambda root: [
+            put(root / "labels.csv", table(flat(root / "a"), line="{},{}")), flat(root / "b"),
+        ],
+        r"row 1 of labels.csv names 'img_000.jpg', which may be a/img_000.jpg, b/img_000.jpg; "
+        r"expected one file",
+    ),
+    "several labels an image": (
+        of(lambda _, rows: table(rows, header="path,ant,bee", line="images/{},1,1")),
+        r"row 1 of labels.csv marks 2 classes \(ant, bee\); expected a single 1 in each row",
+    ),
+    "too many cells": (
+        of(lambda _, rows: table(rows, line="images/{},{},more")),
+        r"row 1 has 3 cells, its header 2; cells that hold the separator must stand in quotes",
+    ),
+    "an empty table": (of(lambda _, __: ""), r"labels.csv, .* not read: it is empty"),
+    "no Parquet": (
+        lambda root: [folders(root), put(root / "labels.parquet", "PAR1")],
+        r"labels.parquet, .* not read: it is no Parquet file",
+    ),
+    "another annotation": (
+        lambda root: [folders(root), put(root / "annotations.xml", "<annotations/>")],
+        r"annotations.xml, .* not read: .* set ingest.kind: folders",
+    ),
+    "splits by another word": (
+        lambda root: [folders(root / "train"), folders(root / "batch2")],
+        r"holds the split folders train, and beside them batch2; expected splits only",
+    ),
+    "a folder beside splits": (
+        lambda root: [roboflow_folders(root), folders(root / "extra")],
+        r"holds the split folders test, train, valid, and beside them extra",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.fault("D40", "D41")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_plain_is_an_error_that_names_the_key(name: str, tmp_path: Path) -> None:
+    write, message = REFUSED[name]
+    write(tmp_path / "data")
+    with pytest.raises(DataError, match=message), listing.opened(str(tmp_path / "data")):
+        pass
+
+
+@pytest.mark.fault("D40")
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    rows = flat(tmp_path / "images")
+    lines = table(rows, header="photo,species,label,part", line="images/{},{},x,val")
+    put(tmp_path / "labels.csv", lines)
+    columns: dict[listing.tables.Role, str] = {
+        "path": "photo",
+        "label": "Species ",
+        "split": "part",
+    }
+    with listing.opened(str(tmp_path), columns=columns) as source:
+        found = list(source.candidates())
+    assert Counter(candidate.label for candidate in found) == {"ant": 4, "bee": 4}
+    assert {candidate.split for candidate in found} == {"validation"}
+    with (
+        pytest.raises(
+            DataError, match=r"no column 'kind', which ingest\.columns\.label names; it has"
+        ),
+        listing.opened(str(tmp_path), columns={"path": "photo", "label": "kind"}),
+    ):
+        pass
+
+
+def test_whole_numbers_with_gaps_are_whole_labels_and_images_are_not_loaded(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names = [name for name, _ in flat(tmp_path / "images")]
+    column = [7.0, 12.0, None, 7.0, 12.0, 7.0, 12.0, 7.0]
+    content = {
+        "path": [f"images/{name}" for name in names],
+        "label": column,
+        "image": [{"bytes": b"x", "path": name} for name in names],
+    }
+    parquet.write_table(pa.table(content), tmp_path / "labels.parquet")
+    with listing.opened(str(tmp_path)) as source:
+        assert source.counts == {"7": 4, "12": 3}
+    assert [reject.reason for reject in source.rejects] == ["no_label"]
+
+
+def test_cells_in_quotes_may_hold_separators_and_lines(tmp_path: Path) -> None:
+    rows = flat(tmp_path / "images")
+    text = io.StringIO()
+    written = csv.writer(text, delimiter=";")
+    written.writerow(["path", "note", "label"])
+    written.writerows([f"images/{name}", "one; two,\nthree", label] for name, label in rows)
+    put(tmp_path / "labels.csv", text.getvalue())
+    with listing.opened(str(tmp_path)) as source:
+        assert source.counts == {"ant": 4, "bee": 4}
+
+
+@pytest.mark.fault("D43")
+def test_a_folder_that_dvc_has_is_said_to_be_pulled(tmp_path: Path) -> None:
+    put(tmp_path / "photos.dvc", "outs:\n- path: photos\n")
+    with (
+        pytest.raises(DataError, match=r"photos is not here, but DVC has it: run 'dvc pull"),
+        listing.opened(str(tmp_path / "photos")),
+    ):
+        pass
+
+
+@pytest.mark.fault("D45")
+def test_unequal_classes_are_said_by_check(empty: Workspace, photos: Path) -> None:
+    for i in range(800):
+        put(photos / "dark" / f"more_{i}.png")
+    empty.set_source(photos)
+    (empty.path / "data").symlink_to(ROOT / "data")
+    said = empty.run("tlpipe", "check").stdout
+    assert "classes are unequal: dark has 812 images, light 12." in said
+    assert "is right on 98.5% of them" in said
