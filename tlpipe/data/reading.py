@@ -16,7 +16,7 @@ from tlpipe.data import pixels as packed
 from tlpipe.data.earlier import Earlier, Known
 from tlpipe.data.images import Header, Pixels, Sampling, read_upright, square, upright_size
 from tlpipe.data.manifest import Entry
-from tlpipe.errors import ImageError
+from tlpipe.errors import ImageError, StoreError
 from tlpipe.seeds import uniform
 from tlpipe.sources.candidates import Box, Candidate, Reject
 from tlpipe.sources.listing import Source
@@ -50,6 +50,7 @@ def read_all(
 
     Raises:
         DataError: a file changes while it is read.
+        StoreError: the disk, the network, the store or the memory fails.
     """
 
     def read(parts: Sequence[Candidate], stamp: str) -> list[Outcome]:
@@ -152,6 +153,12 @@ def _read_parts(
             picture, header = decoded
             kept = square(picture, sampling, box)
         except ImageError as error:
+            if error.reason == "out_of_memory":
+                raise StoreError(
+                    f"there is not enough memory to decode {part.name}, and {os.cpu_count()} files "
+                    f"are decoded at a time. Nothing was rejected or changed: make room, or run on "
+                    f"fewer cores (taskset), then run again."
+                ) from None
             yield Reject(part.name, error.reason, error.detail)
             continue
         entry = _entry(part, image)._replace(**asdict(header))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from tlpipe.errors import DataError
 from tlpipe.sources import annotations, builtin, tables
-from tlpipe.sources.archives import open_archive
+from tlpipe.sources.archives import check_no_archives, open_archive
 from tlpipe.sources.candidates import Candidate, Reject, given_split
 from tlpipe.sources.remote import Remote, open_remote
 from tlpipe.sources.storage import Folder, Storage
@@ -39,7 +39,12 @@ class Source:
 
 @contextmanager
 def opened(
-    address: str, *, kind: Kind = "auto", pattern: str | None = None, background: str | None = None
+    address: str,
+    *,
+    kind: Kind = "auto",
+    pattern: str | None = None,
+    background: str | None = None,
+    follow_links: bool = False,
 ) -> Iterator[Source]:
     """Open a source and list its images.
 
@@ -47,6 +52,7 @@ def opened(
     ``pattern``: for folders, a regular expression that is searched in each name and whose groups
         ``label``, ``split`` and ``group`` say what they match.
     ``background``: for boxes, the label of one region of each photo that no box touches.
+    ``follow_links``: whether links of a folder may lead outside of it.
 
     Raises:
         DataError: the source is missing, of no known kind, or its classes cannot be told apart.
@@ -57,7 +63,8 @@ def opened(
             source = Source(files, partial(iter, candidates))
             stack.enter_context(closing(files))
         else:
-            storage = stack.enter_context(closing(_open_storage(address)))
+            opened_at = _open_storage(address, follow_links=follow_links)
+            storage = stack.enter_context(closing(opened_at))
             source = _list(storage, address, kind, pattern, background)
         for candidate in source.candidates():
             source.counts[candidate.label] += 1
@@ -65,7 +72,7 @@ def opened(
         yield source
 
 
-def _open_storage(address: str) -> Storage:
+def _open_storage(address: str, *, follow_links: bool = False) -> Storage:
     """Open a folder, a zip or tar archive, or an address that ``fsspec`` knows (``s3://...``).
 
     Raises:
@@ -75,7 +82,7 @@ def _open_storage(address: str) -> Storage:
         return open_remote(address)
     path = Path(address)
     if path.is_dir():
-        return Folder(path)
+        return Folder(path, follow_links=follow_links)
     if not path.exists():
         raise DataError(
             f"ingest.source {address} does not exist; expected a folder, a zip or tar archive, an "
@@ -107,6 +114,8 @@ def _list(
         if kind == name or (kind == "auto" and found):
             listed = read(rejects)
             return Source(storage, partial(iter, sorted(listed, key=lambda c: c.name)), rejects)
+    if pattern is None:
+        check_no_archives(storage, address)
     layout = _given_splits(storage, address) if pattern is None else {}
     search = re.compile(pattern).search if pattern is not None else None
     for folder in storage.folders() if pattern is None else ():
