@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,10 +103,46 @@ def test_one_image_under_two_labels_is_refused_in_both(empty: Workspace, photos:
     empty.set_source(photos)
     empty.ingest()
     rejects = empty.rows("out/rejects.csv")
-    assert [(row["path"], row["reason"]) for row in rejects] == [
-        ("dark/1.png", "conflict"),
-        ("light/same.png", "conflict"),
+    assert [tuple(row.values()) for row in rejects] == [
+        (
+            "dark/1.png",
+            "conflict",
+            "the same image is here as dark, and as 'light/same.png' (light)",
+        ),
+        (
+            "light/same.png",
+            "conflict",
+            "the same image is here as light, and as 'dark/1.png' (dark)",
+        ),
     ]
+
+
+def test_a_conflict_names_three_of_many_files(empty: Workspace, photos: Path) -> None:
+    for number in range(6):
+        shutil.copy(photos / "dark" / "1.png", photos / "light" / f"same{number}.png")
+    empty.set_source(photos)
+    empty.ingest()
+    assert empty.rows("out/rejects.csv")[0]["detail"] == (
+        "the same image is here as dark, and as 'light/same0.png' (light), 'light/same1.png' "
+        "(light), 'light/same2.png' (light) and 3 more"
+    )
+
+
+@pytest.mark.fault("D56")
+def test_warnings_of_libraries_carry_the_name_of_the_file(empty: Workspace, photos: Path) -> None:
+    """Once for each text, so that thousands of such files do not hide what tlpipe says."""
+    noise = Image.effect_noise((60, 60), 90)
+    for name in ("a", "b"):
+        noise.save(photos / "dark" / f"{name}.tif", compression="tiff_lzw")
+        data = (photos / "dark" / f"{name}.tif").read_bytes()
+        (photos / "dark" / f"{name}.tif").write_bytes(data[: len(data) * 2 // 3])
+    empty.set_source(photos)
+    *said, last = empty.ingest().splitlines()
+    assert [line for line in said if "EXIF" in line] == [
+        "dark/a.tif: Corrupt EXIF data. Expecting to read 2 bytes but only got 0."
+    ]
+    assert "UserWarning" not in "".join(said)
+    assert "24 images in 2 classes, 2 rejected" in last
 
 
 @pytest.mark.parametrize(
@@ -206,20 +243,25 @@ def replace(path: Path) -> None:
     other.rename(path)
 
 
+def at_opening(
+    monkeypatch: pytest.MonkeyPatch, path: Path, change: Callable[[Path], object]
+) -> None:
+    """Change a file between the look at it and its opening: nobody can choose that moment."""
+
+    def opening(name: str, *given: Any, **named: Any) -> Any:
+        if Path(name) == path:
+            change(path)
+        return open(name, *given, **named)  # noqa: PTH123
+
+    monkeypatch.setattr(storage, "open", opening, raising=False)
+
+
 @pytest.mark.fault("D27")
 @pytest.mark.parametrize("change", [grow, rewrite, replace])
 def test_a_file_that_changes_while_it_is_read_is_refused(
     empty: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
-    """Between the look at it and its opening: nobody can choose that moment from outside."""
-    changing = photos / "dark" / "0.png"
-
-    def opening(path: str, *given: Any, **named: Any) -> Any:
-        if Path(path) == changing:
-            change(changing)
-        return open(path, *given, **named)  # noqa: PTH123
-
-    monkeypatch.setattr(storage, "open", opening, raising=False)
+    at_opening(monkeypatch, photos / "dark" / "0.png", change)
     empty.set_source(photos)
     assert "changed while it was read. Let it be finished" in empty.ingest(code=4)
     assert not (empty.path / "out" / "manifest.csv").exists()
@@ -235,15 +277,13 @@ def test_a_disk_that_fails_is_no_source_of_bad_images(
     empty.ingest()
     expected = outputs(empty)
     Image.new("RGB", (50, 50), "teal").save(photos / "dark" / "new.png")
-    tries: list[str] = []
+    tries: list[Path] = []
 
-    def opening(path: str, *given: Any, **named: Any) -> Any:
-        if Path(path).name == "new.png":
-            tries.append(path)
-            raise OSError(number, os.strerror(number), path)
-        return open(path, *given, **named)  # noqa: PTH123
+    def fail(path: Path) -> None:
+        tries.append(path)
+        raise OSError(number, os.strerror(number), path)
 
-    monkeypatch.setattr(storage, "open", opening, raising=False)
+    at_opening(monkeypatch, photos / "dark" / "new.png", fail)
     monkeypatch.setattr(retries, "PAUSES_S", (0.01, 0.01, 0.01))
     error = empty.ingest(code=4)
     assert f"new.png cannot be reached: OSError: [Errno {number}]" in error
@@ -270,37 +310,23 @@ def test_an_image_for_which_there_is_no_memory_is_not_rejected(
     assert not (empty.path / "out" / "rejects.csv").exists()
 
 
-@pytest.mark.fault("D58")
-def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
-    empty: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changing = photos / "dark" / "0.png"
+def into_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
-    def opening(path: str, *given: Any, **named: Any) -> Any:
-        if Path(path) == changing:
-            changing.unlink()
-            os.mkfifo(changing)
-        return open(path, *given, **named)  # noqa: PTH123
 
-    monkeypatch.setattr(storage, "open", opening, raising=False)
-    empty.set_source(photos)
-    assert "0.png changed while it was read" in empty.ingest(code=4)
+def into_link(path: Path) -> None:
+    outside = path.parents[2] / "outside.png"
+    path.rename(outside)
+    path.symlink_to(outside)
 
 
 @pytest.mark.fault("D58")
-def test_a_link_that_takes_the_place_of_a_file_is_not_followed(
-    empty: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", [into_pipe, into_link])
+def test_what_takes_the_place_of_a_file_is_neither_waited_for_nor_followed(
+    empty: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
-    changing, outside = photos / "dark" / "0.png", tmp_path / "outside.png"
-    shutil.copy(changing, outside)
-
-    def opening(path: str, *given: Any, **named: Any) -> Any:
-        if Path(path) == changing:
-            changing.unlink()
-            changing.symlink_to(outside)
-        return open(path, *given, **named)  # noqa: PTH123
-
-    monkeypatch.setattr(storage, "open", opening, raising=False)
+    at_opening(monkeypatch, photos / "dark" / "0.png", change)
     empty.set_source(photos)
     assert "0.png changed while it was read" in empty.ingest(code=4)
 
@@ -455,11 +481,14 @@ def test_files_of_the_field_are_read_or_named_within_bounds(
     assert len(empty.rows("out/manifest.csv")) + len(rejects) == count + 24
     known = {"empty", "not_image", "format", "truncated", "corrupt", "too_many_pixels", "too_thin"}
     assert set(rejects.values()) <= known
+    details = {row["path"]: row["detail"] for row in empty.rows("out/rejects.csv")}
     expected = {row["file"]: row for row in _rows(bad / "manifest.csv")}
     for path, row in expected.items():
         reason = rejects.get(f"dark/bad/{path}")
         if row["convert_rgb"] == "ok" and row["format"] in FORMATS:
-            assert reason in (None, "too_thin", "too_many_pixels"), path
+            # Pillow draws what libtiff calls nonsense, and colours that are in no table.
+            is_passed = re.search("^libtiff says|a table of", details.get(f"dark/bad/{path}", ""))
+            assert reason in (None, "too_thin", "too_many_pixels") or is_passed, path
         if not row["format"] and int(row["bytes"]):
             assert reason is not None, path
         if row["format"] and row["format"] not in FORMATS:
