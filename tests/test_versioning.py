@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.conftest import Workspace
+from tests.conftest import INGEST, Workspace
 
 pytestmark = pytest.mark.slow
 
@@ -154,3 +154,16 @@ def test_classes_that_changed_since_the_champion_are_said_before_training(
     (workspace.path / "data/photos/smooth").rename(workspace.path / "data/photos/silky")
     said = workspace.run("dvc", "repro", "train").stderr
     assert "the classes differ from those of digits@champion: gone: smooth; new: silky" in said
+
+
+@pytest.mark.fault("D55")
+def test_a_version_that_dvc_cannot_tell_is_no_empty_one(workspace: Workspace) -> None:
+    """In a repository whose dvc.yaml was damaged in a merge; outside of one there is no version."""
+    (workspace.path / "dvc.yaml").write_text("<<<<<<< HEAD\nstages: {}\n=======\n")
+    error = workspace.run("tlpipe", *INGEST, code=4).stderr
+    assert "DVC cannot tell the version of ingest.source: " in error
+    assert "'dvc status ingest' shows more" in error
+    assert not (workspace.path / "out" / "manifest.csv").exists()
+    shutil.rmtree(workspace.path / ".dvc")
+    workspace.run("tlpipe", *INGEST)
+    assert {row["data_version"] for row in workspace.rows("out/manifest.csv")} == {""}

@@ -121,6 +121,12 @@ def ingest(
     from tlpipe.data import ingest
 
     section = cast(ingest.Params, load_params(params)["ingest"])
+    for path in versioning.readable_but_hidden(params.parent):
+        _log.warning(
+            "%s can be read now, but .dvcignore hides it: DVC does not see it change. Run 'tlpipe "
+            "check --hide'",
+            path,
+        )
     ingest.run(
         manifest=manifest,
         rejects=rejects,
@@ -578,11 +584,22 @@ def sign(
 
 
 @app.command()
-def check(params: ParamsFile = PARAMS_FILE) -> None:
+def check(
+    params: ParamsFile = PARAMS_FILE,
+    hide: Annotated[
+        bool,
+        typer.Option(
+            "--hide",
+            help="Hide from DVC, in .dvcignore, what it cannot read of the source, and show it "
+            "again what it can.",
+        ),
+    ] = False,
+) -> None:
     """Check params.yaml and that the sources are there, before anything runs."""
     from tlpipe import versioning
     from tlpipe.data import ingest
     from tlpipe.metrics import answers, evaluate
+    from tlpipe.sources.storage import Folder
 
     sections = load_params(params)
     section = cast(ingest.Params, sections["ingest"])
@@ -592,8 +609,15 @@ def check(params: ParamsFile = PARAMS_FILE) -> None:
     ):
         for note in source.notes:
             print(_printable(note))
-    for pattern in versioning.hide_unreadable(params.parent, Path(section.source)):
-        print(f"{pattern} cannot be read and is now in .dvcignore; see rejects.csv after ingest")
+        links = list(source.storage.links_outside()) if isinstance(source.storage, Folder) else []
+    if links:
+        (name, target), *_ = links
+        print(
+            f"{len(links)} links lead outside of {section.source} and will be rejected, the first "
+            f"is {_printable(f'{name} -> {target}')}. ingest.follow_links: true reads what they "
+            f"lead to."
+        )
+    versioning.check_hidden(params.parent, Path(section.source), hide=hide)
 
 
 @app.command()

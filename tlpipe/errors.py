@@ -5,6 +5,7 @@
     TlpipeError             1
     |-- ParamsError         3   params.yaml, or a built-in data set's own YAML
     |-- DataError           4   the user's images and labels
+    |   |-- StoreError          a disk, a network or a store fails: nothing is said of the data
     |   `-- ImageError          one image, with a reason code
     |-- WeightsError        5   pretrained weights: absent, altered, unsafe, of another network
     |-- ArtifactError       6   a stage's file: missing, incomplete, altered, of another run
@@ -36,6 +37,13 @@ class DataError(TlpipeError):
     """The labelled images cannot make a data set."""
 
     exit_code = 4
+
+
+class StoreError(DataError):
+    """A disk, a network, a store or the memory fails while data are read.
+
+    It says nothing of the data, so nothing is rejected for it and everything stays as it was.
+    """
 
 
 class ImageError(DataError):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import Workspace
 from tlpipe.data.images import Sampling, crop_middle, read_square, read_upright, upright_size
 from tlpipe.errors import ImageError
 
@@ -275,3 +276,95 @@ except ImageError as error:
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "out_of_memory\n", result.stderr
+
+
+def with_noise(data: bytes, start: int) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 255, 30, dtype=np.uint8).tobytes()
+    return data[:start] + noise + data[start + 30 :]
+
+
+@pytest.mark.fault("D56")
+def test_what_libtiff_says_and_pillow_lets_pass_is_corrupt(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Fax data that make no sense; and the error stream of the process stays clean."""
+    pages = np.random.default_rng(0).integers(0, 255, (20, 20), dtype=np.uint8)
+    page = Image.fromarray(pages).resize((300, 300)).convert("1")
+    good = encoded(page, "TIFF", compression="group4")
+    with Image.open(io.BytesIO(good)) as plain:
+        assert (np.asarray(plain) == np.asarray(page)).all()
+    assert read_square(good, SMALL)[1].mode == "1"
+    bad = with_noise(good, len(good) // 3)
+    with Image.open(io.BytesIO(bad)) as plain:
+        plain.load()  # no error
+    capfd.readouterr()
+    with pytest.raises(ImageError, match=r"^corrupt: libtiff says 'Fax4Decode: .* errors more$"):
+        read_square(bad, SMALL)
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
+    packed = encoded(Image.fromarray(noise), "TIFF", compression="tiff_deflate")
+    with pytest.raises(ImageError, match=r"^corrupt: libtiff says 'ZIPDecode: Decoding error"):
+        read_square(with_noise(packed, len(packed) // 2), SMALL)
+    assert read_square(good, SMALL)[1].mode == "1"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.fault("D56")
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF"])
+def test_a_colour_that_is_not_in_the_table_is_corrupt(kind: str) -> None:
+    """Decoders draw it black, or as whatever lies behind the table."""
+    colours = np.arange(48 * 60, dtype=np.uint8).reshape(48, 60) % 16
+    image = Image.fromarray(colours).convert("L")
+    image.putpalette(np.random.default_rng(0).integers(0, 255, 48, dtype=np.uint8).tobytes())
+    good = encoded(image, kind)
+    assert read_square(good, SMALL)[1].mode == "P"
+    bad = {"PNG": fewer_in_png, "BMP": fewer_in_bmp, "GIF": fewer_in_gif}[kind](good)
+    with Image.open(io.BytesIO(bad)) as plain:
+        plain.convert("RGB")  # no error
+    with pytest.raises(ImageError, match="corrupt: a pixel has the colour 15 of a table of 8,"):
+        read_square(bad, SMALL)
+
+
+def fewer_in_png(png: bytes) -> bytes:
+    """Take the second half of 16 colours away."""
+    start = png.index(b"PLTE")
+    assert png[start - 4 : start] == (48).to_bytes(4)
+    table = png[start : start + 4 + 24]
+    return (
+        png[: start - 4]
+        + (24).to_bytes(4)
+        + table
+        + zlib.crc32(table).to_bytes(4)
+        + png[start + 4 + 48 + 4 :]
+    )
+
+
+def fewer_in_gif(gif: bytes) -> bytes:
+    """Take the second half of the colours away from a GIF with a table of 16 (GIF89a, 18)."""
+    assert gif[10] & 7 == 3
+    return gif[:10] + bytes([gif[10] & ~7 | 2]) + gif[11 : 13 + 24] + gif[13 + 48 :]
+
+
+def fewer_in_bmp(bmp: bytes) -> bytes:
+    """State half of the colours, and take the other half away (BITMAPINFOHEADER, biClrUsed)."""
+    start = 14 + int.from_bytes(bmp[14:18], "little")
+    count = int.from_bytes(bmp[46:50], "little")
+    pixels = int.from_bytes(bmp[10:14], "little") - count // 2 * 4
+    short = bmp[: start + count // 2 * 4] + bmp[start + count * 4 :]
+    return (
+        short[:10]
+        + pixels.to_bytes(4, "little")
+        + short[14:46]
+        + (count // 2).to_bytes(4, "little")
+        + short[50:]
+    )
+
+
+def test_pillows_limit_is_that_of_the_program_around(tmp_path: Path) -> None:
+    """Reading images changes it for nobody."""
+    program = (
+        "from PIL import Image\nbefore = Image.MAX_IMAGE_PIXELS\n"
+        "from tlpipe.data import images\nprint(before == Image.MAX_IMAGE_PIXELS, before)\n"
+    )
+    result = Workspace(tmp_path).run("python", "-c", program)
+    assert result.stdout.split()[0] == "True"
+    assert int(result.stdout.split()[1]) > 0

@@ -6,11 +6,22 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import boto3
 import pytest
 
 from tests.conftest import INGEST, Workspace
 from tests.proxy import Fate, proxy
 from tests.sources.test_storage import UPLOAD, contents
+from tlpipe import retries
+
+# What s3fs does once more by itself is done once: its pauses grow.
+ONCE = {"AWS_MAX_ATTEMPTS": "1"}
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert retries.PAUSES_S == (1.0, 2.0, 4.0)
+    monkeypatch.setattr(retries, "PAUSES_S", (0.01, 0.01, 0.01))
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -58,20 +69,57 @@ def test_a_web_server_is_read_as_the_folder_behind_it(
     assert contents(empty) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="issue 14: the error of a store ends in a traceback")
+@pytest.mark.fault("D35")
 @pytest.mark.parametrize("status", [403, 500, 503])
 def test_a_web_server_that_fails_meanwhile_is_no_source_of_bad_images(
-    empty: Workspace, web: str, status: int
+    empty: Workspace, web: str, status: int, no_pauses: None
 ) -> None:
-    with proxy(web, failing_after(20, status)) as address:
-        empty.set_source(f"{address}/photos")
+    """Nor does it change what an earlier run has left."""
+    empty.set_source(f"{web}/photos")
+    empty.ingest()
+    expected = contents(empty)
+    asked: list[str] = []
+    fails = failing_after(20, status)
+
+    def fate(method: str, path: str) -> int | None:
+        found = fails(method, path)
+        if found is not None:
+            asked.append(path)
+        return found
+
+    with proxy(web, fate) as address:
+        empty.replace("params.yaml", f"source: {web}/photos ", f"source: {address}/photos ")
         error = empty.ingest(code=4)
-    assert str(status) in error
-    assert not (empty.path / "out" / "manifest.csv").exists()
+    assert f"{status}, message=" in error
+    assert "It was tried 4 times in 0.03 s. Nothing was rejected or changed" in error
+    assert max(map(asked.count, asked)) == 4
+    assert contents(empty) == expected
+
+
+@pytest.mark.fault("D35")
+def test_a_web_server_that_fails_twice_is_asked_again(
+    empty: Workspace, photos: Path, web: str, no_pauses: None
+) -> None:
+    empty.set_source(photos)
+    empty.ingest()
+    expected = contents(empty)
+    lock, asked = threading.Lock(), dict[str, int]()
+
+    def fate(method: str, path: str) -> int | None:
+        with lock:
+            asked[path] = asked.get(path, 0) + 1
+            return 503 if path.endswith(".png") and asked[path] <= 2 else None
+
+    with proxy(web, fate) as address:
+        empty.replace("params.yaml", f"source: {photos} ", f"source: {address}/photos ")
+        said = empty.ingest()
+    assert {count for path, count in asked.items() if path.endswith(".png")} == {3}
+    assert said.count("trying again") == 2 * 24
+    assert contents(empty) == expected
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="issue 14: what a store refuses counts as rejected images")
+@pytest.mark.fault("D35")
 @pytest.mark.parametrize("status", [403, 500])
 def test_a_bucket_that_fails_meanwhile_is_no_source_of_bad_images(
     empty: Workspace, photos: Path, bucket: dict[str, str], status: int
@@ -80,16 +128,49 @@ def test_a_bucket_that_fails_meanwhile_is_no_source_of_bad_images(
     local = Workspace(empty.path, {**empty.env, **bucket})
     local.run("python", "-c", UPLOAD, str(photos), "photos")
     with proxy(bucket["AWS_ENDPOINT_URL"], failing_after(20, status)) as address:
-        few = {"AWS_ENDPOINT_URL": address, "AWS_MAX_ATTEMPTS": "1"}  # pauses grow between tries
-        behind = Workspace(empty.path, {**local.env, **few})
+        behind = Workspace(empty.path, {**local.env, **ONCE, "AWS_ENDPOINT_URL": address})
         behind.set_source("s3://bucket/photos")
         said = behind.run("tlpipe", *INGEST, code=None)
     assert said.returncode == 4, behind.rejects()
+    assert "cannot be reached: " in said.stderr
+    assert "Traceback" not in said.stderr
     assert not (empty.path / "out" / "manifest.csv").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="issue 14: no credentials end in a traceback")
+@pytest.mark.fault("D51")
+def test_an_object_that_changes_after_the_listing_is_no_part_of_the_data(
+    empty: Workspace, photos: Path, bucket: dict[str, str]
+) -> None:
+    """Another image of the very same number of bytes takes its place."""
+    local = Workspace(empty.path, {**empty.env, **bucket})
+    for path in photos.rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(500, b"\0"))
+    local.run("python", "-c", UPLOAD, str(photos), "photos")
+    client = boto3.client(
+        "s3",
+        endpoint_url=bucket["AWS_ENDPOINT_URL"],
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    )
+
+    def fate(method: str, path: str) -> int | None:
+        if method == "GET" and path.endswith("light/5.png"):
+            other = (photos / "dark" / "3.png").read_bytes()
+            client.put_object(Bucket="bucket", Key="photos/light/5.png", Body=other)
+        return None
+
+    with proxy(bucket["AWS_ENDPOINT_URL"], fate) as address:
+        behind = Workspace(empty.path, {**local.env, **ONCE, "AWS_ENDPOINT_URL": address})
+        behind.set_source("s3://bucket/photos")
+        error = behind.run("tlpipe", *INGEST, code=4).stderr
+    assert "s3://bucket/photos/light/5.png changed while the source was read" in error
+    assert "it had 500 bytes and the tag" in error
+
+
+@pytest.mark.slow
+@pytest.mark.fault("D36")
 def test_a_bucket_without_credentials_is_a_refusal(
     empty: Workspace, bucket: dict[str, str], tmp_path: Path
 ) -> None:

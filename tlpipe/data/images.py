@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
+from tlpipe.data import libtiff
 from tlpipe.errors import ImageError
 from tlpipe.sources.candidates import Box
 
@@ -18,9 +19,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 20
 Pixels = npt.NDArray[np.uint8]
-
-# Our own limit below is stricter and is decided before decoding; Pillow's would only warn.
-Image.MAX_IMAGE_PIXELS = None
 
 # Of images that take hundreds of megabytes when decoded, only so many at a time.
 _LARGE_PIXELS = 20_000_000
@@ -101,6 +99,8 @@ def read_upright(data: bytes, *, enough_px: int | None = None) -> tuple[Image.Im
             return _decode(image), header
         with _LARGE:
             return _decode(image), header
+    except ImageError:
+        raise
     except Exception as error:
         # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more.
         raise _damage(error) from None
@@ -179,6 +179,9 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise _unidentified(data) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # An error beyond twice what Pillow warns of; a warning, where warnings are errors.
+        raise ImageError("too_many_pixels", str(error)) from None
     except Exception as error:
         raise _damage(error) from None
     width, height = image.size
@@ -219,10 +222,42 @@ def _damage(error: Exception) -> ImageError:
 
 
 def _decode(image: Image.Image) -> Image.Image:
-    image.load()
+    _load(image)
     turn = _UPRIGHT.get(_orientation(image))
     rgb = _to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels, and refuse what Pillow lets pass.
+
+    Raises:
+        ImageError: libtiff has said that they make no sense, or a colour is not in the table.
+    """
+    colours = _table_size(image)
+    with libtiff.errors() as said:
+        try:
+            image.load()
+        except OSError:
+            if not said:
+                raise
+    if said:
+        more = f", and {len(said) - 1} errors more" if len(said) > 1 else ""
+        raise ImageError("corrupt", f"libtiff says {said[0]!r}{more}")
+    if colours is not None and image.mode == "P":
+        highest = int(np.asarray(image).max())
+        if highest >= colours and highest != image.info.get("transparency"):
+            detail = f"a pixel has the colour {highest} of a table of {colours}, counted from 0"
+            raise ImageError("corrupt", detail)
+
+
+def _table_size(image: Image.Image) -> int | None:
+    """Return how many colours the table of an image has that is not decoded yet, if it has one."""
+    table = image.palette
+    if image.mode != "P" or table is None:
+        return None
+    channels = 4 if set(str(table.rawmode or table.mode)) & {"A", "X"} else 3
+    return len(table.palette) // channels
 
 
 def _orientation(image: Image.Image) -> int:

@@ -63,8 +63,16 @@ class Params(Section):
         min_length=1,
         description="For boxes: a class of this name, of one square a photo that no box touches.",
     )
+    follow_links: bool = Field(
+        default=False,
+        description="Whether links of a folder may lead outside of it, and to folders. Links into "
+        "a cache of DVC are always followed.",
+    )
     max_rejected: float = Field(
-        default=0.5, ge=0, le=1, description="Share of rejected images above which nothing is made."
+        default=0.02,
+        ge=0,
+        le=1,
+        description="Share of rejected images above which nothing is made.",
     )
     short_side_px: int = Field(
         default=256, ge=32, le=1024, description="Length of the stored images' side, in pixels."
@@ -168,6 +176,7 @@ def opened(params: Params) -> AbstractContextManager[listing.Source]:
         pattern=params.pattern,
         background=params.background,
         columns=params.columns,
+        follow_links=params.follow_links,
     )
 
 
@@ -201,14 +210,17 @@ def _check_usable(
                 f"one each to train, to validate and to test. Add images or take the class out; "
                 f"{rejects} says what was refused."
             )
+    # A square beside the boxes is ours to look for: where there is none, nothing given is lost.
+    refused = [reject for reject in refused if reject.reason != "no_background"]
     share = len(refused) / max(len(refused) + usable.total(), 1)
     if share > max_rejected:
         reasons = Counter(reject.reason for reject in refused)
-        worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
+        worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         raise DataError(
             f"{len(refused)} of {len(refused) + usable.total()} images were rejected ({worst}), a "
-            f"share of {share:.3f}; ingest.max_rejected is {max_rejected:g}. {rejects} names each; "
-            f"mend or remove them, or raise ingest.max_rejected."
+            f"share of {share:.3f}; ingest.max_rejected is {max_rejected:g}. The first is "
+            f"{refused[0].path!r}: {refused[0].detail}. {rejects} names each; repair or remove "
+            f"them, or raise ingest.max_rejected."
         )
 
 

@@ -26,6 +26,7 @@ Keys = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 _BLOCK = 4096
+_SHOWN = 3  # of the files that an image is in conflict with
 _RECORD = struct.Struct("<QQQI")
 _RECORDS = np.dtype([("content", "<u8"), ("of_file", "<u8"), ("given", "<u8"), ("label", "<u4")])
 
@@ -186,11 +187,14 @@ class Journal:
         differs = same & (labels[order][1:] != labels[order][:-1])
         keep = ~np.isin(content, content[order][1:][differs])
         found = dict(self._some(np.flatnonzero(~keep).tolist()))
-        names: dict[bytes, set[str]] = {}
+        equal: dict[bytes, list[Entry]] = {}
         for entry in found.values():
-            names.setdefault(entry.key, set()).add(entry.label)
+            equal.setdefault(entry.key, []).append(entry)
         for entry in found.values():
-            detail = f"the same image under the labels {', '.join(sorted(names[entry.key]))}"
+            others = [other for other in equal[entry.key] if other.label != entry.label]
+            shown = ", ".join(f"{other.path!r} ({other.label})" for other in others[:_SHOWN])
+            more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+            detail = f"the same image is here as {entry.label}, and as {shown}{more}"
             self.rejects.append(Reject(entry.path, "conflict", detail))
         return keep
 

@@ -1,13 +1,18 @@
 """Read the files of a source: each once, on all cores, in the order of their names."""
 
 import hashlib
+import logging
 import math
 import os
+import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -16,11 +21,13 @@ from tlpipe.data import pixels as packed
 from tlpipe.data.earlier import Earlier, Known
 from tlpipe.data.images import Header, Pixels, Sampling, read_upright, square, upright_size
 from tlpipe.data.manifest import Entry
-from tlpipe.errors import ImageError
+from tlpipe.errors import ImageError, StoreError
 from tlpipe.seeds import uniform
 from tlpipe.sources.candidates import Box, Candidate, Reject
 from tlpipe.sources.listing import Source
 
+_log = logging.getLogger(__name__)
+_here = threading.local()  # the name of the file that a thread is at
 _AHEAD = 32  # files read ahead of the one that is written
 _SMALLEST_BACKGROUND_PX = 32
 
@@ -50,6 +57,7 @@ def read_all(
 
     Raises:
         DataError: a file changes while it is read.
+        StoreError: the disk, the network, the store or the memory fails.
     """
 
     def read(parts: Sequence[Candidate], stamp: str) -> list[Outcome]:
@@ -66,7 +74,8 @@ def read_all(
         return found if isinstance(found, list) else found.result()
 
     # Reading from afar waits more than it computes.
-    with ThreadPoolExecutor((os.cpu_count() or 1) * (1 if source.is_local else 8)) as pool:
+    threads = (os.cpu_count() or 1) * (1 if source.is_local else 8)
+    with warnings_named(), ThreadPoolExecutor(threads) as pool:
         try:
             for file, group in groupby(source.candidates(), key=lambda part: part.file):
                 parts, stamp = list(group), source.storage.stamp(file)
@@ -83,6 +92,35 @@ def read_all(
             for found in waiting:
                 if isinstance(found, Future):
                     found.cancel()
+
+
+@contextmanager
+def warnings_named() -> Iterator[None]:
+    """Log what libraries warn of with the name of the file that they are at, once for each text.
+
+    Without: Pillow's limit of pixels, since ours is decided before anything is decoded.
+    """
+    shown = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        name = getattr(_here, "name", None)
+        if name is None:
+            shown(message, category, filename, lineno, file, line)
+        elif not issubclass(category, Image.DecompressionBombWarning):
+            _log.warning("%s: %s", name, " ".join(str(message).split()))
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 def _is_whole(parts: Sequence[Candidate]) -> bool:
@@ -125,6 +163,7 @@ def _read_parts(
     sha256 = hashlib.sha256(data).hexdigest()
     is_whole = _is_whole(parts)
     decoded: tuple[Image.Image, Header] | None = None
+    _here.name = parts[0].file
     for part in parts:
         try:
             has_box = part.box is not None or part.avoid is not None
@@ -152,6 +191,12 @@ def _read_parts(
             picture, header = decoded
             kept = square(picture, sampling, box)
         except ImageError as error:
+            if error.reason == "out_of_memory":
+                raise StoreError(
+                    f"there is not enough memory to decode {part.name}, and {os.cpu_count()} files "
+                    f"are decoded at a time. Nothing was rejected or changed: make room, or run on "
+                    f"fewer cores (taskset), then run again."
+                ) from None
             yield Reject(part.name, error.reason, error.detail)
             continue
         entry = _entry(part, image)._replace(**asdict(header))

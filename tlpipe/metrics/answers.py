@@ -165,7 +165,7 @@ def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) 
     with opened(source) as found:
         names = sorted({candidate.file for candidate in found.candidates()})
         for place in evenly(range(len(names)), most):
-            with suppress(ImageError, OSError):
+            with suppress(ImageError):
                 data = found.storage.read(names[place])
                 squares.append(read_square(data, sampling)[0])
     if not squares:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tlpipe.errors import DataError
 from tlpipe.sources import annotations, builtin, layouts, tables
-from tlpipe.sources.archives import open_archive
+from tlpipe.sources.archives import check_no_archives, open_archive
 from tlpipe.sources.candidates import Candidate, Reject, given_split
 from tlpipe.sources.remote import Remote, open_remote
 from tlpipe.sources.storage import Folder, Storage
@@ -52,6 +52,7 @@ def opened(
     pattern: str | None = None,
     background: str | None = None,
     columns: tables.Columns | None = None,
+    follow_links: bool = False,
 ) -> Iterator[Source]:
     """Open a source and list its images.
 
@@ -60,6 +61,7 @@ def opened(
         ``label``, ``split`` and ``group`` say what they match.
     ``background``: for boxes, the label of one region of each photo that no box touches.
     ``columns``: for tables, the names of columns by what they hold.
+    ``follow_links``: whether links of a folder may lead outside of it.
 
     Where splits are given and none is called test, the one called validation is: it is what the
     result is measured on, whatever the images' labels are read from.
@@ -73,7 +75,8 @@ def opened(
             source = Source(files, partial(iter, candidates))
             stack.enter_context(closing(files))
         else:
-            storage = stack.enter_context(closing(_open_storage(address)))
+            opened_at = _open_storage(address, follow_links=follow_links)
+            storage = stack.enter_context(closing(opened_at))
             source = _list(storage, address, kind, pattern, background, columns or {})
         splits: Counter[str] = Counter()
         for candidate in source.candidates():
@@ -106,7 +109,7 @@ def _unequal(counts: Counter[str]) -> Iterator[str]:
         )
 
 
-def _open_storage(address: str) -> Storage:
+def _open_storage(address: str, *, follow_links: bool = False) -> Storage:
     """Open a folder, a zip or tar archive, or an address that ``fsspec`` knows (``s3://...``).
 
     Raises:
@@ -116,7 +119,7 @@ def _open_storage(address: str) -> Storage:
         return open_remote(address)
     path = Path(address)
     if path.is_dir():
-        return Folder(path)
+        return Folder(path, follow_links=follow_links)
     if not path.exists() and Path(f"{path}.dvc").exists():
         raise DataError(
             f"ingest.source {address} is not here, but DVC has it: run 'dvc pull {path}.dvc'."
@@ -165,6 +168,7 @@ def _list(
             return Source(storage, partial(iter, listed), rejects, notes=notes)
     if is_open:
         _check_no_other_labels(storage, dict(table.others), address)
+    check_no_archives(storage, address)
     layout = layouts.find(storage, address)
     aside = [name for name in storage.names() if layout.is_left_out(name)]
     if beside := [name for name in aside if not name.startswith(layout.left_out)]:

@@ -1,9 +1,11 @@
 """Folders and archives at an address that ``fsspec`` knows, such as S3's."""
 
-import tempfile
+import errno
+from contextlib import ExitStack
 from typing import Any
 
 from tlpipe.errors import DataError, ImageError
+from tlpipe.retries import attempt
 from tlpipe.sources import archives
 from tlpipe.sources.storage import (
     Listed,
@@ -19,61 +21,105 @@ class Remote(Listed):
     """A folder at an address that ``fsspec`` knows."""
 
     def __init__(self, filesystem: Any, root: str) -> None:
-        """Take the file system and the folder in it."""
+        """Take the file system and the folder in it, and list it."""
         self._filesystem = filesystem
         self._root = root.rstrip("/") + "/"
+        filesystem.invalidate_cache()  # or an earlier listing of this process is taken
         found = filesystem.find(root, detail=True)
-        names = {path: path.removeprefix(self._root) for path in found}
-        kept = {n: found[p] for p, n in names.items() if not any(map(is_ignored, n.split("/")))}
-        self._sizes = {name: int(info.get("size") or 0) for name, info in kept.items()}
-        self._tags = {name: str(info.get("ETag") or "") for name, info in kept.items()}
-        check_collisions(root, self._sizes)
-        super().__init__(self._sizes)
+        # The size, where it is stated, and the tag that the server gives each content.
+        self._known = {
+            path.removeprefix(self._root): (info.get("size"), str(info.get("ETag") or ""))
+            for path, info in found.items()
+        }
+        kept = [name for name in self._known if not any(map(is_ignored, name.split("/")))]
+        check_collisions(root, kept)
+        super().__init__(kept)
 
     def read(self, name: str) -> bytes:
-        """Fetch a file's bytes.
+        """Fetch a file's bytes, as they were when the folder was listed.
 
         Raises:
-            ImageError: it is missing, too large, or cannot be fetched.
+            ImageError: it is not in the listing, or too large.
+            DataError: it has changed since the folder was listed.
+            StoreError: it cannot be fetched.
         """
         check_inside(name)
-        check_size(self._sizes.get(name, 0))
+        if name not in self._known:
+            raise ImageError("missing", "there is no such file")
+        size, tag = self._known[name]
+        check_size(size or 0)
+        address = self._filesystem.unstrip_protocol(self._root + name)
         try:
-            return bytes(self._filesystem.cat_file(self._root + name))
-        except FileNotFoundError:
-            raise ImageError("missing", "there is no such file") from None
-        except OSError as error:
-            raise ImageError("unreadable", str(error)) from None
+            data, found = attempt(
+                lambda: self._fetch(name, tag), address, failures=(Exception,), but=_is_an_answer
+            )
+        except OSError:
+            data, found = b"", None
+        if found != tag or (size is not None and len(data) != size):
+            raise DataError(
+                f"{address} changed while the source was read: when it was listed it had {size} "
+                f"bytes and the tag {tag or '-'}. Let it be finished, then run again."
+            )
+        check_size(len(data))
+        return data
 
     def stamp(self, name: str) -> str:
         """Return the tag that the server gives each content, where it gives one."""
-        return self._tags.get(name, "")
+        return self._known.get(name, (None, ""))[1]
+
+    def _fetch(self, name: str, tag: str) -> tuple[bytes, str]:
+        """Return a file's bytes and the tag of just these."""
+        path = self._root + name
+        if not tag:
+            return bytes(self._filesystem.cat_file(path)), ""
+        with self._filesystem.open(path, "rb") as file:
+            return bytes(file.read()), str(file.details["ETag"])
 
 
 def open_remote(address: str) -> Storage:
     """Open a folder or an archive at an address.
 
     Raises:
-        DataError: it cannot be reached, is empty, or an archive that is not safe to read.
+        DataError: there is nothing, or an archive that is not safe to read.
+        StoreError: it cannot be reached.
     """
     import fsspec
 
+    what = f"ingest.source {address}"
     try:
         filesystem, root = fsspec.core.url_to_fs(address)
-        if address.lower().endswith(archives.SUFFIXES):
-            copy = tempfile.TemporaryFile()  # noqa: SIM115  closed with the archive
+    except (ValueError, ImportError) as error:
+        raise DataError(
+            f"{what} cannot be reached: {type(error).__name__}: {error}. Check the address, and "
+            f"that the package for its kind is installed."
+        ) from None
+
+    def fetch_archive() -> Storage:
+        with ExitStack() as opened:
+            copy = opened.enter_context(archives.scratch_file())
             with filesystem.open(root, "rb") as remote:
                 while chunk := remote.read(2**22):
                     copy.write(chunk)
-            copy.flush()
             copy.seek(0)
-            return archives.open_archive(copy, address)
-        storage = Remote(filesystem, root)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(
-            f"ingest.source {address} cannot be reached: {type(error).__name__}: {error}. Check "
-            f"the address, the credentials, and that the package for its kind is installed."
-        ) from None
+            opened.pop_all()
+        return archives.open_archive(copy, address)
+
+    def list_folder() -> Storage:
+        return Remote(filesystem, root)
+
+    is_archive = address.lower().endswith(archives.SUFFIXES)
+    read = fetch_archive if is_archive else list_folder
+    try:
+        storage = attempt(read, what, failures=(Exception,), but=_is_an_answer)
+    except OSError as error:
+        raise DataError(f"{what} does not exist, or changes: {error}. Check the address.") from None
     if not storage.folders() and next(storage.names(), None) is None:
-        raise DataError(f"ingest.source {address} holds no files. Check the address.")
+        raise DataError(f"{what} holds no files. Check the address.")
     return storage
+
+
+def _is_an_answer(error: Exception) -> bool:
+    """Return whether a store says that a file, or the content of a tag, is not there any more."""
+    # s3fs has this number for content of another tag.
+    is_expired = isinstance(error, OSError) and error.errno == errno.EBUSY
+    return is_expired or isinstance(error, FileNotFoundError)

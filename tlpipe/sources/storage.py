@@ -5,15 +5,18 @@ Each storage lists its files and reads them one by one, and no name leads outsid
 
 import errno
 import os
+import re
 import stat
 import time
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from tlpipe.errors import DataError, ImageError
+from tlpipe.retries import attempt
 
 MAX_FILE_BYTES = 512 * 2**20
 _SURE_NS = 2_000_000_000
@@ -22,6 +25,14 @@ _IGNORED = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "$recycle.bin"),
     *("system volume information", "lost+found", "@eadir"),
 }
+
+# A file of DVC's cache, named by its content: that is where DVC's own links lead.
+_DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
+_KEY = "ingest.follow_links: true reads what links lead to"
+
+# What the system says of one file, and not of the disk or network that it lies on.
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP})
 
 
 class Storage(Protocol):
@@ -88,17 +99,28 @@ class Memory(Listed):
 
 
 class Folder:
-    """A folder of this machine. Links to files inside it are followed, links to folders never."""
+    """A folder of this machine.
 
-    def __init__(self, root: Path) -> None:
+    Links to files are followed inside of it and into a cache of DVC; everywhere, and also those to
+    folders, where ``follow_links`` is set.
+    """
+
+    def __init__(self, root: Path, *, follow_links: bool = False) -> None:
         """Take the folder."""
         self._root = root
         self._start = os.path.join(root, "")  # noqa: PTH118
         self._real_root = os.path.realpath(root)
+        self._follow_links = follow_links
         self._is_inside = lru_cache(maxsize=4096)(self._leads_inside)
 
     def names(self) -> Iterator[str]:
-        """Yield the names in order, one folder's listing in memory at a time."""
+        """Yield the names in order, one folder's listing in memory at a time.
+
+        Raises:
+            DataError: two names are one in Unicode's normal form, or a link to a folder leads
+                outside and is not to be followed.
+            StoreError: the disk or network that the folder lies on fails.
+        """
         return self._walk("")
 
     def folders(self, under: str = "") -> list[str]:
@@ -107,56 +129,70 @@ class Folder:
 
     def has_files(self, under: str) -> bool:
         """Return whether any file lies in ``under``."""
-        # Not by the walk, which would list the whole folder to sort it.
-        names = self._unsorted(under)
-        return any(not n.endswith("/") or self.has_files(under + n) for n in names)
+        return attempt(lambda: self._has_files(under), self._start + under)
+
+    def links_outside(self) -> Iterator[tuple[str, str]]:
+        """Yield the name and the target of each link to a file that will not be followed."""
+        for name in self.names():
+            path = self._start + name
+            if os.path.islink(path) and not self._leads_inside(path):  # noqa: PTH114
+                yield name, os.path.realpath(path)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a regular file that lies inside the folder.
 
         Raises:
-            ImageError: it is missing, no regular file, leads outside or cannot be read.
+            ImageError: it is missing, no regular file, leads outside or must not be read.
             DataError: it changes while it is read.
+            StoreError: the disk or network that it lies on fails.
         """
         check_inside(name)
         path = self._start + name
         try:
-            if not self._is_inside(os.path.dirname(path)):  # noqa: PTH120
-                raise ImageError("outside_root", "a folder that leads outside the source")
-            if stat.S_ISLNK(os.lstat(path).st_mode):
-                if not self._leads_inside(path):
-                    raise ImageError("outside_root", "a link that leads outside the source")
-                before = _stat_target(path)
-            else:
-                before = os.stat(path)  # noqa: PTH116
-            if not stat.S_ISREG(before.st_mode):
-                raise ImageError("not_a_file", "a folder, a pipe, a socket or a device")
-            check_size(before.st_size)
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                data = file.read(before.st_size + 1)
-                after = os.fstat(file.fileno())
-        except FileNotFoundError:
-            raise ImageError("missing", "there is no such file") from None
+            return attempt(lambda: self._read(path), path, but=_is_of_one_file)
         except OSError as error:
+            if error.errno in _MISSING:
+                raise ImageError("missing", "there is no such file") from None
             raise ImageError("unreadable", str(error.strerror or error)) from None
-        if identity(before) != identity(after) or len(data) != before.st_size:
-            raise DataError(
-                f"{path} changed while it was read. Let it be finished, then run again."
-            )
-        return data
 
     def stamp(self, name: str) -> str:
-        """Return size, time and inode of a regular file that was not written just now."""
+        """Return size, times and inode of a regular file that was not written just now."""
         try:
             found = os.lstat(self._start + name)
         except OSError:
             return ""
-        # A second change within the clock's tick would leave the time as it is.
-        is_old = time.time_ns() - found.st_mtime_ns > _SURE_NS
-        return " ".join(map(str, identity(found))) if stat.S_ISREG(found.st_mode) and is_old else ""
+        # Anybody can set the time of writing back, but not that of the last change. A second
+        # change within the clock's tick would leave it as it is.
+        is_old = time.time_ns() - found.st_ctime_ns > _SURE_NS
+        known = (*identity(found), found.st_ctime_ns)
+        return " ".join(map(str, known)) if stat.S_ISREG(found.st_mode) and is_old else ""
 
     def close(self) -> None:
         """Do nothing: every file was checked when it was read."""
+
+    def _read(self, path: str) -> bytes:
+        if not self._is_inside(os.path.dirname(path)):  # noqa: PTH120
+            raise ImageError("outside_root", f"a folder that leads outside the source; {_KEY}")
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            if not self._leads_inside(path):
+                raise ImageError("outside_root", f"a link that leads outside the source; {_KEY}")
+            path = _target(path)
+        before = os.stat(path, follow_symlinks=False)  # noqa: PTH116
+        if not stat.S_ISREG(before.st_mode):
+            raise ImageError("not_a_file", "a folder, a pipe, a socket or a device")
+        check_size(before.st_size)
+        with open(path, "rb", buffering=0, opener=_open_itself) as file:
+            if identity(os.fstat(file.fileno())) != identity(before):
+                raise _changed(path)
+            # One call of the system returns 2 GiB at most, and a file on a network less.
+            parts = [file.read(before.st_size + 1)]
+            while parts[-1]:
+                parts.append(file.read(2**20))
+            data = b"".join(parts)
+            after = os.fstat(file.fileno())
+        if identity(after) != identity(before) or len(data) != before.st_size:
+            raise _changed(path)
+        return data
 
     def _walk(self, under: str) -> Iterator[str]:
         names = self._listed(under)
@@ -169,23 +205,55 @@ class Folder:
 
     def _listed(self, under: str) -> list[str]:
         """Return what lies in a folder; with its slash a folder sorts as its files do."""
-        return sorted(self._unsorted(under))
+        return attempt(lambda: sorted(self._unsorted(under)), self._start + under)
+
+    def _has_files(self, under: str) -> bool:
+        # Not by the walk, which would list the whole folder to sort it.
+        names = self._unsorted(under)
+        return any(not n.endswith("/") or self._has_files(under + n) for n in names)
 
     def _unsorted(self, under: str) -> Iterator[str]:
         try:
             with os.scandir(self._root / under) as entries:
                 for entry in entries:
                     if not is_ignored(entry.name):
-                        is_folder = entry.is_dir(follow_symlinks=False)
+                        is_folder = entry.is_dir(follow_symlinks=False) or (
+                            _leads_to_folder(entry) and self._enters(under, entry)
+                        )
                         yield entry.name + "/" if is_folder else entry.name
         except OSError as error:
+            if _is_of_one_file(error):
+                raise DataError(
+                    f"the folder {error.filename} cannot be read: {error.strerror}."
+                ) from None
+            raise
+
+    def _enters(self, under: str, link: "os.DirEntry[str]") -> bool:
+        """Return whether to list what a link to a folder leads to: not what the link lies in.
+
+        Raises:
+            DataError: it leads outside, and links are not followed.
+        """
+        target = os.path.realpath(link.path)
+        if not self._follow_links:
+            if self._leads_inside(target):
+                return False
             raise DataError(
-                f"the folder {error.filename} cannot be read: {error.strerror}."
-            ) from None
+                f"{link.path} is a link to the folder {target}, which lies outside of the source; "
+                f"expected folders inside. To read what links lead to, set ingest.follow_links: "
+                f"true; DVC then sees no change in {target}. Or remove the link."
+            )
+        inner = ["", *accumulate(under.split("/")[:-1], "{}/{}".format)]
+        return target not in (os.path.realpath(self._start + name) for name in inner)
 
     def _leads_inside(self, path: str) -> bool:
         real = os.path.realpath(path)
-        return real == self._real_root or real.startswith(self._real_root + os.sep)
+        return (
+            self._follow_links
+            or real == self._real_root
+            or real.startswith(self._real_root + os.sep)
+            or _DVC_OBJECT.search(real) is not None
+        )
 
 
 def check_inside(name: str) -> None:
@@ -238,9 +306,37 @@ def identity(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _stat_target(path: str) -> os.stat_result:
+def _is_of_one_file(error: Exception) -> bool:
+    """Return whether the system says it of this file, and not of the disk that it lies on."""
+    return isinstance(error, OSError) and error.errno in _MISSING | _FORBIDDEN
+
+
+def _leads_to_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_symlink() and entry.is_dir()
+    except OSError as error:
+        if _is_of_one_file(error):
+            return False  # a link that leads to itself
+        raise
+
+
+def _target(link: str) -> str:
     """Return what a link leads to; one that leads nowhere is there but cannot be read."""
     try:
-        return os.stat(path)  # noqa: PTH116
-    except FileNotFoundError as error:
-        raise OSError(errno.EIO, "a link that leads nowhere") from error
+        return os.path.realpath(link, strict=True)
+    except FileNotFoundError:
+        raise ImageError("unreadable", "a link that leads nowhere") from None
+
+
+def _open_itself(path: str, flags: int) -> int:
+    """Open a file, but no link in its place; a pipe in its place is not waited for."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _changed(path) from None
+        raise
+
+
+def _changed(path: str) -> DataError:
+    return DataError(f"{path} changed while it was read. Let it be finished, then run again.")
