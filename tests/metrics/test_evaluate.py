@@ -8,7 +8,10 @@ from PIL import Image
 
 from tests.conftest import Workspace
 from tlpipe.data import pixels as packed
-from tlpipe.data.manifest import load_split
+from tlpipe.data.manifest import Entry, load_split
+from tlpipe.inference.predictor import Prediction
+from tlpipe.metrics import evaluate
+from tlpipe.metrics.answers import Shown
 from tlpipe.metrics.corruptions import STRENGTHS
 from tlpipe.metrics.scores import HEADLINES
 
@@ -54,6 +57,22 @@ def test_plots_and_examples_are_images(artifacts: Path) -> None:
         known = next(i for i, row in enumerate(rows) if (row.split, row.label) == ("test", label))
         with Image.open(folder / "examples" / f"{label}.png") as image:
             assert (np.asarray(image) == squares[known]).all()
+
+
+def test_a_class_with_any_name_has_an_example(tmp_path: Path) -> None:
+    labels = ("tomato/blight", "never tested", 100 * "名")
+    squares = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
+    answer = Prediction("", 0.0, {})
+    shown = [
+        Shown(
+            Entry("", labels[number], "", "", 0, 4, 4, "RGB", "PNG", "", "", ""), row, answer, 1.0
+        )
+        for number, row in ((2, 1), (0, 2))
+    ]
+    evaluate._save_examples(tmp_path / "examples", squares, shown, labels)  # type: ignore[arg-type]
+    found = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "examples").iterdir()}
+    assert sorted(found) == ["0.png", "2.png"]
+    assert (found["0.png"] == squares[2]).all() and (found["2.png"] == squares[1]).all()
 
 
 def test_every_number_of_the_report_has_its_interval(artifacts: Path) -> None:

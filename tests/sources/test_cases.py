@@ -252,6 +252,15 @@ REFUSED = {
         lambda root: [folders(root), put(root / "annotations.xml", "<annotations/>")],
         r"annotations.xml, .* not read: .* set ingest.kind: folders",
     ),
+    "splits without classes": (
+        lambda root: [flat(root / "train"), flat(root / "val", start=50)],
+        r"holds the folders train, val, which are called like splits, and some hold no class "
+        r"folders; .* ingest.pattern",
+    ),
+    "splits without training": (
+        lambda root: [folders(root / "val"), folders(root / "test", start=50)],
+        r"holds the folders test, val, which are called like splits, and none is for training",
+    ),
     "splits by another word": (
         lambda root: [folders(root / "train"), folders(root / "batch2")],
         r"holds the split folders train, and beside them batch2; expected splits only",
@@ -321,6 +330,52 @@ def test_cells_in_quotes_may_hold_separators_and_lines(tmp_path: Path) -> None:
     put(tmp_path / "labels.csv", text.getvalue())
     with listing.opened(str(tmp_path)) as source:
         assert source.counts == {"ant": 4, "bee": 4}
+
+
+@pytest.mark.fault("D40")
+def test_a_path_never_means_a_file_of_another_folder(tmp_path: Path) -> None:
+    rows = flat(tmp_path / "train")
+    lines = [f"/data/test/{rows[0][0]},ant", f"test/{rows[1][0]},bee"]
+    lines += [f"/old/place/train/{name},{label}" for name, label in rows[2:]]
+    put(tmp_path / "labels.csv", "\n".join(["path,label", *lines]))
+    with listing.opened(str(tmp_path)) as source:
+        assert source.counts == {"ant": 3, "bee": 3}
+    assert {reject.path: reject.reason for reject in source.rejects} == {
+        f"/data/test/{rows[0][0]}": "outside_root",
+        f"test/{rows[1][0]}": "missing",
+    }
+
+
+@pytest.mark.fault("D40")
+def test_a_column_that_is_there_twice_cannot_be_named(tmp_path: Path) -> None:
+    rows = flat(tmp_path / "images")
+    put(tmp_path / "labels.csv", table(rows, header="path,kind,Kind", line="images/{},{},x"))
+    with (
+        pytest.raises(DataError, match="several columns 'kind'; expected one"),
+        listing.opened(str(tmp_path), columns={"label": "kind"}),
+    ):
+        pass
+
+
+def test_a_column_of_parquet_is_named_as_one_of_csv(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names, labels = zip(*flat(tmp_path / "images"), strict=True)
+    content = {"path": [f"images/{name}" for name in names], "Breed": labels}
+    parquet.write_table(pa.table(content), tmp_path / "labels.parquet")
+    with listing.opened(str(tmp_path), columns={"label": "breed"}) as source:
+        assert source.counts == {"ant": 4, "bee": 4}
+
+
+def test_a_name_with_words_of_several_splits_says_none(tmp_path: Path) -> None:
+    put(tmp_path / "train_test_split.csv", table(flat(tmp_path / "images")))
+    put(tmp_path / "test.csv", table(flat(tmp_path / "images", start=50)))
+    with (
+        pytest.raises(DataError, match="holds 2 tables with path and label"),
+        listing.opened(str(tmp_path)),
+    ):
+        pass
 
 
 @pytest.mark.fault("D43")

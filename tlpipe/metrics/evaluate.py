@@ -145,7 +145,7 @@ def run(
         )
     ]
     _save_predictions(predictions, shown)
-    _save_examples(examples, squares, shown)
+    _save_examples(examples, squares, shown, shipped.labels)
     _save_tables(tables, answered)
     with files.replacing_folder(plots) as folder:
         drawn.draw(folder, content, answered, history)
@@ -250,15 +250,20 @@ def _save_predictions(path: Path, shown: Sequence[Shown]) -> None:
     files.write_csv(path, PREDICTIONS, table)
 
 
-def _save_examples(folder: Path, squares: Chunks, shown: Sequence[Shown]) -> None:
-    """Write the first test image of each class as a file, to try the classifier on."""
+def _save_examples(
+    folder: Path, squares: Chunks, shown: Sequence[Shown], labels: Sequence[str]
+) -> None:
+    """Write the first test image of each class as a file, to try the classifier on.
+
+    Files are named by the number of the class: a label may hold a slash, or be longer than a name.
+    """
     first: dict[str, Shown] = {}
     for answer in shown:
         first.setdefault(answer.entry.label, answer)
     with files.replacing_folder(folder) as target:
-        for label, answer in first.items():
-            # A class may be called anything that a folder may, so its name is a safe file name.
-            Image.fromarray(squares[answer.row]).save(target / f"{label}.png")
+        for number, label in enumerate(labels):
+            if label in first:
+                Image.fromarray(squares[first[label].row]).save(target / f"{number}.png")
 
 
 def _save_tables(folder: Path, given: Answers) -> None:

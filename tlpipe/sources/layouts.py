@@ -53,6 +53,15 @@ def find(storage: Storage, address: str) -> Layout:
     folders = storage.folders(top)
     splits = {folder: given_split(folder) for folder in folders}
     inside = {folder: storage.folders(f"{top}{folder}/") for folder in folders}
+    if len({*splits.values()}) > 1 and all(splits.values()):
+        has_train = any(split == "train" for split in splits.values())
+        if not has_train or not all(inside.values()):
+            raise DataError(
+                f"{address} holds the folders {', '.join(folders)}, which are called like splits, "
+                f"and {'some hold no class folders' if has_train else 'none is for training'}; "
+                f"expected train beside validation or test, with a folder for each class inside. "
+                f"Say what folders mean: ingest.pattern."
+            )
     if not any(split == "train" and inside[folder] for folder, split in splits.items()):
         for folder in folders:
             _check_not_empty(storage, f"{top}{folder}")

@@ -78,13 +78,11 @@ class Files:
         for place in (f"{folder}/{path}" if folder else path, path):
             if found := self._at(place):
                 return found
-        is_absolute = path.startswith("/") or path[1:3] == ":/"
         parts = path.strip("/").split("/")
-        if is_absolute:
+        if path.startswith("/") or path[1:3] == ":/":
             ends = ("/".join(parts[start:]) for start in range(1, len(parts)))
-            if found := next(filter(None, map(self._at, ends)), []):
-                return found
-        return sorted(self._by_base[parts[-1]]) if is_absolute or len(parts) == 1 else []
+            return next(filter(None, map(self._at, ends)), [])
+        return sorted(self._by_base[path]) if len(parts) == 1 else []
 
     def _at(self, place: str) -> list[str]:
         return [place] if place in self.names else sorted(self._by_stem.get(place, []))
@@ -234,8 +232,8 @@ def _read(storage: Storage, name: str, files: Files, columns: Columns) -> Table:
     """
     header, rows, how = _cells(storage, name, files, columns)
     roles = _roles(header, rows, name, files, columns)
-    words = _stem_words(name)
-    split = next(filter(None, map(given_split, words)), "") or given_split(_folder(name))
+    splits = {*map(given_split, _stem_words(name))} - {""} or {given_split(_folder(name))}
+    split = splits.pop() if len(splits) == 1 else ""
     if "label" in roles:
         labels = [row[roles["label"]].strip() for row in rows]
         how += f", labels from {header[roles['label']]!r}"
@@ -339,7 +337,7 @@ def _of_parquet(data: bytes, columns: Columns) -> tuple[list[str], list[list[str
         ]
         known = {word for words in _NAMES.values() for word in words}
         wanted = [
-            column for column in plain if _plain(column) in known or column in columns.values()
+            column for column in plain if _plain(column) in known | {*map(_plain, columns.values())}
         ]
         # Other columns may hold the images themselves; without a label, those of 0 and 1 count.
         has_label = any(_plain(column) in _NAMES["label"] for column in wanted)
@@ -384,6 +382,8 @@ def _roles(
                     f"{name} has no column {given!r}, which ingest.columns.{role} names; it has "
                     f"{seen}. Change ingest.columns."
                 )
+            if plain.count(_plain(given)) > 1:
+                raise DataError(f"{name} has several columns {given!r}; expected one. Rename one.")
             roles[role] = plain.index(_plain(given))
             continue
         found = [place for place, column in enumerate(plain) if column in words]
