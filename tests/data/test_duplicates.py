@@ -3,6 +3,7 @@
 import hashlib
 import io
 import random
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,3 +120,100 @@ def test_images_without_structure_are_like_none(tmp_path: Path) -> None:
     thumbnails = Thumbnails(tmp_path, 3)
     assert list(duplicates.near_pairs(thumbnails)) == []
     thumbnails.close()
+
+
+def bursts(folder: Path, count: int, frames: int) -> Thumbnails:
+    """Write thumbnails of so many scenes, of which each was shot so many times in a row."""
+    generator = np.random.default_rng(0)
+    small = []
+    for _ in range(count):
+        noise = generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+        scene = Image.fromarray(noise).resize((300, 260), Image.Resampling.BICUBIC)
+        for number in range(frames):
+            frame = ImageEnhance.Brightness(scene).enhance(1 - 0.3 / frames * (number % 7))
+            x, y = generator.integers(0, 12, 2).tolist()
+            square = frame.crop((x, y, 300 - y, 260 - x)).resize((256, 256))
+            small.append(thumbnail(square if generator.random() < 0.7 else ImageOps.mirror(square)))
+    np.save(folder / "thumbnails.npy", np.stack(small))
+    return Thumbnails(folder, len(small))
+
+
+@pytest.mark.fault("D59")
+@pytest.mark.parametrize("few", [2**25, 0], ids=["all distances", "a tree"])
+@pytest.mark.parametrize(("count", "frames"), [(6, 12), (1, 70)])
+def test_pairs_are_those_of_a_new_search_whatever_came_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int, count: int, frames: int
+) -> None:
+    """In five steps of additions, in another order of names, and found in both ways."""
+    thumbnails = bursts(tmp_path, count, frames)
+    generator = np.random.default_rng(1)
+    keys = generator.permutation(thumbnails.count).astype(np.uint64)
+    expected = set(duplicates.near_pairs(thumbnails, keys=keys))
+    assert len(expected) > thumbnails.count
+    monkeypatch.setattr(duplicates, "_FEW", few)
+    assert set(duplicates.near_pairs(thumbnails, keys=keys)) == expected
+    monkeypatch.setattr(duplicates, "_FEW", 2**25)
+    step = generator.integers(0, 5, thumbnails.count)
+    pairs: list[tuple[int, int]] = []
+    for now in range(5):
+        found = duplicates.near_pairs(thumbnails, step <= now, step == now, keys=keys, known=pairs)
+        pairs = list(found)
+        assert len(pairs) == len(set(pairs))
+        new = duplicates.near_pairs(thumbnails, step <= now, keys=keys)
+        assert sorted(pairs) == sorted(new), now
+    assert set(pairs) == expected
+    thumbnails.close()
+    # The same images under other names: the rows are others, the pairs of images are the same.
+    order = generator.permutation(thumbnails.count)
+    np.save(tmp_path / "thumbnails.npy", np.load(tmp_path / "thumbnails.npy")[order])
+    renamed = Thumbnails(tmp_path, len(order))
+    found = duplicates.near_pairs(renamed, keys=keys[order])
+    assert {tuple(sorted(order[list(pair)].tolist())) for pair in found} == expected
+    renamed.close()
+
+
+@pytest.mark.fault("D59")
+def test_one_more_frame_of_a_pan_changes_the_neighbours_of_some(tmp_path: Path) -> None:
+    """Frames far apart do not see each other: so one may list another that has new neighbours."""
+    generator = np.random.default_rng(0)
+    noise = generator.integers(0, 255, (12, 40, 3), dtype=np.uint8)
+    scene = Image.fromarray(noise).resize((1040, 260), Image.Resampling.BICUBIC)
+    starts = np.concatenate([np.arange(0, 240, 3), np.arange(241, 480, 2)])
+    frames = [scene.crop((x, 0, x + 300, 260)).resize((256, 256)) for x in starts.tolist()]
+    np.save(tmp_path / "thumbnails.npy", np.stack([thumbnail(frame) for frame in frames]))
+    thumbnails = Thumbnails(tmp_path, len(frames))
+    keys = generator.permutation(len(frames)).astype(np.uint64)
+    order = generator.permutation(len(frames))
+    step = np.empty(len(frames), np.int64)
+    step[order] = np.maximum(np.arange(len(frames)) - (len(frames) - 25), 0)
+    pairs: list[tuple[int, int]] = []
+    left = 0
+    for now in range(int(step.max()) + 1):
+        was = pairs
+        found = duplicates.near_pairs(thumbnails, step <= now, step == now, keys=keys, known=was)
+        pairs = list(found)
+        left += len(set(was) - set(pairs))
+        assert len(pairs) == len(set(pairs))
+        new = duplicates.near_pairs(thumbnails, step <= now, keys=keys)
+        assert sorted(pairs) == sorted(new), now
+    assert left > 3  # pairs whose place was taken by nearer ones
+    thumbnails.close()
+
+
+@pytest.mark.fault("D59")
+def test_of_equally_near_ones_a_tree_takes_the_first_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = np.random.default_rng(0).integers(0, 5, (3000, 8)) * 9.0
+    asked = np.arange(0, 3000, 7, dtype=np.int32)
+    tables = []
+    for few in (2**25, 0):
+        monkeypatch.setattr(duplicates, "_FEW", few)
+        with tempfile.TemporaryFile() as file:
+            duplicates._save_reach(points, asked, file)
+            file.seek(0)
+            tables.append(np.fromfile(file, np.int32).reshape(len(asked), -1))
+    squares = ((points[asked][:, None] - points[None]) ** 2).sum(axis=2)
+    nearest = np.argsort(squares, axis=1, kind="stable")[:, : tables[0].shape[1]]
+    within = np.take_along_axis(squares, nearest, axis=1) <= duplicates._LOW_REACH
+    expected = np.sort(np.where(within, nearest, asked[:, None]), axis=1)
+    for table in tables:
+        assert (np.sort(table, axis=1) == expected).all()

@@ -537,9 +537,7 @@ def test_only_new_files_are_decoded_again(empty: Workspace, photos: Path) -> Non
     assert " 0 decoded" in empty.ingest()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="issue 14: of more than four neighbours, which are kept depends on history"
-)
+@pytest.mark.fault("D59")
 def test_bursts_of_near_copies_are_paired_as_if_new(empty: Workspace, photos: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (12, 12, 3), dtype=np.uint8)
     scene = Image.fromarray(noise).resize((300, 260), Image.Resampling.BICUBIC)

@@ -7,7 +7,7 @@ is aligned and compared pixel by pixel, contours apart from areas. Of each image
 in memory; the rest is read from the thumbnails' file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from tempfile import TemporaryFile
 from typing import IO, Any, Self
@@ -23,6 +23,7 @@ Codes = npt.NDArray[np.int8]
 Points = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int32]
+Keys = npt.NDArray[np.uint64]
 
 # Measured on 2,000 photographs with planted copies (tests/data/test_duplicates.py): copies that
 # lose up to 6 % of each side lie within 0.36, in the lowest frequencies within 0.22; their likeness
@@ -41,27 +42,40 @@ _FEW = 2**25  # comparisons that take less time than to load the tree that would
 
 
 def near_pairs(
-    thumbnails: Thumbnails, which: Flags | None = None, new: Flags | None = None
+    thumbnails: Thumbnails,
+    which: Flags | None = None,
+    new: Flags | None = None,
+    *,
+    keys: Keys | None = None,
+    known: Sequence[tuple[int, int]] = (),
 ) -> Iterator[tuple[int, int]]:
     """Yield the pairs of rows (i, j), i < j, whose images are nearly the same.
 
-    ``which``: (N,) the rows to compare, by default all; ``new``: (N,) the rows of which each pair
-    has at least one, by default all.
+    Compared are those of which one is among the four nearest of the other. Which these are depends
+    on the images alone, not on their names or on which of them were there first: with the pairs
+    that are known of the old ones, the result is that of comparing all of them anew.
+
+    ``which``: (N,) the rows to compare, by default all; ``new``: (N,) those that were not there
+    when ``known``, the pairs of the others, were found, by default all; ``keys``: (N,) numbers of
+    the images' contents, which say who comes first of equally near ones, by default the rows.
     """
     from threadpoolctl import threadpool_limits
 
     # Threads of a BLAS that wait for one another burn more than these small products take.
-    with threadpool_limits(1), _Frequencies(thumbnails, which) as frequencies:
+    with threadpool_limits(1), _Frequencies(thumbnails, which, keys) as frequencies:
         rows = frequencies.rows
         is_new = np.ones(len(rows), dtype=bool) if new is None else new[rows]
-        neighbours = _neighbours(frequencies, is_new)
+        numbers = frequencies.numbers(known)
+        changed, neighbours = _neighbours(frequencies, is_new, numbers)
         allocator.trim()
-        pairs = _candidates(neighbours, is_new)
+        for i, j in rows[numbers[~changed[numbers].any(axis=1)]].tolist():
+            yield min(i, j), max(i, j)
+        pairs = _candidates(neighbours, changed)
         while some := list(islice(pairs, _PAIRS)):
             found = np.array(some, dtype=np.int32)
             found[:, :2] = rows[found[:, :2]]
             for i, j, _ in found[_are_same(thumbnails, found)].tolist():
-                yield i, j
+                yield min(i, j), max(i, j)
 
 
 def describe(thumbnails: npt.NDArray[np.uint8]) -> Floats:
@@ -100,9 +114,13 @@ _LOW = np.array(
 
 
 class _Frequencies:
-    """Low frequencies in whole steps, on disk; ``rows`` are those wanted that have structure."""
+    """Low frequencies in whole steps, on disk.
 
-    def __init__(self, thumbnails: Thumbnails, which: Flags | None) -> None:
+    ``rows`` are those wanted that have structure, in the order of their keys: that is how they are
+    numbered here.
+    """
+
+    def __init__(self, thumbnails: Thumbnails, which: Flags | None, keys: Keys | None) -> None:
         self._file = TemporaryFile()  # noqa: SIM115  closed on exit
         wanted = np.ones(thumbnails.count, dtype=bool) if which is None else which.copy()
         for start in range(0, thumbnails.count, _BLOCK):
@@ -111,6 +129,12 @@ class _Frequencies:
             wanted[block] &= ~np.isnan(frequencies[:, 0, 0])
             np.round(frequencies[wanted[block]] * _STEPS).astype(np.int8).tofile(self._file)
         self.rows = np.flatnonzero(wanted).astype(np.int32)
+        # The number of each in the file's order.
+        self._number = np.arange(len(self.rows), dtype=np.int32)
+        if keys is not None:
+            order = np.argsort(keys[self.rows], kind="stable")
+            self._number[order] = np.arange(len(order), dtype=np.int32)
+            self.rows = self.rows[order]
 
     def __enter__(self) -> Self:
         return self
@@ -118,35 +142,51 @@ class _Frequencies:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def numbers(self, pairs: Sequence[tuple[int, int]]) -> Rows:
+        """Return the numbers (P, 2) of pairs of rows."""
+        wanted = np.array(pairs, np.int32).reshape(-1, 2)
+        order = np.argsort(self.rows).astype(np.int32)
+        return order[np.searchsorted(self.rows, wanted, sorter=order)]
+
     def codes(self) -> Codes:
         """Return (N, 6, 6)."""
-        self._file.seek(0)
-        return self._next(len(self.rows))
+        codes = np.empty((len(self.rows), _FREQUENCIES, _FREQUENCIES), np.int8)
+        for numbers, some in self._blocks():
+            codes[numbers] = some
+        return codes
 
     def points(self) -> Points:
         """Return (N, 8) of the lowest ones, equal for an image and its mirror image."""
         points = np.empty((len(self.rows), len(_LOW)))
-        self._file.seek(0)
-        for mine in _split(np.arange(len(points)), _BLOCK):
-            codes = self._next(len(mine))
+        for numbers, codes in self._blocks():
             for column, (vertical, horizontal) in enumerate(_LOW):
                 signed = codes[:, vertical, horizontal]
-                points[mine, column] = np.abs(signed) if horizontal % 2 else signed
+                points[numbers, column] = np.abs(signed) if horizontal % 2 else signed
         return points
 
-    def _next(self, count: int) -> Codes:
-        codes = np.fromfile(self._file, np.int8, count * _FREQUENCIES**2)
-        return codes.reshape(count, _FREQUENCIES, _FREQUENCIES)
+    def _blocks(self) -> Iterator[tuple[Rows, Codes]]:
+        self._file.seek(0)
+        for numbers in _split(self._number, _BLOCK):
+            codes = np.fromfile(self._file, np.int8, len(numbers) * _FREQUENCIES**2)
+            yield numbers, codes.reshape(-1, _FREQUENCIES, _FREQUENCIES)
 
 
-def _neighbours(frequencies: _Frequencies, is_new: Flags) -> Rows:
-    """Return (N, 4): the nearest in reach, ``~number`` where mirrored, else each one's own number.
+def _neighbours(frequencies: _Frequencies, is_new: Flags, known: Rows) -> tuple[Flags, Rows]:
+    """Return whose neighbours may have changed, and the neighbours that are needed.
 
-    Those that are neither new nor in reach of a new one have none.
+    Returns: (N,) the new ones and those that have a new one in reach; (N, 4) the nearest in reach,
+    ``~number`` where mirrored, else each one's own number. Those that have not changed have none,
+    but for those that are known to be nearly equal to one that has: it may be they who list it.
     """
     # What may be in reach waits on disk, so that the tree is gone when the rest is compared.
     with TemporaryFile() as file:
-        asked = _save_reach(frequencies, is_new, file)
+        points = frequencies.points()
+        changed = _reached(points, is_new)
+        wanted = changed.copy()
+        wanted[known[changed[known].any(axis=1)]] = True
+        asked = np.flatnonzero(wanted).astype(np.int32)
+        _save_reach(points, asked, file)
+        del points
         allocator.trim()
         file.seek(0)
         codes = frequencies.codes()
@@ -162,48 +202,49 @@ def _neighbours(frequencies: _Frequencies, is_new: Flags) -> Rows:
             chosen = np.where(turned < straight, ~others, others)
             chosen = np.where(absent, mine[:, None], chosen)
             nearest[mine] = np.take_along_axis(chosen, order, axis=1)
-    return nearest
+    return changed, nearest
 
 
-def _save_reach(frequencies: _Frequencies, is_new: Flags, file: IO[bytes]) -> Rows:
-    """Write (A, 49) int32: for each one asked those that may be in reach, filled with its own.
+def _save_reach(points: Points, asked: Rows, file: IO[bytes]) -> None:
+    """Write (A, 49) int32: the nearest of each one asked that may be in reach, and its own.
 
-    Returns: who was asked: every new one, and every one in reach of a new one.
+    In the order of their numbers; filled up with its own. Of equally near ones the first count.
     """
-    asked = _reached(frequencies.codes(), is_new)
-    points = frequencies.points()
     if len(asked) * len(points) <= _FEW:
         for mine in _split(asked, _part(points)):
             others = np.repeat(mine[:, None], _NEIGHBOURS, axis=1)
-            for position, squares in enumerate(_far(points[mine], points)):
-                found = np.flatnonzero(squares <= _LOW_REACH)
-                nearest = np.argsort(squares[found], kind="stable")[:_NEIGHBOURS]
+            for position, near in enumerate(_far(points[mine], points)):
+                found = np.flatnonzero(near <= _LOW_REACH)
+                nearest = np.argsort(near[found], kind="stable")[:_NEIGHBOURS]
                 others[position, : len(nearest)] = np.sort(found[nearest])
             others.tofile(file)
-        return asked
+        return
     from scipy.spatial import KDTree
 
     tree = KDTree(points, leafsize=64)
     for mine in _split(asked, _BLOCK):
-        _, found = tree.query(points[mine], _NEIGHBOURS, distance_upper_bound=_LOW_REACH**0.5)
-        others = np.where(found == len(points), mine[:, None], found)
+        far, found = tree.query(points[mine], _NEIGHBOURS + 1, distance_upper_bound=_LOW_REACH**0.5)
+        others = np.where(found == len(points), mine[:, None], found)[:, :_NEIGHBOURS]
+        # The tree takes any of those that are as far as the last one.
+        last = far[:, _NEIGHBOURS - 1]
+        tied = (last == far[:, _NEIGHBOURS]) & np.isfinite(last)
+        for position in np.flatnonzero(tied).tolist():
+            point = points[mine[position]]
+            within = np.sort(tree.query_ball_point(point, last[position] + 1e-6))
+            squares = ((points[within] - point) ** 2).sum(axis=1)
+            others[position] = within[np.argsort(squares, kind="stable")[:_NEIGHBOURS]]
         np.sort(others, axis=1).astype(np.int32).tofile(file)
-    return asked
 
 
-def _reached(codes: Codes, is_new: Flags) -> Rows:
-    """Return who is new or lies in reach of a new one; everyone, where there are many new ones."""
-    if is_new.all() or is_new.sum() * len(codes) > _FEW:
-        return np.arange(len(codes), dtype=np.int32)
-    asked = is_new.copy()
-    flat = codes.reshape(len(codes), _FREQUENCIES**2)
-    straight = flat[is_new].astype(np.float32)
-    turned = straight * np.tile(_MIRROR, _FREQUENCIES)
-    for others in _split(np.arange(len(codes)), _part(straight)):
-        theirs = flat[others].astype(np.float32)
-        squares = np.minimum(_far(straight, theirs), _far(turned, theirs))
-        asked[others] |= (squares <= _REACH).any(axis=0)
-    return np.flatnonzero(asked).astype(np.int32)
+def _reached(points: Points, is_new: Flags) -> Flags:
+    """Return (N,) who is new or may have a new one in reach; all, where there are many new ones."""
+    if is_new.all() or is_new.sum() * len(points) > _FEW:
+        return np.ones(len(points), dtype=bool)
+    reached = is_new.copy()
+    mine = points[is_new]
+    for others in _split(np.arange(len(points)), _part(mine)):
+        reached[others] |= (_far(mine, points[others]) <= _LOW_REACH).any(axis=0)
+    return reached
 
 
 def _far(mine: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -229,13 +270,13 @@ def _split(rows: npt.NDArray[Any], size: int) -> Iterator[Rows]:
         yield rows[start : start + size]
 
 
-def _candidates(neighbours: Rows, is_new: Flags) -> Iterator[tuple[int, int, bool]]:
-    """Yield each pair of neighbours with a new one once: row, later row, whether mirrored."""
+def _candidates(neighbours: Rows, changed: Flags) -> Iterator[tuple[int, int, bool]]:
+    """Yield each pair of neighbours with a changed one once: one, a later one, if mirrored."""
     has_any = (neighbours != np.arange(len(neighbours))[:, None]).any(axis=1)
     for i in map(int, np.flatnonzero(has_any)):  # a list would take more than the neighbours
         for found in neighbours[i].tolist():
             j, is_mirrored = (~found, True) if found < 0 else (found, False)
-            if not (is_new[i] or is_new[j]):
+            if not (changed[i] or changed[j]):
                 continue
             # From the later one's side it is seen only if the earlier one does not list it.
             if j > i:

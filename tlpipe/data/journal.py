@@ -158,9 +158,8 @@ class Journal:
         """Yield the pairs of rows that are nearly equal; of equal ones the first stands for all."""
         which, new, known = self._to_compare(keep, earlier)
         allocator.trim()
-        yield from known
-        thumbnails = Thumbnails(self._folder, self.count)
-        yield from near_duplicates.near_pairs(thumbnails, which, new)
+        thumbnails, keys = Thumbnails(self._folder, self.count), self._column("content")
+        yield from near_duplicates.near_pairs(thumbnails, which, new, keys=keys, known=known)
         thumbnails.close()
 
     def _to_compare(
