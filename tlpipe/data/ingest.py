@@ -187,7 +187,7 @@ def _decoder(box_margin: float) -> str:
     """
     pillow = versions("pillow")["pillow"]
     codecs = ", ".join(f"{name} {features.version(name)}" for name in _CODECS)
-    code = of_modules("tlpipe.data.images", "tlpipe.data.reading")
+    code = of_modules("tlpipe.data.images", "tlpipe.data.libtiff", "tlpipe.data.reading")
     return f"Pillow {pillow}, {codecs}, code {code}, margin {box_margin:g}"
 
 
