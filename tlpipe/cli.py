@@ -348,7 +348,7 @@ def register(
 def promote(
     version: Annotated[
         str | None,
-        typer.Argument(help="Its number, or an alias. [default: what was registered from here]"),
+        typer.Argument(help="Its number or an alias; by default what was registered from here."),
     ] = None,
     force: Annotated[
         str, typer.Option(metavar="WHY", help="Put it in production although the gate refuses it.")
@@ -403,7 +403,7 @@ def promote(
 @app.command()
 def rollback(
     version: Annotated[
-        str | None, typer.Argument(help="Its number or alias. [default: the one before]")
+        str | None, typer.Argument(help="Its number or alias; by default the one before.")
     ] = None,
     why: Annotated[str, typer.Option(help="The reason, for the history.")] = "",
     params: ParamsFile = PARAMS_FILE,
