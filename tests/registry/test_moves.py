@@ -134,6 +134,25 @@ def test_a_request_that_is_repeated_since_its_answer_was_lost_still_wins(local: 
         move(local, NAME, "1", after=first)
 
 
+def test_an_entry_that_search_gives_twice_is_one_move(local: Any) -> None:
+    """Pages shift where others write meanwhile, and the last of one comes first in the next."""
+
+    class Shifting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(local, name)
+
+        def search_model_versions(self, *given: Any, **named: Any) -> Any:
+            page = local.search_model_versions(*given, **named)
+            return PagedList([*page, *page[-1:]], page.token)
+
+    from mlflow.store.entities.paged_list import PagedList
+
+    second = promote(local, "2", promote(local, "1", None))
+    client: Any = Shifting()
+    assert moves.history(client, NAME) == moves.history(local, NAME)
+    assert moves.tail(client, NAME) == second
+
+
 class Failing:
     """A client whose requests for a new version fail so many times, in MLflow's words."""
 

@@ -94,10 +94,8 @@ def _end_of_chain(last: Move | None, waiting: Sequence[Move]) -> Move | None:
 
 def history(client: "MlflowClient", name: str) -> list[Move]:
     """Return every move that took effect, the oldest first; write nothing."""
-    return sorted(
-        (move for move in _newest_first(client, name) if move.took_effect),
-        key=lambda move: move.number,
-    )
+    found = {move.number: move for move in _newest_first(client, name) if move.took_effect}
+    return [found[number] for number in sorted(found)]
 
 
 def during(moves: list[Move], begin: datetime, end: datetime) -> list[Move]:
@@ -213,10 +211,11 @@ def _finish(client: "MlflowClient", name: str, last: Move) -> None:
     if tail(client, name) != last:
         return  # somebody has finished it meanwhile, and may have moved on
     aliases = client.get_registered_model(name).aliases
-    for alias, number in ((CHAMPION, last.champion), (PREVIOUS, last.previous)):
+    previous = _version(client, name, last.previous) if last.previous else None
+    for alias, there in ((CHAMPION, version), (PREVIOUS, previous)):
         # Whoever deletes a version takes it out of production, whatever the log says.
-        if number and str(aliases.get(alias)) != number and _version(client, name, number):
-            client.set_registered_model_alias(name, alias, number)
+        if there and str(aliases.get(alias)) != str(there.version):
+            client.set_registered_model_alias(name, alias, str(there.version))
     if version is not None:  # also where the log will be deleted
         text = f"{last.kind}, {last.at:%Y-%m-%d %H:%M:%S} UTC, by {last.by}: {last.why}"
         key = f"{_TAG}{last.number}"
