@@ -24,6 +24,7 @@ from tlpipe.params import Section
 from tlpipe.progress import track
 from tlpipe.sources import listing
 from tlpipe.sources.candidates import Reject
+from tlpipe.sources.tables import Role
 
 _log = logging.getLogger(__name__)
 _CODECS = ("libjpeg_turbo", "libtiff", "webp")
@@ -46,7 +47,7 @@ class Params(Section):
         description="For folders: a regular expression, searched in each file's path; its group "
         "'label', and if wanted 'split' and 'group', say what they match.",
     )
-    columns: dict[Literal["path", "label", "split", "group"], str] = Field(
+    columns: dict[Role, str] = Field(
         default={},
         description="For tables: the names of columns by what they hold, such as {path: file, "
         "label: species}, where they are not known ones.",

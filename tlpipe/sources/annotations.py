@@ -22,17 +22,23 @@ EXPECTED = {
 
 @dataclass(frozen=True)
 class Found:
-    """The annotation files of a source, by kind: what COCO's hold, the names of the others."""
+    """The annotation files of a source, by kind: what COCO's hold, the names of the others.
+
+    ``on_top``: the names of all files on top that may be annotations, of these kinds or of others.
+    """
 
     coco: dict[str, Any] = field(default_factory=dict)
     voc: tuple[str, ...] = ()
+    on_top: tuple[str, ...] = ()
 
 
 def find(storage: Storage) -> Found:
     """Find the annotation files: JSON on top or one folder below, XML anywhere."""
-    coco, voc = [], []
+    coco, voc, on_top = [], [], []
     for name in storage.names():
         depth, suffix = name.count("/"), name[-8:].lower()
+        if depth == 0 and suffix.endswith((".json", ".jsonl", ".xml")):
+            on_top.append(name)
         if suffix.endswith(".json") and depth <= 1:
             coco.append(name)
         elif suffix.endswith(".xml"):
@@ -40,6 +46,7 @@ def find(storage: Storage) -> Found:
     return Found(
         coco={name: content for name in coco if (content := _coco(storage, name))},
         voc=tuple(voc) if voc and _is_voc(storage, voc[0]) else (),
+        on_top=tuple(on_top),
     )
 
 

@@ -27,18 +27,18 @@ class Layout:
     left_out: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
-    def read(self, name: str) -> Candidate | str:
-        """Return what the folders of a file say of it, or why they say nothing."""
+    def read(self, name: str) -> Candidate | str | None:
+        """Return what the folders of a file say of it, or why they say nothing.
+
+        None for what is left out: copies, and what is no image and beside the classes.
+        """
+        if name.startswith(self.left_out):
+            return None
         for root, split in self.roots.items():
             if name.startswith(root) and "/" in (rest := name[len(root) :]):
                 label = rest.partition("/")[0]
                 return Candidate(name=name, file=name, label=label, split=split)
-        return "it lies in no class folder"
-
-    def is_left_out(self, name: str) -> bool:
-        """Return whether a file is no image and in no class folder, or a copy of another one."""
-        is_beside = isinstance(self.read(name), str)
-        return name.startswith(self.left_out) or (is_beside and not is_image(name))
+        return "it lies in no class folder" if is_image(name) else None
 
 
 def find(storage: Storage, address: str) -> Layout:

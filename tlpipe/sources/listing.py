@@ -18,8 +18,6 @@ from tlpipe.sources.remote import Remote, open_remote
 from tlpipe.sources.storage import Folder, Storage
 
 Kind = Literal["auto", "folders", "table", "coco", "voc"]
-# Beside labels in folders, these are labels of another kind, or nobody's.
-_ANNOTATIONS = (*tables.SUFFIXES, ".json", ".jsonl", ".xml")
 # So many times as many images: a class this rare has none to be measured on.
 _UNEQUAL = 50
 
@@ -144,20 +142,21 @@ def _list(
     columns: tables.Columns,
 ) -> Source:
     if pattern is not None:
-        return _by_names(storage, re.compile(pattern))
+        search = re.compile(pattern).search
+        return _by_name(storage, lambda name: _by_pattern(name, search(name)), [])
     is_open = kind != "folders"
     described = annotations.find(storage) if is_open else annotations.Found()
     table = tables.find(storage, columns) if is_open else tables.Found()
     rejects: list[Reject] = []
-    notes = [f"{name} is left out: {reason}" for name, reason in table.others]
+    notes = [f"{name} is left out: {reason}" for name, reason in table.others.items()]
     coco, voc = described.coco, described.voc
     for name, found, read in (
         ("coco", coco, partial(annotations.read_coco, storage, coco, background)),
         ("voc", voc, partial(annotations.read_voc, storage, voc, background)),
-        ("table", table.tables, partial(tables.read_tables, storage, table.tables, notes=notes)),
+        ("table", table.tables, partial(tables.read_tables, table, notes=notes)),
     ):
         if kind == name and not found:
-            seen = "; ".join(f"{other}: {reason}" for other, reason in table.others)
+            seen = "; ".join(f"{other}: {reason}" for other, reason in table.others.items())
             raise DataError(
                 f"ingest.kind is {kind}, but {address} holds no such annotations; expected "
                 f"{annotations.EXPECTED[name]}. {f'Seen: {seen}. ' if seen else ''}Change "
@@ -166,59 +165,49 @@ def _list(
         if kind == name or (kind == "auto" and found):
             listed = sorted(read(rejects=rejects), key=lambda candidate: candidate.name)
             return Source(storage, partial(iter, listed), rejects, notes=notes)
-    if is_open:
-        _check_no_other_labels(storage, dict(table.others), address)
+    _check_no_other_labels(described, table, address)
     check_no_archives(storage, address)
     layout = layouts.find(storage, address)
-    aside = [name for name in storage.names() if layout.is_left_out(name)]
-    if beside := [name for name in aside if not name.startswith(layout.left_out)]:
+    nothing = [name for name in storage.names() if layout.read(name) is None]
+    if beside := [name for name in nothing if not name.startswith(layout.left_out)]:
         layout.notes.append(f"{len(beside)} files beside the classes are no images: {beside[0]}")
-
-    def candidates() -> Iterator[Candidate]:
-        rejects.clear()
-        for name in storage.names():
-            if layout.is_left_out(name):
-                continue
-            found = layout.read(name)
-            if isinstance(found, Candidate):
-                yield found
-            else:
-                rejects.append(Reject(name, "no_label", found))
-
-    return Source(storage, candidates, rejects, notes=layout.notes)
+    return _by_name(storage, layout.read, layout.notes)
 
 
-def _by_names(storage: Storage, pattern: re.Pattern[str]) -> Source:
-    """Return the images whose labels a pattern finds in their names."""
+def _by_name(
+    storage: Storage, read: Callable[[str], Candidate | str | None], notes: list[str]
+) -> Source:
+    """Return the images that are labelled by their names.
+
+    ``read``: returns what a name says, or why it says nothing, or None for what is left out.
+    """
     rejects: list[Reject] = []
 
     def candidates() -> Iterator[Candidate]:
         rejects.clear()
         for name in storage.names():
-            found = _by_pattern(name, pattern.search(name))
+            found = read(name)
             if isinstance(found, Candidate):
                 yield found
-            else:
+            elif found is not None:
                 rejects.append(Reject(name, "no_label", found))
 
-    return Source(storage, candidates, rejects)
+    return Source(storage, candidates, rejects, notes=notes)
 
 
-def _check_no_other_labels(storage: Storage, reasons: dict[str, str], address: str) -> None:
+def _check_no_other_labels(described: annotations.Found, table: tables.Found, address: str) -> None:
     """Check that no file on top may hold other labels than the folders' names.
 
     Raises:
         DataError: one may, and nobody has said that the folders count.
     """
-    for name in storage.names():
-        if "/" in name or not name.lower().endswith(_ANNOTATIONS):
-            continue
-        is_table = name.lower().endswith(tables.SUFFIXES)
-        if (reason := reasons.get(name)) is None:
-            reason = "empty" if is_table else "it is no COCO and no Pascal VOC that is known"
+    unread = dict.fromkeys(described.on_top, "it is no COCO and no Pascal VOC that is known")
+    unread |= {name: reason for name, reason in table.others.items() if "/" not in name}
+    if unread:
+        name = min(unread)
         raise DataError(
-            f"{address} holds {name}, which may hold the labels but is not read: {reason}. To "
-            f"take the names of folders for labels, set ingest.kind: folders."
+            f"{address} holds {name}, which may hold the labels but is not read: {unread[name]}. "
+            f"To take the names of folders for labels, set ingest.kind: folders."
         )
 
 

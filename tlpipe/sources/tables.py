@@ -9,7 +9,7 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Literal
@@ -109,10 +109,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Found:
-    """Tables of a source, and in half a sentence by name why others are none."""
+    """Tables of a source, and in half a sentence by name why others are none.
+
+    ``files``: what finds the images; None where there is nothing to read.
+    """
 
     tables: tuple[Table, ...] = ()
-    others: tuple[tuple[str, str], ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
+    files: Files | None = None
 
 
 def find(storage: Storage, columns: Columns) -> Found:
@@ -127,15 +131,15 @@ def find(storage: Storage, columns: Columns) -> Found:
     if not names:
         return Found()
     files = Files(storage)
-    found, others = [], []
+    found, others = [], {}
     for name in names:
         try:
             if _SUBMISSION.search(name):
                 raise NotATableError("its name says that it is for handing in answers")
             found.append(_read(storage, name, files, columns))
         except NotATableError as reason:
-            others.append((name, str(reason)))
-    return Found(tuple(found), tuple(others))
+            others[name] = str(reason)
+    return Found(tuple(found), others, files)
 
 
 def _may_be_table(name: str) -> bool:
@@ -144,27 +148,26 @@ def _may_be_table(name: str) -> bool:
     return is_near and base.lower().endswith(SUFFIXES)
 
 
-def read_tables(
-    storage: Storage, found: Sequence[Table], rejects: list[Reject], notes: list[str]
-) -> list[Candidate]:
+def read_tables(found: Found, rejects: list[Reject], notes: list[str]) -> list[Candidate]:
     """Return the images that tables name; several tables are one source with given splits.
 
     Raises:
         DataError: several tables are not one for each split, or a split is no known word.
     """
-    splits = [table.split for table in found]
-    if len(found) > 1 and ("" in splits or len(set(splits)) < len(splits)):
+    assert found.files is not None
+    tables, files = found.tables, found.files
+    splits = [table.split for table in tables]
+    if len(tables) > 1 and ("" in splits or len(set(splits)) < len(splits)):
         raise DataError(
-            f"the source holds {len(found)} tables with path and label: "
-            f"{', '.join(table.name for table in found)}; expected one, or one each named train, "
+            f"the source holds {len(tables)} tables with path and label: "
+            f"{', '.join(table.name for table in tables)}; expected one, or one each named train, "
             f"validation and test. Put a column split into one table, or move the others elsewhere."
         )
-    files = Files(storage)
     candidates: list[Candidate] = []
     seen: dict[str, str] = {}
-    for table in found:
+    for table in tables:
         notes.append(f"{table.name}: {table.said}")
-        given = table.split if len(found) > 1 else ""
+        given = table.split if len(tables) > 1 else ""
         for row in table.rows:
             candidate = _candidate(table, row, given, files, rejects)
             if candidate is None:
@@ -179,7 +182,7 @@ def read_tables(
             candidates.append(candidate)
     left = sorted(name for name in files.names - seen.keys() if is_image(name))
     if left:
-        where = ", ".join(table.name for table in found)
+        where = ", ".join(table.name for table in tables)
         notes.append(f"{len(left)} images are in no row of {where} and left out: {_some(left)}")
     in_conflict = {reject.path for reject in rejects if reject.reason == "conflict"}
     return [candidate for candidate in candidates if candidate.name not in in_conflict]
