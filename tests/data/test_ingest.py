@@ -129,8 +129,11 @@ def test_a_conflict_names_three_of_many_files(empty: Workspace, photos: Path) ->
 
 
 @pytest.mark.fault("D56")
-def test_warnings_of_libraries_carry_the_name_of_the_file(empty: Workspace, photos: Path) -> None:
+def test_warnings_of_libraries_carry_the_name_of_the_file(
+    empty: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once for each text, so that thousands of such files do not hide what tlpipe says."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # of several threads any may come first
     noise = Image.effect_noise((60, 60), 90)
     for name in ("a", "b"):
         noise.save(photos / "dark" / f"{name}.tif", compression="tiff_lzw")
