@@ -523,11 +523,12 @@ def summary(receipt: Annotated[Path, typer.Argument(help="What register wrote.")
     from tlpipe.registry import summary
 
     table = Table(show_header=False, title="tlpipe", title_justify="left")
-    for name, value in summary.run(receipt=receipt, workspace=Path()):
+    rows, following = summary.run(receipt=receipt, workspace=Path())
+    for name, value in rows:
         table.add_row(name, value)
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print("next: make ui | tlpipe predict IMAGE | tlpipe serve", markup=False)
+    console.print(f"next: {following}", markup=False)
 
 
 BundleArgument = Annotated[
@@ -596,12 +597,16 @@ def check(
     ] = False,
 ) -> None:
     """Check params.yaml and that the sources are there, before anything runs."""
-    from tlpipe import versioning
+    from tlpipe import lineage, versioning
     from tlpipe.data import ingest
+    from tlpipe.features import embed
     from tlpipe.metrics import answers, evaluate
     from tlpipe.sources.storage import Folder
 
     sections = load_params(params)
+    to_fetch = embed.check_weights(cast(embed.Params, sections["embed"]))
+    for said in filter(None, (to_fetch, lineage.other_versions(params.parent))):
+        print(said)
     section = cast(ingest.Params, sections["ingest"])
     with (
         ingest.opened(section) as source,

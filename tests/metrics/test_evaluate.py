@@ -1,5 +1,6 @@
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,15 @@ def test_the_digits_are_recognised(artifacts: Path) -> None:
     assert (
         measured["accuracy"]["low"] < measured["accuracy"]["value"] < measured["accuracy"]["high"]
     )
-    assert report["images"] == np.sum(measured["confusion"])
+    assert report["images"] == sum(row["images"] for row in measured["per_class"].values())
+    with (artifacts / "evaluate" / "predictions.csv").open() as file:
+        answers = [(row["label"], row["predicted"]) for row in csv.DictReader(file)]
+    with (artifacts / "evaluate" / "tables" / "confusion.csv").open() as file:
+        cells = [(r["true"], r["predicted"], int(r["images"])) for r in csv.DictReader(file)]
+    assert {cell[:2]: cell[2] for cell in cells} == Counter(answers)
+    assert [cell[2] for cell in cells] == sorted((cell[2] for cell in cells), reverse=True)
+    wrong = [cell for cell in cells if cell[0] != cell[1]][:20]
+    assert [tuple(row.values()) for row in measured["most_confused"]] == wrong
     assert set(measured["per_class"]) == set("0123456789")
 
 

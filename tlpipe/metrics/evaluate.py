@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from tlpipe import files
 from tlpipe.data import pixels as packed
@@ -21,12 +21,14 @@ from tlpipe.metrics import speed as speeds
 from tlpipe.metrics.answers import Answers, Part, Shown
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import ANY_SIZE, EXACT
-from tlpipe.params import Section
+from tlpipe.params import Section, distinct
 from tlpipe.resampling import group_numbers, paired_difference, share_interval
 
 _log = logging.getLogger(__name__)
 PREDICTIONS = ("path", "label", "predicted", "probability", "true_probability")
 COVERAGE = ("coverage", "accuracy", "threshold")
+CONFUSION = ("true", "predicted", "images")
+_MOST_CONFUSED = 20
 RELIABILITY = ("confidence", "accuracy", "images")
 
 
@@ -42,7 +44,7 @@ class Params(Section):
         lt=1,
         description="Share of wrong answers, at most, where unsure ones are not given.",
     )
-    columns: tuple[str, ...] = Field(
+    columns: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
         default=("format",),
         strict=False,
         description="Columns of the manifest to part the test images by.",
@@ -146,7 +148,7 @@ def run(
     ]
     _save_predictions(predictions, shown)
     _save_examples(examples, squares, shown, shipped.labels)
-    _save_tables(tables, answered)
+    _save_tables(tables, answered, shipped.labels)
     with files.replacing_folder(plots) as folder:
         drawn.draw(folder, content, answered, history)
         drawn.galleries(folder, squares, shown, params.mistakes)
@@ -172,7 +174,13 @@ def _measured(
     uncalibrated = scores.calibration_error(
         scores.softmax(given.logits), part.truth, part.groups, confidence
     )
+    pairs = scores.confusion_pairs(part.truth, given.probabilities.argmax(axis=1))
+    wrong = pairs[pairs[:, 0] != pairs[:, 1]][:_MOST_CONFUSED]
     return measured | {
+        "most_confused": [
+            {"true": labels[true], "predicted": labels[predicted], "images": images}
+            for true, predicted, images in wrong.tolist()
+        ],
         "accuracy_change": change,
         "calibration_error_before": uncalibrated["value"] if uncalibrated else None,
     }
@@ -266,8 +274,11 @@ def _save_examples(
                 Image.fromarray(squares[first[label].row]).save(target / f"{number}.png")
 
 
-def _save_tables(folder: Path, given: Answers) -> None:
-    """Write the curves that DVC draws and compares between versions."""
+def _save_tables(folder: Path, given: Answers, labels: Sequence[str]) -> None:
+    """Write the curves that DVC draws and compares between versions, and the confusion.
+
+    Of the confusion matrix the cells that are not zero: no more than there are images.
+    """
     curve = curves.coverage(given.confidence, given.hits)
     points = zip(curve.coverage, curve.accuracy, curve.threshold, strict=True)
     bins = curves.reliability(given.probabilities, given.truth)
@@ -276,3 +287,6 @@ def _save_tables(folder: Path, given: Answers) -> None:
         files.write_csv(target / "coverage.csv", COVERAGE, rows)
         rows = [(f"{b.confidence:.6f}", f"{b.accuracy:.6f}", str(b.images)) for b in bins]
         files.write_csv(target / "reliability.csv", RELIABILITY, rows)
+        pairs = scores.confusion_pairs(given.truth, given.probabilities.argmax(axis=1)).tolist()
+        named = [(labels[true], labels[predicted], str(n)) for true, predicted, n in pairs]
+        files.write_csv(target / "confusion.csv", CONFUSION, named)
