@@ -135,6 +135,11 @@ def test_coverage_shows_the_curve_and_both_thresholds(given: Answers) -> None:
     assert axes.get_title() == "Of 50 images of no class (walls), 25% would be answered"
 
 
+def test_coverage_says_nothing_of_unknown_images_where_there_are_none(given: Answers) -> None:
+    (axes,) = plots.coverage(given, abstention(KNOWN, OBSERVED), None).axes
+    assert axes.get_title() == "What is answered, and how much of it is right"
+
+
 @pytest.mark.fault("M03")
 def test_coverage_says_that_no_threshold_is_known(given: Answers) -> None:
     unknown = {"images": 50, "source": "walls", "answered": None}

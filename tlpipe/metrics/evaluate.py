@@ -52,10 +52,12 @@ class Params(Section):
     corrupted: int = Field(
         default=64, ge=1, description="Test images to blur, darken and so on, at most."
     )
-    unknown: str = Field(
-        default="data/textures.yaml",
+    unknown: str | None = Field(
+        default=None,
         min_length=1,
-        description="Images of none of the classes: a source as ingest reads it.",
+        description="Images of none of the classes, as the classifier may meet them: a folder, "
+        "archive or address of images, whose labels count for nothing. A built-in set is an "
+        "example for built-in sets, and left out for others.",
     )
     unknown_images: int = Field(default=64, ge=1, description="How many of them, at most.")
     mistakes: int = Field(default=18, ge=0, le=120, description="Images in each gallery, at most.")
@@ -105,7 +107,6 @@ def run(
     found = {name: test.ask(predictor, name) for name, predictor in predictors.items()}
     exact, answered = predictors[EXACT], found[EXACT]
     calibrated, groups = answers.of_held_out(held_out, shipped, split)
-    unknown = answers.of_others(exact, params.unknown, shipped.preprocessing, params.unknown_images)
     abstention = selective_prediction(answered, test.groups, calibrated, groups, params)
     threshold = abstention["threshold"]
     if threshold is None:
@@ -127,12 +128,7 @@ def run(
         },
         "temperature": shipped.provenance["temperature"],
         "abstention": abstention,
-        "unknown": {
-            "source": Path(params.unknown).name,
-            "images": len(unknown),
-            "auroc": curves.separation(answered.confidence, unknown),
-            "answered": None if threshold is None else float((unknown >= threshold).mean()),
-        },
+        "unknown": _unknown(exact, answered, threshold, params),
         "slices": slices.measure(
             test.entries, test.brightness(), answered.hits, params.columns, params.confidence
         ),
@@ -225,6 +221,22 @@ def selective_prediction(
         "images_needed": curves.images_needed(rate, certainty),
         **applied(proven),
         "observed": applied(observed),
+    }
+
+
+def _unknown(
+    predictor: Predictor, given: Answers, threshold: float | None, params: Params
+) -> dict[str, Any] | None:
+    """Return how images of none of the classes are answered; None where there are none."""
+    if params.unknown is None:
+        return None
+    sampling = predictor.bundle.preprocessing
+    found = answers.of_others(predictor, params.unknown, sampling, params.unknown_images)
+    return {
+        "source": Path(params.unknown).name,
+        "images": len(found),
+        "auroc": curves.separation(given.confidence, found),
+        "answered": None if threshold is None else float((found >= threshold).mean()),
     }
 
 

@@ -141,7 +141,9 @@ def ranking(given: Answers, labels: Sequence[str]) -> "Figure":
     return figure
 
 
-def coverage(given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str, Any]) -> "Figure":
+def coverage(
+    given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str, Any] | None
+) -> "Figure":
     """Draw how many answers are right where only the surest are given."""
     curve = curves.coverage(given.confidence, given.hits)
     figure = pictures.new_figure(5.5, 4.2)
@@ -163,6 +165,8 @@ def coverage(given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str
             f"{abstention['images']} images held out\n"
             f"too many are wrong, or they are too few ({abstention['images_needed']} at least)"
         )
+    elif unknown is None:
+        title = "What is answered, and how much of it is right"
     else:
         title = (
             f"Of {unknown['images']} images of no class ({unknown['source']}), "

@@ -12,8 +12,8 @@ from tlpipe.onnx_export.parity import Labels, Logits
 from tlpipe.resampling import paired_difference, share_interval
 
 # Of fp32's bytes without the last layer, which stays exact and grows with the classes. Eight bits
-# are a quarter of thirty-two; the first layers, scales and the graph's structure add to that, of the
-# smallest networks (half a million parameters) a fifth.
+# are a quarter of thirty-two; the first layers, scales and the graph's structure add to that, a
+# fifth in the smallest networks (half a million parameters).
 MOST_BYTES = {"int8": 0.35, "fp16": 0.55}
 _CONFIDENCE = 0.95
 Correct = Callable[[Logits, Logits], tuple[Logits, Logits]]
