@@ -86,7 +86,7 @@ def test_a_test_split_of_another_camera_keeps_a_version_out_of_production(
 ) -> None:
     """Even the first version, which else goes into production by itself."""
     camera(workspace.path / "data/photos/train", 40, 1, swapped=0)
-    camera(workspace.path / "data/photos/test", 20, 2, swapped=5)
+    camera(workspace.path / "data/photos/test", 20, 2, swapped=3)
     workspace.set_source("data/photos")
     workspace.configure("ingest", short_side_px=168, interpolation="bilinear")
     workspace.configure("embed", backbone="timm/test_resnet", weights="none")
@@ -99,10 +99,11 @@ def test_a_test_split_of_another_camera_keeps_a_version_out_of_production(
     assert f"test accuracy is below validation accuracy beyond chance: {sentence}" in said
     assert f"digits version 1 stays out of production: validation {sentence}" in said
     assert "expected test accuracy that is not below it beyond chance" in said
-    shown = workspace.run("tlpipe", "summary", "artifacts/register/receipt.json").stdout
+    wide = Workspace(workspace.path, {**workspace.env, "COLUMNS": "200"})
+    shown = wide.run("tlpipe", "summary", "artifacts/register/receipt.json").stdout
     assert "test accuracy is below it beyond chance: -0." in shown
     assert "alias challenger" in shown
     refused = workspace.run("tlpipe", "promote", code=11)
     assert sentence in refused.stderr
     workspace.run("tlpipe", "promote", "--force", "the test camera is broken")
-    assert "the test camera is broken" in workspace.run("tlpipe", "history").stdout
+    assert "the test camera is broken" in wide.run("tlpipe", "history").stdout
