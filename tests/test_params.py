@@ -1,6 +1,9 @@
+import hashlib
 import json
 import re
 import subprocess
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import yaml
@@ -117,6 +120,104 @@ def test_what_makes_no_sense_is_refused_before_any_work(empty: Workspace) -> Non
         "ingest.short_side_px is 128; the backbone efficientnet_lite0 was trained with 256. "
         "Set ingest.short_side_px: 256 in params.yaml."
     )
+
+
+@pytest.mark.fault("P01")
+def test_messages_name_keys_that_exist(empty: Workspace) -> None:
+    line = refused(empty, changed("embed", "freeze", 1.5))
+    assert line.startswith("embed.freeze is 1.5; it must be")
+    line = refused(empty, changed("train", "hidden", 64))
+    assert line.startswith("train.hidden is 64; it must be a list. Change it in")
+    for section, key, twice in (
+        ("export", "precisions", "int8"),
+        ("train", "penalties", 0.1),
+        ("evaluate", "columns", "format"),
+    ):
+        line = refused(empty, changed(section, key, [twice, twice]))
+        assert line.startswith(f"{section}.{key} is ['{twice}', ") or f"{twice}]" in line
+        assert f"{twice} stands twice. Change it in params.yaml." in line
+
+
+@pytest.mark.fault("P04")
+@pytest.mark.parametrize(
+    ("section", "values", "expected"),
+    [
+        (
+            "embed",
+            {"weights": "none", "weights_sha256": "f" * 64},
+            f"embed.weights_sha256: {'f' * 64} has no effect: embed.weights is none.",
+        ),
+        (
+            "split",
+            {"folds": 5, "test": 0.3, "validation": 0.1},
+            "split.validation: 0.1, split.test: 0.3 have no effect: split.folds is 5, of which",
+        ),
+        (
+            "export",
+            {"precisions": [], "calibration_images": 64, "accuracy_loss": 0.1},
+            "export.calibration_images: 64, export.accuracy_loss: 0.1 have no effect: "
+            "export.precisions is []",
+        ),
+        (
+            "train",
+            {"reinitialise": 1},
+            "train.reinitialise is 1; 0 stages are open, since embed.freeze is all; expected at",
+        ),
+    ],
+)
+def test_options_that_cannot_count_are_refused_before_any_work(
+    empty: Workspace, section: str, values: dict[str, object], expected: str
+) -> None:
+    empty.configure(section, **values)
+    line = refused(empty, (empty.path / "params.yaml").read_text())
+    assert line.startswith(expected)
+
+
+@pytest.mark.fault("T10")
+def test_weights_are_looked_for_before_any_work(empty: Workspace, photos: Path) -> None:
+    empty.set_source(photos)
+    empty.configure("evaluate", unknown=str(photos))
+    empty.configure("embed", weights="weights.pth")
+    said = empty.run("tlpipe", "check", code=5).stderr
+    assert "embed.weights is weights.pth, which cannot be read: No such file" in said
+    (empty.path / "weights.pth").write_bytes(b"weights")
+    found = hashlib.sha256(b"weights").hexdigest()
+    said = empty.run("tlpipe", "check", code=5).stderr
+    assert "embed.weights_sha256 is not set; a file of weights is read only with its" in said
+    assert f"It is {found}: set embed.weights_sha256 to that" in said
+    empty.configure("embed", weights_sha256=found)
+    empty.run("tlpipe", "check")
+
+
+def test_packages_of_other_versions_than_pinned_are_said(empty: Workspace, photos: Path) -> None:
+    empty.set_source(photos)
+    empty.configure("evaluate", unknown=str(photos))
+    installed = {name: metadata.version(name) for name in ("numpy", "pillow")}
+    lines = [
+        f"numpy=={installed['numpy']}",
+        "pillow==1.0",
+        "torch==0.1 ; python_full_version < '3.10'",
+        "no-such-package==1",
+    ]
+    (empty.path / "constraints.txt").write_text("\n".join(lines))
+    said = empty.run("tlpipe", "check").stdout
+    assert (
+        f"1 packages are not what constraints.txt pins: pillow {installed['pillow']} (==1.0)"
+        in said
+    )
+    (empty.path / "constraints.txt").write_text(lines[0])
+    assert empty.run("tlpipe", "check").stdout == ""
+
+
+@pytest.mark.fault("T17")
+def test_a_cache_that_cannot_be_written_is_one_line(empty: Workspace, photos: Path) -> None:
+    (empty.path / "file").touch()
+    cache = str(empty.path / "file" / "cache")
+    stuck = Workspace(empty.path, empty.env | {"XDG_CACHE_HOME": cache})
+    stuck.set_source(photos)
+    (line,) = stuck.run("tlpipe", "check", code=6).stderr.splitlines()
+    assert line.startswith(f"tlpipe: the cache {cache}/tlpipe/backbones cannot be written: Not a d")
+    assert line.endswith("Set XDG_CACHE_HOME to one.")
 
 
 @pytest.mark.fault("P05")

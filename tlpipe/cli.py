@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -17,6 +17,7 @@ from tlpipe.errors import TlpipeError
 
 if TYPE_CHECKING:
     from tlpipe.features.embed import Params as EmbedParams
+    from tlpipe.metrics.evaluate import Params as EvaluateParams
     from tlpipe.onnx_export.bundle import Bundle
     from tlpipe.params import Section
 
@@ -287,7 +288,11 @@ def evaluate(
     trained = {"bundle": bundle, "held_out": held_out, "history": history}
     texts = {"report": report, "speed": speed, "predictions": predictions, "tables": tables}
     pictures = {"plots": plots, "examples": examples}
-    _run("evaluate", params, **images, **trained, **texts, **pictures)
+    sections = load_params(params)
+    section = _with_unknown_that_fits(sections)
+    from tlpipe.metrics import evaluate
+
+    evaluate.run(**images, **trained, **texts, **pictures, params=section)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -526,11 +531,12 @@ def summary(receipt: Annotated[Path, typer.Argument(help="What register wrote.")
     from tlpipe.registry import summary
 
     table = Table(show_header=False, title="tlpipe", title_justify="left")
-    for name, value in summary.run(receipt=receipt, workspace=Path()):
+    rows, following = summary.run(receipt=receipt, workspace=Path())
+    for name, value in rows:
         table.add_row(name, value)
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print("next: make ui | tlpipe predict IMAGE | tlpipe serve", markup=False)
+    console.print(f"next: {following}", markup=False)
 
 
 BundleArgument = Annotated[
@@ -599,17 +605,19 @@ def check(
     ] = False,
 ) -> None:
     """Check params.yaml and that the sources are there, before anything runs."""
-    from tlpipe import versioning
+    from tlpipe import lineage, versioning
     from tlpipe.data import ingest
-    from tlpipe.metrics import answers, evaluate
+    from tlpipe.features import embed
+    from tlpipe.metrics import answers
     from tlpipe.sources.storage import Folder
 
     sections = load_params(params)
+    to_fetch = embed.check_weights(cast(embed.Params, sections["embed"]))
+    for said in filter(None, (to_fetch, lineage.other_versions(params.parent))):
+        print(said)
     section = cast(ingest.Params, sections["ingest"])
-    with (
-        ingest.opened(section) as source,
-        answers.opened(cast(evaluate.Params, sections["evaluate"]).unknown),
-    ):
+    unknown = _with_unknown_that_fits(sections).unknown
+    with ingest.opened(section) as source, answers.opened(unknown) if unknown else nullcontext():
         for note in source.notes:
             print(_printable(note))
         links = list(source.storage.links_outside()) if isinstance(source.storage, Folder) else []
@@ -669,6 +677,27 @@ def schema() -> None:
 
     models = {name: importlib.import_module(module).Params for name, module in STAGES.items()}
     print(json_bytes(params.json_schema(models)).decode(), end="")
+
+
+def _with_unknown_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
+    """Leave out the built-in unknown images where the classes are not built-in ones.
+
+    How often a classifier of tumours answers for brick says nothing about it.
+    """
+    from tlpipe.data import ingest
+    from tlpipe.metrics import evaluate
+    from tlpipe.sources.listing import is_builtin
+
+    section = cast(evaluate.Params, sections["evaluate"])
+    source = cast(ingest.Params, sections["ingest"]).source
+    if section.unknown is None or not is_builtin(section.unknown) or is_builtin(source):
+        return section
+    _log.info(
+        "evaluate.unknown is %s, an example for built-in classes, and left out: name a folder of "
+        "images that the classifier may meet but shall not know",
+        section.unknown,
+    )
+    return section.model_copy(update={"unknown": None})
 
 
 def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":

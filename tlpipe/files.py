@@ -237,6 +237,22 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
 
 
+@contextmanager
+def writing_cache(folder: Path) -> Iterator[None]:
+    """Name the user's cache, and what to do, where it cannot be written.
+
+    Raises:
+        ArtifactError: it is read-only, full, or cannot be made.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"the cache {folder} cannot be written: {error.strerror}; expected a folder with room "
+            f"for pretrained networks. Set XDG_CACHE_HOME to one."
+        ) from None
+
+
 def _rows(
     path: Path, file: TextIO, reader: Iterable[list[str]], header: Sequence[str]
 ) -> Iterator[list[str]]:

@@ -7,11 +7,14 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+CONSTRAINTS = "constraints.txt"
 # What a bundle is made by; ``audit`` only looks, and later stages only judge.
 _BEFORE_EXPORT = ("ingest", "split", "embed", "train")
 # Written by each run. What ``split`` appends is committed later; split_sha256 of the bundle and the
@@ -33,6 +36,31 @@ def describe(workspace: Path) -> dict[str, str]:
     if lock.is_file():
         tags["tlpipe.dvc_lock_sha256"] = lock_sha256(lock)
     return tags
+
+
+def other_versions(workspace: Path) -> str:
+    """Say which installed packages have other versions than ``constraints.txt`` pins, if any have.
+
+    Packages that are not installed are left out: which are needed depends on what is run.
+    """
+    from packaging.requirements import Requirement
+
+    path, found = workspace / CONSTRAINTS, []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for pinned in (Requirement(line) for line in lines if line.strip() and line[0] not in "#-"):
+        if pinned.marker is not None and not pinned.marker.evaluate():
+            continue
+        with suppress(metadata.PackageNotFoundError):
+            installed = metadata.version(pinned.name)
+            if not pinned.specifier.contains(installed, prereleases=True):
+                found.append(f"{pinned.name} {installed} ({pinned.specifier})")
+    if not found:
+        return ""
+    shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+    return (
+        f"{len(found)} packages are not what {path} pins: {shown}. Other versions may give other "
+        f"results. Install the pinned ones: 'make setup', or pip with -c {CONSTRAINTS}."
+    )
 
 
 def of_inputs(workspace: Path) -> dict[str, str]:

@@ -19,6 +19,17 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Check that no value stands twice: for ``AfterValidator``.
+
+    Raises:
+        ValueError: one does.
+    """
+    if twice := [value for number, value in enumerate(values) if value in values[:number]]:
+        raise ValueError(f"{twice[0]} stands twice")
+    return values
+
+
 def load(path: Path, models: Mapping[str, type[Section]]) -> dict[str, Section]:
     """Read a YAML file that has exactly the sections ``models``.
 
@@ -37,6 +48,32 @@ def load(path: Path, models: Mapping[str, type[Section]]) -> dict[str, Section]:
             section = {}
         sections[name] = validate(path, model, section, prefix=name)
     return sections
+
+
+def check_effect(name: str, section: Section, fields: Sequence[str], reason: str) -> None:
+    """Check that none of these fields is set; ``reason``: why one would have no effect.
+
+    Set is what differs from the default: a default that is written down promises nothing that would
+    not happen anyway, and the same file serves several values of other keys.
+
+    Raises:
+        ParamsError: at least one is; all are named.
+    """
+    if said := without_effect(name, section, fields, reason):
+        raise ParamsError(f"{said} Take it out, or change that.")
+
+
+def without_effect(name: str, section: Section, fields: Sequence[str], reason: str) -> str:
+    """Say which of these fields are set, and have no effect; nothing where none is."""
+    defaults = type(section).model_fields
+    known = {field: getattr(section, field) for field in fields}
+    found = [n for n, value in known.items() if value != defaults[n].get_default()]
+    given = ", ".join(f"{name}.{field}: {_shown(known[field])}" for field in found)
+    return f"{given} {'has' if len(found) == 1 else 'have'} no effect: {reason}." if found else ""
+
+
+def _shown(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def validate(path: Path, model: type[Section], content: object, *, prefix: str = "") -> Section:
@@ -113,14 +150,20 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
+_TYPES = ("str", "int", "float", "bool")
+
+
 def _explain(path: Path, model: type[Section], error: ErrorDetails, prefix: str) -> str:
     location = [str(part) for part in error["loc"]]
+    if location and location[-1] in _TYPES:
+        location.pop()  # of the types that a key may have, the one that was tried
     key = ".".join([prefix, *location] if prefix else location)
     if error["type"] == "extra_forbidden":
         return _unknown(path, key, location[-1], _fields_at(model, location[:-1]))
     if error["type"] == "missing":
         return f"{key} is missing. Set it in {path}."
     expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    expected = expected.replace("a valid tuple", "a list").replace("a valid dict", "a mapping")
     return f"{key} is {error['input']!r}; {expected}. Change it in {path}."
 
 

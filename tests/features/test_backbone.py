@@ -127,6 +127,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         ("weights: {path}\n  weights_sha256: " + "f" * 64, "have the sha256"),
         ("weights: {path}\n  weights_sha256: {sha256}", "hold more than tensors"),
         ("weights: {path}x\n  weights_sha256: {sha256}", "cannot be read: No such file"),
+        ("weights: {path}x", "cannot be read: No such file"),
     ],
 )
 def test_embed_refuses_in_one_line_and_leaves_nothing(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tlpipe.errors import TrainingError
 from tlpipe.learning.checkpoint import Checkpoint, Checkpoints
 
 
@@ -82,6 +83,17 @@ def test_those_of_another_training_are_said_and_left(
 ) -> None:
     assert newest(Checkpoints(tmp_path, "other")) is None
     assert "are of other data, parameters, threads or code; starting from the beg" in caplog.text
+
+
+@pytest.mark.fault("T05")
+def test_a_disk_that_does_not_answer_is_no_damage(filled: Checkpoints, tmp_path: Path) -> None:
+    path = tmp_path / "000004.json"
+    path.unlink()
+    path.mkdir()  # as EIO or a stale handle: an OSError that is not about the content
+    with pytest.raises(TrainingError, match=r"000004\.json cannot be read: Is a directory; exp"):
+        filled.newest()
+    path.rmdir()
+    assert newest(filled) == 3
 
 
 FULL = """

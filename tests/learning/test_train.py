@@ -41,6 +41,7 @@ def test_the_history_is_the_path_of_l2_and_the_least_loss_is_chosen(main_job: Wo
     assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
     losses = [float(row["validation_loss"]) for row in rows]
     l2s = sorted(Recipe().penalties, reverse=True)
+    assert [float(row["l2"]) for row in rows] == pytest.approx(l2s[: len(rows)])
     assert card["l2"] == l2s[int(np.argmin(losses))]
     assert card["validation_loss"] == pytest.approx(min(losses), abs=1e-6)
     # A weaker l2 always fits the training images better.
@@ -172,7 +173,7 @@ def test_an_option_that_can_have_no_effect_is_named(
     open_stages: int, options: dict[str, Any], said: str
 ) -> None:
     freeze = "none" if open_stages else "all"
-    with pytest.raises(ParamsError, match=f"^{said}.*Take it out of params.yaml, or change that.$"):
+    with pytest.raises(ParamsError, match=f"^{said}.*Take it out, or change that.$"):
         check_effects(Recipe(**options), freeze, open_stages)
 
 
@@ -226,7 +227,7 @@ def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace
     split = ("--split", str(folder / "split/split.csv"))
     command = ("tlpipe", "train", *known, *split, "--model", "m", "--history", "h.csv")
     said = empty.run(*command, code=3).stderr
-    assert "train.reinitialise is 1; 0 stages are open, since embed.freeze is all." in said
+    assert "train.reinitialise is 1; 0 stages are open, since embed.freeze is all; expe" in said
     empty.configure("train", reinitialise=0, batch=597, hidden=[8])
     said = empty.run(*command, code=3).stderr
     assert "train.batch is 597; there are 596 training images." in said

@@ -1,12 +1,16 @@
 import csv
 import json
+import shlex
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from tests.conftest import Workspace
+from tests.conftest import ROOT, Workspace
 from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import Entry, load_split
 from tlpipe.inference.predictor import Prediction
@@ -23,7 +27,15 @@ def test_the_digits_are_recognised(artifacts: Path) -> None:
     assert (
         measured["accuracy"]["low"] < measured["accuracy"]["value"] < measured["accuracy"]["high"]
     )
-    assert report["images"] == np.sum(measured["confusion"])
+    assert report["images"] == sum(row["images"] for row in measured["per_class"].values())
+    with (artifacts / "evaluate" / "predictions.csv").open() as file:
+        answers = [(row["label"], row["predicted"]) for row in csv.DictReader(file)]
+    with (artifacts / "evaluate" / "tables" / "confusion.csv").open() as file:
+        cells = [(r["true"], r["predicted"], int(r["images"])) for r in csv.DictReader(file)]
+    assert {cell[:2]: cell[2] for cell in cells} == Counter(answers)
+    assert [cell[2] for cell in cells] == sorted((cell[2] for cell in cells), reverse=True)
+    wrong = [cell for cell in cells if cell[0] != cell[1]][:20]
+    assert [tuple(row.values()) for row in measured["most_confused"]] == wrong
     assert set(measured["per_class"]) == set("0123456789")
 
 
@@ -133,3 +145,39 @@ def test_a_bundle_of_other_classes_is_refused(main_job: Workspace, empty: Worksp
     )
     assert "has the classes seven, which the bundle does not know" in result.stderr
     assert empty.names() == ["params.yaml", "split.csv"]
+
+
+@pytest.mark.fault("M05")
+def test_unknown_images_are_those_of_the_project(
+    artifacts: Path, empty: Workspace, photos: Path
+) -> None:
+    """Built-in ones say nothing about other classes; a folder without folders in it will do."""
+
+    def unknown(**values: object) -> dict | None:
+        empty.configure("evaluate", corrupted=1, mistakes=0, **values)
+        stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+        words = shlex.split(stages["evaluate"]["cmd"])[2:]
+        named = [
+            str(artifacts.parent / word) if word.startswith("artifacts/") and not output else word
+            for word, output in zip(words, outputs(words), strict=True)
+        ]
+        said = empty.call("evaluate", *named).stderr
+        report = json.loads((empty.path / "artifacts/evaluate/report.json").read_text())
+        left_out = "evaluate.unknown is data/textures.yaml, an example for built-in classes, and"
+        assert (left_out in said) == (report["unknown"] is None)
+        return report["unknown"]
+
+    def outputs(words: list[str]) -> list[bool]:
+        return [word.startswith("artifacts/evaluate/") for word in words]
+
+    empty.set_source(photos)
+    assert unknown() is None
+    flat = empty.path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted(photos.rglob("*.png"))[::4]):
+        shutil.copy(path, flat / f"{number}.png")
+    (flat / "notes.txt").write_text("no image")
+    found = unknown(unknown=str(flat))
+    assert found is not None
+    assert (found["source"], found["images"]) == ("flat", 6)
+    assert 0 <= found["auroc"] <= 1

@@ -28,8 +28,8 @@ def line(axes: Any, label: str) -> tuple[list[float], list[float]]:
 
 
 def test_the_confusion_is_shown_as_shares_and_counts(tmp_path: Path) -> None:
-    counts = [[8, 2, 0], [0, 5, 0], [0, 0, 0]]
-    figure = plots.confusion(counts, ["a", "b", "c"])
+    truth, predicted = np.repeat([0, 0, 1], [8, 2, 5]), np.repeat([0, 1, 1], [8, 2, 5])
+    figure = plots.confusion(truth, predicted, ["a", "b", "c"])
     (axes,) = figure.axes
     shown = axes.get_images()[0].get_array()
     assert np.asarray(shown).tolist() == [[0.8, 0.2, 0], [0, 1, 0], [0, 0, 0]]
@@ -90,7 +90,18 @@ def test_many_classes_need_neither_a_wall_nor_thousands_of_points(tmp_path: Path
     shown = (random.random((1000, 100)) + np.eye(100)[truth]).astype(np.float32)
     given = Answers(shown, shown / shown.sum(axis=1, keepdims=True), truth)
     labels = [f"class {number}" for number in range(100)]
-    pictures.save(plots.confusion(np.eye(100, dtype=int).tolist(), labels), tmp_path / "c.png")
+    # Classes 7 and 93 have mistakes, and are shown; of others there are 39 less two.
+    answered = np.where(np.isin(truth, [7, 93]), 100 - truth, truth)
+    figure = plots.confusion(truth, answered, labels)
+    pictures.save(figure, tmp_path / "c.png")
+    (axes,) = figure.axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(names) == 40 and names[-1] == "61 others"
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    row, column = names.index("class 7"), names.index("class 93")
+    assert texts[column, row] == texts[row, column] == "10"
+    assert texts[39, 39] == "610"
+    assert sum(map(int, texts.values())) == 1000
     with Image.open(tmp_path / "c.png") as picture:
         assert max(picture.size) < 2600
     left, right = plots.ranking(given, labels).axes
@@ -122,6 +133,11 @@ def test_coverage_shows_the_curve_and_both_thresholds(given: Answers) -> None:
     assert line(axes, "threshold 0.90, kept with 95% confidence") == ([0.6], [0.97])
     assert line(axes, "threshold 0.70, kept on images held out") == ([0.8], [0.95])
     assert axes.get_title() == "Of 50 images of no class (walls), 25% would be answered"
+
+
+def test_coverage_says_nothing_of_unknown_images_where_there_are_none(given: Answers) -> None:
+    (axes,) = plots.coverage(given, abstention(KNOWN, OBSERVED), None).axes
+    assert axes.get_title() == "What is answered, and how much of it is right"
 
 
 @pytest.mark.fault("M03")
@@ -164,9 +180,35 @@ def test_slices_are_shown_with_their_intervals() -> None:
 def test_training_shows_the_history(tmp_path: Path) -> None:
     history = tmp_path / "history.csv"
     history.write_text(
-        "step,train_loss,validation_loss,validation_accuracy\n0,2.0,2.1,0.1\n1,1.0,1.2,0.6\n2,0.5,,\n"
+        "step,train_loss,validation_loss,validation_accuracy,l2\n"
+        "0,2.0,2.1,0.1,\n1,1.0,1.2,0.6,\n2,0.5,,,\n"
     )
     left, right = plots.training(history).axes
     assert line(left, "training") == ([0, 1, 2], [2.0, 1.0, 0.5])
     assert line(left, "held out") == ([0, 1], [2.1, 1.2])
     assert line(right, "held out") == ([0, 1], [0.1, 0.6])
+    assert (left.get_xlabel(), left.get_xscale()) == ("epoch", "linear")
+
+
+def test_training_shows_a_probe_by_its_l2(tmp_path: Path) -> None:
+    history = tmp_path / "history.csv"
+    history.write_text(
+        "step,train_loss,validation_loss,validation_accuracy,l2\n1,2.0,2.1,0.1,1.0\n2,1.0,1.2,0.6,0.3\n"
+    )
+    left, right = plots.training(history).axes
+    assert line(left, "held out") == ([1.0, 0.3], [2.1, 1.2])
+    for axes in (left, right):
+        assert (axes.get_xlabel(), axes.get_xscale()) == (
+            "l2 of the linear probe, strongest first",
+            "log",
+        )
+        assert axes.xaxis_inverted()
+
+
+def test_a_threshold_near_one_is_not_called_one() -> None:
+    assert [plots._near_one(p) for p in (0.873, 0.99731, 0.99996, 1.0)] == [
+        "0.87",
+        "1 - 0.003",
+        "1 - 4e-05",
+        "1.00",
+    ]

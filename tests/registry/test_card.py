@@ -13,11 +13,19 @@ NONE = {"threshold": None, "coverage": None, "accuracy": None}
 KNOWN = {"threshold": 0.91, "coverage": 0.6, "accuracy": {"value": 0.99}}
 
 
-def limits(known: dict[str, Any], observed: dict[str, Any], answered: float | None) -> str:
+WALLS = {"source": "walls", "images": 50, "auroc": 0.75}
+
+
+def limits(
+    known: dict[str, Any],
+    observed: dict[str, Any],
+    answered: float | None,
+    unknown: dict[str, Any] | None = WALLS,
+) -> str:
     sizes = {"error_rate": 0.02, "confidence": 0.95, "images": 120, "images_needed": 149}
     report = {
         "abstention": {**sizes, **known, "observed": observed},
-        "unknown": {"source": "walls", "images": 50, "auroc": 0.75, "answered": answered},
+        "unknown": unknown and {**unknown, "answered": answered},
         "robustness": {
             "images": 64,
             "clean": {"accuracy": 0.9},
@@ -38,6 +46,12 @@ def test_a_known_threshold_is_told_with_its_confidence() -> None:
     )
     assert "of 50 from walls, 25% were above that probability; AUROC 0.750." in text
     assert "Strong noise costs most: 40.0% right, against 90.0%" in text
+
+
+def test_unknown_images_that_nobody_named_are_not_made_up() -> None:
+    text = limits(KNOWN, KNOWN, None, unknown=None)
+    assert "how often it gives one nevertheless was not measured (evaluate.unknown)." in text
+    assert "AUROC" not in text
 
 
 @pytest.mark.fault("M03")

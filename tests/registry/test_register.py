@@ -268,6 +268,21 @@ def test_the_summary_shows_the_last_run_and_what_comes_next(main_job: Workspace)
         assert text in table
 
 
+def test_the_summary_offers_no_champion_where_there_is_none(built: Workspace) -> None:
+    built.configure("register", gate={"accuracy": 0.999})
+    said = built.run(*COMMAND).stderr
+    assert "is not known" not in said
+    table = built.run("tlpipe", "summary", "artifacts/register/receipt.json").stdout
+    assert "digits version 1, alias challenger" in table
+    assert (
+        "next: make ui | tlpipe promote: nothing is in production yet | tlpipe predict IMAGE"
+        in table
+    )
+    offered = table.partition("yet | tlpipe predict IMAGE ")[2].split()
+    example = next((built.path / "artifacts/evaluate/examples").glob("*.png"))
+    built.run("tlpipe", "predict", str(example), *offered)
+
+
 def test_a_lost_registry_is_said(built: Workspace) -> None:
     built.run(*COMMAND)
     for path in built.path.glob("mlflow.db*"):

@@ -23,7 +23,7 @@ from tlpipe.data.manifest import (
 )
 from tlpipe.data.placements import Image
 from tlpipe.errors import DataError
-from tlpipe.params import Section
+from tlpipe.params import Section, check_effect
 from tlpipe.seeds import uniform
 
 _log = logging.getLogger(__name__)
@@ -69,6 +69,9 @@ class Params(Section):
     def _fold_exists(self) -> "Params":
         if self.fold >= (self.folds or 1):
             raise ValueError(f"split.fold must be below split.folds; {self.fold} is not")
+        if self.folds:
+            reason = f"split.folds is {self.folds}, of which one tests and one validates"
+            check_effect("split", self, ("validation", "test"), reason)
         return self
 
 
@@ -357,13 +360,16 @@ def _check_classes(entries: Sequence[Entry], splits: Sequence[str], params: Para
         found[entry.label][split] += 1
         distinct[entry.label].add(entry.group)
     for label, counts in sorted(found.items()):
-        needed: Iterable[str] = SPLITS if params.small_classes == "refuse" else ("train",)
+        needed: Iterable[str] = ("train",)
+        keep = ""
+        if params.small_classes == "refuse":
+            needed = SPLITS
+            keep = ", or set split.small_classes: train to keep it unmeasured"
         if missing := [split for split in needed if not counts[split]]:
             raise DataError(
                 f"the class {label!r} has {counts.total()} images, {len(distinct[label])} of them "
                 f"distinct, and none for {', '.join(missing)}; every class must stand in "
-                f"{', '.join(needed)}. Add images, take the class out, or set split.small_classes: "
-                f"train to keep it unmeasured."
+                f"{', '.join(needed)}. Add images, or take the class out{keep}."
             )
     for split in SPLITS:
         if split not in splits:

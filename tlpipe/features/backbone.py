@@ -100,6 +100,7 @@ def describe(name: str) -> Backbone:
 
     Raises:
         ParamsError: there is no backbone of that name.
+        ArtifactError: the cache cannot be written.
         WeightsError: it cannot be cut into stages.
     """
     path = files.cache_folder("tlpipe") / "backbones" / f"{name.replace('/', '--')}-{_key()}.json"
@@ -115,7 +116,8 @@ def describe(name: str) -> Backbone:
             f"'tlpipe backbones PATTERN' lists them. Change it in params.yaml."
         )
     backbone = _look_at(name)
-    files.write_bytes(path, files.json_bytes(backbone.model_dump()))
+    with files.writing_cache(path.parent):
+        files.write_bytes(path, files.json_bytes(backbone.model_dump()))
     return backbone
 
 

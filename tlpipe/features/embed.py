@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tlpipe import files
 from tlpipe.code_digest import of_modules, versions
@@ -21,7 +21,7 @@ from tlpipe.features.backbone import Backbone, describe
 from tlpipe.features.forward import CODE, PACKAGES, compute_rows, open_forward
 from tlpipe.features.freeze import ALL, AUTO, frozen_stages
 from tlpipe.features.frozen import graph_key
-from tlpipe.params import Section
+from tlpipe.params import Section, check_effect
 
 _log = logging.getLogger(__name__)
 # Beside the activations: what was kept of an earlier run, and who is at it.
@@ -67,6 +67,12 @@ class Params(Section):
         le=256,
         description="Threads to compute with, here and in later stages; part of the provenance.",
     )
+
+    @model_validator(mode="after")
+    def _hash_is_of_a_file(self) -> "Params":
+        if self.weights == pretrained.NONE:
+            check_effect("embed", self, ("weights_sha256",), "embed.weights is none")
+        return self
 
 
 def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> None:
@@ -149,6 +155,23 @@ def check_freeze(params: Params) -> int | None:
     return len(stages) - count
 
 
+def check_weights(params: Params) -> str:
+    """Check that the weights are here, and are those that were pinned; say what a run would fetch.
+
+    Raises:
+        WeightsError: they are missing and cannot be fetched, or are others.
+    """
+    backbone = describe(params.backbone)
+    if params.weights.startswith(pretrained.REGISTERED):
+        return ""
+    address = pretrained.address(backbone.pretrained)
+    is_missing = pretrained.at_hand(backbone.pretrained) is None
+    if params.weights == pretrained.IMAGENET and is_missing and address:
+        return f"the weights of {params.backbone} are not here; a run fetches them: {address}"
+    backbone.find_weights(params.weights, params.weights_sha256)
+    return ""
+
+
 def check_effects(params: Params, count: int) -> None:
     """Check that no option is set that can have no effect with ``count`` frozen stages.
 
@@ -162,8 +185,8 @@ def check_effects(params: Params, count: int) -> None:
     if params.views and not count:
         said = (
             f"embed.views is {params.views} and has no effect: embed.freeze is {params.freeze}, "
-            f"which freezes nothing, so images are augmented while training. Take it out of "
-            f"params.yaml, or freeze a stage."
+            f"which freezes nothing, so images are augmented while training. Take it out, or "
+            f"freeze a stage."
         )
     elif count and not params.views and params.augmentation != default:
         said = (

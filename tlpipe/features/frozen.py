@@ -46,8 +46,9 @@ def whole_graph(backbone: Backbone, weights: Weights) -> Path:
     names = [output(stage.name) for stage in backbone.stages]
     model = export(_every_stage(network), IMAGES, names, images(backbone.preprocessing))
     content = model.SerializeToString(deterministic=True)
-    files.write_bytes(path, content)
-    files.write_bytes(seal, hashlib.sha256(content).hexdigest().encode())
+    with files.writing_cache(path.parent):
+        files.write_bytes(path, content)
+        files.write_bytes(seal, hashlib.sha256(content).hexdigest().encode())
     return path
 
 

@@ -67,20 +67,23 @@ def find(name: str, pretrained: Pretrained | None, source: str, sha256: str | No
     if source == IMAGENET:
         path = fetch(name, pretrained)
         expected = sha256 or (pretrained.sha256 if pretrained else "") or _stated_by_hub(path)
-    elif sha256 is None:
-        raise WeightsError(
-            f"embed.weights is the file {source}, and embed.weights_sha256 is not set; a file of "
-            f"weights is read only with its hash pinned. Set embed.weights_sha256 in params.yaml."
-        )
+    elif sha256 is not None and source.startswith(REGISTERED):
+        path, expected = registered_file(sha256), sha256
     else:
-        is_registered = source.startswith(REGISTERED)
-        path, expected = registered_file(sha256) if is_registered else Path(source), sha256
+        path, expected = Path(source), sha256 or ""
     try:
         found = files.sha256(path)
     except OSError as error:
         raise WeightsError(
-            f"the weights {path} cannot be read: {error.strerror}. Check embed.weights."
+            f"embed.weights is {source}, which cannot be read: {error.strerror}; expected "
+            f"{IMAGENET}, {NONE} or a file. Change embed.weights."
         ) from None
+    if sha256 is None and source != IMAGENET:
+        raise WeightsError(
+            f"embed.weights is the file {source}, and embed.weights_sha256 is not set; a file of "
+            f"weights is read only with its hash pinned. It is {found}: set embed.weights_sha256 "
+            f"to that, if it is what whoever published the file states."
+        )
     if not found.startswith(expected):
         raise WeightsError(
             f"the weights {path} have the sha256 {found}; expected {expected}. "
@@ -116,6 +119,11 @@ def at_hand(pretrained: Pretrained | None) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
+def address(pretrained: Pretrained | None) -> str:
+    """Return from where the weights can be fetched; nothing where they cannot."""
+    return (pretrained.url or pretrained.repository) if pretrained else ""
+
+
 def fetch(name: str, pretrained: Pretrained | None) -> Path:
     """Return the file of the pretrained weights, downloaded once where it is not there yet.
 
@@ -149,7 +157,7 @@ def fetch(name: str, pretrained: Pretrained | None) -> Path:
         line = " ".join(str(error).split())[:160]
         raise WeightsError(
             f"the weights of {name} are not here and could not be fetched from "
-            f"{pretrained.url or pretrained.repository}: {line}. Connect to the network once, or "
+            f"{address(pretrained)}: {line}. Connect to the network once, or "
             f"name a file in embed.weights."
         ) from None
 

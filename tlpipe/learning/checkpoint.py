@@ -83,7 +83,15 @@ class Checkpoints:
                     continue
                 content = path.with_suffix(".safetensors").read_bytes()
                 return self._checked(index, content)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError):  # damage is known by its bytes
+                    raise TrainingError(
+                        f"the checkpoint {path} cannot be read: {error.strerror}; expected a disk "
+                        f"that answers. Mend that and run again, or delete {self._folder} to begin "
+                        f"anew."
+                    ) from None
+                _log.warning("the checkpoint %s lacks a file; looking at the one before", path)
+            except (ValueError, KeyError, TypeError) as error:
                 _log.warning(
                     "the checkpoint %s is damaged (%s); looking at the one before", path, error
                 )

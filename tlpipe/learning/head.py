@@ -36,12 +36,13 @@ class Step:
     """One l2 of the linear probe's path, or an epoch; losses in nats, accuracy in [0, 1].
 
     Before the first epoch nobody has computed a training loss. The linear probe's "validation" is
-    cross-validation.
+    cross-validation; an epoch has no ``l2``.
     """
 
     train_loss: float | None
     validation_loss: float
     validation_accuracy: float
+    l2: float | None = None
 
 
 @dataclass(frozen=True)

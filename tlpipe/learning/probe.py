@@ -276,6 +276,7 @@ def cross_validate(
     step = heads.Step(
         float(np.mean([solution.train_loss for solution in solutions])),
         *_score(logits, table.labels, weights),
+        l2,
     )
     return CrossValidated(l2, found, logits, step)
 

@@ -1,13 +1,13 @@
 """How a classifier is trained: what users may set, and what is good where they do not."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from tlpipe.learning.schedule import Rates, default_rates
-from tlpipe.params import Section
+from tlpipe.params import Section, distinct
 
 _BATCH = 32  # where nothing is set
 
@@ -15,7 +15,7 @@ _BATCH = 32  # where nothing is set
 class Recipe(Section):
     """How the head is solved; then, where a stage is open or the head has hidden units, tuned."""
 
-    penalties: tuple[PositiveFloat, ...] = Field(
+    penalties: Annotated[tuple[PositiveFloat, ...], AfterValidator(distinct)] = Field(
         default=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
         min_length=1,
         strict=False,

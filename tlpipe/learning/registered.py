@@ -43,5 +43,6 @@ def keep_weights(folder: Path, backbone: str) -> str:
     tensors = {name.partition(".")[2]: tensor for name, tensor in network.state_dict().items()}
     content = save({name: tensors[name].contiguous() for name in sorted(tensors)})
     digest = hashlib.sha256(content).hexdigest()
-    files.write_bytes(registered_file(digest), content)
+    with files.writing_cache(registered_file(digest).parent):
+        files.write_bytes(registered_file(digest), content)
     return digest

@@ -42,18 +42,19 @@ class Measured:
 def evaluate(task: Task, model: Classifier, examples: Examples) -> Measured:
     """Measure a classifier on images as they are; every process computes its share."""
     loss = torch.zeros((), dtype=torch.float64)
-    confusion = torch.zeros(task.classes, task.classes, dtype=torch.float64)
+    counts = torch.zeros(3, task.classes, dtype=torch.float64)
     own = np.array_split(np.arange(len(examples)), task.processes)[task.rank]
     done = 0
     for logits in predict(task, model, examples.rows[own]):
         labels = torch.from_numpy(examples.labels[own[done : done + len(logits)]])
         done += len(logits)
         loss += functional.cross_entropy(logits, labels, reduction="sum").double()
-        pairs = labels * task.classes + logits.argmax(1)
-        confusion += torch.bincount(pairs, minlength=task.classes**2).view_as(confusion)
+        answered = logits.argmax(1)
+        of_class = (labels[labels == answered], labels, answered)
+        counts += torch.stack([torch.bincount(of, minlength=task.classes) for of in of_class])
     processes.add_up(loss)
-    processes.add_up(confusion)
-    return measured(float(loss), confusion.numpy())
+    processes.add_up(counts)
+    return measured(float(loss), counts.numpy())
 
 
 def predict(task: Task, model: Classifier, rows: Numbers) -> Iterator[Tensor]:
@@ -66,11 +67,13 @@ def predict(task: Task, model: Classifier, rows: Numbers) -> Iterator[Tensor]:
         yield logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def measured(loss_sum: float, confusion: npt.NDArray[np.float64]) -> Measured:
-    """Return the metrics of a confusion matrix (true, predicted); empty classes do not count."""
-    count, hits = confusion.sum(), confusion.diagonal()
-    true, answered = confusion.sum(1), confusion.sum(0)
-    present = true > 0
+def measured(loss_sum: float, counts: npt.NDArray[np.float64]) -> Measured:
+    """Return the metrics; classes without images do not count.
+
+    ``counts``: (3, C), of each class the right answers, the images, and the answers that name it.
+    """
+    hits, true, answered = counts
+    count, present = true.sum(), true > 0
     f1 = 2 * hits[present] / (true + answered)[present]
     return Measured(
         loss=float(loss_sum / count),

@@ -15,9 +15,10 @@ from tlpipe.learning import probe
 from tlpipe.learning.dataset import Dataset
 from tlpipe.learning.head import Step
 from tlpipe.learning.recipe import Recipe
+from tlpipe.params import check_effect, without_effect
 
 _log = logging.getLogger(__name__)
-HISTORY = ("step", "train_loss", "validation_loss", "validation_accuracy")
+HISTORY = ("step", "train_loss", "validation_loss", "validation_accuracy", "l2")
 _CHECKPOINTS, _LOCK = ".checkpoints", ".lock"
 _OF_SOLVER = ("penalties", "max_iterations")
 _OF_STAGES = ("stage_rate", "stage_decay", "batch_norm", "unfreeze_epochs")
@@ -74,6 +75,14 @@ def run(
         models.save(model, models.Model(card, learned.stages, learned.head), learned.held_out)
         _save_history(history, learned.steps, first=learned.first)
         shutil.rmtree(model.parent / _CHECKPOINTS, ignore_errors=True)
+    if data.open_stages and learned.epoch == 0:
+        _log.warning(
+            "no epoch of fine-tuning was better on validation than the linear probe it starts "
+            "from, which is kept: %s open parameters stay as they were. Take smaller learning "
+            "rates ('tlpipe lr-find' suggests some), freeze more, or add images",
+            f"{card.trainable_parameters:,}",
+        )
+        return
     _log.info(
         "trained %s parameters, left %s as they were; held-out accuracy %.4f",
         f"{card.trainable_parameters:,}",
@@ -92,10 +101,7 @@ def check_open(data: Dataset, params: Recipe) -> None:
     check_effects(params, data.activations.origin.freeze, data.open_stages)
     origin = data.activations.origin
     if params.reinitialise > data.open_stages:
-        raise ParamsError(
-            f"train.reinitialise is {params.reinitialise}; {data.open_stages} stages are open, "
-            f"since embed.freeze is {origin.freeze}. Open more, or lower it in params.yaml."
-        )
+        raise _reinitialised(params, origin.freeze, data.open_stages)
     if params.batch is not None and params.batch > len(data.train):
         raise ParamsError(
             f"train.batch is {params.batch}; there are {len(data.train)} training images. Lower it "
@@ -115,13 +121,14 @@ def check_open(data: Dataset, params: Recipe) -> None:
 def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
     """Check that no option is set that can have no effect.
 
-    Set is what differs from the default: a default that is written down promises nothing that
-    would not happen anyway, and the same ``params.yaml`` serves several values of ``embed.freeze``.
-    Where that is ``auto``, what depends on it is only said: more images may open a stage.
+    Where ``embed.freeze`` is ``auto``, what depends on it is only said: more images may open a
+    stage.
 
     Raises:
-        ParamsError: one is; all that have none for the same reason are named.
+        ParamsError: one is, or frozen weights are to be drawn anew.
     """
+    if params.reinitialise > open_stages and freeze != AUTO:
+        raise _reinitialised(params, freeze, open_stages)
     is_solved = not open_stages and not params.hidden
     by_freeze = (
         f"embed.freeze is {freeze}, which leaves no stage open, and train.hidden is empty, so the "
@@ -149,20 +156,19 @@ def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
         ),
     ]
     for holds, reason, names in reasons:
-        known = {name: getattr(params, name) for name in names}
-        defaults = type(params).model_fields
-        without = [n for n, value in known.items() if value != defaults[n].get_default()]
-        if holds and without:
-            given = ", ".join(f"train.{name}: {_shown(known[name])}" for name in without)
-            what = "has" if len(without) == 1 else "have"
-            said = f"{given} {what} no effect: {reason}."
-            if freeze != AUTO or reason not in by_freeze:
-                raise ParamsError(f"{said} Take it out of params.yaml, or change that.")
+        if not holds:
+            continue
+        if freeze != AUTO or reason not in by_freeze:
+            check_effect("train", params, names, reason)
+        elif said := without_effect("train", params, names, reason):
             _log.warning("%s", said)
 
 
-def _shown(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+def _reinitialised(params: Recipe, freeze: str | int, open_stages: int) -> ParamsError:
+    return ParamsError(
+        f"train.reinitialise is {params.reinitialise}; {open_stages} stages are open, since "
+        f"embed.freeze is {freeze}; expected at most so many. Open more, or lower it."
+    )
 
 
 def _learn(

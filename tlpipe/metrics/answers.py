@@ -19,6 +19,7 @@ from tlpipe.metrics.scores import Floats, Labels, softmax
 from tlpipe.onnx_export.bundle import Bundle
 from tlpipe.progress import track
 from tlpipe.sources import listing
+from tlpipe.sources.storage import Storage
 
 BATCH = 8
 
@@ -156,17 +157,16 @@ def of_held_out(path: Path, shipped: Bundle, split: Path) -> tuple[Answers, list
 def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) -> Exact:
     """Return the confidence in answers for images of none of the classes, (N,).
 
-    ``source``: as ``ingest`` reads it; whatever labels it has count for nothing.
+    ``source``: as ``listing.unlabelled`` opens it.
 
     Raises:
         DataError: there is no such source, or no image in it can be read.
     """
     squares = []
-    with opened(source) as found:
-        names = sorted({candidate.file for candidate in found.candidates()})
+    with opened(source) as (storage, names):
         for place in evenly(range(len(names)), most):
             with suppress(ImageError):
-                data = found.storage.read(names[place])
+                data = storage.read(names[place])
                 squares.append(read_square(data, sampling)[0])
     if not squares:
         raise DataError(
@@ -178,14 +178,14 @@ def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) 
 
 
 @contextmanager
-def opened(source: str) -> Iterator[listing.Source]:
-    """Open the source of unknown images and list it.
+def opened(source: str) -> Iterator[tuple[Storage, list[str]]]:
+    """Open the source of unknown images; yield it and the names of its images.
 
     Raises:
-        DataError: as ``listing.opened``, of ``evaluate.unknown``.
+        DataError: as ``listing.unlabelled``, of ``evaluate.unknown``.
     """
     try:
-        with listing.opened(source) as found:
+        with listing.unlabelled(source) as found:
             yield found
     except DataError as error:
         raise DataError(str(error).replace("ingest.source", "evaluate.unknown")) from None

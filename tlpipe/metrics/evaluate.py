@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from tlpipe import files
 from tlpipe.data import pixels as packed
@@ -21,12 +21,14 @@ from tlpipe.metrics import speed as speeds
 from tlpipe.metrics.answers import Answers, Part, Shown
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import ANY_SIZE, EXACT
-from tlpipe.params import Section
+from tlpipe.params import Section, distinct
 from tlpipe.resampling import group_numbers, paired_difference, share_interval
 
 _log = logging.getLogger(__name__)
 PREDICTIONS = ("path", "label", "predicted", "probability", "true_probability")
 COVERAGE = ("coverage", "accuracy", "threshold")
+CONFUSION = ("true", "predicted", "images")
+_MOST_CONFUSED = 20
 RELIABILITY = ("confidence", "accuracy", "images")
 
 
@@ -42,7 +44,7 @@ class Params(Section):
         lt=1,
         description="Share of wrong answers, at most, where unsure ones are not given.",
     )
-    columns: tuple[str, ...] = Field(
+    columns: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
         default=("format",),
         strict=False,
         description="Columns of the manifest to part the test images by.",
@@ -50,10 +52,12 @@ class Params(Section):
     corrupted: int = Field(
         default=64, ge=1, description="Test images to blur, darken and so on, at most."
     )
-    unknown: str = Field(
-        default="data/textures.yaml",
+    unknown: str | None = Field(
+        default=None,
         min_length=1,
-        description="Images of none of the classes: a source as ingest reads it.",
+        description="Images of none of the classes, as the classifier may meet them: a folder, "
+        "archive or address of images, whose labels count for nothing. A built-in set is an "
+        "example for built-in sets, and left out for others.",
     )
     unknown_images: int = Field(default=64, ge=1, description="How many of them, at most.")
     mistakes: int = Field(default=18, ge=0, le=120, description="Images in each gallery, at most.")
@@ -104,7 +108,6 @@ def run(
     found = {name: test.ask(predictor, name) for name, predictor in predictors.items()}
     exact, answered = predictors[EXACT], found[EXACT]
     calibrated, groups = answers.of_held_out(held_out, shipped, split)
-    unknown = answers.of_others(exact, params.unknown, shipped.preprocessing, params.unknown_images)
     abstention = selective_prediction(answered, test.groups, calibrated, groups, params)
     threshold = abstention["threshold"]
     if threshold is None:
@@ -130,12 +133,7 @@ def run(
         "generalisation": general,
         "temperature": shipped.provenance["temperature"],
         "abstention": abstention,
-        "unknown": {
-            "source": Path(params.unknown).name,
-            "images": len(unknown),
-            "auroc": curves.separation(answered.confidence, unknown),
-            "answered": None if threshold is None else float((unknown >= threshold).mean()),
-        },
+        "unknown": _unknown(exact, answered, threshold, params),
         "slices": slices.measure(
             test.entries, test.brightness(), answered.hits, params.columns, params.confidence
         ),
@@ -151,7 +149,7 @@ def run(
     ]
     _save_predictions(predictions, shown)
     _save_examples(examples, squares, shown, shipped.labels)
-    _save_tables(tables, answered)
+    _save_tables(tables, answered, shipped.labels)
     with files.replacing_folder(plots) as folder:
         drawn.draw(folder, content, answered, history)
         drawn.galleries(folder, squares, shown, params.mistakes)
@@ -183,7 +181,13 @@ def _measured(
     uncalibrated = scores.calibration_error(
         scores.softmax(given.logits), part.truth, part.groups, confidence
     )
+    pairs = scores.confusion_pairs(part.truth, given.probabilities.argmax(axis=1))
+    wrong = pairs[pairs[:, 0] != pairs[:, 1]][:_MOST_CONFUSED]
     return measured | {
+        "most_confused": [
+            {"true": labels[true], "predicted": labels[predicted], "images": images}
+            for true, predicted, images in wrong.tolist()
+        ],
         "accuracy_change": change,
         "calibration_error_before": uncalibrated["value"] if uncalibrated else None,
     }
@@ -228,6 +232,22 @@ def selective_prediction(
         "images_needed": curves.images_needed(rate, certainty),
         **applied(proven),
         "observed": applied(observed),
+    }
+
+
+def _unknown(
+    predictor: Predictor, given: Answers, threshold: float | None, params: Params
+) -> dict[str, Any] | None:
+    """Return how images of none of the classes are answered; None where there are none."""
+    if params.unknown is None:
+        return None
+    sampling = predictor.bundle.preprocessing
+    found = answers.of_others(predictor, params.unknown, sampling, params.unknown_images)
+    return {
+        "source": Path(params.unknown).name,
+        "images": len(found),
+        "auroc": curves.separation(given.confidence, found),
+        "answered": None if threshold is None else float((found >= threshold).mean()),
     }
 
 
@@ -277,8 +297,11 @@ def _save_examples(
                 Image.fromarray(squares[first[label].row]).save(target / f"{number}.png")
 
 
-def _save_tables(folder: Path, given: Answers) -> None:
-    """Write the curves that DVC draws and compares between versions."""
+def _save_tables(folder: Path, given: Answers, labels: Sequence[str]) -> None:
+    """Write the curves that DVC draws and compares between versions, and the confusion.
+
+    Of the confusion matrix the cells that are not zero: no more than there are images.
+    """
     curve = curves.coverage(given.confidence, given.hits)
     points = zip(curve.coverage, curve.accuracy, curve.threshold, strict=True)
     bins = curves.reliability(given.probabilities, given.truth)
@@ -287,3 +310,6 @@ def _save_tables(folder: Path, given: Answers) -> None:
         files.write_csv(target / "coverage.csv", COVERAGE, rows)
         rows = [(f"{b.confidence:.6f}", f"{b.accuracy:.6f}", str(b.images)) for b in bins]
         files.write_csv(target / "reliability.csv", RELIABILITY, rows)
+        pairs = scores.confusion_pairs(given.truth, given.probabilities.argmax(axis=1)).tolist()
+        named = [(labels[true], labels[predicted], str(n)) for true, predicted, n in pairs]
+        files.write_csv(target / "confusion.csv", CONFUSION, named)

@@ -9,15 +9,17 @@ import numpy as np
 
 from tlpipe import pictures
 from tlpipe.data.chunks import Chunks
+from tlpipe.data.manifest import evenly
 from tlpipe.metrics import corruptions, curves, scores
 from tlpipe.metrics.answers import Answers, Shown
+from tlpipe.metrics.scores import Labels
 from tlpipe.onnx_export.bundle import EXACT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_CURVES = 12
+_MOST_CURVES, _MOST_THIN_CURVES = 12, 200
 _MOST_LABELS = 40
 _MOST_SLICES = 30
 
@@ -26,7 +28,7 @@ def draw(folder: Path, report: Mapping[str, Any], given: Answers, history: Path)
     """Draw the report of ``evaluate``, and how the training went, a PNG file for each question."""
     labels, exact = report["labels"], report["precisions"][EXACT]
     figures = {
-        "confusion": confusion(exact["confusion"], labels),
+        "confusion": confusion(given.truth, given.probabilities.argmax(axis=1), labels),
         "reliability": reliability(given, exact),
         "ranking": ranking(given, labels),
         "coverage": coverage(given, report["abstention"], report["unknown"]),
@@ -38,26 +40,42 @@ def draw(folder: Path, report: Mapping[str, Any], given: Answers, history: Path)
         pictures.save(figure, folder / f"{name}.png")
 
 
-def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> "Figure":
-    """Draw the confusion matrix: true classes down, predicted ones across."""
-    matrix = np.array(counts)
+def confusion(truth: Labels, predicted: Labels, labels: Sequence[str]) -> "Figure":
+    """Draw the confusion matrix: true classes down, predicted ones across.
+
+    Of more than ``_MOST_LABELS`` classes it shows those with the most mistakes, of and for them,
+    and all others as one: the picture does not grow with the square of the classes.
+    """
+    shown, title = list(labels), "Confusion on the test split (images)"
+    if len(labels) > _MOST_LABELS:
+        wrong = truth != predicted
+        mistakes = sum(np.bincount(of[wrong], minlength=len(labels)) for of in (truth, predicted))
+        kept = np.sort(np.argsort(-mistakes, kind="stable")[: _MOST_LABELS - 1])
+        number = np.full(len(labels), len(kept))
+        number[kept] = np.arange(len(kept))
+        truth, predicted = number[truth], number[predicted]
+        others = len(labels) - len(kept)
+        shown = [*(labels[k] for k in kept), f"{others} others"]
+        title = (
+            f"Confusion on the test split (images): the {len(kept)} of {len(labels)} classes with "
+            f"the most mistakes"
+        )
+    matrix = np.zeros((len(shown), len(shown)), np.int64)
+    np.add.at(matrix, (truth, predicted), 1)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    # Beyond that many names the picture would grow with the square of their number.
-    side = max(4.0, 1.6 + 0.5 * min(len(labels), _MOST_LABELS))
+    side = max(4.0, 1.6 + 0.5 * len(shown))
     figure = pictures.new_figure(side, side)
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    if len(labels) <= _MOST_LABELS:
-        axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
-        axes.set_yticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(shown)), shown, rotation=90 if max(map(len, shown)) > 2 else 0)
+    axes.set_yticks(range(len(shown)), shown)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title("Confusion on the test split (images)")
-    if len(labels) <= 30:
-        for (row, column), count in np.ndenumerate(matrix):
-            if count:
-                colour = "white" if share[row, column] > 0.5 else "black"
-                axes.text(column, row, str(count), ha="center", va="center", color=colour)
+    axes.set_title(title)
+    for (row, column), count in np.ndenumerate(matrix):
+        if count:
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     return figure
 
 
@@ -87,11 +105,14 @@ def reliability(given: Answers, exact: Mapping[str, Any]) -> "Figure":
 
 
 def ranking(given: Answers, labels: Sequence[str]) -> "Figure":
-    """Draw the ROC and the precision-recall curve of each class against the others."""
+    """Draw the ROC and the precision-recall curve of each class against the others.
+
+    Of more than ``_MOST_THIN_CURVES`` classes that many are drawn.
+    """
     figure = pictures.new_figure(9, 4.4)
     left, right = figure.subplots(1, 2)
-    for number, label in enumerate(labels):
-        positive = given.truth == number
+    for number in evenly(range(len(labels)), _MOST_THIN_CURVES):
+        label, positive = labels[number], given.truth == number
         if not positive.any() or positive.all():
             continue
         found = curves.ranked(given.probabilities[:, number], positive)
@@ -120,7 +141,9 @@ def ranking(given: Answers, labels: Sequence[str]) -> "Figure":
     return figure
 
 
-def coverage(given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str, Any]) -> "Figure":
+def coverage(
+    given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str, Any] | None
+) -> "Figure":
     """Draw how many answers are right where only the surest are given."""
     curve = curves.coverage(given.confidence, given.hits)
     figure = pictures.new_figure(5.5, 4.2)
@@ -130,7 +153,7 @@ def coverage(given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str
     sure = f"kept with {abstention['confidence']:.0%} confidence"
     for found, kept in ((abstention, sure), (abstention["observed"], "kept on images held out")):
         if found["accuracy"]:
-            label = f"threshold {found['threshold']:.2f}, {kept}"
+            label = f"threshold {_near_one(found['threshold'])}, {kept}"
             axes.plot(found["coverage"], found["accuracy"]["value"], "o", label=label)
     axes.set_xlabel("share of images that are answered")
     axes.set_ylabel("share of answers that are right")
@@ -142,6 +165,8 @@ def coverage(given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str
             f"{abstention['images']} images held out\n"
             f"too many are wrong, or they are too few ({abstention['images_needed']} at least)"
         )
+    elif unknown is None:
+        title = "What is answered, and how much of it is right"
     else:
         title = (
             f"Of {unknown['images']} images of no class ({unknown['source']}), "
@@ -149,6 +174,12 @@ def coverage(given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str
         )
     axes.set_title(title, fontsize=9)
     return figure
+
+
+def _near_one(probability: float) -> str:
+    """Return it with so many digits that it is not taken for 1."""
+    missing = 1 - probability
+    return f"{probability:.2f}" if missing >= 0.005 or missing == 0 else f"1 - {missing:.1g}"
 
 
 def robustness(found: Mapping[str, Any]) -> "Figure":
@@ -186,12 +217,14 @@ def by_slice(found: Mapping[str, Sequence[Mapping[str, Any]]], overall: float) -
 
 
 def training(history: Path) -> "Figure":
-    """Draw the losses and the accuracy of each step of the training."""
+    """Draw the losses and the accuracy of each epoch, or of each l2 of a linear probe."""
     with history.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    is_probe = bool(rows[0]["l2"])
+    along = "l2" if is_probe else "step"
 
     def column(axes: "Axes", name: str, label: str) -> None:
-        known = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        known = [(float(row[along]), float(row[name])) for row in rows if row[name]]
         axes.plot(*zip(*known, strict=True), ".-", label=label)
 
     figure = pictures.new_figure(8, 3.8)
@@ -203,7 +236,10 @@ def training(history: Path) -> "Figure":
     column(right, "validation_accuracy", "held out")
     right.set_ylabel("accuracy on images held out")
     for axes in (left, right):
-        axes.set_xlabel("epoch; of a linear probe: l2, strongest first")
+        axes.set_xlabel("l2 of the linear probe, strongest first" if is_probe else "epoch")
+        if is_probe:
+            axes.set_xscale("log")
+            axes.invert_xaxis()
     return figure
 
 

@@ -49,7 +49,7 @@ def title(headline: str) -> str:
 def measure(
     probabilities: Floats, truth: Labels, groups: Sequence[str], confidence: float
 ) -> dict[str, Any]:
-    """Return every number of the report: headlines with their intervals, classes, confusion.
+    """Return every number of the report: headlines with their intervals, and those of each class.
 
     ``groups``: one for each image; images that share one, other than the empty one, are not
     independent. Classes without test images count in no mean over classes.
@@ -74,8 +74,7 @@ def measure(
             measured[f"top_{k}_accuracy"] = share_interval(among, place, confidence)
     if (truth != truth[0]).any():
         measured["auroc"] = auroc(probabilities, truth, place, confidence)
-    confusion = confusion_matrix(truth, predicted, probabilities.shape[1])
-    return measured | {"per_class": per_class(confusion), "confusion": confusion.tolist()}
+    return measured | {"per_class": per_class(truth, predicted, probabilities.shape[1])}
 
 
 def class_weights(truth: Labels, predicted: Labels) -> dict[str, Weights]:
@@ -261,24 +260,30 @@ def bin_numbers(confidence: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
 
 
-def confusion_matrix(truth: Labels, predicted: Labels, classes: int) -> npt.NDArray[np.int64]:
-    """Return (C, C) counts: row is the true class, column the predicted one."""
-    flat = np.bincount(truth * classes + predicted, minlength=classes * classes)
-    return flat.reshape(classes, classes)
+def confusion_pairs(truth: Labels, predicted: Labels) -> Labels:
+    """Return (K, 3) true class, predicted class, and their images, for the K pairs that occur.
+
+    There are at most as many as images, where the matrix would have the square of the classes.
+    Those with the most images come first.
+    """
+    pairs, images = np.unique(np.stack([truth, predicted], axis=1), axis=0, return_counts=True)
+    found = np.column_stack([pairs, images]).astype(np.int64)
+    return found[np.argsort(-images, kind="stable")]
 
 
-def per_class(confusion: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+def per_class(truth: Labels, predicted: Labels, classes: int) -> list[dict[str, Any]]:
     """Return precision, recall, F1 (0 where undefined) and the number of images of each class."""
-    rows = []
-    for i in range(len(confusion)):
-        hits = int(confusion[i, i])
-        predicted, actual = int(confusion[:, i].sum()), int(confusion[i].sum())
-        rows.append(
-            {
-                "precision": hits / predicted if predicted else 0.0,
-                "recall": hits / actual if actual else 0.0,
-                "f1": 2 * hits / (predicted + actual) if predicted + actual else 0.0,
-                "images": actual,
-            }
-        )
-    return rows
+    hits = np.bincount(truth[truth == predicted], minlength=classes)
+    actual, answered = (np.bincount(each, minlength=classes) for each in (truth, predicted))
+
+    def share(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> list[float]:
+        found: list[float] = (part / np.maximum(whole, 1)).tolist()
+        return found
+
+    columns = {
+        "precision": share(hits, answered),
+        "recall": share(hits, actual),
+        "f1": share(2 * hits, actual + answered),
+        "images": actual.tolist(),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

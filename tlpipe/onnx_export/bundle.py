@@ -69,7 +69,9 @@ class Bundle:
         if precision not in names:
             raise ParamsError(
                 f"the bundle {self.folder} has no graph of the precision {precision}; it has "
-                f"{', '.join(names)}. Name one of these, or export it: export.precisions."
+                f"{', '.join(names)}. Name one of these. export leaves out what "
+                f"export.precisions does not name, and what does not pass its check: its log and "
+                f"parity.json say why."
             )
         return self.graphs[precision]
 

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from tlpipe import files, lineage
 from tlpipe import held_out as held_outs
@@ -21,7 +21,7 @@ from tlpipe.held_out import HeldOut
 from tlpipe.learning import model as models
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import ANY_SIZE, EXACT
-from tlpipe.params import Section
+from tlpipe.params import Section, check_effect, distinct
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -52,7 +52,7 @@ class Params(Section):
         le=0.1,
         description="Largest difference of a logit; of the logits' spread, where that exceeds 1.",
     )
-    precisions: tuple[Literal["fp16", "int8"], ...] = Field(
+    precisions: Annotated[tuple[Literal["fp16", "int8"], ...], AfterValidator(distinct)] = Field(
         default=("int8",),
         strict=False,
         description="Graphs beside fp32; fp16 is for GPUs, and made on any machine.",
@@ -66,6 +66,15 @@ class Params(Section):
     accuracy_loss: float = Field(
         default=0.01, ge=0, lt=1, description="Of a lower precision, on validation, at most."
     )
+
+    @model_validator(mode="after")
+    def _all_have_an_effect(self) -> "Params":
+        if "int8" not in self.precisions:
+            of_int8 = ("calibration_images",) if "fp16" not in self.precisions else ()
+            reason = f"export.precisions is {list(self.precisions)}"
+            none = () if self.precisions else ("accuracy_loss",)
+            check_effect("export", self, (*of_int8, *none), reason)
+        return self
 
 
 def run(
@@ -173,9 +182,10 @@ def _lower_precisions(
     params: Params,
 ) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
     """Return the graphs beside fp32 that are good enough to ship, and what was found of each."""
-    from tlpipe.onnx_export import precisions
+    from tlpipe.onnx_export import graph, precisions
 
     shipped, checks = {}, {}
+    head = graph.last_layer_bytes(whole)
     for name, candidate in _candidates(whole, fitted, params, threads):
         content = finish(candidate)
         verdict = precisions.judge(
@@ -184,7 +194,7 @@ def _lower_precisions(
             _held_out_logits(name, content, exact, held, images, fitted, threads),
             held.labels,
             images.groups,
-            size=len(content) / len(exact),
+            size=(len(content) - head) / (len(exact) - head),
             loss=params.accuracy_loss,
         )
         checks[name] = asdict(verdict)

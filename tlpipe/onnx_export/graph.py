@@ -52,6 +52,12 @@ def last_layer(model: onnx.ModelProto) -> onnx.NodeProto:
     return next(node for node in model.graph.node if node.output[0] == LOGITS)
 
 
+def last_layer_bytes(model: onnx.ModelProto) -> int:
+    """Return how many bytes the weight and the bias of the last layer take."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    return sum(tensors[name].ByteSize() for name in last_layer(model).input[1:3])
+
+
 def _features(backbone: Backbone, weights: Weights, model: Model) -> onnx.ModelProto:
     """Return the graph from images to features: what was frozen, and behind it what was trained."""
     boundary = model.card.origin.boundary

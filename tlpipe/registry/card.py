@@ -86,6 +86,22 @@ def _weakest(exact: Mapping[str, Any]) -> str:
     return f"Least often found: {', '.join(found)}. Pictures: plots/ among the artifacts."
 
 
+def _others(unknown: Mapping[str, Any] | None) -> str:
+    """Say how images of none of the classes are answered."""
+    if unknown is None:
+        return (
+            "It has no answer for images of anything else; how often it gives one nevertheless was "
+            "not measured (evaluate.unknown)."
+        )
+    above = "told from the test images by their probability with"
+    if unknown["answered"] is not None:
+        above = f"{unknown['answered']:.0%} were above that probability;"
+    return (
+        f"It has no answer for images of anything else: of {unknown['images']} from "
+        f"{_plain(unknown['source'])}, {above} AUROC {unknown['auroc']:.3f}."
+    )
+
+
 def limits(report: Mapping[str, Any]) -> str:
     """Say what it does not do, by the report of ``evaluate``."""
     abstention, unknown, robustness = report["abstention"], report["unknown"], report["robustness"]
@@ -96,13 +112,7 @@ def limits(report: Mapping[str, Any]) -> str:
             f"Test accuracy is below validation accuracy beyond chance, so other images may cost "
             f"still more: {generalisation.describe(report['generalisation'])}.",
         )
-    above = "told from the test images by their probability with"
-    if unknown["answered"] is not None:
-        above = f"{unknown['answered']:.0%} were above that probability;"
-    lines.append(
-        f"It has no answer for images of anything else: of {unknown['images']} from "
-        f"{_plain(unknown['source'])}, {above} AUROC {unknown['auroc']:.3f}."
-    )
+    lines.append(_others(unknown))
     kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
     worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
     lines.append(

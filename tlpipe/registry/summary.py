@@ -1,28 +1,30 @@
 """Command ``summary``: what the last run of the pipeline made, and what to do with it."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from tlpipe import files
 from tlpipe.errors import RegistryError
-from tlpipe.registry import tracking
+from tlpipe.registry import moves, tracking
 
 
-def run(*, receipt: Path, workspace: Path) -> list[tuple[str, str]]:
-    """Return the rows of the table: what it is called, what it is.
+def run(*, receipt: Path, workspace: Path) -> tuple[list[tuple[str, str]], str]:
+    """Return the rows of the table, what it is called and what it is; and what comes next.
 
     Raises:
         ArtifactError: nothing was registered from this workspace yet.
         RegistryError: the registry does not know the version of the receipt.
     """
     content = files.read_json(receipt)
-    aliases = _aliases(content, workspace)
+    mine, in_production = _aliases(content, workspace)
+    aliases = f"alias {', '.join(mine)}" if mine else "no alias"
     accuracy = content["accuracy"]
     interval = (
         f"{accuracy['value']:.3f} ({accuracy['confidence']:.0%} interval {accuracy['low']:.3f} to "
         f"{accuracy['high']:.3f}, {content['test_images']} images)"
     )
-    return [
+    rows = [
         (
             "data",
             f"{content['images']:,} images, {content['classes']} classes, "
@@ -34,6 +36,11 @@ def run(*, receipt: Path, workspace: Path) -> list[tuple[str, str]]:
         ("ONNX", f"{content['onnx']}, {content['onnx_bytes'] / 1e6:.1f} MB"),
         ("model", f"{content['name']} version {content['version']}, {aliases}"),
     ]
+    if in_production:
+        return rows, "make ui | tlpipe predict IMAGE | tlpipe serve"
+    bundle = Path(content["onnx"]).parent
+    answering = f"tlpipe predict IMAGE --model {shlex.quote(str(bundle))}"
+    return rows, f"make ui | tlpipe promote: nothing is in production yet | {answering}"
 
 
 def _validation(found: dict[str, Any]) -> str:
@@ -46,7 +53,8 @@ def _validation(found: dict[str, Any]) -> str:
     )
 
 
-def _aliases(content: dict[str, Any], workspace: Path) -> str:
+def _aliases(content: dict[str, Any], workspace: Path) -> tuple[list[str], bool]:
+    """Return the version's aliases, and whether any version is in production."""
     from mlflow.exceptions import MlflowException
 
     with tracking.connection(workspace) as client:
@@ -62,4 +70,4 @@ def _aliases(content: dict[str, Any], workspace: Path) -> str:
             ) from None
         found = client.get_registered_model(content["name"]).aliases
     mine = sorted(alias for alias, number in found.items() if str(number) == str(version.version))
-    return f"alias {', '.join(mine)}" if mine else "no alias"
+    return mine, moves.CHAMPION in found

@@ -275,12 +275,18 @@ def artifact(client: "MlflowClient", run_id: str | None, place: str) -> Path | N
 
 
 def champion_labels(workspace: Path, name: str) -> frozenset[str] | None:
-    """Return the labels of the model in production; None if there is none, or nobody answers."""
+    """Return the labels of the model in production; None if there is none, or nobody answers.
+
+    That a registry knows no such model, or has none in production, is nothing to be said.
+    """
     if _ADDRESS not in os.environ and not (workspace / DATABASE).exists():
         return None
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     try:
         with connection(workspace) as client:
+            found = client.search_registered_models(f"name = '{name}'")
+            if not found or CHAMPION not in found[0].aliases:
+                return None
             version = find_version(client, name, CHAMPION)
             from mlflow.artifacts import load_dict
 

@@ -32,7 +32,12 @@ def run(
             f"cannot listen on {host}:{port}: {error.strerror}. Name another with --port."
         ) from None
     _log.info(
-        "serving %s on http://%s:%s with %s", bundle.digest[:16], host, port, predictor.provider
+        "serving %s in %s on http://%s:%s with %s",
+        bundle.digest[:16],
+        precision,
+        host,
+        port,
+        predictor.provider,
     )
     config = uvicorn.Config(app.create(predictor, degraded), log_level="warning")
     uvicorn.Server(config).run(sockets=[listener])

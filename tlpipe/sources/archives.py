@@ -297,8 +297,9 @@ def _decompressed(file: IO[bytes], address: str, opened: ExitStack) -> IO[bytes]
 def scratch_file() -> IO[bytes]:
     """Return a nameless file in this user's cache: what is unpacked may not fit into ``/tmp``."""
     folder = _scratch_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryFile(dir=folder)
+    with files.writing_cache(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=folder)
 
 
 def _scratch_folder() -> Path:

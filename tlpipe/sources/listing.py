@@ -13,7 +13,7 @@ from typing import Literal
 from tlpipe.errors import DataError
 from tlpipe.sources import annotations, builtin, layouts, tables
 from tlpipe.sources.archives import check_no_archives, open_archive
-from tlpipe.sources.candidates import Candidate, Reject, given_split
+from tlpipe.sources.candidates import IMAGES, Candidate, Reject, given_split
 from tlpipe.sources.remote import Remote, open_remote
 from tlpipe.sources.storage import Folder, Storage
 
@@ -68,7 +68,7 @@ def opened(
         DataError: the source is missing, of no known kind, or its classes cannot be told apart.
     """
     with ExitStack() as stack:
-        if "://" not in address and Path(address).suffix in (".yaml", ".yml"):
+        if is_builtin(address):
             files, candidates = builtin.load(Path(address))
             source = Source(files, partial(iter, candidates))
             stack.enter_context(closing(files))
@@ -88,6 +88,37 @@ def opened(
             )
             source = replace(source, candidates=partial(_validation_as_test, source.candidates))
         yield source
+
+
+@contextmanager
+def unlabelled(address: str) -> Iterator[tuple[Storage, list[str]]]:
+    """Open a source whose labels count for nothing; yield it and the names of its images.
+
+    Any folder of images will do, also one without folders in it.
+
+    Raises:
+        DataError: the source is missing, or holds no file with an ending of images.
+    """
+    with ExitStack() as stack:
+        storage: Storage
+        if is_builtin(address):
+            storage, candidates = builtin.load(Path(address))
+            names = {candidate.file for candidate in candidates}
+        else:
+            storage = _open_storage(address)
+            names = {name for name in storage.names() if name.lower().endswith(IMAGES)}
+        stack.enter_context(closing(storage))
+        if not names:
+            raise DataError(
+                f"ingest.source {address} holds no images; expected files that end in "
+                f"{', '.join(IMAGES)}."
+            )
+        yield storage, sorted(names)
+
+
+def is_builtin(address: str) -> bool:
+    """Return whether it is the YAML file of a built-in data set."""
+    return "://" not in address and Path(address).suffix in (".yaml", ".yml")
 
 
 def _validation_as_test(candidates: Callable[[], Iterator[Candidate]]) -> Iterator[Candidate]:
