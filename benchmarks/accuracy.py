@@ -119,8 +119,11 @@ def prepare(folder: Path, source: Path, case: Case, seed: int) -> tuple[Dataset,
             folder, "ingest", manifest="manifest.csv", rejects="rejects.csv",
             duplicates="duplicates.csv", pixels="pixels", report="report.json",
         )  # fmt: skip
-    (folder / "split.csv").unlink(missing_ok=True)
-    tlpipe(folder, "split", manifest="manifest.csv", split="split.csv", report="split.json")
+    (folder / "splits.csv").unlink(missing_ok=True)
+    tlpipe(
+        folder, "split", manifest="manifest.csv", split="split.csv", report="split.json",
+        placements="splits.csv",
+    )  # fmt: skip
     activations = folder / case.level / "activations"
     if not activations.exists():
         tlpipe(

@@ -88,7 +88,7 @@ def prepare(given: Given) -> None:
     for command in (
         "ingest --manifest m.csv --rejects r.csv --duplicates d.csv --pixels pixels "
         "--report r.json",
-        "split --manifest m.csv --split split.csv --report s.json",
+        "split --manifest m.csv --split split.csv --report s.json --placements splits.csv",
         "embed --manifest m.csv --pixels pixels --activations activations",
     ):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}

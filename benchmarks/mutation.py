@@ -35,8 +35,8 @@ MODULES = {
     "learning": "loop optimiser schedule batches checkpoint head probe norms",
     "features": "embed activations forward frozen stages freeze augment",
     "onnx_export": "graph precisions parity any_size temperature int8 fp16",
-    "metrics": "scores curves slices corruptions",
-    "data": "chunks folds split images duplicates manifest",
+    "metrics": "scores curves generalisation slices corruptions",
+    "data": "chunks folds split placements images duplicates manifest",
     "registry": "moves gate promotion",
     "": "resampling files held_out code_digest",
 }
@@ -45,6 +45,7 @@ ALSO = {
     "data/duplicates": ["data/test_ingest.py"],
     "data/folds": ["learning/test_probe.py", "data/test_split.py"],
     "data/chunks": ["data/test_ingest.py"],
+    "data/placements": ["data/test_split.py"],
     "data/manifest": ["data/test_ingest.py", "data/test_split.py"],
     "features/activations": ["features/test_cache.py", "features/test_embed.py"],
     "features/embed": ["features/test_cache.py"],

@@ -88,6 +88,7 @@ def ours(folder: Path, env: Mapping[str, str] = ENVIRONMENT) -> Cost:
     outputs = {"--rejects": "rejects.csv", "--duplicates": "duplicates.csv"}
     ingest = {"--manifest": "manifest.csv", "--pixels": "pixels", "--report": "report.json"}
     split = {"--manifest": "manifest.csv", "--split": "split.csv", "--report": "split.json"}
+    split["--placements"] = "splits.csv"
     embed = {
         "--manifest": "manifest.csv",
         "--pixels": "pixels",

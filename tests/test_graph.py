@@ -48,7 +48,8 @@ def test_paths_in_the_command_are_the_deps_and_outs(stage: str) -> None:
     written = paths(stage, "outs", "metrics", "plots")
     assert sorted(named) == sorted(read_paths + written)
     for path in written:
-        assert path.startswith(f"artifacts/{stage}/")
+        # In Git, where nothing of artifacts is.
+        assert path.startswith(f"artifacts/{stage}/") or (stage, path) == ("split", "splits.csv")
     help_text = subprocess.run(
         ["tlpipe", stage, "--help"], capture_output=True, text=True, check=True
     ).stdout

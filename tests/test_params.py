@@ -15,7 +15,7 @@ def refused(empty: Workspace, content: str) -> str:
     """Run a stage on a params.yaml and return the one line in which it is refused."""
     (empty.path / "params.yaml").write_text(content)
     before = empty.names()
-    paths = ("--manifest", "m.csv", "--split", "s.csv", "--report", "r.json")
+    paths = ("--manifest", "m.csv", "--split", "s.csv", "--report", "r.json", "--placements", "p")
     result = empty.call("split", *paths, code=3)
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
@@ -240,7 +240,7 @@ def test_what_is_no_mapping_is_refused(empty: Workspace) -> None:
     assert refused(empty, "ingest: [1]\n").startswith("ingest is [1]; it must be")
     assert "params.yaml: line 2:" in refused(empty, "split: [1\n")
     (empty.path / "params.yaml").unlink()
-    paths = ("--manifest", "m", "--split", "s", "--report", "r")
+    paths = ("--manifest", "m", "--split", "s", "--report", "r", "--placements", "p")
     result = empty.call("split", *paths, code=3)
     assert "params.yaml is missing" in result.stderr
 

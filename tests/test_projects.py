@@ -47,7 +47,7 @@ def test_other_code_than_that_here_is_refused(main_job: Workspace, workspace: Wo
     code = workspace.path / "tlpipe" / "data" / "split.py"
     code.write_text(code.read_text() + "\nIS_ANOTHER = True\n")
     manifest = str(main_job.path / "artifacts/ingest/manifest.csv")
-    outputs = ("--split", "split.csv", "--report", "split.json")
+    outputs = ("--split", "split.csv", "--report", "split.json", "--placements", "splits.csv")
     said = workspace.run("tlpipe", "split", "--manifest", manifest, *outputs, code=None)
     assert said.returncode != 0
     assert "code" in said.stderr

@@ -140,9 +140,12 @@ def ingest(
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
-def split(manifest: In, split: Out, report: Out, params: ParamsFile = PARAMS_FILE) -> None:
+def split(
+    manifest: In, split: Out, report: Out, placements: Out, params: ParamsFile = PARAMS_FILE
+) -> None:
     """Say which image trains, validates or tests."""
-    _run("split", params, manifest=manifest, split=split, report=report)
+    outputs = {"split": split, "report": report, "placements": placements}
+    _run("split", params, manifest=manifest, **outputs)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -242,12 +245,10 @@ def cross_validate(
     if folds is not None:
         sections["split"] = sections["split"].model_copy(update={"folds": folds})
     stages = {name: importlib.import_module(STAGES[name]).run for name in cross_validation.STAGES}
-    drawn = stage_paths("split", params.parent)
     folder = params.parent / "artifacts" / "cross-validation"
     report = cross_validation.run(
         **stage_paths("embed", params.parent),
-        split=drawn["split"],
-        split_report=drawn["report"],
+        placements=stage_paths("split", params.parent)["placements"],
         folder=folder,
         workspace=params.parent,
         stages=stages,
@@ -338,6 +339,8 @@ def register(
         rejects=rejects,
         suspects=suspects,
         data_plots=data_plots,
+        manifest=manifest,
+        split=split,
     )
     register.run(
         content=content,

@@ -17,6 +17,9 @@ import yaml
 CONSTRAINTS = "constraints.txt"
 # What a bundle is made by; ``audit`` only looks, and later stages only judge.
 _BEFORE_EXPORT = ("ingest", "split", "embed", "train")
+# Written by each run. What ``split`` appends is committed later; split_sha256 of the bundle and the
+# run's own split table say what counts of it, and rows of images that are gone do not.
+PLACEMENTS = "splits.csv"
 
 
 def describe(workspace: Path) -> dict[str, str]:
@@ -100,6 +103,9 @@ def lock_sha256(lock: Path) -> str:
 
 def _digest(lock: Path, names: Iterable[str]) -> str:
     stages = {name: entry for name, entry in _stages(lock).items() if name in names}
+    for name, entry in stages.items():
+        outs = [out for out in entry.get("outs", ()) if out["path"] != PLACEMENTS]
+        stages[name] = {**entry, "outs": outs}
     return hashlib.sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()
 
 
@@ -109,9 +115,9 @@ def _stages(lock: Path) -> dict[str, Any]:
 
 
 def _has_changes(workspace: Path) -> bool:
-    """Return whether a tracked file is not as committed; ``dvc.lock`` changes with every run."""
+    """Return whether a tracked file is not as committed, but for what every run may change."""
     status = ("status", "--porcelain", "--untracked-files=no")
-    return bool(_git(workspace, *status, "--", ".", ":!dvc.lock"))
+    return bool(_git(workspace, *status, "--", ".", ":!dvc.lock", f":!{PLACEMENTS}"))
 
 
 def _git(workspace: Path, *arguments: str) -> str:

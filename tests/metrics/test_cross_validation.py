@@ -13,7 +13,8 @@ from scipy import stats
 from tests.conftest import Workspace, copy_repository
 from tlpipe import files
 from tlpipe.cli import _print_folds
-from tlpipe.data.manifest import Assignment, save_split
+from tlpipe.data.manifest import Assignment, load_manifest, load_split, save_split
+from tlpipe.data.split import Params, assign
 from tlpipe.metrics import cross_validation
 from tlpipe.metrics.cross_validation import Fold, draw, mean_with_interval, summarise
 from tlpipe.metrics.evaluate import PREDICTIONS
@@ -140,10 +141,13 @@ def test_folds_means_and_intervals_are_drawn() -> None:
 def embedded(tmp_path_factory: pytest.TempPathFactory, cache_env: dict[str, str]) -> Workspace:
     """A workspace with few digits and a tiny network, after its first 'dvc repro embed'."""
     workspace = copy_repository(tmp_path_factory.mktemp("folds") / "copy", cache_env)
-    workspace.replace("data/digits.yaml", "images_per_class: 100", "images_per_class: 12")
     workspace.configure("embed", backbone="timm/test_resnet", weights="none")
     workspace.configure("ingest", short_side_px=168, interpolation="bilinear")
     workspace.configure("split", folds=FOLDS)
+    # A set that has grown, whose old images stay in their folds.
+    workspace.replace("data/digits.yaml", "images_per_class: 100", "images_per_class: 7")
+    workspace.run("dvc", "repro", "split")
+    workspace.replace("data/digits.yaml", "images_per_class: 7", "images_per_class: 12")
     workspace.run("dvc", "repro", "embed")
     return workspace
 
@@ -237,7 +241,11 @@ def test_what_is_said_and_drawn(embedded: Workspace, said: Any, report: dict[str
 @pytest.mark.slow
 def test_a_fold_is_what_the_graph_makes_of_it(embedded: Workspace, report: dict[str, Any]) -> None:
     embedded.configure("split", fold=1)
+    assert len(embedded.rows("splits.csv")) == 7 * 10  # the command itself has only read it
     embedded.run("dvc", "repro", "evaluate")
+    rows = load_split(embedded.path / "artifacts/split/split.csv")
+    entries = list(load_manifest(embedded.path / "artifacts/ingest/manifest.csv"))
+    assert [row.fold for row in rows] != assign(entries, Params(folds=FOLDS)).folds
     found = json.loads((embedded.path / "artifacts/evaluate/report.json").read_text())
     exact, (_, second, _) = found["precisions"]["fp32"], report["folds"]
     assert {name: exact[name]["value"] for name in second["headlines"]} == second["headlines"]
@@ -258,7 +266,7 @@ def test_again_without_the_source_gives_the_same_bytes(
     assert {path: after[path] for path in stamps} == stamps
     embedded.run("git", "checkout", "data/digits.yaml")
     changed = embedded.run("git", "status", "--porcelain").stdout.split()
-    assert sorted(changed) == ["??", "M", "dvc.lock", "params.yaml"]
+    assert sorted(changed) == ["??", "??", "M", "dvc.lock", "params.yaml", "splits.csv"]
 
 
 def test_without_folds_or_activations_it_is_refused(empty: Workspace) -> None:

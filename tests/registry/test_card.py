@@ -2,8 +2,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tlpipe.metrics import generalisation
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.registry import card
 
@@ -30,6 +32,7 @@ def limits(
             "blur": [{"accuracy": 0.8}],
             "noise": [{"accuracy": 0.4}],
         },
+        "generalisation": {"is_below": False},
     }
     # As it comes from the file.
     return card.limits(json.loads(json.dumps(report)))
@@ -83,3 +86,17 @@ def test_an_unknown_calibration_error_is_told_in_words(artifacts: Path) -> None:
     text = card.write("digits", bundles.load(artifacts / "export/bundle"), known, {})
     (row,) = (line for line in text.splitlines() if "calibration error" in line)
     assert row.split("|")[2].strip() == "unknown, since all test images are of one group"
+
+
+@pytest.mark.fault("L03")
+def test_a_test_accuracy_below_validation_is_the_first_limit(artifacts: Path) -> None:
+    report = json.loads((artifacts / "evaluate/report.json").read_text())
+    assert "below validation" not in card.limits(report)
+    right = np.repeat([True, False], [190, 10])
+    groups = [str(number) for number in range(200)]
+    report["generalisation"] = generalisation.compare(right, groups, ~right, groups, 0.95)
+    assert card.limits(report).startswith(
+        "- Test accuracy is below validation accuracy beyond chance, so other images may cost "
+        "still more: 0.9500 on 200 images held out, 0.0500 on 200 test images: below beyond chance "
+        "(-0.9000, 95% interval "
+    )

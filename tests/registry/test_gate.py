@@ -67,6 +67,7 @@ def judge(artifacts: Path, manifest: Path, **bounds: float) -> gate.Decision:
         names=("2", None),
         measured=gate.Measured(folder / "pixels", manifest, artifacts / "split/split.csv"),
         source=ingest.Params(source="none"),
+        held_out=artifacts / "train/model/held_out.safetensors",
         signature=None,
         bounds=gate.Bounds(**bounds),
     )

@@ -9,6 +9,8 @@ from PIL import Image
 
 from tests.conftest import Workspace
 from tests.test_versioning import commit
+from tlpipe.data.manifest import load_manifest, load_split
+from tlpipe.data.split import Params, assign
 from tlpipe.onnx_export import bundle as bundles
 
 pytestmark = pytest.mark.slow
@@ -77,7 +79,7 @@ def textures(workspace: Workspace, count: int) -> None:
             Image.fromarray(noise.repeat(grain, 0).repeat(grain, 1)).save(folder / f"{i}.png")
 
 
-@pytest.mark.xfail(strict=True, reason="issue 14: a split depends on tables that a clone lacks")
+@pytest.mark.fault("L01")
 def test_a_version_of_a_grown_data_set_is_rebuilt(workspace: Workspace, tmp_path: Path) -> None:
     """Of three images each split got one, whatever their hashes say; each stays where it was."""
     workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
@@ -94,3 +96,65 @@ def test_a_version_of_a_grown_data_set_is_rebuilt(workspace: Workspace, tmp_path
     said = workspace.run("tlpipe", "rebuild", "digits@1", code=None)
     assert said.returncode == 0, said.stderr
     assert f"came out with the same bytes: {bundle.digest}" in said.stdout
+
+
+def grown(workspace: Workspace, count: int, copied: int) -> None:
+    """Add images of each kind, near copies of some old ones, and a third, small kind."""
+    textures(workspace, count)
+    for label in ("coarse", "fine"):
+        folder = workspace.path / "data" / "photos" / label
+        for number in range(copied):
+            with Image.open(folder / f"{number}.png") as image:
+                brighter = image.point(lambda value: min(value + 3 * copied, 255))
+            brighter.save(folder / f"{number} brighter by {copied}.png")
+    folder = workspace.path / "data" / "photos" / "striped"
+    folder.mkdir(exist_ok=True)
+    for number in range(count // 4):
+        rows = np.random.default_rng(1000 + number).integers(0, 256, (40, 1, 3), "u1")
+        Image.fromarray(rows.repeat(40, 1)).save(folder / f"{number}.png")
+
+
+@pytest.mark.fault("L01")
+def test_every_version_of_a_growing_data_set_is_rebuilt(
+    workspace: Workspace, tmp_path: Path, cache_env: dict[str, str]
+) -> None:
+    """Also those whose commit has an older splits.csv, or none: the run keeps its split table."""
+    as_user = ("git", "-c", "user.name=t", "-c", "user.email=t@example.invalid")
+    workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    workspace.set_source("data/photos", short_side_px=168, interpolation="bilinear")
+    text = (workspace.path / "params.yaml").read_text()
+    for key in ("  short_side_px: 256\n", "  interpolation: bicubic\n"):
+        assert key in text
+        text = text.replace(key, "")
+    (workspace.path / "params.yaml").write_text(text)
+    workspace.configure("embed", backbone="timm/test_resnet", weights="none")
+    digests = []
+    for version, (count, copied) in enumerate(((12, 0), (20, 4), (40, 8)), start=1):
+        grown(workspace, count, copied)
+        workspace.run("dvc", "add", "data/photos")
+        workspace.run("git", "add", "data", "params.yaml", ".dvc/config")
+        workspace.run(*as_user, "commit", "-qm", f"data {version}")
+        said = workspace.run("dvc", "repro")
+        bundle = bundles.load(workspace.path / "artifacts/export/bundle")
+        head = workspace.run("git", "rev-parse", "HEAD").stdout.strip()
+        assert bundle.provenance["git_commit"] == head, said.stderr
+        digests.append(bundle.digest)
+        entries = list(load_manifest(workspace.path / "artifacts/ingest/manifest.csv"))
+        table = load_split(workspace.path / "artifacts/split/split.csv")
+        drawn_anew = assign(entries, Params()).splits
+        assert ([row.split for row in table] == drawn_anew) is (version == 1)
+        if version == 1:  # the rows of later versions are never committed
+            workspace.run("git", "add", "splits.csv", "dvc.lock")
+            workspace.run(*as_user, "commit", "-qm", "splits")
+    workspace.run("dvc", "push", "--all-commits", "data/photos.dvc")
+    registry = {"MLFLOW_TRACKING_URI": f"sqlite:///{workspace.path / 'mlflow.db'}"}
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = Workspace(tmp_path / "elsewhere", cache_env | registry)
+    for version, digest in enumerate(digests, start=1):
+        said = elsewhere.run(
+            *("tlpipe", "rebuild", f"digits@{version}", "--repository", str(workspace.path)),
+            code=None,
+        )
+        assert said.returncode == 0, said.stderr
+        assert f"came out with the same bytes: {digest}" in said.stdout
+        assert "the run's split table is taken" in said.stderr

@@ -1,7 +1,7 @@
 """Stage ``split``: say for each image whether it trains, validates or tests."""
 
-import csv
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tlpipe import files
+from tlpipe.data import placements as placed
 from tlpipe.data.folds import deal
 from tlpipe.data.manifest import (
     SPLITS,
@@ -20,11 +21,16 @@ from tlpipe.data.manifest import (
     load_manifest,
     save_split,
 )
-from tlpipe.errors import ArtifactError, DataError
+from tlpipe.data.placements import Image
+from tlpipe.errors import DataError
 from tlpipe.params import Section, check_effect
 from tlpipe.seeds import uniform
 
 _log = logging.getLogger(__name__)
+HELD_OUT = ("test", "validation")
+# A share is said to be off where it is by more than this part of it, and by more than so many
+# standard deviations of a share of single images that are drawn one by one.
+_TOLERANCE, _DEVIATIONS = 0.25, 3
 
 
 class Params(Section):
@@ -69,30 +75,46 @@ class Params(Section):
         return self
 
 
-def run(*, manifest: Path, split: Path, report: Path, params: Params) -> None:
-    """Write the split table and its report.
+def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: Params) -> None:
+    """Write the split table and its report; append what is new to ``placements``.
 
-    The table of an earlier run, where it stands, keeps its images where they are.
+    ``placements`` says where images are already: those stay there. Where it was drawn by other
+    parameters, all are drawn anew.
 
     Raises:
+        ArtifactError: ``placements`` cannot be read, or has an image in two splits.
         DataError: a class has too few distinct images for three splits, or given splits share
             images.
     """
     entries = list(load_manifest(manifest))
-    result = assign(entries, params, _earlier(split, report, params))
+    earlier = placed.load(placements, placed.drawn_by(params.model_dump()))
+    for drawn, rows in sorted(earlier.others.items()):
+        anew = "" if earlier.places else "; all images are drawn anew"
+        _log.warning(
+            "%s rows of %s are dropped: they were drawn by %s, params.yaml says %s now%s",
+            *(rows, placements, drawn, earlier.drawn_by, anew),
+        )
+    result = assign(entries, params, earlier.places)
     assignments = [
         Assignment(e.path, e.label, s, f, e.group, e.sha256, e.box)
         for e, s, f in zip(entries, result.splits, result.folds, strict=True)
     ]
+    shares = _shares(entries, result, params)
     save_split(split, assignments)
-    files.write_json(report, _describe(assignments, result, params))
+    files.write_json(report, _describe(assignments, result, shares, params))
+    # Images that are gone keep their rows; what a source gives goes before a row.
+    places = {**earlier.places, **placed.of_table(assignments)}
+    placed.save(placements, earlier.drawn_by, places)
     counts = Counter(result.splits)
     _log.info(", ".join(f"{name} {counts[name]}" for name in (*SPLITS, UNUSED) if counts[name]))
     if result.leaks:
         _log.info("%s images left unused: their like stands in a held-out split", result.leaks)
-
-
-Image = tuple[str, str]  # sha256 and box: which image, whatever its path
+    for name, share in shares.items():
+        if share["reason"]:
+            found, asked = f"{share['realised']:.1%}", f"{share['asked']:.1%}"
+            _log.warning(
+                "%s has %s of the images instead of %s: %s", name, found, asked, share["reason"]
+            )
 
 
 @dataclass(frozen=True)
@@ -127,26 +149,39 @@ def assign(
             f"Take split.folds out, or the splits."
         )
     leaks = _leaks(entries, groups, params)
+    splits, folds = _draw(entries, groups, params)
+    leaks |= groups.bridges
+    splits = [UNUSED if row in leaks else split for row, split in enumerate(splits)]
+    _check_classes(entries, splits, params)
+    return Result(splits, folds, len(leaks))
+
+
+def _draw(
+    entries: Sequence[Entry], groups: "_Groups", params: Params, *, fill: bool = True
+) -> tuple[list[str], list[str]]:
+    """Return split and fold of each image; ``fill``: whether small classes stand in every split."""
     if params.folds:
         groups.place_in_folds(params.folds, params.seed)
         places = {str(fold): "train" for fold in range(params.folds)}
         places[str((params.fold + 1) % params.folds)] = "validation"
         places[str(params.fold)] = "test"
         folds = [groups.of(row, entry) for row, entry in enumerate(entries)]
-        splits = [places[fold] for fold in folds]
-    else:
-        given = {entry.split for entry in entries if entry.split}
-        shares = {"test": params.test, "validation": params.validation}
-        groups.place_by_hash({s: share for s, share in shares.items() if s not in given}, params)
-        folds = [""] * len(entries)
-        splits = [
-            entry.split if entry.split in ("validation", "test") else groups.of(row, entry)
-            for row, entry in enumerate(entries)
-        ]
-    leaks |= groups.bridges
-    splits = [UNUSED if row in leaks else split for row, split in enumerate(splits)]
-    _check_classes(entries, splits, params)
-    return Result(splits, folds, len(leaks))
+        return [places[fold] for fold in folds], folds
+    groups.place_by_hash(_asked(entries, params), params, fill=fill)
+    splits = [
+        entry.split if entry.split in HELD_OUT else groups.of(row, entry)
+        for row, entry in enumerate(entries)
+    ]
+    return splits, [""] * len(entries)
+
+
+def _asked(entries: Sequence[Entry], params: Params) -> dict[str, float]:
+    """Return the share of each split that is drawn, not given."""
+    if params.folds:
+        return dict.fromkeys(HELD_OUT, 1 / params.folds)
+    given = {entry.split for entry in entries}
+    shares = {"test": params.test, "validation": params.validation}
+    return {split: share for split, share in shares.items() if split not in given}
 
 
 class _Groups:
@@ -161,7 +196,7 @@ class _Groups:
         for entry in entries:
             self.labels[entry.group].add(entry.label)
             self._members[entry.label].add(entry.group)
-            if entry.split in ("validation", "test"):
+            if entry.split in HELD_OUT:
                 self.given.add(entry.group)
                 if self.place.get(entry.group) != "test":
                     self.place[entry.group] = entry.split
@@ -175,7 +210,7 @@ class _Groups:
         self.own: dict[int, str] = {}
         self.bridges: set[int] = set()
         for row, entry in enumerate(entries):
-            if len(before[entry.group]) > 1:
+            if len(before[entry.group]) > 1 and entry.group not in self.given:
                 if place := earlier.get((entry.sha256, entry.box)):
                     self.own[row] = place
                 else:
@@ -185,8 +220,8 @@ class _Groups:
         """Return where an image is placed."""
         return self.own.get(row, self.place[entry.group])
 
-    def place_by_hash(self, shares: Mapping[str, float], params: Params) -> None:
-        """Place every group that has no place yet."""
+    def place_by_hash(self, shares: Mapping[str, float], params: Params, *, fill: bool) -> None:
+        """Place every group that has no place yet; ``fill``: then move those of small classes."""
         position = {group: uniform(params.seed, group) for group in self.labels}
         bounds = {}
         threshold = 0.0
@@ -195,6 +230,8 @@ class _Groups:
         for group in self.labels.keys() - self.place.keys():
             hit = (split for split, bound in bounds.items() if position[group] < bound)
             self.place[group] = next(hit, "train")
+        if not fill:
+            return
         # The rarest first: they have the least choice.
         for label in sorted(self._members, key=lambda label: (len(self._members[label]), label)):
             self._complete(label, ["train", *shares], bounds, position, params)
@@ -246,36 +283,50 @@ class _Groups:
         )
 
 
-def _earlier(split: Path, report: Path, params: Params) -> dict[Image, str]:
-    """Return where an earlier run with the same parameters put its images.
+def _shares(entries: Sequence[Entry], result: Result, params: Params) -> dict[str, dict[str, Any]]:
+    """Return the asked and the realised share of each drawn split, and why it is off, or None.
 
-    Only the columns that this needs are asked for, since another version may have written others.
-
-    Raises:
-        ArtifactError: there is a table which cannot be read; without it, images would move.
+    All is a function of the table: what is drawn now and what stood there before give the same.
     """
-    if not (split.is_file() and report.is_file()):
-        return {}
-    if files.read_json(report).get("params") != _drawn_by(params):
-        return {}
-    with files.open_csv(split, "r") as file:
-        rows = csv.DictReader(file)
-        needed = ("sha256", "box", "split", "fold")
-        if missing := [name for name in needed if name not in (rows.fieldnames or ())]:
-            raise ArtifactError(
-                f"{split} has no column {missing[0]}; expected {', '.join(needed)}. It says where "
-                f"images are that must stay there. Put it right, or delete it to draw all anew."
+    drawn = [
+        row
+        for row, entry in enumerate(entries)
+        if entry.split not in HELD_OUT and result.splits[row] != UNUSED
+    ]
+
+    def share(splits: Sequence[str], name: str) -> float:
+        return sum(splits[row] == name for row in drawn) / len(drawn)
+
+    shares: dict[str, dict[str, Any]] = {}
+    for name, asked in _asked(entries, params).items():
+
+        def is_off(splits: Sequence[str], name: str = name, asked: float = asked) -> bool:
+            difference = abs(share(splits, name) - asked)
+            chance = math.sqrt(asked * (1 - asked) / len(drawn))
+            return difference > max(_TOLERANCE * asked, _DEVIATIONS * chance)
+
+        reason = None
+        if is_off(result.splits):
+            anew, plain = (
+                _draw(entries, _Groups(entries, {}), params, fill=fill)[0] for fill in (True, False)
             )
-        return {
-            (row["sha256"], row["box"]): row["fold"] or row["split"]
-            for row in rows
-            if row["split"] != UNUSED
+            largest = max(Counter(entry.group for entry in entries).values())
+            if not is_off(anew):
+                reason = "images that were placed earlier stay where they are"
+            elif not is_off(plain):
+                only_trains = params.small_classes == "train"
+                where = "only train" if only_trains else "stand in every split"
+                reason = f"classes of few images {where}, whatever the share"
+            elif largest > 1:
+                reason = f"groups stay whole, and the largest has {largest} images"
+            else:
+                reason = "the hashes of these images fall so; another split.seed draws anew"
+        shares[name] = {
+            "asked": asked,
+            "realised": share(result.splits, name),
+            "reason": reason,
         }
-
-
-def _drawn_by(params: Params) -> dict[str, Any]:
-    """Return the parameters that another table would be drawn by."""
-    return params.model_dump(include={"validation", "test", "folds", "seed"})
+    return shares
 
 
 def _leaks(entries: Sequence[Entry], groups: _Groups, params: Params) -> set[int]:
@@ -325,13 +376,19 @@ def _check_classes(entries: Sequence[Entry], splits: Sequence[str], params: Para
             raise DataError(f"no image is left for {split}. Add images.")
 
 
-def _describe(assignments: Sequence[Assignment], result: Result, params: Params) -> dict[str, Any]:
+def _describe(
+    assignments: Sequence[Assignment],
+    result: Result,
+    shares: Mapping[str, Mapping[str, Any]],
+    params: Params,
+) -> dict[str, Any]:
     counts: dict[str, Counter[str]] = {split: Counter() for split in (*SPLITS, UNUSED)}
     for row in assignments:
         counts[row.split][row.label] += 1
     return {
-        "params": _drawn_by(params),
+        "params": params.model_dump(include=set(placed.DRAWN_BY)),
         "classes": {split: dict(sorted(found.items())) for split, found in counts.items()},
         "images": {split: found.total() for split, found in counts.items()},
         "leaks": result.leaks,
+        "shares": shares,
     }

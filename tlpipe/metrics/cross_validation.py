@@ -58,8 +58,7 @@ def run(
     manifest: Path,
     pixels: Path,
     activations: Path,
-    split: Path,
-    split_report: Path,
+    placements: Path,
     folder: Path,
     workspace: Path,
     stages: Mapping[str, Stage],
@@ -68,8 +67,8 @@ def run(
     """Write the report and the picture of all folds into ``folder``; return the report.
 
     ``stages``: the ``run`` of each of ``STAGES``; ``params``: their sections. What they write is
-    taken away again. ``split`` and ``split_report``, where they stand, are an earlier table, whose
-    images stay in their folds; they are only read.
+    taken away again. ``placements``: where images are already, which stay in their folds; it is
+    only read.
 
     Raises:
         ParamsError: ``split.folds`` is not set.
@@ -92,14 +91,14 @@ def run(
         files.locked(folder.with_name(f".{folder.name}.lock"), "a cross-validation"),
         files.replacing_folder(folder) as target,
     ):
+        known["placements"] = target / "splits.csv"
+        if placements.exists():
+            shutil.copyfile(placements, known["placements"])
         folds = []
         for number in range(section.folds):
             _log.info("fold %s of %s (split.fold: %s)", number + 1, section.folds, number)
             place = target / f"fold-{number}"
             place.mkdir()
-            for name, earlier in {"split.csv": split, "split.json": split_report}.items():
-                if earlier.is_file():
-                    shutil.copyfile(earlier, place / name)
             changes = {**_LESS, "split": {"folds": section.folds, "fold": number}}
             sections = {
                 name: params[name].model_copy(update=changes.get(name, {})) for name in STAGES
@@ -113,6 +112,7 @@ def run(
                 ) from None
             folds.append(_read(place))
             shutil.rmtree(place)
+        known["placements"].unlink()
         groups = [entry.group for entry in load_manifest(manifest)]
         report = summarise(folds, groups, confidence)
         files.write_json(target / "report.json", report)
@@ -127,12 +127,16 @@ def _run_stages(
     stages: Mapping[str, Stage],
     params: Mapping[str, Section],
 ) -> None:
-    """Run the stages of one fold; all that they write lies in ``place``."""
+    """Run the stages of one fold; what they write lies in ``place``, folds share placements."""
     manifest, pixels, activations = known["manifest"], known["pixels"], known["activations"]
     split, model, history = place / "split.csv", place / "model", place / "history.csv"
     bundle = place / "bundle"
     stages["split"](
-        manifest=manifest, split=split, report=place / "split.json", params=params["split"]
+        manifest=manifest,
+        split=split,
+        report=place / "split.json",
+        placements=known["placements"],
+        params=params["split"],
     )
     stages["train"](
         activations=activations,

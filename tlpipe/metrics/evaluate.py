@@ -15,7 +15,7 @@ from tlpipe.data import pixels as packed
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.manifest import Entry
 from tlpipe.inference.predictor import Predictor
-from tlpipe.metrics import answers, corruptions, curves, scores, slices
+from tlpipe.metrics import answers, corruptions, curves, generalisation, scores, slices
 from tlpipe.metrics import plots as drawn
 from tlpipe.metrics import speed as speeds
 from tlpipe.metrics.answers import Answers, Part, Shown
@@ -89,7 +89,8 @@ def run(
 ) -> None:
     """Write the report, how fast it is, the predictions, tables and plots, an example per class.
 
-    ``held_out``: predictions for images that did not train, which the abstention threshold goes by.
+    ``held_out``: predictions for images that did not train, which the abstention threshold goes by
+    and the test accuracy is compared with.
 
     Raises:
         ArtifactError: the bundle is damaged, or knows other classes than the split table.
@@ -117,6 +118,9 @@ def run(
             abstention["images"],
             abstention["images_needed"],
         )
+    general = generalisation.compare(
+        calibrated.hits, groups, answered.hits, test.groups, params.confidence
+    )
     content = {
         "bundle": shipped.digest,
         "images": len(test.rows),
@@ -126,6 +130,7 @@ def run(
             | {"megabytes": shipped.graphs[name].stat().st_size / 1e6}
             for name, given in found.items()
         },
+        "generalisation": general,
         "temperature": shipped.provenance["temperature"],
         "abstention": abstention,
         "unknown": _unknown(exact, answered, threshold, params),
@@ -150,6 +155,12 @@ def run(
         drawn.galleries(folder, squares, shown, params.mistakes)
     accuracy = content["precisions"][EXACT]["accuracy"]
     _log.info("test accuracy %s on %s images", describe(accuracy), len(test.rows))
+    if general["is_below"]:
+        _log.warning(
+            "test accuracy is below validation accuracy beyond chance: %s. Test images differ from "
+            "those that training was tuned by, or validation was overfitted",
+            generalisation.describe(general),
+        )
 
 
 def describe(accuracy: Mapping[str, float]) -> str:

@@ -6,6 +6,7 @@ Sections after Mitchell et al. (2019), Model cards for model reporting.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tlpipe.metrics import generalisation
 from tlpipe.metrics.scores import UNKNOWN, title
 from tlpipe.onnx_export.bundle import EXACT, Bundle
 from tlpipe.registry.moves import LONGEST, SUFFIX
@@ -105,6 +106,12 @@ def limits(report: Mapping[str, Any]) -> str:
     """Say what it does not do, by the report of ``evaluate``."""
     abstention, unknown, robustness = report["abstention"], report["unknown"], report["robustness"]
     lines = [_abstention(abstention)]
+    if report["generalisation"]["is_below"]:
+        lines.insert(
+            0,
+            f"Test accuracy is below validation accuracy beyond chance, so other images may cost "
+            f"still more: {generalisation.describe(report['generalisation'])}.",
+        )
     lines.append(_others(unknown))
     kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
     worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])

@@ -19,9 +19,9 @@ from tlpipe.data import ingest
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import Sampling
 from tlpipe.data.manifest import load_manifest, load_split
-from tlpipe.errors import GateError, TlpipeError
+from tlpipe.errors import ArtifactError, GateError, TlpipeError
 from tlpipe.inference.predictor import Predictor
-from tlpipe.metrics import answers, scores, speed
+from tlpipe.metrics import answers, generalisation, scores, speed
 from tlpipe.metrics.answers import Answers, Part
 from tlpipe.metrics.curves import Hits
 from tlpipe.onnx_export import signing
@@ -144,13 +144,15 @@ def judge(
     names: tuple[str, str | None],
     measured: Measured,
     source: ingest.Params,
+    held_out: Path | None,
     signature: Path | None,
     bounds: Bounds,
 ) -> Decision:
     """Compare a candidate with the champion; ``names`` are their versions.
 
     ``source``: from where the images are read anew where the champion sees them differently.
-    ``signature``: the candidate's, None where it has none.
+    ``held_out``: predictions of the candidate's training for images that it held out, and
+    ``signature``: the candidate's; None where its run has none.
 
     Raises:
         GateError: the champion cannot be measured on these images.
@@ -181,6 +183,7 @@ def judge(
             recalls[worst] >= bounds.recall and not (untested and bounds.recall),
         ),
         Rule("leaks", f"{leaked} test images", "none that training has seen", not leaked),
+        _validation(given, part, candidate, held_out, measured.split),
     ]
     error = scores.calibration_error(given.probabilities, part.truth, part.groups, _CONFIDENCE)
     numbers: dict[str, Any] = {
@@ -222,6 +225,22 @@ def _leaked(measured: Measured) -> int:
     ]
     seen = set().union(*(mark for split, mark in marks if split in ("train", "validation")))
     return sum(split == "test" and not mark.isdisjoint(seen) for split, mark in marks)
+
+
+def _validation(
+    given: Answers, part: Part, candidate: Bundle, held_out: Path | None, split: Path
+) -> Rule:
+    """Compare with the accuracy on images held out of training."""
+    expected = "test accuracy that is not below it beyond chance"
+    if held_out is None:
+        advice = "register it anew: 'dvc repro --force --single-item register'"
+        return Rule("validation", "no predictions held out in its run", f"some; {advice}", False)
+    try:
+        validation, groups = answers.of_held_out(held_out, candidate, split)
+    except ArtifactError as error:
+        return Rule("validation", str(error), expected, False)
+    found = generalisation.compare(validation.hits, groups, given.hits, part.groups, _CONFIDENCE)
+    return Rule("validation", generalisation.describe(found), expected, not found["is_below"])
 
 
 def _hits_of(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime, time
 from typing import TYPE_CHECKING
 
+from tlpipe import held_out
 from tlpipe.data import ingest
 from tlpipe.errors import ArtifactError, GateError, RegistryError
 from tlpipe.lineage import user
@@ -165,6 +166,7 @@ def _judge(
             f"nothing that was in production is left to compare with: {error} To do without, say "
             f"why: --force WHY."
         ) from None
+    held = tracking.artifact(client, version.run_id, f"{tracking.MODEL_FOLDER}/{held_out.NAME}")
     signature = None
     if bounds.public_key is not None:
         signature = tracking.artifact(client, version.run_id, signing.ARTIFACT)
@@ -174,6 +176,7 @@ def _judge(
         names=(str(version.version), serving.version if serving else None),
         measured=measured,
         source=source,
+        held_out=held,
         signature=signature,
         bounds=bounds,
     )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = "mlflow.note.content"  # what MLflow shows on top of a run
 _MADE_BY = {"mlflow.source.name": "tlpipe register", "mlflow.source.type": "LOCAL"}
 _DIGESTS = "sha256.json"  # of every artifact, by its path
+SPLIT, SPLIT_REPORT = "data/split.csv", "data/split.json"
 _AT_ONCE = 1000  # the most metrics that MLflow takes in one request
 
 
@@ -53,6 +54,8 @@ class Content:
     rejects: Path
     suspects: Path
     data_plots: Path
+    manifest: Path
+    split: Path
 
     @classmethod
     def stored(cls, folder: Path) -> "Content":
@@ -81,10 +84,12 @@ _PLACES = {
     "examples": "examples",
     "history": "history.csv",
     "data_report": "data/ingest.json",
-    "split_report": "data/split.json",
+    "split_report": SPLIT_REPORT,
     "rejects": "data/rejects.csv",
     "suspects": "data/suspects.csv",
     "data_plots": "data/plots",
+    "manifest": "data/manifest.csv",
+    "split": SPLIT,
 }
 
 

@@ -1,4 +1,8 @@
-"""Command ``rebuild``: make a registered bundle once more, from its commit and its data alone."""
+"""Command ``rebuild``: make a registered bundle once more, from its commit and its data alone.
+
+Where images were placed earlier is part of what it was made from. The commit's ``splits.csv`` says
+so; where it does not, since that was committed later or never, the split table of the run does.
+"""
 
 import logging
 import os
@@ -12,13 +16,16 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tlpipe import files, lineage
+from tlpipe.data import placements as placed
+from tlpipe.data.manifest import Assignment, load_split
 from tlpipe.errors import ArtifactError, RegistryError
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import Bundle
-from tlpipe.registry import moves, tracking
+from tlpipe.registry import moves, publishing, tracking
 from tlpipe.versioning import stage_paths
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 _log = logging.getLogger(__name__)
@@ -32,6 +39,14 @@ class _Origin:
     repository: str
     commit: str
     folder: str
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The split table that a run keeps, and the parameters that it was drawn by."""
+
+    table: list[Assignment]
+    drawn_by: str
 
 
 def run(
@@ -55,9 +70,10 @@ def run(
             known = tracking.bundle_of(client, version)
         except (ArtifactError, RegistryError) as error:
             _log.warning("the stored bundle is lost, its digest is known: %s", error)
+        split = _split_of(client, version)
     origin = _origin(version, known, repository, workspace)
     with TemporaryDirectory() as name:
-        found = _build(origin, Path(name, "clone"), workspace)
+        found = _build(origin, split, Path(name, "clone"), workspace)
         if found.digest != expected:
             raise ArtifactError(
                 f"{reference} was rebuilt with the digest {found.digest[:16]}..., registered "
@@ -95,8 +111,20 @@ def _origin(
     return _Origin(source, commit, tags.get("tlpipe.git_folder", ""))
 
 
-def _build(origin: _Origin, clone: Path, workspace: Path) -> Bundle:
-    """Clone, check out, pull the data, reproduce up to the bundle."""
+def _split_of(client: "MlflowClient", version: "ModelVersion") -> _Split | None:
+    """Return the split table that the version's run keeps, None where it keeps none."""
+    table, report = (
+        tracking.artifact(client, version.run_id, place)
+        for place in (publishing.SPLIT, publishing.SPLIT_REPORT)
+    )
+    if table is None or report is None:
+        _log.info("the run keeps no split table: images are placed as the commit places them")
+        return None
+    return _Split(load_split(table), placed.drawn_by(files.read_json(report)["params"]))
+
+
+def _build(origin: _Origin, split: _Split | None, clone: Path, workspace: Path) -> Bundle:
+    """Clone, check out, pull the data, place images as they were, reproduce up to the bundle."""
     _log.info("cloning %s, whose code runs then", origin.repository)
     _step("git", "clone", "-q", "--no-checkout", "--", origin.repository, str(clone), folder=Path())
     _step("git", "checkout", "-q", origin.commit, folder=clone)
@@ -109,8 +137,25 @@ def _build(origin: _Origin, clone: Path, workspace: Path) -> Bundle:
     if names := tracked.stdout.split("\0")[:-1]:
         _log.info("pulling the data: %s", ", ".join(names))
         _step("dvc", "pull", "-q", *names, folder=inside)
+    if split is not None:
+        _place(split, inside)
     _step("dvc", "repro", "-q", "export", folder=inside)
     return bundles.load(stage_paths("export", inside)["bundle"])
+
+
+def _place(split: _Split, inside: Path) -> None:
+    """Let the clone place images as the split table does, unless its commit does so already."""
+    placements = stage_paths("split", inside).get("placements")
+    if placements is None:  # a commit of an older tlpipe, whose splits go by hashes alone
+        return
+    try:
+        if placed.gives(placements, split.drawn_by, split.table):
+            return
+        why = "does not place all images as they were"
+    except ArtifactError as error:
+        why = f"cannot be used: {error}"
+    _log.info("%s of the commit %s; the run's split table is taken", placements.name, why)
+    placed.save(placements, split.drawn_by, placed.of_table(split.table))
 
 
 def _step(*command: str, folder: Path) -> None:

@@ -106,6 +106,7 @@ def run(
             "onnx_bytes": shipped.model.stat().st_size,
             "accuracy": result["precisions"][EXACT]["accuracy"],
             "test_images": result["images"],
+            "generalisation": result["generalisation"],
             "images": data["images"],
             "classes": len(data["classes"]),
             "rejected": sum(data["rejected"].values()),

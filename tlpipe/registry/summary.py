@@ -32,6 +32,7 @@ def run(*, receipt: Path, workspace: Path) -> tuple[list[tuple[str, str]], str]:
         ),
         ("backbone", f"{content['backbone']}, frozen: {content['freeze']}"),
         ("test accuracy", interval),
+        ("validation accuracy", _validation(content["generalisation"])),
         ("ONNX", f"{content['onnx']}, {content['onnx_bytes'] / 1e6:.1f} MB"),
         ("model", f"{content['name']} version {content['version']}, {aliases}"),
     ]
@@ -40,6 +41,16 @@ def run(*, receipt: Path, workspace: Path) -> tuple[list[tuple[str, str]], str]:
     bundle = Path(content["onnx"]).parent
     answering = f"tlpipe predict IMAGE --model {shlex.quote(str(bundle))}"
     return rows, f"make ui | tlpipe promote: nothing is in production yet | {answering}"
+
+
+def _validation(found: dict[str, Any]) -> str:
+    validation, change = found["validation"], found["difference"]
+    verdict = "below it beyond chance" if found["is_below"] else "not below it beyond chance"
+    return (
+        f"{validation['value']:.3f} ({validation['images']} images held out); test accuracy is "
+        f"{verdict}: {change['value']:+.3f} ({change['confidence']:.0%} interval "
+        f"{change['low']:+.3f} to {change['high']:+.3f})"
+    )
 
 
 def _aliases(content: dict[str, Any], workspace: Path) -> tuple[list[str], bool]:

@@ -258,11 +258,14 @@ def verified(version: "ModelVersion", folder: Path) -> Bundle:
 
 
 def artifact(client: "MlflowClient", run_id: str | None, place: str) -> Path | None:
-    """Fetch a file or folder at the top of a run's artifacts, None where there is none."""
+    """Fetch a file or folder of a run's artifacts, None where there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
-        if run_id is None or place not in {found.path for found in client.list_artifacts(run_id)}:
+        if run_id is None:
+            return None
+        beside = client.list_artifacts(run_id, place.rpartition("/")[0] or None)
+        if place not in {found.path for found in beside}:
             return None
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
