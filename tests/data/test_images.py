@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Workspace
-from tlpipe.data.images import Sampling, crop_middle, read_square, read_upright, upright_size
+from tlpipe.data.images import Sampling, crop_middle, frame_of, read_square, read_upright
 from tlpipe.errors import ImageError
 
 SMALL = Sampling(short_side_px=64, interpolation="bicubic")
@@ -161,7 +161,7 @@ def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> Non
     expected, _ = read_square(encoded(upright), SMALL)
     assert (pixels == expected).all()
     # Boxes are cut from this image, and checked against its size before it is decoded.
-    assert upright_size(data) == read_upright(data)[0].size == upright.size
+    assert frame_of(data).upright == read_upright(data)[0].size == upright.size
 
 
 def test_the_square_is_pillow_s_resize_and_a_centred_crop() -> None:

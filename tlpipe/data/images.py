@@ -106,17 +106,30 @@ def read_upright(data: bytes, *, enough_px: int | None = None) -> tuple[Image.Im
         raise _damage(error) from None
 
 
-def upright_size(data: bytes) -> tuple[int, int]:
-    """Return the width and height that an image will have when it is upright; decodes nothing.
+@dataclass(frozen=True)
+class Frame:
+    """Width and height of an image as stored and when upright, and EXIF's orientation."""
+
+    stored: tuple[int, int]
+    upright: tuple[int, int]
+    orientation: int
+
+
+def frame_of(data: bytes) -> Frame:
+    """Return the sizes that an image has, as stored and upright; decodes nothing.
 
     Raises:
         ImageError: as ``read_square``, as far as the header tells.
     """
     image = _open(data)
+    orientation = _orientation(image)
+    orientation = orientation if orientation in _UPRIGHT else 1
     width, height = image.size
+    turned = (height, width) if orientation >= 5 else (width, height)
     # Pillow states a TIFF's size as it will be when turned, others' as it is stored.
-    is_turned = _orientation(image) >= 5 and image.format != "TIFF"
-    return (height, width) if is_turned else (width, height)
+    if image.format == "TIFF":
+        return Frame(turned, (width, height), orientation)
+    return Frame((width, height), turned, orientation)
 
 
 def square(image: Image.Image, sampling: Sampling, box: Box | None = None) -> Image.Image:

@@ -27,6 +27,7 @@ from tlpipe.sources.candidates import Reject
 from tlpipe.sources.tables import Role
 
 _log = logging.getLogger(__name__)
+_CODE = tuple(f"tlpipe.data.{name}" for name in ("boxes", "images", "libtiff", "reading"))
 _CODECS = ("libjpeg_turbo", "libtiff", "webp")
 
 
@@ -51,6 +52,12 @@ class Params(Section):
         default={},
         description="For tables: the names of columns by what they hold, such as {path: file, "
         "label: species}, where they are not known ones.",
+    )
+    label_files: str | None = Field(
+        default=None,
+        min_length=1,
+        description="For tables and annotations: which files to read labels from where there are "
+        "several, such as annotations/instances_*.json.",
     )
     box_margin: float = Field(
         default=0.1,
@@ -177,6 +184,7 @@ def opened(params: Params) -> AbstractContextManager[listing.Source]:
         pattern=params.pattern,
         background=params.background,
         columns=params.columns,
+        label_files=params.label_files,
         follow_links=params.follow_links,
     )
 
@@ -188,7 +196,7 @@ def _decoder(box_margin: float) -> str:
     """
     pillow = versions("pillow")["pillow"]
     codecs = ", ".join(f"{name} {features.version(name)}" for name in _CODECS)
-    code = of_modules("tlpipe.data.images", "tlpipe.data.libtiff", "tlpipe.data.reading")
+    code = of_modules(*_CODE)
     return f"Pillow {pillow}, {codecs}, code {code}, margin {box_margin:g}"
 
 
