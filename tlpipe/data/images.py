@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from tlpipe.data import libtiff
+from tlpipe.data.values import Measured, ValueRange, is_deep, to_bytes
 from tlpipe.errors import ImageError
 from tlpipe.sources.candidates import Box
 
@@ -38,12 +39,17 @@ _UPRIGHT = {
 
 
 class Sampling(BaseModel):
-    """How an image becomes a square of pixels: the shorter side resized, the middle kept."""
+    """How an image becomes a square of pixels: the shorter side resized, the middle kept.
+
+    ``value_range``: of pictures of more than 8 bits, what becomes black and white; None where
+    there were none, and then they are rejected.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     short_side_px: PositiveInt
     interpolation: Literal["bilinear", "bicubic"]
+    value_range: ValueRange | None = None
 
 
 class Preprocessing(Sampling):
@@ -74,18 +80,26 @@ def read_square(data: bytes, sampling: Sampling) -> tuple[Pixels, Header]:
     Returns: (short_side_px, short_side_px, 3) uint8 RGB; the header.
 
     Raises:
-        ImageError: the file is empty, no image of ``FORMATS``, too large, too thin, cut off or
-            corrupt.
+        ImageError: the file is empty, no image of ``FORMATS``, too large, too thin, cut off,
+            corrupt, or has more than 8 bits and no contrast in the range of values, or no range.
     """
-    image, header = read_upright(data, enough_px=2 * sampling.short_side_px)
+    enough_px = 2 * sampling.short_side_px
+    image, header = read_upright(data, enough_px=enough_px, value_range=sampling.value_range)
     return np.asarray(square(image, sampling)), header
 
 
-def read_upright(data: bytes, *, enough_px: int | None = None) -> tuple[Image.Image, Header]:
+def read_upright(
+    data: bytes,
+    *,
+    enough_px: int | None = None,
+    value_range: ValueRange | None = None,
+    measured: Measured | None = None,
+) -> tuple[Image.Image, Header]:
     """Decode an image file to upright RGB; of an animation the first frame.
 
     ``enough_px``: a JPEG may be decoded at half, quarter or eighth size, as long as neither side
-    falls below it.
+    falls below it; ``value_range``: of more than 8 bits, what becomes black and white;
+    ``measured``: takes the values of such a picture, whatever becomes of it.
 
     Raises:
         ImageError: as ``read_square``.
@@ -96,9 +110,9 @@ def read_upright(data: bytes, *, enough_px: int | None = None) -> tuple[Image.Im
         if enough_px is not None:
             image.draft("RGB", (enough_px, enough_px))
         if image.width * image.height <= _LARGE_PIXELS:
-            return _decode(image), header
+            return _decode(image, value_range, measured), header
         with _LARGE:
-            return _decode(image), header
+            return _decode(image, value_range, measured), header
     except ImageError:
         raise
     except Exception as error:
@@ -234,9 +248,16 @@ def _damage(error: Exception) -> ImageError:
     return ImageError(reason, f"{type(error).__name__}: {error}")
 
 
-def _decode(image: Image.Image) -> Image.Image:
+def _decode(
+    image: Image.Image, value_range: ValueRange | None, measured: Measured | None
+) -> Image.Image:
     _load(image)
     turn = _UPRIGHT.get(_orientation(image))
+    if is_deep(image.mode):
+        values = np.asarray(image)
+        if measured is not None:
+            measured.add(values)
+        image = Image.fromarray(to_bytes(values, value_range))
     rgb = _to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -281,10 +302,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: 16-bit to 8-bit by its high byte, transparency over white."""
-    if image.mode.startswith("I"):
-        high_bytes = np.clip(np.asarray(image, np.int64) // 256, 0, 255).astype(np.uint8)
-        return Image.fromarray(high_bytes).convert("RGB")
+    """Convert any mode of 8 bits to RGB, transparency over white."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
@@ -19,6 +20,7 @@ from tlpipe.data.images import Sampling
 from tlpipe.data.journal import Journal
 from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
 from tlpipe.data.reading import read_all
+from tlpipe.data.values import Measured
 from tlpipe.errors import DataError
 from tlpipe.params import Section
 from tlpipe.progress import track
@@ -27,7 +29,7 @@ from tlpipe.sources.candidates import Reject
 from tlpipe.sources.tables import Role
 
 _log = logging.getLogger(__name__)
-_CODE = tuple(f"tlpipe.data.{name}" for name in ("boxes", "images", "libtiff", "reading"))
+_CODE = tuple(f"tlpipe.data.{name}" for name in ("boxes", "images", "libtiff", "reading", "values"))
 _CODECS = ("libjpeg_turbo", "libtiff", "webp")
 
 
@@ -88,6 +90,21 @@ class Params(Section):
     interpolation: Literal["bilinear", "bicubic"] = Field(
         default="bicubic", description="How images are resized."
     )
+    value_range: Literal["auto"] | tuple[float, float] | None = Field(
+        default="auto",
+        description="For pictures of more than 8 bits: [LOW, HIGH], the values that become black "
+        "and white. auto measures all of them and takes what their bits hold; null rejects them.",
+    )
+
+    @field_validator("value_range", mode="before")
+    @classmethod
+    def _has_ends(cls, found: object) -> object:
+        if not isinstance(found, list | tuple):
+            return found
+        match found:
+            case [int() | float() as low, int() | float() as high] if low < high:
+                return float(low), float(high)
+        raise ValueError("it must be auto, null or [LOW, HIGH], two numbers of which one is lower")
 
     @field_validator("pattern")
     @classmethod
@@ -121,18 +138,27 @@ def run(
     Raises:
         DataError: the source is missing, or what is usable of it makes no data set.
     """
-    sampling = Sampling(short_side_px=params.short_side_px, interpolation=params.interpolation)
+    sampling = Sampling(
+        short_side_px=params.short_side_px,
+        interpolation=params.interpolation,
+        value_range=None if params.value_range == "auto" else params.value_range,
+    )
     decoder, compared = _decoder(params.box_margin), _compared()
     outputs = (manifest, duplicates, pixels, report)
     earlier = Earlier(*outputs, sampling=sampling, decoder=decoder, compared=compared)
     with opened(params) as source, files.replacing_folder(pixels) as folder:
         for note in source.notes:
             _log.info("%s", note)
-        outcomes = read_all(source, sampling, params.box_margin, earlier)
-        total = source.counts.total()
-        with closing(Journal(folder, sampling, earlier.pixels)) as journal:
-            for outcome in track(outcomes, total=total, description="ingest"):
-                journal.add(outcome)
+        measured = Measured()
+        if params.value_range == "auto":
+            sampling = sampling.model_copy(update={"value_range": earlier.value_range})
+        journal = _read(source, folder, sampling, params.box_margin, earlier, measured)
+        if params.value_range == "auto" and measured.range() != sampling.value_range:
+            sampling = sampling.model_copy(update={"value_range": measured.range()})
+            shutil.rmtree(folder)
+            folder.mkdir()
+            journal = _read(source, folder, sampling, params.box_margin, earlier, Measured())
+        _say_range(measured, sampling, params)
         groups = journal.group(earlier)
         refused = sorted([*journal.rejects, *source.rejects], key=lambda reject: reject.path)
         save_rejects(rejects, refused)
@@ -152,6 +178,7 @@ def run(
         "data_version": data_version,
         "decoder": decoder,
         "compared": compared,
+        "value_range": sampling.value_range,
         "rejected": dict(sorted(Counter(reject.reason for reject in refused).items())),
         "duplicates": {
             "equal": groups.equal,
@@ -169,6 +196,40 @@ def run(
         journal.decoded,
         groups.equal,
         groups.nearly_equal,
+    )
+
+
+def _read(
+    source: listing.Source,
+    folder: Path,
+    sampling: Sampling,
+    margin: float,
+    earlier: Earlier,
+    measured: Measured,
+) -> Journal:
+    """Read the source into a folder; ``measured`` takes the values of more than 8 bits."""
+    outcomes = read_all(source, sampling, margin, earlier, measured)
+    with closing(Journal(folder, sampling, earlier.pixels)) as journal:
+        for outcome in track(outcomes, total=source.counts.total(), description="ingest"):
+            journal.add(outcome)
+    return journal
+
+
+def _say_range(measured: Measured, sampling: Sampling, params: Params) -> None:
+    if not measured.count or sampling.value_range is None:
+        return
+    low, high = sampling.value_range
+    _log.info(
+        "%s pictures have more than 8 bits, and values from %g to %g: %g becomes black and %g "
+        "white.%s",
+        measured.count,
+        measured.lowest,
+        measured.highest,
+        low,
+        high,
+        " They are decoded anew each time, unless ingest.value_range states this range"
+        if params.value_range == "auto"
+        else "",
     )
 
 
@@ -219,6 +280,13 @@ def _check_usable(
                 f"one each to train, to validate and to test. Add images or take the class out; "
                 f"{rejects} says what was refused."
             )
+    if (constant := [reject for reject in refused if reject.reason == "constant"]) and len(
+        constant
+    ) >= usable.total():
+        raise DataError(
+            f"{len(constant)} pictures of more than 8 bits have no contrast, and {usable.total()} "
+            f"images are usable; the first is {constant[0].path!r}: {constant[0].detail}."
+        )
     # A square beside the boxes is ours to look for: where there is none, nothing given is lost.
     refused = [reject for reject in refused if reject.reason != "no_background"]
     share = len(refused) / max(len(refused) + usable.total(), 1)

@@ -21,6 +21,7 @@ from tlpipe.data.boxes import part_of
 from tlpipe.data.earlier import Earlier, Known
 from tlpipe.data.images import Header, Pixels, Sampling, frame_of, read_upright, square
 from tlpipe.data.manifest import Entry
+from tlpipe.data.values import Measured
 from tlpipe.errors import ImageError, StoreError
 from tlpipe.sources.candidates import Candidate, Reject
 from tlpipe.sources.listing import Source
@@ -47,11 +48,12 @@ Outcome = Usable | Reject
 
 
 def read_all(
-    source: Source, sampling: Sampling, margin: float, earlier: Earlier
+    source: Source, sampling: Sampling, margin: float, earlier: Earlier, measured: Measured
 ) -> Iterator[Outcome]:
     """Yield what becomes of each candidate of a source, in their order.
 
-    ``margin``: what is added to a box on each side, as a share of its longer side.
+    ``margin``: what is added to a box on each side, as a share of its longer side; ``measured``:
+    takes the values of the pictures of more than 8 bits that are decoded.
 
     Raises:
         DataError: a file changes while it is read.
@@ -63,7 +65,7 @@ def read_all(
             data = source.storage.read(parts[0].file)
         except ImageError as error:
             return [Reject(part.name, error.reason, error.detail) for part in parts]
-        return list(_read_parts(data, parts, stamp, sampling, margin, earlier))
+        return list(_read_parts(data, parts, stamp, sampling, margin, earlier, measured))
 
     waiting: deque[Future[list[Outcome]] | list[Outcome]] = deque()
 
@@ -156,6 +158,7 @@ def _read_parts(
     sampling: Sampling,
     margin: float,
     earlier: Earlier,
+    measured: Measured,
 ) -> Iterator[Outcome]:
     """Yield what became of one file's parts; the file is decoded once, and not at all if known."""
     sha256 = hashlib.sha256(data).hexdigest()
@@ -185,7 +188,12 @@ def _read_parts(
                 continue
             if decoded is None:
                 enough = 2 * sampling.short_side_px if is_whole else None
-                decoded = read_upright(data, enough_px=enough)
+                decoded = read_upright(
+                    data,
+                    enough_px=enough,
+                    value_range=sampling.value_range,
+                    measured=measured,
+                )
             picture, header = decoded
             kept = square(picture, sampling, box)
         except ImageError as error:

@@ -268,7 +268,7 @@ def _read_again(part: Part, folder: Path, source: ingest.Params, sampling: Sampl
 def sampling_of(bundle: Bundle) -> Sampling:
     """Return how a bundle wants images to be stored."""
     seen = bundle.preprocessing
-    return Sampling(short_side_px=seen.short_side_px, interpolation=seen.interpolation)
+    return Sampling(**{key: getattr(seen, key) for key in Sampling.model_fields})
 
 
 def _change(change: dict[str, float], loss: float) -> Rule:
