@@ -599,17 +599,26 @@ def check(
     from tlpipe import versioning
     from tlpipe.data import ingest
     from tlpipe.metrics import answers, evaluate
+    from tlpipe.sources import listing
     from tlpipe.sources.storage import Folder
 
     sections = load_params(params)
     section = cast(ingest.Params, sections["ingest"])
-    with (
-        ingest.opened(section) as source,
-        answers.opened(cast(evaluate.Params, sections["evaluate"]).unknown),
-    ):
+    unknown = cast(evaluate.Params, sections["evaluate"]).unknown
+    listing.check_written_out(section.source, "ingest.source")
+    listing.check_written_out(unknown, "evaluate.unknown")
+    with ingest.opened(section) as source, answers.opened(unknown):
         for note in source.notes:
             print(_printable(note))
         links = list(source.storage.links_outside()) if isinstance(source.storage, Folder) else []
+    if source.rejects:
+        first = source.rejects[0]
+        print(
+            f"{len(source.rejects)} will be rejected ({ingest.counted(source.rejects)}), the first "
+            f"is {_printable(f'{first.path}: {first.detail}')}"
+        )
+        most = section.max_rejected
+        ingest.check_rejected(source.rejects, source.counts.total(), most, "ingest lists each")
     if links:
         (name, target), *_ = links
         print(

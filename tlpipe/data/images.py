@@ -1,6 +1,7 @@
 """Turn the bytes of an image file into pixels: the one way, for training and for serving."""
 
 import io
+import re
 import struct
 import threading
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from tlpipe.data import libtiff
@@ -16,7 +17,19 @@ from tlpipe.data.values import Measured, ValueRange, is_deep, to_bytes
 from tlpipe.errors import ImageError
 from tlpipe.sources.candidates import Box
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+HEIC_EXTRA = "pip install 'tlpipe[heic]'"
+try:
+    import pillow_heif
+except ImportError:
+    _HEIF: tuple[str, ...] = ()
+else:
+    pillow_heif.register_heif_opener()
+    _HEIF = ("HEIF",)
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"),
+    *(("AVIF",) if features.check("avif") else ()),
+    *_HEIF,
+)
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 20
 Pixels = npt.NDArray[np.uint8]
@@ -24,6 +37,9 @@ Pixels = npt.NDArray[np.uint8]
 # Of images that take hundreds of megabytes when decoded, only so many at a time.
 _LARGE_PIXELS = 20_000_000
 _LARGE = threading.BoundedSemaphore(2)
+
+# Colours of 12 bits in 16 have 16 levels in their high byte.
+_HIGH_BYTES = 32
 
 # What EXIF's orientation asks for (CIPA DC-008, tag 0x0112).
 _ORIENTATION = 0x0112
@@ -221,6 +237,8 @@ def _open(data: bytes) -> Image.Image:
 
 def _unidentified(data: bytes) -> ImageError:
     """Say by the first bytes alone what a file is that no allowed decoder wants."""
+    if not _HEIF and data[4:8] == b"ftyp" and _HEIC.search(data[8:64]):
+        return ImageError("format", f"HEIC; expected one of {', '.join(FORMATS)}. {HEIC_EXTRA}")
     Image.init()
     for name, (_, accepts) in sorted(Image.OPEN.items()):
         try:
@@ -237,8 +255,15 @@ def _unidentified(data: bytes) -> ImageError:
     return ImageError("not_image", f"not one of {', '.join(FORMATS)}")
 
 
-# Photos of telephones and drawings, which Pillow does not know.
-_OTHER_FORMATS = {"HEIC": (4, b"ftyphe"), "HEIF": (4, b"ftypmif1"), "SVG": (0, b"<svg")}
+# The kinds of HEIC, photos of telephones: the first one, or among those that it is compatible to.
+_HEIC = re.compile(rb"he(ic|ix|im|is|vc|vx)")
+# What Pillow does not know.
+_OTHER_FORMATS = {
+    "HEIF": (4, b"ftypmif1"),
+    "JPEG XL": (0, b"\xff\x0a"),
+    "JPEG XL in a container": (0, b"\0\0\0\x0cJXL "),
+    "SVG": (0, b"<svg"),
+}
 
 
 def _damage(error: Exception) -> ImageError:
@@ -251,6 +276,7 @@ def _damage(error: Exception) -> ImageError:
 def _decode(
     image: Image.Image, value_range: ValueRange | None, measured: Measured | None
 ) -> Image.Image:
+    has_16_bits = ";16" in str(getattr(image, "tile", [])[:1])
     _load(image)
     turn = _UPRIGHT.get(_orientation(image))
     if is_deep(image.mode):
@@ -258,8 +284,25 @@ def _decode(
         if measured is not None:
             measured.add(values)
         image = Image.fromarray(to_bytes(values, value_range))
+    elif has_16_bits:
+        _check_high_bytes(image)
     rgb = _to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _check_high_bytes(image: Image.Image) -> None:
+    """Check that a colour picture of 16 bits a channel has contrast in what Pillow reads of it.
+
+    Raises:
+        ImageError: its values end far below white, so that the high bytes are nearly one.
+    """
+    levels = 1 + int(np.asarray(image.convert("RGB")).max())
+    if levels < _HIGH_BYTES:
+        raise ImageError(
+            "constant",
+            f"of 16 bits a channel the high byte is read, which has {levels} of 256 levels here; "
+            f"expected colours of 8 bits, or 16 that reach white. Convert it",
+        )
 
 
 def _load(image: Image.Image) -> None:

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from tlpipe import files
 from tlpipe.code_digest import of_modules, versions
 from tlpipe.data.earlier import Earlier, remember
-from tlpipe.data.images import Sampling
+from tlpipe.data.images import FORMATS, HEIC_EXTRA, Sampling
 from tlpipe.data.journal import Journal
 from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
 from tlpipe.data.reading import read_all
@@ -30,7 +30,8 @@ from tlpipe.sources.tables import Role
 
 _log = logging.getLogger(__name__)
 _CODE = tuple(f"tlpipe.data.{name}" for name in ("boxes", "images", "libtiff", "reading", "values"))
-_CODECS = ("libjpeg_turbo", "libtiff", "webp")
+_DECODERS = ("pillow", "pillow-heif")
+_CODECS = ("libjpeg_turbo", "libtiff", "webp", "avif")
 
 
 class Params(Section):
@@ -233,13 +234,14 @@ def _say_range(measured: Measured, sampling: Sampling, params: Params) -> None:
     )
 
 
-def opened(params: Params) -> AbstractContextManager[listing.Source]:
+@contextmanager
+def opened(params: Params) -> Iterator[listing.Source]:
     """Open the source and list it; what cannot be a data set is refused before any work.
 
     Raises:
         DataError: as ``listing.opened``.
     """
-    return listing.opened(
+    with listing.opened(
         params.source,
         kind=params.kind,
         pattern=params.pattern,
@@ -247,7 +249,17 @@ def opened(params: Params) -> AbstractContextManager[listing.Source]:
         columns=params.columns,
         label_files=params.label_files,
         follow_links=params.follow_links,
-    )
+    ) as source:
+        for name, suffixes, advice in (
+            ("HEIF", (".heic", ".heif"), f"{HEIC_EXTRA} reads them"),
+            ("AVIF", (".avif",), "this Pillow was built without it"),
+        ):
+            count = sum(source.suffixes[suffix] for suffix in suffixes)
+            if count and name not in FORMATS:
+                total = source.counts.total()
+                text = f"{count} of {total} files are called {suffixes[0]} and cannot be read here"
+                source.notes.append(f"{text}: {advice}, or convert them")
+        yield source
 
 
 def _decoder(box_margin: float) -> str:
@@ -255,10 +267,10 @@ def _decoder(box_margin: float) -> str:
 
     The codecs inside of Pillow count too, since a distribution may build it with its own.
     """
-    pillow = versions("pillow")["pillow"]
+    packages = " ".join(f"{name} {found}" for name, found in versions(*_DECODERS).items())
     codecs = ", ".join(f"{name} {features.version(name)}" for name in _CODECS)
     code = of_modules(*_CODE)
-    return f"Pillow {pillow}, {codecs}, code {code}, margin {box_margin:g}"
+    return f"{packages}, {codecs}, code {code}, margin {box_margin:g}"
 
 
 def _compared() -> str:
@@ -287,18 +299,31 @@ def _check_usable(
             f"{len(constant)} pictures of more than 8 bits have no contrast, and {usable.total()} "
             f"images are usable; the first is {constant[0].path!r}: {constant[0].detail}."
         )
+    check_rejected(refused, usable.total(), max_rejected, f"{rejects} names each")
+
+
+def check_rejected(refused: Sequence[Reject], usable: int, max_rejected: float, where: str) -> None:
+    """Check that not too large a share of the images was rejected; ``where`` says which.
+
+    Raises:
+        DataError: more than ``max_rejected``.
+    """
     # A square beside the boxes is ours to look for: where there is none, nothing given is lost.
     refused = [reject for reject in refused if reject.reason != "no_background"]
-    share = len(refused) / max(len(refused) + usable.total(), 1)
+    share = len(refused) / max(len(refused) + usable, 1)
     if share > max_rejected:
-        reasons = Counter(reject.reason for reject in refused)
-        worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         raise DataError(
-            f"{len(refused)} of {len(refused) + usable.total()} images were rejected ({worst}), a "
-            f"share of {share:.3f}; ingest.max_rejected is {max_rejected:g}. The first is "
-            f"{refused[0].path!r}: {refused[0].detail}. {rejects} names each; repair or remove "
-            f"them, or raise ingest.max_rejected."
+            f"{len(refused)} of {len(refused) + usable} images were rejected "
+            f"({counted(refused)}), a share of {share:.3f}; ingest.max_rejected is "
+            f"{max_rejected:g}. The first is {refused[0].path!r}: {refused[0].detail}. {where}; "
+            f"repair or remove them, or raise ingest.max_rejected."
         )
+
+
+def counted(refused: Iterable[Reject]) -> str:
+    """Return how many were rejected for each reason, as text, the most frequent first."""
+    reasons = Counter(reject.reason for reject in refused)
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
 
 
 _EXTENSIONS = {
@@ -309,6 +334,8 @@ _EXTENSIONS = {
     "BMP": (".bmp", ".dib"),
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif", ".avifs"),
+    "HEIF": (".heic", ".heif", ".hif"),
 }
 
 

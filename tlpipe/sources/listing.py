@@ -1,5 +1,6 @@
 """Find the labelled images of a source: which file, under which label, in which given split."""
 
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -28,14 +29,16 @@ _UNEQUAL = 50
 class Source:
     """What a source holds. ``candidates`` yields them in the order of their names, each time anew.
 
-    ``counts``: of each label, how many images it has before any was opened; ``notes``: what was
-    understood and what was left out, a sentence each.
+    ``counts``: of each label, how many images it has before any was opened; ``suffixes``: the same
+    of the ends of names, in lower case; ``notes``: what was understood and what was left out, a
+    sentence each.
     """
 
     storage: Storage
     candidates: Callable[[], Iterator[Candidate]]
     rejects: list[Reject] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    suffixes: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -65,12 +68,15 @@ def opened(
     ``label_files``: a pattern of the names of the files to read labels from.
     ``follow_links``: whether links of a folder may lead outside of it.
 
+    ``~`` and variables such as ``$HOME`` in a path are expanded.
+
     Where splits are given and none is called test, the one called validation is: it is what the
     result is measured on, whatever the images' labels are read from.
 
     Raises:
         DataError: the source is missing, of no known kind, or its classes cannot be told apart.
     """
+    address = expanded(address)
     with ExitStack() as stack:
         if "://" not in address and Path(address).suffix in (".yaml", ".yml"):
             files, candidates = builtin.load(Path(address))
@@ -83,6 +89,7 @@ def opened(
         splits: Counter[str] = Counter()
         for candidate in source.candidates():
             source.counts[candidate.label] += 1
+            source.suffixes[candidate.file[candidate.file.rfind(".") :].lower()] += 1
             splits[candidate.split] += 1
         _check_classes(source, address)
         source.notes.extend(_unequal(source.counts))
@@ -92,6 +99,29 @@ def opened(
             )
             source = replace(source, candidates=partial(_validation_as_test, source.candidates))
         yield source
+
+
+def expanded(address: str) -> str:
+    """Return a path with ``~`` and variables such as ``$HOME`` written out; addresses as they are.
+
+    Examples:
+        >>> expanded("photos/~"), expanded("s3://bucket/$HOME")
+        ('photos/~', 's3://bucket/$HOME')
+    """
+    return address if "://" in address else os.path.expandvars(os.path.expanduser(address))  # noqa: PTH111
+
+
+def check_written_out(address: str, key: str) -> None:
+    """Check that DVC understands a path too: it expands nothing in the deps of ``dvc.yaml``.
+
+    Raises:
+        DataError: it does not; the message has what to write instead.
+    """
+    if (full := expanded(address)) != address:
+        raise DataError(
+            f"{key} is {address}, which DVC would look for as it stands there. Write {full} into "
+            f"params.yaml."
+        )
 
 
 def _validation_as_test(candidates: Callable[[], Iterator[Candidate]]) -> Iterator[Candidate]:
@@ -133,7 +163,10 @@ def _open_storage(address: str, *, follow_links: bool = False) -> Storage:
             f"Change it in params.yaml."
         )
     if not path.is_file():
-        raise DataError(f"ingest.source {address} is neither a file nor a folder.")
+        raise DataError(
+            f"ingest.source {address} is neither a file nor a folder; expected one of both. Change "
+            f"it in params.yaml."
+        )
     return open_archive(path.open("rb"), address)
 
 
