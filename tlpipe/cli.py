@@ -119,8 +119,11 @@ def ingest(
     """Read the source: list, check and decode its images once."""
     from tlpipe import versioning
     from tlpipe.data import ingest
+    from tlpipe.sources import listing
 
     section = cast(ingest.Params, load_params(params)["ingest"])
+    if (params.parent / ".dvc").is_dir():
+        listing.check_written_out(section.source, "ingest.source")
     for path in versioning.readable_but_hidden(params.parent):
         _log.warning(
             "%s can be read now, but .dvcignore hides it: DVC does not see it change. Run 'tlpipe "

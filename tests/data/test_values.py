@@ -12,6 +12,7 @@ from tlpipe.data import pixels as packed
 from tlpipe.data.images import read_square
 from tlpipe.inference.predictor import Predictor
 from tlpipe.onnx_export.bundle import load
+from tlpipe.registry.gate import sampling_of
 
 
 def gray(number: int, kind: int) -> np.ndarray:
@@ -141,7 +142,9 @@ def test_the_bundle_turns_a_file_into_the_stored_pixels(workspace: Workspace) ->
     artifacts = workspace.path / "artifacts"
     bundle = load(artifacts / "export" / "bundle")
     assert bundle.preprocessing.value_range == (0, 4095)
-    stored = packed.load(artifacts / "ingest" / "pixels").array
+    pixels = packed.load(artifacts / "ingest" / "pixels")
+    assert sampling_of(bundle) == pixels.sampling  # by which the gate reads images anew, or not
+    stored = pixels.array
     predictor = Predictor(bundle, threads=2)
     table = workspace.rows("artifacts/ingest/manifest.csv")
     for row, entry in enumerate(table):

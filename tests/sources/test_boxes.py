@@ -102,13 +102,32 @@ def test_of_several_kinds_instances_are_read_and_no_box_twice(tmp_path: Path) ->
     found, _, notes = read(tmp_path)
     assert len(found) == 8
     assert "several kinds of annotations are there: annotations/instances_train2017.json" in notes
-    assert "captions_val2017.json is left out: it has the keys annotations, images; COCO" in notes
+    assert "captions_val2017.json left out: it has the keys annotations, images; COCO" in notes
     chosen, _, notes = read(tmp_path, label_files="annotations/person_*.json")
     assert len(chosen) == 8 and "labels are read from annotations/person_keypoints_t" in notes
     for path in (tmp_path / "annotations").glob("instances*"):
         path.rename(path.with_name(path.name.replace("instances", "people")))
     with pytest.raises(DataError, match=r"several for one split: .* Name them: ingest.label_files"):
         read(tmp_path)
+
+
+@pytest.mark.fault("D42", "D47")
+def test_images_of_no_annotation_are_said_and_paths_may_lead_up(tmp_path: Path) -> None:
+    names = pictures(tmp_path, "images", 6)
+    content = coco([f"../images/{name}" for name in names[:4]])
+    content["images"].append({"id": 9, "file_name": "..\\images\\004.jpg"})
+    content["images"].append({"id": 10, "file_name": "../../images/005.jpg"})
+    write(tmp_path / "annotations" / "all.json", content)
+    found, rejects, notes = read(tmp_path)
+    assert {candidate.file for candidate in found} == {f"images/{name}" for name in names[:4]}
+    assert list(rejects) == ["../../images/005.jpg"]
+    assert "from annotations/all.json, of 5 photos, 1 of them without a label" in notes
+    assert "1 images are in no annotation and left out: images/005.jpg" in notes
+
+
+def test_files_of_labels_have_no_effect_on_folders(empty: Workspace, photos: Path) -> None:
+    empty.set_source(photos, kind="folders", label_files="*.json")
+    assert "label_files has no effect where labels are read from folders" in empty.ingest(code=3)
 
 
 def test_image_ids_that_differ_as_text_stay_two(tmp_path: Path) -> None:
@@ -218,7 +237,7 @@ def test_json_beside_images_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
     _, _, notes = read(tmp_path)
     assert names == []
     assert "120 JSON files beside images of their names are not read: ant/000.json" in notes
-    assert "60 JSON files in bee/ are too many to be COCO's" in notes
+    assert "120 JSON files in class folders are too many to be COCO's" in notes
 
 
 def test_an_annotation_file_that_is_too_large_is_said(

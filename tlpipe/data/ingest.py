@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import features
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tlpipe import files
 from tlpipe.code_digest import of_modules, versions
@@ -119,6 +119,12 @@ class Params(Section):
         if "label" not in groups:
             raise ValueError("it must have a group (?P<label>...)")
         return pattern
+
+    @model_validator(mode="after")
+    def _has_files_of_labels(self) -> "Params":
+        if self.label_files is not None and (self.pattern or self.kind == "folders"):
+            raise ValueError("label_files has no effect where labels are read from folders' names")
+        return self
 
 
 def run(

@@ -11,7 +11,7 @@ from typing import Any
 from tlpipe.errors import ImageError
 from tlpipe.sources import coco, voc
 from tlpipe.sources.candidates import given_split
-from tlpipe.sources.paths import folder_of, is_image
+from tlpipe.sources.paths import folder_of, is_image, some
 from tlpipe.sources.storage import Storage
 
 EXPECTED = {
@@ -91,13 +91,14 @@ def _json(storage: Storage, names: Sequence[str], is_named: bool, notes: list[st
     by_folder = defaultdict(list)
     for name in found:
         if name.count("/") <= 1 and _stem(name) not in stems:
-            by_folder[folder_of(name)].append(name)
+            # Many folders with one file each are as many as one folder with all of them.
+            by_folder[folder_of(name) if may_stand_for(name) else "class folders"].append(name)
     kept = []
     for folder, inside in by_folder.items():
         if folder and len(inside) > _LOOKED_AT:
             notes.append(
-                f"{len(inside)} JSON files in {folder}/ are too many to be COCO's and are not "
-                f"read. ingest.label_files names those that are"
+                f"{len(inside)} JSON files in {folder} are too many to be COCO's and are not "
+                f"read: {some(inside)}. ingest.label_files names those that are"
             )
         else:
             kept += inside

@@ -212,7 +212,7 @@ def _list(
             f"ingest.label_files or ingest.source."
         )
     if taken:
-        notes += [f"{name} is left out: {reason}" for name, reason in others.items()]
+        notes += _left_out(others)
         if taken == ["table"]:
             listed = tables.read_tables(table, rejects, notes)
         else:
@@ -221,18 +221,32 @@ def _list(
                 photos = coco.read(described.coco, files, rejects)
             else:
                 photos = voc.read(storage, described.voc, files, rejects)
-            notes.append(f"labels are read from {some(found[taken[0]])}, of {len(photos)} photos")
+            bare = sum(not photo.labels for photo in photos)
+            left = files.images_without({photo.file for photo in photos})
+            notes.append(
+                f"labels are read from {some(found[taken[0]])}, of {len(photos)} photos"
+                f"{f', {bare} of them without a label' if bare else ''}"
+            )
+            if left:
+                notes.append(f"{len(left)} images are in no annotation and left out: {some(left)}")
             listed = candidates_of(photos, background, rejects)
         listed = sorted(_in_folders_of_splits(listed, notes), key=lambda candidate: candidate.name)
         return Source(storage, partial(iter, listed), rejects, notes=notes)
     _check_no_other_labels(others, address)
-    notes += [f"{name} is left out: {reason}" for name, reason in others.items()]
+    notes += _left_out(others)
     check_no_archives(storage, address)
     layout = layouts.find(storage, address)
     nothing = [name for name in storage.names() if layout.read(name) is None]
     if beside := [name for name in nothing if not name.startswith(layout.left_out)]:
         layout.notes.append(f"{len(beside)} files beside the classes are no images: {beside[0]}")
     return _by_name(storage, layout.read, [*notes, *layout.notes])
+
+
+def _left_out(others: Mapping[str, str]) -> Iterator[str]:
+    """Yield why files are not read, those with one reason together."""
+    for reason in dict.fromkeys(others.values()):
+        names = [name for name, why in others.items() if why == reason]
+        yield f"{some(names)} left out: {reason}"
 
 
 def _in_folders_of_splits(listed: list[Candidate], notes: list[str]) -> list[Candidate]:

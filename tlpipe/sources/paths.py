@@ -1,8 +1,9 @@
 """Find the files that tables and annotations name, and the splits that names say."""
 
+import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import PurePosixPath
 
 from tlpipe.sources.candidates import IMAGES, given_split
@@ -40,7 +41,7 @@ class Files:
         path = stated if stated in self.names else stated.replace("\\", "/")
         path = PurePosixPath(path).as_posix()
         folder = folder_of(by)
-        for place in (f"{folder}/{path}" if folder else path, path):
+        for place in (posixpath.normpath(f"{folder}/{path}") if folder else path, path):
             if found := self._at(place):
                 return found
         parts = path.strip("/").split("/")
@@ -56,6 +57,10 @@ class Files:
             and (f"/{name}".endswith(f"/{path}") or f"/{_stem(name)}".endswith(f"/{path}"))
             and not (split and split_of_folders(name) in others)
         )
+
+    def images_without(self, names: Collection[str]) -> list[str]:
+        """Return the images that are not among ``names``, in order."""
+        return sorted(name for name in self.names - set(names) if is_image(name))
 
     def _root(self, folder: str) -> str:
         """Return the nearest folder above that holds images, with ``/``; "" for the source."""

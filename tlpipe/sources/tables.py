@@ -16,7 +16,7 @@ from typing import Literal
 
 from tlpipe.errors import DataError, ImageError
 from tlpipe.sources.candidates import Candidate, Reject, given_split
-from tlpipe.sources.paths import Files, folder_of, is_image, some, split_of
+from tlpipe.sources.paths import Files, folder_of, some, split_of
 from tlpipe.sources.storage import Storage
 
 Role = Literal["path", "label", "split", "group"]
@@ -140,8 +140,7 @@ def read_tables(found: Found, rejects: list[Reject], notes: list[str]) -> list[C
                 continue
             seen[candidate.name] = candidate.label
             candidates.append(candidate)
-    left = sorted(name for name in files.names - seen.keys() if is_image(name))
-    if left:
+    if left := files.images_without(seen):
         where = ", ".join(table.name for table in tables)
         notes.append(f"{len(left)} images are in no row of {where} and left out: {some(left)}")
     in_conflict = {reject.path for reject in rejects if reject.reason == "conflict"}
