@@ -120,8 +120,11 @@ def ingest(
     """Read the source: list, check and decode its images once."""
     from tlpipe import versioning
     from tlpipe.data import ingest
+    from tlpipe.sources import listing
 
     section = cast(ingest.Params, load_params(params)["ingest"])
+    if (params.parent / ".dvc").is_dir():
+        listing.check_written_out(section.source, "ingest.source")
     for path in versioning.readable_but_hidden(params.parent):
         _log.warning(
             "%s can be read now, but .dvcignore hides it: DVC does not see it change. Run 'tlpipe "
@@ -609,6 +612,7 @@ def check(
     from tlpipe.data import ingest
     from tlpipe.features import embed
     from tlpipe.metrics import answers
+    from tlpipe.sources import listing
     from tlpipe.sources.storage import Folder
 
     sections = load_params(params)
@@ -617,10 +621,21 @@ def check(
         print(said)
     section = cast(ingest.Params, sections["ingest"])
     unknown = _with_unknown_that_fits(sections).unknown
+    listing.check_written_out(section.source, "ingest.source")
+    if unknown is not None:
+        listing.check_written_out(unknown, "evaluate.unknown")
     with ingest.opened(section) as source, answers.opened(unknown) if unknown else nullcontext():
         for note in source.notes:
             print(_printable(note))
         links = list(source.storage.links_outside()) if isinstance(source.storage, Folder) else []
+    if source.rejects:
+        first = source.rejects[0]
+        print(
+            f"{len(source.rejects)} will be rejected ({ingest.counted(source.rejects)}), the first "
+            f"is {_printable(f'{first.path}: {first.detail}')}"
+        )
+        most = section.max_rejected
+        ingest.check_rejected(source.rejects, source.counts.total(), most, "ingest lists each")
     if links:
         (name, target), *_ = links
         print(

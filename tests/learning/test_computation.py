@@ -13,13 +13,15 @@ from tlpipe.learning.dataset import Dataset, Examples
 from tlpipe.learning.recipe import Recipe
 
 # These have no part in any weight: what they do to a training is compared (checkpoint), asked for
-# (endings), decided before (libtiff: which images are damaged), taken from elsewhere by digest
+# (endings), decided before (libtiff, values: which images are usable, and their pixels), taken from
+# elsewhere by digest
 # (activations, frozen), or recorded (device).
 WITHOUT_PART = {
     "tlpipe.allocator",
     "tlpipe.code_digest",
     "tlpipe.data.libtiff",
     "tlpipe.data.manifest",
+    "tlpipe.data.values",
     "tlpipe.errors",
     "tlpipe.features.activations",
     "tlpipe.features.device",

@@ -241,7 +241,7 @@ def test_several_coco_files_are_splits(empty: Workspace, tmp_path: Path) -> None
 @pytest.mark.fault("D30")
 def test_coco_annotations_that_cannot_be_used_are_named(empty: Workspace, tmp_path: Path) -> None:
     root = tmp_path / "coco"
-    content = coco(root, "all.json", 4)
+    content = coco(root, "all.json", 6)
     extra: dict[str, dict[str, Any]] = {
         "flat": {"bbox": [10, 10, 0, 20]},
         "nan": {"bbox": [10, 10, float("nan"), 20]},
@@ -256,7 +256,8 @@ def test_coco_annotations_that_cannot_be_used_are_named(empty: Workspace, tmp_pa
     (root / "annotations" / "all.json").write_text(json.dumps(content))
     empty.set_source(root)
     empty.ingest()
-    assert empty.rejects() == {
+    found = empty.rejects()
+    assert found == {
         "images/000.png#flat": "degenerate_box",
         "images/000.png#nan": "degenerate_box",
         "images/000.png#negative": "degenerate_box",
@@ -265,16 +266,31 @@ def test_coco_annotations_that_cannot_be_used_are_named(empty: Workspace, tmp_pa
         "images/000.png#crowd": "crowd",
         "absent.png": "missing",
     }
-    del content["annotations"][0]["image_id"]
-    (root / "annotations" / "all.json").write_text(json.dumps(content))
-    assert "annotations/all.json is no COCO JSON: KeyError 'image_id'" in empty.ingest(code=4)
+    empty.replace("params.yaml", "max_rejected: 0.5", "max_rejected: 1.0")
+    del content["annotations"][0]["image_id"], content["annotations"][1]["id"]
+    content["annotations"][2]["image_id"] = 77
+    content["annotations"][3]["bbox"] = [1, 2, 3]
+    content["annotations"][4]["id"] = content["annotations"][5]["id"]
+    del content["images"][3]["file_name"]
+    recorded(root, content)
+    empty.ingest()
+    rejected = empty.rejects().items() - found.items()
+    assert dict(rejected) == {
+        "annotations/all.json, annotation 1": "bad_annotation",
+        "annotations/all.json, annotation 2": "bad_annotation",
+        "annotations/all.json#11": "missing",
+        "images/001.png#12": "bad_annotation",
+        "images/002.png#22": "bad_annotation",
+        "annotations/all.json, image 4": "bad_annotation",
+        "annotations/all.json#31": "missing",
+        "annotations/all.json#32": "missing",
+    }
 
 
 def recorded(root: Path, content: dict[str, Any]) -> None:
     (root / "annotations" / "all.json").write_text(json.dumps(content))
 
 
-@pytest.mark.xfail(strict=True, reason="issue 14: a polygon without a box labels the whole photo")
 @pytest.mark.parametrize(
     "segmentation",
     [
@@ -298,7 +314,6 @@ def test_a_polygon_or_mask_has_the_box_around_it(
     assert empty.rows("out/manifest.csv") == expected
 
 
-@pytest.mark.xfail(strict=True, reason="issue 14: a file of the same name in another folder is cut")
 def test_of_equal_names_in_two_folders_the_stated_one_is_taken(
     empty: Workspace, tmp_path: Path
 ) -> None:
@@ -313,7 +328,6 @@ def test_of_equal_names_in_two_folders_the_stated_one_is_taken(
     assert empty.rejects() == {"elsewhere/001.png": "missing"}
 
 
-@pytest.mark.xfail(strict=True, reason="issue 14: annotations of a number as text vanish")
 def test_image_ids_may_be_text(empty: Workspace, tmp_path: Path) -> None:
     content = coco(tmp_path / "coco", "all.json", 6)
     for annotation in content["annotations"]:
@@ -324,7 +338,6 @@ def test_image_ids_may_be_text(empty: Workspace, tmp_path: Path) -> None:
     assert len(empty.rows("out/manifest.csv")) == 12
 
 
-@pytest.mark.xfail(strict=True, reason="issue 14: one unknown category refuses the whole source")
 def test_an_unknown_category_is_one_reject(empty: Workspace, tmp_path: Path) -> None:
     content = coco(tmp_path / "coco", "all.json", 6)
     content["annotations"][0]["category_id"] = 91
@@ -334,7 +347,6 @@ def test_an_unknown_category_is_one_reject(empty: Workspace, tmp_path: Path) -> 
     assert list(empty.rejects()) == ["images/000.png#1"]
 
 
-@pytest.mark.xfail(strict=True, reason="issue 14: the stated size of a photo is not looked at")
 def test_boxes_of_the_originals_are_not_cut_from_smaller_copies(
     empty: Workspace, tmp_path: Path
 ) -> None:
@@ -450,7 +462,6 @@ def test_voc_annotations_that_cannot_be_used_are_named(empty: Workspace, tmp_pat
     }
 
 
-@pytest.mark.xfail(strict=True, reason="issue 14: entities in UTF-16 are resolved")
 @pytest.mark.fault("D34")
 def test_no_entity_is_resolved_in_any_encoding(empty: Workspace, tmp_path: Path) -> None:
     root = tmp_path / "voc"
@@ -463,7 +474,6 @@ def test_no_entity_is_resolved_in_any_encoding(empty: Workspace, tmp_path: Path)
     assert empty.rejects() == {"Annotations/001.xml": "bad_annotation"}
 
 
-@pytest.mark.xfail(strict=True, reason="issue 14: the first XML alone tells what they are")
 def test_a_damaged_first_annotation_is_one_reject(empty: Workspace, tmp_path: Path) -> None:
     root = tmp_path / "voc"
     voc(root, 6)

@@ -397,3 +397,35 @@ def test_unequal_classes_are_said_by_check(empty: Workspace, photos: Path) -> No
     said = empty.run("tlpipe", "check").stdout
     assert "classes are unequal: dark has 812 images, light 12." in said
     assert "is right on 98.5% of them" in said
+
+
+@pytest.mark.fault("D61")
+@pytest.mark.parametrize("path", ["~/photos", "$HOME/photos", "${HOME}/photos"])
+def test_the_home_folder_is_expanded_and_check_says_what_dvc_needs(
+    empty: Workspace, photos: Path, path: str
+) -> None:
+    home = Workspace(empty.path, {**empty.env, "HOME": str(photos.parent)})
+    home.configure("ingest", source=path)
+    home.ingest()
+    assert len(home.rows("out/manifest.csv")) == 24
+    said = home.call("check", code=4).stderr
+    assert f"ingest.source is {path}, which DVC would look for as it stands" in said
+    assert f"Write {photos} into params.yaml" in said
+    home.configure("ingest", source=str(photos))
+    home.configure("evaluate", unknown=path)
+    assert f"evaluate.unknown is {path}, which" in home.call("check", code=4).stderr
+
+
+@pytest.mark.fault("D32")
+def test_check_says_what_will_be_rejected_before_any_image_is_read(
+    empty: Workspace, photos: Path
+) -> None:
+    names = sorted(f"{p.parent.name}/{p.name}" for p in photos.rglob("*.png"))
+    rows = [f"{name},{name.split('/')[0]}\n" for name in [*names, "dark/gone.png"]]
+    put(photos / "labels.csv", "path,label\n" + "".join(rows))
+    empty.configure("ingest", source=str(photos), max_rejected=0.1)
+    empty.configure("evaluate", unknown=str(photos))
+    said = empty.call("check").stdout
+    assert "1 will be rejected (missing 1), the first is dark/gone.png: row 25 of labels" in said
+    empty.configure("ingest", max_rejected=0.02)
+    assert "1 of 25 images were rejected (missing 1)" in empty.call("check", code=4).stderr

@@ -17,6 +17,7 @@ from tlpipe.data import pixels as packed
 from tlpipe.data.images import Sampling
 from tlpipe.data.manifest import Entry, load_duplicates, load_manifest
 from tlpipe.data.pixels import PackedPixels
+from tlpipe.data.values import ValueRange, is_deep
 from tlpipe.errors import ArtifactError
 
 _log = logging.getLogger(__name__)
@@ -42,9 +43,11 @@ class Earlier:
 
         ``decoder`` and ``compared`` say by what images are decoded, and compared with each other,
         now. ``keys`` are the images' keys as numbers; ``near`` are the pairs of keys whose images
-        were found nearly equal, of all that were kept.
+        were found nearly equal, of all that were kept. Pictures of more than 8 bits are taken only
+        where ``sampling`` states their range of values; with others, all are compared anew.
         """
         self.pixels: PackedPixels | None = None
+        self.value_range: ValueRange | None = None
         self.keys = np.empty(0, np.uint64)
         self.near: list[tuple[int, int]] = []
         self._by_key: dict[bytes, Known] = {}
@@ -52,7 +55,8 @@ class Earlier:
         try:
             found = packed.load(pixels)
             made_by = (found.sampling, found.decoder, files.read_json(report)["compared"])
-            if made_by != (sampling, decoder, compared):
+            wanted = sampling.model_copy(update={"value_range": found.sampling.value_range})
+            if made_by != (wanted, decoder, compared):
                 return
             if found.data_sha256 != files.sha256(manifest):
                 return
@@ -65,12 +69,16 @@ class Earlier:
         except (ArtifactError, OSError, KeyError, ValueError, TypeError):
             return
         self.pixels = found
-        self.keys = np.array(numbers, np.uint64)
-        self.near = pairs
+        self.value_range = found.sampling.value_range
+        is_same = None is not sampling.value_range == self.value_range
+        usable = [is_same or not is_deep(entry.mode) for entry in entries]
+        if all(usable):
+            self.keys = np.array(numbers, np.uint64)
+            self.near = pairs
         self._by_key = {
             key: (entry, row)
             for row, (key, entry) in enumerate(zip(keys, entries, strict=True))
-            if intact[row]
+            if intact[row] and usable[row]
         }
         if damaged := int((~intact).sum()):
             _log.warning("%s of the stored images are damaged and are decoded again", damaged)

@@ -1,6 +1,7 @@
 """Turn the bytes of an image file into pixels: the one way, for training and for serving."""
 
 import io
+import re
 import struct
 import threading
 from dataclasses import dataclass
@@ -8,14 +9,27 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from tlpipe.data import libtiff
+from tlpipe.data.values import Measured, ValueRange, is_deep, to_bytes
 from tlpipe.errors import ImageError
 from tlpipe.sources.candidates import Box
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+HEIC_EXTRA = "pip install 'tlpipe[heic]'"
+try:
+    import pillow_heif
+except ImportError:
+    _HEIF: tuple[str, ...] = ()
+else:
+    pillow_heif.register_heif_opener()
+    _HEIF = ("HEIF",)
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"),
+    *(("AVIF",) if features.check("avif") else ()),
+    *_HEIF,
+)
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 20
 Pixels = npt.NDArray[np.uint8]
@@ -23,6 +37,9 @@ Pixels = npt.NDArray[np.uint8]
 # Of images that take hundreds of megabytes when decoded, only so many at a time.
 _LARGE_PIXELS = 20_000_000
 _LARGE = threading.BoundedSemaphore(2)
+
+# Colours of 12 bits in 16 have 16 levels in their high byte.
+_HIGH_BYTES = 32
 
 # What EXIF's orientation asks for (CIPA DC-008, tag 0x0112).
 _ORIENTATION = 0x0112
@@ -38,12 +55,17 @@ _UPRIGHT = {
 
 
 class Sampling(BaseModel):
-    """How an image becomes a square of pixels: the shorter side resized, the middle kept."""
+    """How an image becomes a square of pixels: the shorter side resized, the middle kept.
+
+    ``value_range``: of pictures of more than 8 bits, what becomes black and white; None where
+    there were none, and then they are rejected.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     short_side_px: PositiveInt
     interpolation: Literal["bilinear", "bicubic"]
+    value_range: ValueRange | None = None
 
 
 class Preprocessing(Sampling):
@@ -74,18 +96,26 @@ def read_square(data: bytes, sampling: Sampling) -> tuple[Pixels, Header]:
     Returns: (short_side_px, short_side_px, 3) uint8 RGB; the header.
 
     Raises:
-        ImageError: the file is empty, no image of ``FORMATS``, too large, too thin, cut off or
-            corrupt.
+        ImageError: the file is empty, no image of ``FORMATS``, too large, too thin, cut off,
+            corrupt, or has more than 8 bits and no contrast in the range of values, or no range.
     """
-    image, header = read_upright(data, enough_px=2 * sampling.short_side_px)
+    enough_px = 2 * sampling.short_side_px
+    image, header = read_upright(data, enough_px=enough_px, value_range=sampling.value_range)
     return np.asarray(square(image, sampling)), header
 
 
-def read_upright(data: bytes, *, enough_px: int | None = None) -> tuple[Image.Image, Header]:
+def read_upright(
+    data: bytes,
+    *,
+    enough_px: int | None = None,
+    value_range: ValueRange | None = None,
+    measured: Measured | None = None,
+) -> tuple[Image.Image, Header]:
     """Decode an image file to upright RGB; of an animation the first frame.
 
     ``enough_px``: a JPEG may be decoded at half, quarter or eighth size, as long as neither side
-    falls below it.
+    falls below it; ``value_range``: of more than 8 bits, what becomes black and white;
+    ``measured``: takes the values of such a picture, whatever becomes of it.
 
     Raises:
         ImageError: as ``read_square``.
@@ -96,9 +126,9 @@ def read_upright(data: bytes, *, enough_px: int | None = None) -> tuple[Image.Im
         if enough_px is not None:
             image.draft("RGB", (enough_px, enough_px))
         if image.width * image.height <= _LARGE_PIXELS:
-            return _decode(image), header
+            return _decode(image, value_range, measured), header
         with _LARGE:
-            return _decode(image), header
+            return _decode(image, value_range, measured), header
     except ImageError:
         raise
     except Exception as error:
@@ -106,17 +136,30 @@ def read_upright(data: bytes, *, enough_px: int | None = None) -> tuple[Image.Im
         raise _damage(error) from None
 
 
-def upright_size(data: bytes) -> tuple[int, int]:
-    """Return the width and height that an image will have when it is upright; decodes nothing.
+@dataclass(frozen=True)
+class Frame:
+    """Width and height of an image as stored and when upright, and EXIF's orientation."""
+
+    stored: tuple[int, int]
+    upright: tuple[int, int]
+    orientation: int
+
+
+def frame_of(data: bytes) -> Frame:
+    """Return the sizes that an image has, as stored and upright; decodes nothing.
 
     Raises:
         ImageError: as ``read_square``, as far as the header tells.
     """
     image = _open(data)
+    orientation = _orientation(image)
+    orientation = orientation if orientation in _UPRIGHT else 1
     width, height = image.size
+    turned = (height, width) if orientation >= 5 else (width, height)
     # Pillow states a TIFF's size as it will be when turned, others' as it is stored.
-    is_turned = _orientation(image) >= 5 and image.format != "TIFF"
-    return (height, width) if is_turned else (width, height)
+    if image.format == "TIFF":
+        return Frame(turned, (width, height), orientation)
+    return Frame((width, height), turned, orientation)
 
 
 def square(image: Image.Image, sampling: Sampling, box: Box | None = None) -> Image.Image:
@@ -194,6 +237,8 @@ def _open(data: bytes) -> Image.Image:
 
 def _unidentified(data: bytes) -> ImageError:
     """Say by the first bytes alone what a file is that no allowed decoder wants."""
+    if not _HEIF and data[4:8] == b"ftyp" and _HEIC.search(data[8:64]):
+        return ImageError("format", f"HEIC; expected one of {', '.join(FORMATS)}. {HEIC_EXTRA}")
     Image.init()
     for name, (_, accepts) in sorted(Image.OPEN.items()):
         try:
@@ -210,8 +255,15 @@ def _unidentified(data: bytes) -> ImageError:
     return ImageError("not_image", f"not one of {', '.join(FORMATS)}")
 
 
-# Photos of telephones and drawings, which Pillow does not know.
-_OTHER_FORMATS = {"HEIC": (4, b"ftyphe"), "HEIF": (4, b"ftypmif1"), "SVG": (0, b"<svg")}
+# The kinds of HEIC, photos of telephones: the first one, or among those that it is compatible to.
+_HEIC = re.compile(rb"he(ic|ix|im|is|vc|vx)")
+# What Pillow does not know.
+_OTHER_FORMATS = {
+    "HEIF": (4, b"ftypmif1"),
+    "JPEG XL": (0, b"\xff\x0a"),
+    "JPEG XL in a container": (0, b"\0\0\0\x0cJXL "),
+    "SVG": (0, b"<svg"),
+}
 
 
 def _damage(error: Exception) -> ImageError:
@@ -221,11 +273,36 @@ def _damage(error: Exception) -> ImageError:
     return ImageError(reason, f"{type(error).__name__}: {error}")
 
 
-def _decode(image: Image.Image) -> Image.Image:
+def _decode(
+    image: Image.Image, value_range: ValueRange | None, measured: Measured | None
+) -> Image.Image:
+    has_16_bits = ";16" in str(getattr(image, "tile", [])[:1])
     _load(image)
     turn = _UPRIGHT.get(_orientation(image))
+    if is_deep(image.mode):
+        values = np.asarray(image)
+        if measured is not None:
+            measured.add(values)
+        image = Image.fromarray(to_bytes(values, value_range))
+    elif has_16_bits:
+        _check_high_bytes(image)
     rgb = _to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _check_high_bytes(image: Image.Image) -> None:
+    """Check that a colour picture of 16 bits a channel has contrast in what Pillow reads of it.
+
+    Raises:
+        ImageError: its values end far below white, so that the high bytes are nearly one.
+    """
+    levels = 1 + int(np.asarray(image.convert("RGB")).max())
+    if levels < _HIGH_BYTES:
+        raise ImageError(
+            "constant",
+            f"of 16 bits a channel the high byte is read, which has {levels} of 256 levels here; "
+            f"expected colours of 8 bits, or 16 that reach white. Convert it",
+        )
 
 
 def _load(image: Image.Image) -> None:
@@ -268,10 +345,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: 16-bit to 8-bit by its high byte, transparency over white."""
-    if image.mode.startswith("I"):
-        high_bytes = np.clip(np.asarray(image, np.int64) // 256, 0, 255).astype(np.uint8)
-        return Image.fromarray(high_bytes).convert("RGB")
+    """Convert any mode of 8 bits to RGB, transparency over white."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")

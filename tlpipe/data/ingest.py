@@ -3,22 +3,24 @@
 import logging
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import features
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tlpipe import files
 from tlpipe.code_digest import of_modules, versions
 from tlpipe.data.earlier import Earlier, remember
-from tlpipe.data.images import Sampling
+from tlpipe.data.images import FORMATS, HEIC_EXTRA, Sampling
 from tlpipe.data.journal import Journal
 from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
 from tlpipe.data.reading import read_all
+from tlpipe.data.values import Measured
 from tlpipe.errors import DataError
 from tlpipe.params import Section
 from tlpipe.progress import track
@@ -27,7 +29,9 @@ from tlpipe.sources.candidates import Reject
 from tlpipe.sources.tables import Role
 
 _log = logging.getLogger(__name__)
-_CODECS = ("libjpeg_turbo", "libtiff", "webp")
+_CODE = tuple(f"tlpipe.data.{name}" for name in ("boxes", "images", "libtiff", "reading", "values"))
+_DECODERS = ("pillow", "pillow-heif")
+_CODECS = ("libjpeg_turbo", "libtiff", "webp", "avif")
 
 
 class Params(Section):
@@ -51,6 +55,12 @@ class Params(Section):
         default={},
         description="For tables: the names of columns by what they hold, such as {path: file, "
         "label: species}, where they are not known ones.",
+    )
+    label_files: str | None = Field(
+        default=None,
+        min_length=1,
+        description="For tables and annotations: which files to read labels from where there are "
+        "several, such as annotations/instances_*.json.",
     )
     box_margin: float = Field(
         default=0.1,
@@ -81,6 +91,21 @@ class Params(Section):
     interpolation: Literal["bilinear", "bicubic"] = Field(
         default="bicubic", description="How images are resized."
     )
+    value_range: Literal["auto"] | tuple[float, float] | None = Field(
+        default="auto",
+        description="For pictures of more than 8 bits: [LOW, HIGH], the values that become black "
+        "and white. auto measures all of them and takes what their bits hold; null rejects them.",
+    )
+
+    @field_validator("value_range", mode="before")
+    @classmethod
+    def _has_ends(cls, found: object) -> object:
+        if not isinstance(found, list | tuple):
+            return found
+        match found:
+            case [int() | float() as low, int() | float() as high] if low < high:
+                return float(low), float(high)
+        raise ValueError("it must be auto, null or [LOW, HIGH], two numbers of which one is lower")
 
     @field_validator("pattern")
     @classmethod
@@ -94,6 +119,12 @@ class Params(Section):
         if "label" not in groups:
             raise ValueError("it must have a group (?P<label>...)")
         return pattern
+
+    @model_validator(mode="after")
+    def _has_files_of_labels(self) -> "Params":
+        if self.label_files is not None and (self.pattern or self.kind == "folders"):
+            raise ValueError("label_files has no effect where labels are read from folders' names")
+        return self
 
 
 def run(
@@ -114,18 +145,27 @@ def run(
     Raises:
         DataError: the source is missing, or what is usable of it makes no data set.
     """
-    sampling = Sampling(short_side_px=params.short_side_px, interpolation=params.interpolation)
+    sampling = Sampling(
+        short_side_px=params.short_side_px,
+        interpolation=params.interpolation,
+        value_range=None if params.value_range == "auto" else params.value_range,
+    )
     decoder, compared = _decoder(params.box_margin), _compared()
     outputs = (manifest, duplicates, pixels, report)
     earlier = Earlier(*outputs, sampling=sampling, decoder=decoder, compared=compared)
     with opened(params) as source, files.replacing_folder(pixels) as folder:
         for note in source.notes:
             _log.info("%s", note)
-        outcomes = read_all(source, sampling, params.box_margin, earlier)
-        total = source.counts.total()
-        with closing(Journal(folder, sampling, earlier.pixels)) as journal:
-            for outcome in track(outcomes, total=total, description="ingest"):
-                journal.add(outcome)
+        measured = Measured()
+        if params.value_range == "auto":
+            sampling = sampling.model_copy(update={"value_range": earlier.value_range})
+        journal = _read(source, folder, sampling, params.box_margin, earlier, measured)
+        if params.value_range == "auto" and measured.range() != sampling.value_range:
+            sampling = sampling.model_copy(update={"value_range": measured.range()})
+            shutil.rmtree(folder)
+            folder.mkdir()
+            journal = _read(source, folder, sampling, params.box_margin, earlier, Measured())
+        _say_range(measured, sampling, params)
         groups = journal.group(earlier)
         refused = sorted([*journal.rejects, *source.rejects], key=lambda reject: reject.path)
         save_rejects(rejects, refused)
@@ -145,6 +185,7 @@ def run(
         "data_version": data_version,
         "decoder": decoder,
         "compared": compared,
+        "value_range": sampling.value_range,
         "rejected": dict(sorted(Counter(reject.reason for reject in refused).items())),
         "duplicates": {
             "equal": groups.equal,
@@ -165,20 +206,66 @@ def run(
     )
 
 
-def opened(params: Params) -> AbstractContextManager[listing.Source]:
+def _read(
+    source: listing.Source,
+    folder: Path,
+    sampling: Sampling,
+    margin: float,
+    earlier: Earlier,
+    measured: Measured,
+) -> Journal:
+    """Read the source into a folder; ``measured`` takes the values of more than 8 bits."""
+    outcomes = read_all(source, sampling, margin, earlier, measured)
+    with closing(Journal(folder, sampling, earlier.pixels)) as journal:
+        for outcome in track(outcomes, total=source.counts.total(), description="ingest"):
+            journal.add(outcome)
+    return journal
+
+
+def _say_range(measured: Measured, sampling: Sampling, params: Params) -> None:
+    if not measured.count or sampling.value_range is None:
+        return
+    low, high = sampling.value_range
+    _log.info(
+        "%s pictures have more than 8 bits, and values from %g to %g: %g becomes black and %g "
+        "white.%s",
+        measured.count,
+        measured.lowest,
+        measured.highest,
+        low,
+        high,
+        " They are decoded anew each time, unless ingest.value_range states this range"
+        if params.value_range == "auto"
+        else "",
+    )
+
+
+@contextmanager
+def opened(params: Params) -> Iterator[listing.Source]:
     """Open the source and list it; what cannot be a data set is refused before any work.
 
     Raises:
         DataError: as ``listing.opened``.
     """
-    return listing.opened(
+    with listing.opened(
         params.source,
         kind=params.kind,
         pattern=params.pattern,
         background=params.background,
         columns=params.columns,
+        label_files=params.label_files,
         follow_links=params.follow_links,
-    )
+    ) as source:
+        for name, suffixes, advice in (
+            ("HEIF", (".heic", ".heif"), f"{HEIC_EXTRA} reads them"),
+            ("AVIF", (".avif",), "this Pillow was built without it"),
+        ):
+            count = sum(source.suffixes[suffix] for suffix in suffixes)
+            if count and name not in FORMATS:
+                total = source.counts.total()
+                text = f"{count} of {total} files are called {suffixes[0]} and cannot be read here"
+                source.notes.append(f"{text}: {advice}, or convert them")
+        yield source
 
 
 def _decoder(box_margin: float) -> str:
@@ -186,10 +273,10 @@ def _decoder(box_margin: float) -> str:
 
     The codecs inside of Pillow count too, since a distribution may build it with its own.
     """
-    pillow = versions("pillow")["pillow"]
+    packages = " ".join(f"{name} {found}" for name, found in versions(*_DECODERS).items())
     codecs = ", ".join(f"{name} {features.version(name)}" for name in _CODECS)
-    code = of_modules("tlpipe.data.images", "tlpipe.data.libtiff", "tlpipe.data.reading")
-    return f"Pillow {pillow}, {codecs}, code {code}, margin {box_margin:g}"
+    code = of_modules(*_CODE)
+    return f"{packages}, {codecs}, code {code}, margin {box_margin:g}"
 
 
 def _compared() -> str:
@@ -211,18 +298,38 @@ def _check_usable(
                 f"one each to train, to validate and to test. Add images or take the class out; "
                 f"{rejects} says what was refused."
             )
+    if (constant := [reject for reject in refused if reject.reason == "constant"]) and len(
+        constant
+    ) >= usable.total():
+        raise DataError(
+            f"{len(constant)} pictures of more than 8 bits have no contrast, and {usable.total()} "
+            f"images are usable; the first is {constant[0].path!r}: {constant[0].detail}."
+        )
+    check_rejected(refused, usable.total(), max_rejected, f"{rejects} names each")
+
+
+def check_rejected(refused: Sequence[Reject], usable: int, max_rejected: float, where: str) -> None:
+    """Check that not too large a share of the images was rejected; ``where`` says which.
+
+    Raises:
+        DataError: more than ``max_rejected``.
+    """
     # A square beside the boxes is ours to look for: where there is none, nothing given is lost.
     refused = [reject for reject in refused if reject.reason != "no_background"]
-    share = len(refused) / max(len(refused) + usable.total(), 1)
+    share = len(refused) / max(len(refused) + usable, 1)
     if share > max_rejected:
-        reasons = Counter(reject.reason for reject in refused)
-        worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         raise DataError(
-            f"{len(refused)} of {len(refused) + usable.total()} images were rejected ({worst}), a "
-            f"share of {share:.3f}; ingest.max_rejected is {max_rejected:g}. The first is "
-            f"{refused[0].path!r}: {refused[0].detail}. {rejects} names each; repair or remove "
-            f"them, or raise ingest.max_rejected."
+            f"{len(refused)} of {len(refused) + usable} images were rejected "
+            f"({counted(refused)}), a share of {share:.3f}; ingest.max_rejected is "
+            f"{max_rejected:g}. The first is {refused[0].path!r}: {refused[0].detail}. {where}; "
+            f"repair or remove them, or raise ingest.max_rejected."
         )
+
+
+def counted(refused: Iterable[Reject]) -> str:
+    """Return how many were rejected for each reason, as text, the most frequent first."""
+    reasons = Counter(reject.reason for reject in refused)
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
 
 
 _EXTENSIONS = {
@@ -233,6 +340,8 @@ _EXTENSIONS = {
     "BMP": (".bmp", ".dib"),
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif", ".avifs"),
+    "HEIF": (".heic", ".heif", ".hif"),
 }
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 import os
 import threading
 import warnings
@@ -18,18 +17,18 @@ import numpy as np
 from PIL import Image
 
 from tlpipe.data import pixels as packed
+from tlpipe.data.boxes import part_of
 from tlpipe.data.earlier import Earlier, Known
-from tlpipe.data.images import Header, Pixels, Sampling, read_upright, square, upright_size
+from tlpipe.data.images import Header, Pixels, Sampling, frame_of, read_upright, square
 from tlpipe.data.manifest import Entry
+from tlpipe.data.values import Measured
 from tlpipe.errors import ImageError, StoreError
-from tlpipe.seeds import uniform
-from tlpipe.sources.candidates import Box, Candidate, Reject
+from tlpipe.sources.candidates import Candidate, Reject
 from tlpipe.sources.listing import Source
 
 _log = logging.getLogger(__name__)
 _here = threading.local()  # the name of the file that a thread is at
 _AHEAD = 32  # files read ahead of the one that is written
-_SMALLEST_BACKGROUND_PX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +48,12 @@ Outcome = Usable | Reject
 
 
 def read_all(
-    source: Source, sampling: Sampling, margin: float, earlier: Earlier
+    source: Source, sampling: Sampling, margin: float, earlier: Earlier, measured: Measured
 ) -> Iterator[Outcome]:
     """Yield what becomes of each candidate of a source, in their order.
 
-    ``margin``: what is added to a box on each side, as a share of its longer side.
+    ``margin``: what is added to a box on each side, as a share of its longer side; ``measured``:
+    takes the values of the pictures of more than 8 bits that are decoded.
 
     Raises:
         DataError: a file changes while it is read.
@@ -65,7 +65,7 @@ def read_all(
             data = source.storage.read(parts[0].file)
         except ImageError as error:
             return [Reject(part.name, error.reason, error.detail) for part in parts]
-        return list(_read_parts(data, parts, stamp, sampling, margin, earlier))
+        return list(_read_parts(data, parts, stamp, sampling, margin, earlier, measured))
 
     waiting: deque[Future[list[Outcome]] | list[Outcome]] = deque()
 
@@ -158,6 +158,7 @@ def _read_parts(
     sampling: Sampling,
     margin: float,
     earlier: Earlier,
+    measured: Measured,
 ) -> Iterator[Outcome]:
     """Yield what became of one file's parts; the file is decoded once, and not at all if known."""
     sha256 = hashlib.sha256(data).hexdigest()
@@ -167,7 +168,7 @@ def _read_parts(
     for part in parts:
         try:
             has_box = part.box is not None or part.avoid is not None
-            box = _part(part, upright_size(data), margin) if has_box else None
+            box = part_of(part, frame_of(data), margin) if has_box else None
             image = Entry(
                 path="",
                 label="",
@@ -187,7 +188,12 @@ def _read_parts(
                 continue
             if decoded is None:
                 enough = 2 * sampling.short_side_px if is_whole else None
-                decoded = read_upright(data, enough_px=enough)
+                decoded = read_upright(
+                    data,
+                    enough_px=enough,
+                    value_range=sampling.value_range,
+                    measured=measured,
+                )
             picture, header = decoded
             kept = square(picture, sampling, box)
         except ImageError as error:
@@ -201,49 +207,3 @@ def _read_parts(
             continue
         entry = _entry(part, image)._replace(**asdict(header))
         yield Usable(entry, np.asarray(kept), packed.thumbnail(kept), stamp)
-
-
-def _part(candidate: Candidate, size: tuple[int, int], margin: float) -> Box:
-    """Return the part of an image of this size to take: a box with its margin, made square.
-
-    Raises:
-        ImageError: the box does not lie in the image, or there is no room beside the boxes.
-    """
-    if candidate.avoid is not None:
-        return _beside(candidate.avoid, candidate.file, size)
-    assert candidate.box is not None
-    left, upper, right, lower = candidate.box
-    width, height = size
-    # Boxes are drawn by hand: a pixel beyond the edge is no mistake.
-    slack = 1 + 0.01 * max(width, height)
-    if left < -slack or upper < -slack or right > width + slack or lower > height + slack:
-        shown = ", ".join(f"{edge:g}" for edge in candidate.box)
-        raise ImageError("box_outside", f"{shown} in an image of {width} x {height} pixels")
-    longer = max(right - left, lower - upper)
-    side = longer * (1 + 2 * margin)
-    x, y = (left + right) / 2, (upper + lower) / 2
-    return (
-        max(math.floor(x - side / 2), 0),
-        max(math.floor(y - side / 2), 0),
-        min(math.ceil(x + side / 2), width),
-        min(math.ceil(y + side / 2), height),
-    )
-
-
-def _beside(boxes: Sequence[Box], name: str, size: tuple[int, int]) -> Box:
-    """Return the largest square among those tried, by the file's name, that touches no box."""
-    width, height = size
-    for share in (0.75, 0.5, 0.375, 0.25, 0.125):
-        side = int(min(width, height) * share)
-        if side < _SMALLEST_BACKGROUND_PX:
-            break
-        for attempt in range(60):
-            left = int(uniform(attempt, f"{name} x") * (width - side + 1))
-            upper = int(uniform(attempt, f"{name} y") * (height - side + 1))
-            right, lower = left + side, upper + side
-            if all(
-                right <= box[0] or left >= box[2] or lower <= box[1] or upper >= box[3]
-                for box in boxes
-            ):
-                return left, upper, right, lower
-    raise ImageError("no_background", "the boxes leave no room for a square")

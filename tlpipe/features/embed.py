@@ -105,7 +105,9 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
         boundary=names[count - 1] if count else "",
         views=params.views,
         augmentation=params.augmentation,
-        preprocessing=backbone.preprocessing,
+        preprocessing=backbone.preprocessing.model_copy(
+            update={"value_range": images.sampling.value_range}
+        ),
         data_sha256=images.data_sha256,
         data_version=images.data_version,
         provider=forward.provider,
@@ -206,7 +208,7 @@ def check_sampling(found: Sampling, params: Params) -> None:
         ParamsError: another side or another interpolation, or no such backbone.
     """
     expected = describe(params.backbone).preprocessing
-    for key in Sampling.model_fields:
+    for key in Sampling.model_fields.keys() - {"value_range"}:  # that is the images' own
         if (value := getattr(found, key)) != (wanted := getattr(expected, key)):
             raise ParamsError(
                 f"ingest.{key} is {value}; the backbone {params.backbone} was trained with "

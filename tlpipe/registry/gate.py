@@ -278,7 +278,8 @@ def _read_again(part: Part, folder: Path, source: ingest.Params, sampling: Sampl
     if missing := [entry.path for entry in part.entries if entry.key not in places]:
         raise GateError(
             f"{len(missing)} test images, such as {missing[0]}, are no longer in {source.source}, "
-            f"so the version in production cannot be measured on them. Fetch the data: 'dvc pull'."
+            f"or cannot be read as the version in production does ({sampling}), so it cannot be "
+            f"measured on them. Fetch the data: 'dvc pull'."
         )
     rows = [places[entry.key] for entry in part.entries]
     return replace(part, squares=packed.load(folder / "pixels").array, rows=rows)
@@ -287,7 +288,7 @@ def _read_again(part: Part, folder: Path, source: ingest.Params, sampling: Sampl
 def sampling_of(bundle: Bundle) -> Sampling:
     """Return how a bundle wants images to be stored."""
     seen = bundle.preprocessing
-    return Sampling(short_side_px=seen.short_side_px, interpolation=seen.interpolation)
+    return Sampling(**{key: getattr(seen, key) for key in Sampling.model_fields})
 
 
 def _change(change: dict[str, float], loss: float) -> Rule:

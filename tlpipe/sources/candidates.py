@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 Box = tuple[int, int, int, int]
+Edges = tuple[float, float, float, float]
 IMAGES = (
     *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".heic", ".heif", ".avif"),
@@ -22,9 +23,10 @@ class Candidate(NamedTuple):
     """A file, or a part of one, under a label.
 
     ``name`` is unique in the source; ``file`` is what the storage reads; ``split`` and ``group``
-    are those that the source gives, or empty. ``box`` is the part to take, in pixels of the
-    upright image. Where ``avoid`` is not ``None``, the part is looked for: a square that touches
-    none of these boxes.
+    are those that the source gives, or empty. ``box`` is the part to take. Where ``avoid`` is not
+    ``None``, the part is looked for: a square that touches none of these boxes. ``drawn_in`` is the
+    width and height of the picture that boxes are in pixels of; where it is not known, of the
+    upright image.
     """
 
     name: str
@@ -32,8 +34,9 @@ class Candidate(NamedTuple):
     label: str
     split: str = ""
     group: str = ""
-    box: tuple[float, float, float, float] | None = None
-    avoid: tuple[Box, ...] | None = None
+    box: Edges | None = None
+    avoid: tuple[Edges, ...] | None = None
+    drawn_in: tuple[int, int] | None = None
 
 
 class Reject(NamedTuple):

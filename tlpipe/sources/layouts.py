@@ -6,8 +6,8 @@ from itertools import islice
 
 from tlpipe.errors import DataError
 from tlpipe.sources.candidates import Candidate, given_split
+from tlpipe.sources.paths import is_image
 from tlpipe.sources.storage import Storage
-from tlpipe.sources.tables import is_image
 
 _LOOKED_AT = 1000  # files of a folder that may repeat others
 

@@ -1,9 +1,10 @@
 """Find the labelled images of a source: which file, under which label, in which given split."""
 
+import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from tlpipe.errors import DataError
-from tlpipe.sources import annotations, builtin, layouts, tables
+from tlpipe.sources import annotations, builtin, coco, layouts, tables, voc
 from tlpipe.sources.archives import check_no_archives, open_archive
 from tlpipe.sources.candidates import IMAGES, Candidate, Reject, given_split
+from tlpipe.sources.paths import Files, some, split_of_folders
+from tlpipe.sources.photos import candidates as candidates_of
 from tlpipe.sources.remote import Remote, open_remote
 from tlpipe.sources.storage import Folder, Storage
 
@@ -26,14 +29,16 @@ _UNEQUAL = 50
 class Source:
     """What a source holds. ``candidates`` yields them in the order of their names, each time anew.
 
-    ``counts``: of each label, how many images it has before any was opened; ``notes``: what was
-    understood and what was left out, a sentence each.
+    ``counts``: of each label, how many images it has before any was opened; ``suffixes``: the same
+    of the ends of names, in lower case; ``notes``: what was understood and what was left out, a
+    sentence each.
     """
 
     storage: Storage
     candidates: Callable[[], Iterator[Candidate]]
     rejects: list[Reject] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    suffixes: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -50,6 +55,7 @@ def opened(
     pattern: str | None = None,
     background: str | None = None,
     columns: tables.Columns | None = None,
+    label_files: str | None = None,
     follow_links: bool = False,
 ) -> Iterator[Source]:
     """Open a source and list its images.
@@ -59,7 +65,10 @@ def opened(
         ``label``, ``split`` and ``group`` say what they match.
     ``background``: for boxes, the label of one region of each photo that no box touches.
     ``columns``: for tables, the names of columns by what they hold.
+    ``label_files``: a pattern of the names of the files to read labels from.
     ``follow_links``: whether links of a folder may lead outside of it.
+
+    ``~`` and variables such as ``$HOME`` in a path are expanded.
 
     Where splits are given and none is called test, the one called validation is: it is what the
     result is measured on, whatever the images' labels are read from.
@@ -67,6 +76,7 @@ def opened(
     Raises:
         DataError: the source is missing, of no known kind, or its classes cannot be told apart.
     """
+    address = expanded(address)
     with ExitStack() as stack:
         if is_builtin(address):
             files, candidates = builtin.load(Path(address))
@@ -75,12 +85,13 @@ def opened(
         else:
             opened_at = _open_storage(address, follow_links=follow_links)
             storage = stack.enter_context(closing(opened_at))
-            source = _list(storage, address, kind, pattern, background, columns or {})
+            source = _list(storage, address, kind, pattern, background, columns or {}, label_files)
         splits: Counter[str] = Counter()
         for candidate in source.candidates():
             source.counts[candidate.label] += 1
+            source.suffixes[candidate.file[candidate.file.rfind(".") :].lower()] += 1
             splits[candidate.split] += 1
-        _check_classes(source.counts, address)
+        _check_classes(source, address)
         source.notes.extend(_unequal(source.counts))
         if splits["train"] and splits["validation"] and not splits["test"]:
             source.notes.append(
@@ -99,6 +110,7 @@ def unlabelled(address: str) -> Iterator[tuple[Storage, list[str]]]:
     Raises:
         DataError: the source is missing, or holds no file with an ending of images.
     """
+    address = expanded(address)
     with ExitStack() as stack:
         storage: Storage
         if is_builtin(address):
@@ -119,6 +131,29 @@ def unlabelled(address: str) -> Iterator[tuple[Storage, list[str]]]:
 def is_builtin(address: str) -> bool:
     """Return whether it is the YAML file of a built-in data set."""
     return "://" not in address and Path(address).suffix in (".yaml", ".yml")
+
+
+def expanded(address: str) -> str:
+    """Return a path with ``~`` and variables such as ``$HOME`` written out; addresses as they are.
+
+    Examples:
+        >>> expanded("photos/~"), expanded("s3://bucket/$HOME")
+        ('photos/~', 's3://bucket/$HOME')
+    """
+    return address if "://" in address else os.path.expandvars(os.path.expanduser(address))  # noqa: PTH111
+
+
+def check_written_out(address: str, key: str) -> None:
+    """Check that DVC understands a path too: it expands nothing in the deps of ``dvc.yaml``.
+
+    Raises:
+        DataError: it does not; the message has what to write instead.
+    """
+    if (full := expanded(address)) != address:
+        raise DataError(
+            f"{key} is {address}, which DVC would look for as it stands there. Write {full} into "
+            f"params.yaml."
+        )
 
 
 def _validation_as_test(candidates: Callable[[], Iterator[Candidate]]) -> Iterator[Candidate]:
@@ -160,7 +195,10 @@ def _open_storage(address: str, *, follow_links: bool = False) -> Storage:
             f"Change it in params.yaml."
         )
     if not path.is_file():
-        raise DataError(f"ingest.source {address} is neither a file nor a folder.")
+        raise DataError(
+            f"ingest.source {address} is neither a file nor a folder; expected one of both. Change "
+            f"it in params.yaml."
+        )
     return open_archive(path.open("rb"), address)
 
 
@@ -171,38 +209,95 @@ def _list(
     pattern: str | None,
     background: str | None,
     columns: tables.Columns,
+    label_files: str | None,
 ) -> Source:
     if pattern is not None:
         search = re.compile(pattern).search
         return _by_name(storage, lambda name: _by_pattern(name, search(name)), [])
-    is_open = kind != "folders"
-    described = annotations.find(storage) if is_open else annotations.Found()
-    table = tables.find(storage, columns) if is_open else tables.Found()
     rejects: list[Reject] = []
-    notes = [f"{name} is left out: {reason}" for name, reason in table.others.items()]
-    coco, voc = described.coco, described.voc
-    for name, found, read in (
-        ("coco", coco, partial(annotations.read_coco, storage, coco, background)),
-        ("voc", voc, partial(annotations.read_voc, storage, voc, background)),
-        ("table", table.tables, partial(tables.read_tables, table, notes=notes)),
-    ):
-        if kind == name and not found:
-            seen = "; ".join(f"{other}: {reason}" for other, reason in table.others.items())
-            raise DataError(
-                f"ingest.kind is {kind}, but {address} holds no such annotations; expected "
-                f"{annotations.EXPECTED[name]}. {f'Seen: {seen}. ' if seen else ''}Change "
-                f"ingest.kind or ingest.source."
+    notes: list[str] = []
+    described, table = annotations.Found(), tables.Found()
+    if kind in ("auto", "coco", "voc"):
+        described = annotations.find(storage, label_files, notes)
+    if kind in ("auto", "table"):
+        table = tables.find(storage, columns, label_files)
+    found: dict[str, Sequence[str]] = {
+        "coco": tuple(described.coco),
+        "voc": described.voc,
+        "table": [one.name for one in table.tables],
+    }
+    others = {**described.others, **table.others}
+    taken = [name for name, files in found.items() if files and kind in ("auto", name)]
+    if len(taken) > 1:
+        seen = " and ".join(f"{found[name][0]} ({name})" for name in taken)
+        raise DataError(
+            f"{address} holds labels of several kinds: {seen}; expected one. Say which count: "
+            f"ingest.kind: {taken[0]}, or name the files: ingest.label_files."
+        )
+    if not taken and (kind in found or (label_files is not None and kind == "auto")):
+        seen = "; ".join(f"{name}: {reason}" for name, reason in others.items())
+        wanted = annotations.EXPECTED.get(kind, "a table, COCO's JSON or Pascal VOC's XML")
+        named = f" called {label_files}" if label_files is not None else ""
+        raise DataError(
+            f"ingest.kind is {kind}, but {address} holds no such annotations{named}; expected "
+            f"{wanted}. {f'Seen: {seen}. ' if seen else ''}Change ingest.kind, "
+            f"ingest.label_files or ingest.source."
+        )
+    if taken:
+        notes += _left_out(others)
+        if taken == ["table"]:
+            listed = tables.read_tables(table, rejects, notes)
+        else:
+            files = Files(storage)
+            if taken == ["coco"]:
+                photos = coco.read(described.coco, files, rejects)
+            else:
+                photos = voc.read(storage, described.voc, files, rejects)
+            bare = sum(not photo.labels for photo in photos)
+            left = files.images_without({photo.file for photo in photos})
+            notes.append(
+                f"labels are read from {some(found[taken[0]])}, of {len(photos)} photos"
+                f"{f', {bare} of them without a label' if bare else ''}"
             )
-        if kind == name or (kind == "auto" and found):
-            listed = sorted(read(rejects=rejects), key=lambda candidate: candidate.name)
-            return Source(storage, partial(iter, listed), rejects, notes=notes)
-    _check_no_other_labels(described, table, address)
+            if left:
+                notes.append(f"{len(left)} images are in no annotation and left out: {some(left)}")
+            listed = candidates_of(photos, background, rejects)
+        listed = sorted(_in_folders_of_splits(listed, notes), key=lambda candidate: candidate.name)
+        return Source(storage, partial(iter, listed), rejects, notes=notes)
+    _check_no_other_labels(others, address)
+    notes += _left_out(others)
     check_no_archives(storage, address)
     layout = layouts.find(storage, address)
     nothing = [name for name in storage.names() if layout.read(name) is None]
     if beside := [name for name in nothing if not name.startswith(layout.left_out)]:
         layout.notes.append(f"{len(beside)} files beside the classes are no images: {beside[0]}")
-    return _by_name(storage, layout.read, layout.notes)
+    return _by_name(storage, layout.read, [*notes, *layout.notes])
+
+
+def _left_out(others: Mapping[str, str]) -> Iterator[str]:
+    """Yield why files are not read, those with one reason together."""
+    for reason in dict.fromkeys(others.values()):
+        names = [name for name, why in others.items() if why == reason]
+        yield f"{some(names)} left out: {reason}"
+
+
+def _in_folders_of_splits(listed: list[Candidate], notes: list[str]) -> list[Candidate]:
+    """Return the candidates in the splits that their files' folders say, if no other is given."""
+    if any(candidate.split for candidate in listed):
+        return listed
+    splits = [split_of_folders(candidate.file) for candidate in listed]
+    if "train" not in splits or len(set(splits)) < 2:
+        return listed
+    if "" in splits:
+        notes.append(
+            f"{len(splits) - splits.count('')} of {len(splits)} images lie in folders called like "
+            f"splits, and {splits.count('')} do not: such folders count for nothing"
+        )
+        return listed
+    notes.append("the splits are those that the images' folders say")
+    return [
+        candidate._replace(split=split) for candidate, split in zip(listed, splits, strict=True)
+    ]
 
 
 def _by_name(
@@ -226,20 +321,19 @@ def _by_name(
     return Source(storage, candidates, rejects, notes=notes)
 
 
-def _check_no_other_labels(described: annotations.Found, table: tables.Found, address: str) -> None:
-    """Check that no file on top may hold other labels than the folders' names.
+def _check_no_other_labels(others: Mapping[str, str], address: str) -> None:
+    """Check that no file that stands for the whole source may hold other labels than folders do.
 
     Raises:
         DataError: one may, and nobody has said that the folders count.
     """
-    unread = dict.fromkeys(described.on_top, "it is no COCO and no Pascal VOC that is known")
-    unread |= {name: reason for name, reason in table.others.items() if "/" not in name}
-    if unread:
-        name = min(unread)
-        raise DataError(
-            f"{address} holds {name}, which may hold the labels but is not read: {unread[name]}. "
-            f"To take the names of folders for labels, set ingest.kind: folders."
-        )
+    for name in sorted(others):
+        if annotations.may_stand_for(name):
+            raise DataError(
+                f"{address} holds {name}, which may hold the labels but is not read: "
+                f"{others[name]}. To take the names of folders for labels, set ingest.kind: "
+                f"folders."
+            )
 
 
 def _by_pattern(name: str, match: re.Match[str] | None) -> Candidate | str:
@@ -258,12 +352,20 @@ def _by_pattern(name: str, match: re.Match[str] | None) -> Candidate | str:
     return Candidate(name=name, file=name, label=groups["label"], split=split, group=group)
 
 
-def _check_classes(counts: Counter[str], address: str) -> None:
+def _check_classes(source: Source, address: str) -> None:
+    counts = source.counts
     if len(counts) < 2:
+        reasons = Counter(reject.reason for reject in source.rejects)
+        shown = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        rejected = ""
+        if shown:
+            path, _, detail = source.rejects[0]
+            rejected = f" What was rejected: {shown}; the first is {path!r}: {detail}."
+        noted = f" Seen: {'; '.join(source.notes)}." if source.notes else ""
         raise DataError(
             f"{address} holds {len(counts)} classes with files ({', '.join(counts) or '-'}); at "
             f"least 2 are needed: one folder per class with images inside, or one label per "
-            f"class. Boxes of one class alone need ingest.background."
+            f"class. Boxes of one class alone need ingest.background.{rejected}{noted}"
         )
     seen: dict[str, str] = {}
     for label in sorted(counts):

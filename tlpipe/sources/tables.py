@@ -7,15 +7,16 @@ error that names what was seen and the key to set.
 import csv
 import io
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Literal
 
 from tlpipe.errors import DataError, ImageError
-from tlpipe.sources.candidates import IMAGES, Candidate, Reject, given_split
+from tlpipe.sources.candidates import Candidate, Reject, given_split
+from tlpipe.sources.paths import Files, folder_of, some, split_of
 from tlpipe.sources.storage import Storage
 
 Role = Literal["path", "label", "split", "group"]
@@ -51,52 +52,6 @@ class NotATableError(Exception):
     """Says in half a sentence why a file is not read as a table of labels."""
 
 
-class Files:
-    """Finds the files that tables name."""
-
-    def __init__(self, storage: Storage) -> None:
-        """List a storage's files."""
-        self.names = set(storage.names())
-        self._by_stem: dict[str, list[str]] = defaultdict(list)
-        self._by_base: dict[str, set[str]] = defaultdict(set)
-        for name in self.names:
-            if is_image(name):
-                self._by_stem[_stem(name)].append(name)
-                base = PurePosixPath(name).name
-                self._by_base[base].add(name)
-                self._by_base[_stem(base)].add(name)
-
-    def find(self, stated: str, folder: str) -> list[str]:
-        r"""Return the files that a path may mean: one, or none, or those it does not tell apart.
-
-        It is looked for as it stands, with ``/`` for ``\``, relative to the table's ``folder``
-        and to the source, with a known extension; what is absolute by its longest end that is
-        there; what has no folder by its base name.
-        """
-        path = stated if stated in self.names else stated.replace("\\", "/")
-        path = PurePosixPath(path).as_posix()
-        for place in (f"{folder}/{path}" if folder else path, path):
-            if found := self._at(place):
-                return found
-        parts = path.strip("/").split("/")
-        if path.startswith("/") or path[1:3] == ":/":
-            ends = ("/".join(parts[start:]) for start in range(1, len(parts)))
-            return next(filter(None, map(self._at, ends)), [])
-        return sorted(self._by_base[path]) if len(parts) == 1 else []
-
-    def _at(self, place: str) -> list[str]:
-        return [place] if place in self.names else sorted(self._by_stem.get(place, []))
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file's name ends as an image's does."""
-    return name.lower().endswith(IMAGES)
-
-
-def _stem(name: str) -> str:
-    return name[: -len(PurePosixPath(name).suffix)]
-
-
 @dataclass(frozen=True)
 class Table:
     """A table of labels: its rows, the split that its name or folder gives, how it was read."""
@@ -119,22 +74,23 @@ class Found:
     files: Files | None = None
 
 
-def find(storage: Storage, columns: Columns) -> Found:
+def find(storage: Storage, columns: Columns, label_files: str | None) -> Found:
     """Read the tables on top of a source and in folders of splits.
 
-    ``columns``: the names of columns by what they hold, where they are not known ones.
+    ``columns``: the names of columns by what they hold, where they are not known ones;
+    ``label_files``: a pattern of names, which are then the only ones, in any folder.
 
     Raises:
         DataError: a table is understood in two ways, or ``columns`` names one that it lacks.
     """
-    names = [name for name in storage.names() if _may_be_table(name)]
+    names = [name for name in storage.names() if _may_be_table(name, label_files)]
     if not names:
         return Found()
     files = Files(storage)
     found, others = [], {}
     for name in names:
         try:
-            if _SUBMISSION.search(name):
+            if label_files is None and _SUBMISSION.search(name):
                 raise NotATableError("its name says that it is for handing in answers")
             found.append(_read(storage, name, files, columns))
         except NotATableError as reason:
@@ -142,10 +98,13 @@ def find(storage: Storage, columns: Columns) -> Found:
     return Found(tuple(found), others, files)
 
 
-def _may_be_table(name: str) -> bool:
-    folder, _, base = name.rpartition("/")
-    is_near = not folder or ("/" not in folder and given_split(folder) != "")
-    return is_near and base.lower().endswith(SUFFIXES)
+def _may_be_table(name: str, label_files: str | None) -> bool:
+    if not name.lower().endswith(SUFFIXES):
+        return False
+    if label_files is not None:
+        return fnmatchcase(name, label_files)
+    folder = folder_of(name)
+    return not folder or ("/" not in folder and given_split(folder) != "")
 
 
 def read_tables(found: Found, rejects: list[Reject], notes: list[str]) -> list[Candidate]:
@@ -161,7 +120,8 @@ def read_tables(found: Found, rejects: list[Reject], notes: list[str]) -> list[C
         raise DataError(
             f"the source holds {len(tables)} tables with path and label: "
             f"{', '.join(table.name for table in tables)}; expected one, or one each named train, "
-            f"validation and test. Put a column split into one table, or move the others elsewhere."
+            f"validation and test. Put a column split into one table, or name those to be read: "
+            f"ingest.label_files."
         )
     candidates: list[Candidate] = []
     seen: dict[str, str] = {}
@@ -180,10 +140,9 @@ def read_tables(found: Found, rejects: list[Reject], notes: list[str]) -> list[C
                 continue
             seen[candidate.name] = candidate.label
             candidates.append(candidate)
-    left = sorted(name for name in files.names - seen.keys() if is_image(name))
-    if left:
+    if left := files.images_without(seen):
         where = ", ".join(table.name for table in tables)
-        notes.append(f"{len(left)} images are in no row of {where} and left out: {_some(left)}")
+        notes.append(f"{len(left)} images are in no row of {where} and left out: {some(left)}")
     in_conflict = {reject.path for reject in rejects if reject.reason == "conflict"}
     return [candidate for candidate in candidates if candidate.name not in in_conflict]
 
@@ -203,10 +162,10 @@ def _candidate(
             f"{place} has the split {row.split!r}; expected train, validation, test or nothing. "
             f"Change it in the table."
         )
-    found = files.find(row.path, _folder(table.name))
+    found = files.find(row.path, table.name)
     if len(found) > 1:
         raise DataError(
-            f"{place} names {row.path!r}, which may be {_some(found)}; expected one file. Write "
+            f"{place} names {row.path!r}, which may be {some(found)}; expected one file. Write "
             f"its folder and extension into the table."
         )
     name = found[0] if found else PurePosixPath(row.path).as_posix()
@@ -218,14 +177,6 @@ def _candidate(
     return Candidate(name=name, file=name, label=row.label, split=split, group=row.group)
 
 
-def _folder(name: str) -> str:
-    return name.rpartition("/")[0]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _read(storage: Storage, name: str, files: Files, columns: Columns) -> Table:
     """Read a table.
 
@@ -235,8 +186,6 @@ def _read(storage: Storage, name: str, files: Files, columns: Columns) -> Table:
     """
     header, rows, how = _cells(storage, name, files, columns)
     roles = _roles(header, rows, name, files, columns)
-    splits = {*map(given_split, _stem_words(name))} - {""} or {given_split(_folder(name))}
-    split = splits.pop() if len(splits) == 1 else ""
     if "label" in roles:
         labels = [row[roles["label"]].strip() for row in rows]
         how += f", labels from {header[roles['label']]!r}"
@@ -254,12 +203,8 @@ def _read(storage: Storage, name: str, files: Files, columns: Columns) -> Table:
         for number, (row, label) in enumerate(zip(rows, labels, strict=True), start=1)
     )
     return Table(
-        name, read, split, f"{len(read)} rows, {how}, paths from {header[roles['path']]!r}"
+        name, read, split_of(name), f"{len(read)} rows, {how}, paths from {header[roles['path']]!r}"
     )
-
-
-def _stem_words(name: str) -> list[str]:
-    return re.findall("[a-z]+", PurePosixPath(name).stem.lower())
 
 
 def _cells(
@@ -292,9 +237,7 @@ def _cells(
     header = [cell.strip() for cell in rows[0]]
     if not columns and not fit(separator)[0]:
         # The first row may name a file already.
-        paths = [
-            place for place, cell in enumerate(rows[0]) if files.find(cell.strip(), _folder(name))
-        ]
+        paths = [place for place, cell in enumerate(rows[0]) if files.find(cell.strip(), name)]
         if len(rows[0]) == 2 and len(paths) == 1:
             header = ["path", "label"] if paths == [0] else ["label", "path"]
             rows.insert(0, header)
@@ -391,11 +334,10 @@ def _roles(
             continue
         found = [place for place, column in enumerate(plain) if column in words]
         if role == "path" and len(found) > 1:
-            folder = _folder(name)
             found = [
                 place
                 for place in found
-                if any(files.find(row[place].strip(), folder) for row in islice(rows, _LOOKED_AT))
+                if any(files.find(row[place].strip(), name) for row in islice(rows, _LOOKED_AT))
             ] or found
         if len(found) > 1:
             both = " and ".join(repr(header[place]) for place in found)

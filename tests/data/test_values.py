@@ -1,0 +1,164 @@
+"""Sets with pictures of more than 8 bits: one range for all, whatever came before."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import Workspace
+from tlpipe.data import pixels as packed
+from tlpipe.data.images import read_square
+from tlpipe.inference.predictor import Predictor
+from tlpipe.onnx_export.bundle import load
+from tlpipe.registry.gate import sampling_of
+
+
+def gray(number: int, kind: int) -> np.ndarray:
+    """Return (48, 60) uint8: stripes or checks on noise."""
+    y, x = np.mgrid[:48, :60]
+    lines = np.sin(x / 3) > 0 if kind else np.sin(x / 3) * np.sin(y / 3) > 0
+    noise = np.random.default_rng(1000 * kind + number).integers(0, 200, (6, 6), dtype=np.uint8)
+    small = Image.fromarray(noise).resize((60, 48), Image.Resampling.BICUBIC)
+    return np.asarray(small) + 55 * lines.astype(np.uint8)
+
+
+def deep_set(root: Path, white: float, dtype: type, kind: str, images: int = 6) -> Path:
+    for number, label in enumerate(("checks", "stripes")):
+        (root / label).mkdir(parents=True, exist_ok=True)
+        for i in range(images):
+            values = gray(i, number) * (white / 255)
+            image = Image.fromarray(values.astype(dtype))
+            image.save(root / label / f"{i}.{kind}")
+    return root
+
+
+def levels(workspace: Workspace) -> np.ndarray:
+    stored = packed.load(workspace.path / "out/pixels")
+    return np.stack([stored.array[row] for row in range(len(stored.array))])
+
+
+def report(workspace: Workspace) -> dict[str, object]:
+    return dict(json.loads((workspace.path / "out/report.json").read_text()))
+
+
+def tables(workspace: Workspace) -> dict[str, bytes]:
+    """Return the bytes of what ``ingest`` has written, without notes of how files lie."""
+    out = workspace.path / "out"
+    found = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name[0] != "."]
+    return {path.name: path.read_bytes() for path in found}
+
+
+@pytest.mark.fault("D60")
+@pytest.mark.parametrize(
+    ("white", "dtype", "kind", "expected"),
+    [
+        (250, np.uint16, "png", [0, 255]),
+        (4095, np.uint16, "tif", [0, 4095]),
+        (1.0, np.float32, "tif", [0, 1]),
+        (0.01, np.float32, "tif", [0, 1 / 64]),
+    ],
+)
+def test_a_set_of_more_than_8_bits_has_a_measured_range(
+    empty: Workspace, white: float, dtype: type, kind: str, expected: list[float]
+) -> None:
+    empty.set_source(deep_set(empty.path / "set", white, dtype, kind))
+    said = empty.ingest()
+    assert "12 pictures have more than 8 bits, and values from 0 to" in said
+    assert f"0 becomes black and {expected[1]:g} white" in said
+    assert report(empty)["value_range"] == expected
+    assert levels(empty).max() > 150
+    assert empty.rejects() == {}
+    auto = tables(empty)
+    # Stated, it gives the same pixels, and nothing is decoded again.
+    empty.configure("ingest", value_range=expected)
+    assert "0 decoded" in empty.ingest()
+    assert tables(empty) == auto
+
+
+@pytest.mark.fault("D60")
+def test_a_new_picture_that_widens_the_range_changes_all_as_in_a_fresh_run(
+    empty: Workspace,
+) -> None:
+    root = deep_set(empty.path / "set", 250, np.uint16, "png")
+    Image.fromarray(gray(77, 0)).save(root / "checks" / "plain.png")
+    empty.set_source(root)
+    empty.ingest()
+    first = tables(empty)
+    Image.fromarray(gray(99, 1).astype(np.uint16) * 16).save(root / "stripes" / "new.png")
+    assert "13 decoded" in empty.ingest()  # all but the one of 8 bits
+    assert report(empty)["value_range"] == [0, 4095]
+    grown = tables(empty)
+    for path in (empty.path / "out").iterdir():
+        path.rename(empty.path / f"old {path.name}")
+    empty.ingest()
+    assert tables(empty) == grown
+    # Without it, the range is that of the others again.
+    (root / "stripes" / "new.png").unlink()
+    empty.ingest()
+    assert tables(empty) == first
+    for path in root.rglob("[0-9]*.png"):
+        plain = np.asarray(Image.open(path)).astype(np.uint8)
+        path.unlink()
+        Image.fromarray(plain).save(path)
+    empty.ingest()
+    assert report(empty)["value_range"] is None
+    assert packed.load(empty.path / "out/pixels").sampling.value_range is None
+
+
+@pytest.mark.fault("D60")
+def test_pictures_without_contrast_are_rejected_and_a_set_of_them_is_an_error(
+    empty: Workspace,
+) -> None:
+    root = deep_set(empty.path / "set", 4095, np.uint16, "png")
+    Image.fromarray(np.full((48, 48), 300, np.uint16)).save(root / "checks" / "flat.png")
+    empty.set_source(root)
+    empty.ingest()
+    assert empty.rejects() == {"checks/flat.png": "constant"}
+    # One picture of floating point with a pixel that is none: all others are black beside it.
+    wild = np.full((48, 48), 1e30, np.float32)
+    wild[:9] = 0
+    Image.fromarray(wild).save(root / "checks" / "wild.tif")
+    empty.replace("params.yaml", "max_rejected: 0.5", "max_rejected: 1.0")
+    said = empty.ingest(code=4)
+    assert "0 usable images of 6" in said or "have no contrast" in said
+    empty.configure("ingest", value_range=[0, 4095])
+    empty.ingest()
+    assert empty.rejects() == {"checks/flat.png": "constant"}
+    empty.configure("ingest", value_range=None)
+    Image.fromarray(gray(1, 0)).save(root / "checks" / "plain.png")
+    Image.fromarray(gray(1, 1)).save(root / "stripes" / "plain.png")
+    empty.ingest()
+    assert set(empty.rejects().values()) == {"value_range"}
+
+
+@pytest.mark.slow
+@pytest.mark.fault("D60")
+def test_the_bundle_turns_a_file_into_the_stored_pixels(workspace: Workspace) -> None:
+    root = deep_set(workspace.path / "set", 4000, np.uint16, "png", images=10)
+    workspace.set_source(root)
+    workspace.run("dvc", "repro", "export")
+    artifacts = workspace.path / "artifacts"
+    bundle = load(artifacts / "export" / "bundle")
+    assert bundle.preprocessing.value_range == (0, 4095)
+    pixels = packed.load(artifacts / "ingest" / "pixels")
+    assert sampling_of(bundle) == pixels.sampling  # by which the gate reads images anew, or not
+    stored = pixels.array
+    predictor = Predictor(bundle, threads=2)
+    table = workspace.rows("artifacts/ingest/manifest.csv")
+    for row, entry in enumerate(table):
+        answer = predictor.predict((root / entry["path"]).read_bytes())
+        assert answer == predictor.name(predictor.scores(stored[row : row + 1])[1][0])
+    # The same picture of half the depth is a darker one to this bundle, not the same.
+    values = np.asarray(Image.open(root / table[0]["path"])) // 8
+    Image.fromarray(values).save(workspace.path / "darker.png")
+    seen, _ = read_square((workspace.path / "darker.png").read_bytes(), bundle.preprocessing)
+    assert abs(8 * int(seen.max()) - int(stored[0].max())) <= 8
+
+
+@pytest.mark.parametrize("value", [[1, 0], [0], "full", [0, "x"], 5])
+def test_a_range_that_is_none_is_refused(empty: Workspace, photos: Path, value: object) -> None:
+    empty.set_source(photos)
+    empty.configure("ingest", value_range=value)
+    assert "ingest.value_range" in empty.ingest(code=3)

@@ -1,0 +1,202 @@
+"""Read labels from COCO's JSON: files of one image set each, whose boxes become images."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from tlpipe.errors import DataError
+from tlpipe.sources.candidates import Edges, Reject
+from tlpipe.sources.masks import box_around, size_of_mask
+from tlpipe.sources.paths import Files, some, split_of
+from tlpipe.sources.photos import Photo
+
+_PARTS = ("images", "annotations", "categories")
+
+
+def reason_against(content: Any) -> str:
+    """Return in half a sentence why what a JSON file holds is not read as COCO's, or nothing."""
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__} and no COCO JSON, which is an object"
+    if missing := [part for part in _PARTS if not isinstance(content.get(part), list)]:
+        keys = ", ".join(sorted(map(str, content))[:8]) or "-"
+        return f"it has the keys {keys}; COCO also has lists of {', '.join(missing)}"
+    if any("segments_info" in item for item in content["annotations"][:1]):
+        return "it is COCO's panoptic kind, which is seen and not known; instances are read"
+    return ""
+
+
+def chosen(names: Sequence[str], notes: list[str]) -> list[str]:
+    """Return which COCO files to read: one, or one for each split; of several kinds, instances.
+
+    Raises:
+        DataError: the names do not tell.
+    """
+    by_split = defaultdict(list)
+    for name in names:
+        by_split[split_of(name)].append(name)
+    if any(len(files) > 1 for files in by_split.values()):
+        instances = [name for name in names if PurePosixPath(name).stem.startswith("instances")]
+        if not instances or len(set(map(split_of, instances))) < len(instances):
+            raise DataError(
+                f"the source holds {len(names)} COCO files, and several for one split: "
+                f"{some(names)}; expected one, or one each for train, val and test. Name them: "
+                f"ingest.label_files, such as {instances[0] if instances else names[0]}."
+            )
+        others = [name for name in names if name not in instances]
+        notes.append(
+            f"several kinds of annotations are there: {some(instances)} are read, {some(others)} "
+            f"left out. ingest.label_files names others"
+        )
+        names = instances
+    if len(names) > 1 and (unknown := [name for name in names if not split_of(name)]):
+        raise DataError(
+            f"the source holds several COCO files, and the name of {unknown[0]} says no split; "
+            f"expected train, val or test in each name. Rename it, or name the files to be read: "
+            f"ingest.label_files."
+        )
+    return list(names)
+
+
+def read(contents: Mapping[str, Any], files: Files, rejects: list[Reject]) -> list[Photo]:
+    """Return the photos of COCO files and what is labelled in them.
+
+    Raises:
+        DataError: a file name may mean several images.
+    """
+    photos: dict[str, Photo] = {}
+    for file, content in contents.items():
+        split = split_of(file) if len(contents) > 1 else ""
+        of_id = _photos_by_id(file, content["images"], split, files, photos, rejects)
+        names = _names(content["categories"])
+        for number, annotation in enumerate(content["annotations"], start=1):
+            _add(file, number, annotation, of_id, names, rejects)
+    in_conflict = {reject.path for reject in rejects if reject.reason == "conflict"}
+    return [photo for photo in photos.values() if photo.file not in in_conflict]
+
+
+def _photos_by_id(
+    file: str,
+    images: Sequence[Any],
+    split: str,
+    files: Files,
+    photos: dict[str, Photo],
+    rejects: list[Reject],
+) -> dict[int | str, Photo | None]:
+    """Return the photos by their ids in a file, None for rejected ones; add them to ``photos``."""
+    of_id: dict[int | str, Photo | None] = {}
+    for number, image in enumerate(images, start=1):
+        match image:
+            case {"id": int() | float() | str() as key, "file_name": str(stated)}:
+                pass
+            case _:
+                text = "an image has no id or no file_name"
+                rejects.append(Reject(f"{file}, image {number}", "bad_annotation", text))
+                continue
+        found = files.find(stated, file)
+        if len(found) > 1:
+            raise DataError(
+                f"{file} names {stated!r}, which may be {some(found)}; expected one file. State "
+                f"its folder in file_name."
+            )
+        if not found:
+            of_id[_id(key)] = None
+            rejects.append(Reject(stated, "missing", f"{file} names it"))
+            continue
+        size = _size(image.get("width"), image.get("height"))
+        photo = photos.setdefault(found[0], Photo(found[0], split, size))
+        if (photo.split, photo.size) != (split, size):
+            text = f"{file} lists it in another split or size, {split or '-'} and {size}, than "
+            text += f"before, {photo.split or '-'} and {photo.size}"
+            rejects.append(Reject(photo.file, "conflict", text))
+        before = of_id.setdefault(_id(key), photo)
+        if before is not photo:
+            for other in filter(None, (before, photo)):
+                text = f"the id {key} stands for several images of {file}"
+                rejects.append(Reject(other.file, "conflict", text))
+    return of_id
+
+
+def _add(
+    file: str,
+    number: int,
+    annotation: Any,
+    of_id: Mapping[int | str, Photo | None],
+    names: Mapping[int | str, str],
+    rejects: list[Reject],
+) -> None:
+    """Add what an annotation labels to its photo, or a reject."""
+    place = f"{file}, annotation {number}"
+    match annotation:
+        case {"id": key, "image_id": int() | float() | str() as image_id}:
+            place = f"{file}#{key}"
+        case _:
+            text = f"it has no {'image_id' if 'id' in annotation else 'id'}"
+            rejects.append(Reject(place, "bad_annotation", text))
+            return
+    if _id(image_id) not in of_id:
+        text = f"its image_id {image_id} is that of no image"
+        rejects.append(Reject(place, "missing", text))
+        return
+    photo = of_id[_id(image_id)]
+    if photo is None:
+        return  # its photo is rejected
+    name = f"{photo.file}#{key}"
+    category = annotation.get("category_id")
+    label = names.get(_id(category)) if isinstance(category, int | float | str) else None
+    if label is None:
+        text = f"{file}: its category_id {category!r} is that of no category"
+        rejects.append(Reject(name, "no_label", text))
+    elif annotation.get("iscrowd"):
+        rejects.append(Reject(name, "crowd", f"one box around many {label}"))
+    else:
+        try:
+            photo.labels.append((name, label, _box(annotation, photo)))
+        except (ValueError, TypeError) as error:
+            rejects.append(Reject(name, "bad_annotation", f"{label}: {error}"))
+
+
+def _box(annotation: Mapping[str, Any], photo: Photo) -> Edges | None:
+    """Return the stated box, or that around the polygons or mask; None for the whole photo.
+
+    Raises:
+        ValueError: what is there is no box, or is of a picture of another size.
+    """
+    segmentation = annotation.get("segmentation")
+    if box := annotation.get("bbox"):
+        left, upper, width, height = (float(number) for number in box)
+        return left, upper, left + width, upper + height
+    if not segmentation:
+        if annotation.get("keypoints"):
+            raise ValueError("it has keypoints and no bbox; expected a bbox")
+        return None
+    if isinstance(segmentation, Mapping):
+        size = size_of_mask(segmentation)[::-1]
+        if photo.size not in (None, size):
+            raise ValueError(f"its mask is of {size} pixels, its image of {photo.size}")
+        photo.size = size
+    return box_around(segmentation)
+
+
+def _names(categories: Sequence[Any]) -> dict[int | str, str]:
+    """Return the names of categories by id, without ids that stand for two names."""
+    names: dict[int | str, set[str]] = defaultdict(set)
+    for category in categories:
+        match category:
+            case {"id": int() | float() | str() as key, "name": str() | int() as name}:
+                names[_id(key)].add(str(name).strip())
+    return {key: found.pop() for key, found in names.items() if len(found) == 1 and all(found)}
+
+
+def _id(key: float | str) -> int | str:
+    """Return an id as the number that it is, also if it is written as text or with ``.0``."""
+    if isinstance(key, str):
+        return int(key) if key.isdecimal() and str(int(key)) == key else key
+    return int(key) if key == key and abs(key) < 2**63 and int(key) == key else str(key)
+
+
+def _size(width: Any, height: Any) -> tuple[int, int] | None:
+    """Return a stated size, if it is one; 0 stands for not known."""
+    if all(isinstance(side, int | float) and 0 < side < 2**31 for side in (width, height)):
+        return round(width), round(height)
+    return None

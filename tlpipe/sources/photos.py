@@ -1,0 +1,76 @@
+"""Photos with labelled boxes, as annotations describe them: each box becomes a candidate."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from tlpipe.sources.candidates import Candidate, Edges, Reject
+
+
+@dataclass
+class Photo:
+    """One photo and what is labelled in it.
+
+    Attributes:
+        size: width and height of the picture that boxes were drawn in, where they are stated.
+        labels: name, label and box of each annotation; without a box it is of the whole photo.
+    """
+
+    file: str
+    split: str = ""
+    size: tuple[int, int] | None = None
+    labels: list[tuple[str, str, Edges | None]] = field(default_factory=list)
+
+
+def candidates(
+    photos: Iterable[Photo], background: str | None, rejects: list[Reject]
+) -> list[Candidate]:
+    """Return the boxes of photos as candidates, and a photo whose label is of the whole of it."""
+    found: list[Candidate] = []
+    for photo in photos:
+        found += _whole(photo, rejects)
+        boxes = list(_sound(photo, rejects))
+        found += (
+            Candidate(name, photo.file, label, photo.split, box=box, drawn_in=photo.size)
+            for name, label, box in boxes
+        )
+        if background is not None:
+            found.append(
+                Candidate(
+                    name=f"{photo.file}#{background}",
+                    file=photo.file,
+                    label=background,
+                    split=photo.split,
+                    avoid=tuple(box for _, _, box in boxes),
+                    drawn_in=photo.size,
+                )
+            )
+    return found
+
+
+def _whole(photo: Photo, rejects: list[Reject]) -> Iterator[Candidate]:
+    labels = sorted({label for _, label, box in photo.labels if box is None})
+    if len(labels) > 1:
+        text = f"one image under the labels {', '.join(labels)}"
+        rejects.append(Reject(photo.file, "conflict", text))
+    elif labels:
+        yield Candidate(name=photo.file, file=photo.file, label=labels[0], split=photo.split)
+
+
+def _sound(photo: Photo, rejects: list[Reject]) -> Iterator[tuple[str, str, Edges]]:
+    """Yield the boxes that have an area, each name once."""
+    seen: dict[str, tuple[str, Edges]] = {}
+    for name, label, box in photo.labels:
+        if box is None:
+            continue
+        left, upper, right, lower = box
+        if not all(map(math.isfinite, box)) or right - left < 1 or lower - upper < 1:
+            shown = ", ".join(f"{edge:g}" for edge in box)
+            rejects.append(Reject(name, "degenerate_box", f"{label}: {shown} has no area"))
+        elif name not in seen:
+            seen[name] = (label, box)
+            yield name, label, box
+        else:
+            is_equal = seen[name] == (label, box)
+            text = f"its id stands there twice; the other one is {seen[name][0]}"
+            rejects.append(Reject(name, "repeated" if is_equal else "bad_annotation", text))
