@@ -200,6 +200,34 @@ def coco(root: Path, name: str, photos: int, start: int = 0) -> dict[str, Any]:
     return content
 
 
+def short_side(box: str) -> int:
+    left, upper, right, lower = map(int, box.split())
+    return min(right - left, lower - upper)
+
+
+def test_photos_without_boxes_or_room(empty: Workspace, tmp_path: Path) -> None:
+    """They give a square of the size of another photo's box; where none fits, that is said."""
+    root = tmp_path / "coco"
+    content = coco(root, "all.json", 6)
+    for number in (98, 99):
+        scene(root / "images" / f"{number}.png", [])
+        content["images"].append({"id": number, "file_name": f"{number}.png"})
+    full = content["images"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != full]
+    content["annotations"] += [
+        {"id": n, "image_id": full, "category_id": 1, "bbox": [0, 0, 160 + n, 200]} for n in (1, 2)
+    ]
+    (root / "annotations" / "all.json").write_text(json.dumps(content))
+    empty.set_source(root, background="nothing", box_margin=0.0)
+    empty.ingest()
+    manifest = {row["path"]: row for row in empty.rows("out/manifest.csv")}
+    empty_ones = [manifest[f"images/{number}.png#nothing"]["box"] for number in (98, 99)]
+    assert all(short_side(box) in (60, 80, 200) for box in empty_ones)
+    assert empty.rejects()["images/000.png#nothing"] == "no_background"
+    detail = {row["path"]: row["detail"] for row in empty.rows("out/rejects.csv")}
+    assert "no square of the side of a box (181 px) fits" in detail["images/000.png#nothing"]
+
+
 def test_coco_boxes_become_images_with_their_margin(empty: Workspace, tmp_path: Path) -> None:
     root = tmp_path / "coco"
     coco(root, "all.json", 6)
@@ -220,6 +248,10 @@ def test_coco_boxes_become_images_with_their_margin(empty: Workspace, tmp_path: 
     for path, entry in manifest.items():
         if path.endswith("#nothing"):
             left, upper, right, lower = map(int, entry["box"].split())
+            # As large as a box of that photo, or the class could be told by its sharpness.
+            parts = [row["box"] for name, row in manifest.items() if name.startswith(path[:14])]
+            sides = {short_side(box) for box in parts if box != entry["box"]}
+            assert right - left == lower - upper and right - left in sides
             photo = np.asarray(Image.open(root / entry["path"].split("#")[0]))
             part = photo[upper:lower, left:right]
             assert not ((part == (255, 0, 0)) | (part == (0, 0, 255))).all(axis=2).any()
@@ -507,7 +539,7 @@ def test_labels_that_unicode_holds_equal_are_one_or_refused(empty: Workspace, ph
     ("name", "options", "images", "classes", "floor"),
     [
         ("coco-tiny", {}, 804, 80, 0.3),
-        ("voc-raccoon", {"background": "something else"}, 374, 2, 0.93),
+        ("voc-raccoon", {"background": "something else"}, 228, 2, 0.93),
     ],
 )
 def test_real_boxes_become_a_classifier(

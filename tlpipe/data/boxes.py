@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain, product
 
 from tlpipe.data.images import Frame
 from tlpipe.errors import ImageError
 from tlpipe.seeds import uniform
 from tlpipe.sources.candidates import Box, Candidate, Edges
 
-_SMALLEST_BACKGROUND_PX = 32
+_TRIES = 60
 
 
 def part_of(candidate: Candidate, frame: Frame, margin: float) -> Box:
@@ -20,7 +21,11 @@ def part_of(candidate: Candidate, frame: Frame, margin: float) -> Box:
     """
     if candidate.avoid is not None:
         boxes = [upright_box(box, candidate.drawn_in, frame) for box in candidate.avoid]
-        return _beside(boxes, candidate.file, frame.upright)
+        parts = [_with_margin(box, margin, frame.upright) for box in boxes]
+        sides = [min(part[2] - part[0], part[3] - part[1]) for part in parts]
+        if candidate.side_px is not None:
+            sides = [min(round(candidate.side_px * (1 + 2 * margin)), *frame.upright)]
+        return _beside(boxes, sides, candidate.file, frame.upright)
     assert candidate.box is not None
     left, upper, right, lower = box = upright_box(candidate.box, candidate.drawn_in, frame)
     width, height = frame.upright
@@ -29,8 +34,13 @@ def part_of(candidate: Candidate, frame: Frame, margin: float) -> Box:
     if left < -slack or upper < -slack or right > width + slack or lower > height + slack:
         shown = ", ".join(f"{edge:g}" for edge in box)
         raise ImageError("box_outside", f"{shown} in an image of {width} x {height} pixels")
-    longer = max(right - left, lower - upper)
-    side = longer * (1 + 2 * margin)
+    return _with_margin(box, margin, frame.upright)
+
+
+def _with_margin(box: Edges, margin: float, size: tuple[int, int]) -> Box:
+    """Return a box with its margin, widened to a square as far as the image reaches."""
+    (left, upper, right, lower), (width, height) = box, size
+    side = max(right - left, lower - upper) * (1 + 2 * margin)
     x, y = (left + right) / 2, (upper + lower) / 2
     return (
         max(math.floor(x - side / 2), 0),
@@ -96,23 +106,38 @@ def _turned(box: Edges, frame: Frame) -> Edges:
     return min(left, right), min(upper, lower), max(left, right), max(upper, lower)
 
 
-def _beside(boxes: Sequence[Edges], name: str, size: tuple[int, int]) -> Box:
-    """Return the largest square among those tried, by the file's name, that touches no box."""
+def _beside(boxes: Sequence[Edges], sides: Sequence[int], name: str, size: tuple[int, int]) -> Box:
+    """Return a square that touches no box, with one of these sides, which the file's name picks.
+
+    A place is drawn by the name too. Where none of those drawn is free, the corners that edges of
+    photo and boxes make are tried: if a square of that side fits anywhere, it fits in one of them.
+    """
     width, height = size
-    for share in (0.75, 0.5, 0.375, 0.25, 0.125):
-        side = int(min(width, height) * share)
-        if side < _SMALLEST_BACKGROUND_PX:
-            break
-        for attempt in range(60):
-            left = int(uniform(attempt, f"{name} x") * (width - side + 1))
-            upper = int(uniform(attempt, f"{name} y") * (height - side + 1))
+    around = [
+        (math.floor(left), math.floor(upper), math.ceil(right), math.ceil(lower))
+        for left, upper, right, lower in boxes
+    ]
+    order = sorted(range(len(sides)), key=lambda number: uniform(number, f"{name} side"))
+    for side in (sides[number] for number in order):
+        room = width - side, height - side
+        if min(room) < 0:
+            continue
+        drawn = (
+            (
+                int(uniform(attempt, f"{name} x") * (room[0] + 1)),
+                int(uniform(attempt, f"{name} y") * (room[1] + 1)),
+            )
+            for attempt in range(_TRIES)
+        )
+        corners = product({0, *(box[2] for box in around)}, {0, *(box[3] for box in around)})
+        for left, upper in chain(drawn, sorted(corners)):
             right, lower = left + side, upper + side
-            if all(
-                right <= math.floor(box[0])
-                or left >= math.ceil(box[2])
-                or lower <= math.floor(box[1])
-                or upper >= math.ceil(box[3])
-                for box in boxes
+            is_inside = right <= width and lower <= height
+            if is_inside and all(
+                right <= box[0] or left >= box[2] or lower <= box[1] or upper >= box[3]
+                for box in around
             ):
                 return left, upper, right, lower
-    raise ImageError("no_background", "the boxes leave no room for a square")
+    shown = ", ".join(str(side) for side in sorted(set(sides))[:3])
+    detail = f"no square of the side of a box ({shown} px) fits beside the boxes"
+    raise ImageError("no_background", detail)

@@ -1,5 +1,6 @@
 """Draw what a data set holds: how many, how large, how labelled, how it looks."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,21 +45,41 @@ def classes(path: Path, assignments: Sequence[Assignment]) -> None:
 
 def sizes(path: Path, entries: Sequence[Entry]) -> None:
     """Draw the files' widths and heights, and how many there are of each mode and format."""
-    from matplotlib.ticker import LogLocator
-
     figure = pictures.new_figure(9, 4)
     sides, kinds = figure.subplots(1, 2, width_ratios=[3, 2])
     sides.scatter([e.width for e in entries], [e.height for e in entries], s=8, alpha=0.4)
-    for axis, set_scale in ((sides.xaxis, sides.set_xscale), (sides.yaxis, sides.set_yscale)):
-        set_scale("log", base=2)
-        axis.set_major_locator(LogLocator(2, subs=[1, 1.5]))
-        axis.set_major_formatter("{x:.0f}")
+    for axis, pixels in (("x", [e.width for e in entries]), ("y", [e.height for e in entries])):
+        ticks = size_ticks(min(pixels), max(pixels))
+        room = max((max(pixels) / min(pixels)) ** 0.08, 1.01)
+        sides.set(**{
+            f"{axis}scale": "log",
+            f"{axis}lim": (min(pixels) / room, max(pixels) * room),
+            f"{axis}ticks": ticks,
+            f"{axis}ticklabels": [str(tick) for tick in ticks],
+        })  # fmt: skip
+    sides.minorticks_off()
     sides.set_xlabel("width, pixels")
     sides.set_ylabel("height, pixels")
     sides.set_title("Size of the files' images")
     counts = Counter(f"{entry.format} {entry.mode}" for entry in entries)
     _bars(kinds, dict(counts.most_common(12)), "Format and mode")
     pictures.save(figure, path)
+
+
+def size_ticks(least: int, most: int) -> list[int]:
+    """Return two to six whole numbers of pixels, evenly on a logarithmic axis, for any range.
+
+    Examples:
+        >>> size_ticks(28, 28), size_ticks(100, 102), size_ticks(10, 8000)
+        ([28], [100, 101, 102], [10, 38, 140, 550, 2100, 8000])
+    """
+    count = min(6, most - least + 1)
+    step = (most / least) ** (1 / max(count - 1, 1))
+    # Two digits tell neighbours apart where they differ by a third, all digits where they do not.
+    places = -1 if step < 1.3 else 1
+    exact = [least * step**number for number in range(count)]
+    rounded = [round(x) if places < 0 else round(x, 1 - math.floor(math.log10(x))) for x in exact]
+    return sorted({int(x) for x in rounded})
 
 
 def rejects(path: Path, reasons: Mapping[str, int], duplicates: Mapping[str, int]) -> None:

@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
     are those that the source gives, or empty. ``box`` is the part to take. Where ``avoid`` is not
     ``None``, the part is looked for: a square that touches none of these boxes. ``drawn_in`` is the
     width and height of the picture that boxes are in pixels of; where it is not known, of the
-    upright image.
+    upright image. ``side_px``: that of the square to look for, where the image has no boxes.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Candidate(NamedTuple):
     box: Edges | None = None
     avoid: tuple[Edges, ...] | None = None
     drawn_in: tuple[int, int] | None = None
+    side_px: float | None = None
 
 
 class Reject(NamedTuple):

@@ -1,9 +1,12 @@
 """Photos with labelled boxes, as annotations describe them: each box becomes a candidate."""
 
 import math
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
+from tlpipe.seeds import uniform
 from tlpipe.sources.candidates import Candidate, Edges, Reject
 
 
@@ -25,11 +28,18 @@ class Photo:
 def candidates(
     photos: Iterable[Photo], background: str | None, rejects: list[Reject]
 ) -> list[Candidate]:
-    """Return the boxes of photos as candidates, and a photo whose label is of the whole of it."""
+    """Return the boxes of photos as candidates, and a photo whose label is of the whole of it.
+
+    ``background``: the label of a square in each photo. It has the side of one of the photo's own
+    boxes, since the class could be told by its sharpness otherwise; in a photo without boxes, of a
+    box of the photo that follows it by the hash of names, which others that come or go seldom
+    change.
+    """
     found: list[Candidate] = []
-    for photo in photos:
+    sound = [(photo, list(_sound(photo, rejects))) for photo in photos]
+    ring = sorted((uniform(0, photo.file), boxes) for photo, boxes in sound if boxes)
+    for photo, boxes in sound:
         found += _whole(photo, rejects)
-        boxes = list(_sound(photo, rejects))
         found += (
             Candidate(name, photo.file, label, photo.split, box=box, drawn_in=photo.size)
             for name, label, box in boxes
@@ -43,9 +53,22 @@ def candidates(
                     split=photo.split,
                     avoid=tuple(box for _, _, box in boxes),
                     drawn_in=photo.size,
+                    side_px=None if boxes else _side_of_next(photo, ring),
                 )
             )
     return found
+
+
+Ring = Sequence[tuple[float, list[tuple[str, str, Edges]]]]
+
+
+def _side_of_next(photo: Photo, ring: Ring) -> float | None:
+    """Return the longer side of a box of the photo that follows by the hash of names."""
+    if not ring:
+        return None
+    place = bisect_left(ring, uniform(0, photo.file), key=itemgetter(0))
+    _, _, (left, upper, right, lower) = ring[place % len(ring)][1][0]
+    return max(right - left, lower - upper)
 
 
 def _whole(photo: Photo, rejects: list[Reject]) -> Iterator[Candidate]:
