@@ -291,6 +291,13 @@ def _check_usable(
     rejects: Path,
     max_rejected: float,
 ) -> None:
+    constant = [reject for reject in refused if reject.reason == "constant"]
+    if constant and len(constant) >= usable.total():
+        path, _, detail = constant[0]
+        raise DataError(
+            f"{len(constant)} pictures of more than 8 bits have no contrast, and {usable.total()} "
+            f"images are usable; the first is {path!r}: {detail}."
+        )
     for label in sorted(found):
         if usable[label] == 0:
             raise DataError(
@@ -298,13 +305,6 @@ def _check_usable(
                 f"one each to train, to validate and to test. Add images or take the class out; "
                 f"{rejects} says what was refused."
             )
-    if (constant := [reject for reject in refused if reject.reason == "constant"]) and len(
-        constant
-    ) >= usable.total():
-        raise DataError(
-            f"{len(constant)} pictures of more than 8 bits have no contrast, and {usable.total()} "
-            f"images are usable; the first is {constant[0].path!r}: {constant[0].detail}."
-        )
     check_rejected(refused, usable.total(), max_rejected, f"{rejects} names each")
 
 
