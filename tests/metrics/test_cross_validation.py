@@ -263,7 +263,8 @@ def test_again_without_the_source_gives_the_same_bytes(
     embedded.run("tlpipe", "cross-validate", "--folds", str(FOLDS))
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     after = lie(embedded.path / "artifacts")
-    assert {path: after[path] for path in stamps} == stamps
+    before_folds = {path: stamp for path, stamp in stamps.items() if not path.startswith("split")}
+    assert {path: after[path] for path in before_folds} == before_folds
     embedded.run("git", "checkout", "data/digits.yaml")
     changed = embedded.run("git", "status", "--porcelain").stdout.split()
     assert sorted(changed) == ["??", "??", "M", "dvc.lock", "params.yaml", "splits.csv"]
