@@ -50,9 +50,7 @@ def main() -> None:
             folder.mkdir()
             if case.data == "digits":
                 source = folder / "digits.yaml"
-                source.write_text(
-                    yaml.safe_dump(yaml.safe_load((ROOT / "data/digits.yaml").read_text()))
-                )
+                shutil.copy(ROOT / "data" / "digits.yaml", source)
             found: dict[float, list[list[tuple[float, float]]]] = {rate: [] for rate in RATES}
             for seed in range(given.seeds):
                 data, test = prepare(folder, source, case, seed)
