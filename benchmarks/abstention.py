@@ -8,6 +8,7 @@ The peer is the threshold that would just have kept the rate on the same predict
 
 import argparse
 import math
+import shutil
 import tempfile
 from pathlib import Path
 
