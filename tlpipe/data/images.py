@@ -17,7 +17,7 @@ from tlpipe.data.values import Measured, ValueRange, is_deep, to_bytes
 from tlpipe.errors import ImageError
 from tlpipe.sources.candidates import Box
 
-HEIC_EXTRA = "pip install 'tlpipe[heic]'"
+HEIC_EXTRA = "the extra heic (pip install pillow-heif)"
 try:
     import pillow_heif
 except ImportError:
@@ -238,7 +238,7 @@ def _open(data: bytes) -> Image.Image:
 def _unidentified(data: bytes) -> ImageError:
     """Say by the first bytes alone what a file is that no allowed decoder wants."""
     if not _HEIF and data[4:8] == b"ftyp" and _HEIC.search(data[8:64]):
-        return ImageError("format", f"HEIC; expected one of {', '.join(FORMATS)}. {HEIC_EXTRA}")
+        return ImageError("format", f"HEIC; expected one of {', '.join(FORMATS)}, or {HEIC_EXTRA}")
     Image.init()
     for name, (_, accepts) in sorted(Image.OPEN.items()):
         try:
