@@ -71,7 +71,8 @@ def test_data_go_to_a_remote_and_back_and_an_older_version_is_restored(
     registry = {"MLFLOW_TRACKING_URI": f"sqlite:///{workspace.path / 'mlflow.db'}"}
     (tmp_path / "elsewhere").mkdir()
     _lose_bundle(workspace, first)
-    _is_rebuilt(Workspace(tmp_path / "elsewhere", cache_env | registry), first)
+    elsewhere = Workspace(tmp_path / "elsewhere", cache_env | registry)
+    _is_rebuilt(elsewhere, str(tmp_path / "origin.git"), first)
 
 
 def _are_compared(workspace: Workspace, page: Path) -> None:
@@ -94,15 +95,18 @@ def _lose_bundle(workspace: Workspace, graph: bytes) -> None:
     shutil.rmtree(lost)
 
 
-def _is_rebuilt(elsewhere: Workspace, graph: bytes) -> None:
-    """From nothing but the registry's address: repository, commit and data are recorded there."""
-    said = elsewhere.run("tlpipe", "rebuild", "digits@1", "--output", "kept")
+def _is_rebuilt(elsewhere: Workspace, repository: str, graph: bytes) -> None:
+    """From the registry's address and the repository, which the registry alone does not decide."""
+    refused = elsewhere.run("tlpipe", "rebuild", "digits@1", "--yes", code=8).stderr
+    assert f"the registry names {repository}, whose code is not run for that alone" in refused
+    command = ("tlpipe", "rebuild", "digits@1", "--repository", repository, "--yes")
+    said = elsewhere.run(*command, "--output", "kept")
     assert "the stored bundle is lost, its digest is known" in said.stderr
     assert "digits@1 (version 1) came out with the same bytes" in said.stdout
     assert (elsewhere.path / "kept/model.onnx").read_bytes() == graph
     assert "is whole" in elsewhere.run("tlpipe", "verify", "kept").stdout
     assert elsewhere.names() == ["kept"]
-    error = elsewhere.run("tlpipe", "rebuild", "digits@2", code=8).stderr
+    error = elsewhere.run("tlpipe", "rebuild", "digits@2", "--yes", code=8).stderr
     assert "digits version 2 was made from " in error
     assert " and changes, which were never committed: it cannot be rebuilt" in error
 

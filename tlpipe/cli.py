@@ -470,15 +470,32 @@ def history(
 def rebuild(
     model: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME@VERSION in the registry.")],
     repository: Annotated[
-        str | None, typer.Option(help="What to clone. [default: what was recorded]")
+        str | None, typer.Option(help="What to clone. [default: this project, or its origin]")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="A folder to keep the bundle in.")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Run the code of that commit without asking.")
+    ] = False,
+    with_credentials: Annotated[
+        bool,
+        typer.Option(
+            "--with-credentials", help="Use this project's .dvc/config.local to pull the data."
+        ),
+    ] = False,
 ) -> None:
     """Make a registered bundle once more, from its commit and data alone, and compare the bytes."""
     from tlpipe.registry import rebuild
 
+    def confirm(what: str) -> bool:
+        return yes or (sys.stdin.isatty() and typer.confirm(f"Run {_printable(what)}?"))
+
     version, digest = rebuild.run(
-        reference=model, repository=repository, keep=output, workspace=Path()
+        reference=model,
+        repository=repository,
+        keep=output,
+        workspace=Path(),
+        confirm=confirm,
+        with_credentials=with_credentials,
     )
     print(f"{model} (version {version}) came out with the same bytes: {digest}")
 

@@ -28,7 +28,7 @@ def describe(workspace: Path) -> dict[str, str]:
     if commit := _git(workspace, "rev-parse", "HEAD"):
         tags["tlpipe.git_commit"] = tags["mlflow.source.git.commit"] = commit
         tags["tlpipe.git_changed"] = "true" if _has_changes(workspace) else "false"
-    if remote := _git(workspace, "remote", "get-url", "origin"):
+    if remote := origin_of(workspace):
         tags["tlpipe.git_remote"] = tags["mlflow.source.git.repoURL"] = without_credentials(remote)
     if folder := _git(workspace, "rev-parse", "--show-prefix"):
         tags["tlpipe.git_folder"] = folder
@@ -78,6 +78,11 @@ def repository_with(workspace: Path, commit: str) -> str:
     if _git(workspace, "cat-file", "-t", commit) != "commit":
         return ""
     return _git(workspace, "rev-parse", "--show-toplevel")
+
+
+def origin_of(workspace: Path) -> str:
+    """Return the address of the workspace's remote ``origin``, or nothing."""
+    return _git(workspace, "remote", "get-url", "origin")
 
 
 def user() -> str:

@@ -38,20 +38,20 @@ def registered(workspace: Workspace, **tags: str) -> None:
     client.create_model_version("digits", source="s3://bucket/0", tags=named)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 15: what a tag names is run")
+@pytest.mark.fault("R13")
 def test_the_repository_that_a_tag_names_is_not_run(
     empty: Workspace, tmp_path: Path, cache_env: dict[str, str]
 ) -> None:
     trace = tmp_path / "was run"
     evil, commit = repository(tmp_path / "evil", cache_env, f"touch '{trace}' && mkdir bundle")
     registered(empty, git_commit=commit, git_remote=str(evil.path))
-    said = empty.run("tlpipe", "rebuild", "digits@1", code=None)
+    said = empty.run("tlpipe", "rebuild", "digits@1", "--yes", code=None)
     assert not trace.exists()
     assert said.returncode == 8
     assert "--repository" in said.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="issue 15: what a tag names is run")
+@pytest.mark.fault("R13")
 @pytest.mark.parametrize("is_absolute", [True, False])
 def test_a_folder_outside_of_the_repository_is_not_run(
     empty: Workspace, tmp_path: Path, cache_env: dict[str, str], is_absolute: bool
@@ -62,10 +62,54 @@ def test_a_folder_outside_of_the_repository_is_not_run(
     evil, _ = repository(tmp_path / "evil", cache_env, f"touch '{trace}' && mkdir bundle")
     upwards = "../" * 20 + str(evil.path).lstrip("/")
     registered(empty, git_commit=commit, git_folder=str(evil.path) if is_absolute else upwards)
-    said = empty.run("tlpipe", "rebuild", "digits@1", "--repository", str(own.path), code=None)
+    said = empty.run(
+        "tlpipe", "rebuild", "digits@1", "--repository", str(own.path), "--yes", code=None
+    )
     assert not trace.exists()
     assert said.returncode == 8
     assert "folder" in said.stderr
+
+
+@pytest.mark.fault("R13")
+def test_nothing_runs_that_nobody_confirmed(
+    empty: Workspace, tmp_path: Path, cache_env: dict[str, str]
+) -> None:
+    trace = tmp_path / "was run"
+    own, made_at = repository(tmp_path / "own", cache_env, f"touch '{trace}' && mkdir bundle")
+    registered(empty, git_commit=made_at)
+    command = ("tlpipe", "rebuild", "digits@1", "--repository", str(own.path))
+    said = empty.run(*command, code=8).stderr
+    assert not trace.exists()
+    assert f"was not rebuilt: that runs the code of {own.path}, commit {made_at[:7]}" in said
+    assert "all. Look at it, then confirm with --yes." in said
+    empty.run(*command, "--yes", code=None)
+    assert trace.exists()
+
+
+@pytest.mark.fault("R13")
+@pytest.mark.parametrize("is_given", [True, False])
+def test_code_of_the_clone_sees_no_keys(
+    empty: Workspace, tmp_path: Path, cache_env: dict[str, str], is_given: bool
+) -> None:
+    """They serve the pull, if that was asked for, and are gone when the clone's code runs."""
+    seen = tmp_path / "seen"
+    own, _ = repository(tmp_path / "own", cache_env, f"cp .dvc/config.local '{seen}'; mkdir bundle")
+    (own.path / "photos").write_text("data")
+    own.run("dvc", "add", "-q", "photos")
+    own.run("dvc", "remote", "add", "-q", "-d", "store", "https://nobody.invalid/")
+    commit(own, "data")
+    store = tmp_path / "store"
+    own.run("dvc", "remote", "add", "-q", "--local", "--force", "store", str(store))
+    own.run("dvc", "remote", "add", "-q", "--local", "other", "https://user:secret@nobody.invalid")
+    own.run("dvc", "push", "-q")
+    registered(own, git_commit=own.run("git", "rev-parse", "HEAD").stdout.strip())
+    options = ("--yes", "--with-credentials") if is_given else ("--yes",)
+    said = own.run("tlpipe", "rebuild", "digits@1", *options, code=None).stderr
+    assert seen.exists() == is_given
+    if is_given:
+        assert "secret" not in seen.read_text()
+    else:
+        assert "--with-credentials lets it use this project's .dvc/config.local" in said
 
 
 def textures(workspace: Workspace, count: int) -> None:
@@ -93,7 +137,7 @@ def test_a_version_of_a_grown_data_set_is_rebuilt(workspace: Workspace, tmp_path
     workspace.run("dvc", "push", "data/photos.dvc")
     bundle = bundles.load(workspace.path / "artifacts/export/bundle")
     registered(workspace, bundle=bundle.digest, git_commit=bundle.provenance["git_commit"])
-    said = workspace.run("tlpipe", "rebuild", "digits@1", code=None)
+    said = workspace.run("tlpipe", "rebuild", "digits@1", "--yes", code=None)
     assert said.returncode == 0, said.stderr
     assert f"came out with the same bytes: {bundle.digest}" in said.stdout
 
@@ -152,7 +196,14 @@ def test_every_version_of_a_growing_data_set_is_rebuilt(
     elsewhere = Workspace(tmp_path / "elsewhere", cache_env | registry)
     for version, digest in enumerate(digests, start=1):
         said = elsewhere.run(
-            *("tlpipe", "rebuild", f"digits@{version}", "--repository", str(workspace.path)),
+            *(
+                "tlpipe",
+                "rebuild",
+                f"digits@{version}",
+                "--yes",
+                "--repository",
+                str(workspace.path),
+            ),
             code=None,
         )
         assert said.returncode == 0, said.stderr

@@ -10,8 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -50,17 +51,34 @@ class _Split:
 
 
 def run(
-    *, reference: str, repository: str | None, keep: Path | None, workspace: Path
+    *,
+    reference: str,
+    repository: str | None,
+    keep: Path | None,
+    workspace: Path,
+    confirm: Callable[[str], bool],
+    with_credentials: bool = False,
 ) -> tuple[str, str]:
     """Rebuild ``NAME@ALIAS`` or ``NAME@VERSION``; return its digest, which is the registered one.
 
     Nothing that was computed before is used: the cache is an empty one, the data come from the DVC
-    remote. ``repository``: what to clone, where it is not the one that was recorded. ``keep``: a
-    folder for the bundle.
+    remote. The code that runs is that of a commit which the registry names; so it is only looked
+    for in this project's repository, its origin, or ``repository``, and runs only if ``confirm``
+    says so, who is told what would run.
+
+    Args:
+        reference: the version.
+        repository: what to clone, where it is not this project's.
+        keep: a folder for the bundle.
+        workspace: a folder of this project.
+        confirm: gets what would run, and answers whether it may.
+        with_credentials: whether the clone gets this project's ``.dvc/config.local`` while the data
+            are pulled, which may hold keys: the clone's own ``.dvc/config`` says to whom they go.
 
     Raises:
         ArtifactError: what came out differs, or it could not be built.
-        RegistryError: there is no such version, or it does not say where it comes from.
+        RegistryError: there is no such version, it does not say where it comes from or names a
+            folder outside of its repository, or nobody confirmed.
     """
     with tracking.connection(workspace) as client:
         version = tracking.find_version(client, *tracking.parse(reference))
@@ -73,7 +91,18 @@ def run(
         split = _split_of(client, version)
     origin = _origin(version, known, repository, workspace)
     with TemporaryDirectory() as name:
-        found = _build(origin, split, Path(name, "clone"), workspace)
+        clone = Path(name, "clone")
+        inside = _check_out(origin, clone)
+        what = (
+            f"the code of {lineage.without_credentials(origin.repository)}, commit {_shown(clone)}"
+        )
+        if not confirm(what):
+            raise RegistryError(
+                f"{reference} was not rebuilt: that runs {what}. Look at it, then confirm with "
+                f"--yes."
+            )
+        local = workspace / ".dvc" / "config.local" if with_credentials else None
+        found = _build(split, clone, inside, local)
         if found.digest != expected:
             raise ArtifactError(
                 f"{reference} was rebuilt with the digest {found.digest[:16]}..., registered "
@@ -102,13 +131,21 @@ def _origin(
             f"Commit, then make one that can: 'dvc repro --force --single-item export', "
             f"'dvc repro'."
         )
-    here = lineage.repository_with(workspace, commit)
-    if not (source := repository or here or tags.get("tlpipe.git_remote")):
+    here = lineage.repository_with(workspace, commit) or lineage.origin_of(workspace)
+    if not (source := repository or here):
+        said = tags.get("tlpipe.git_remote", "")
         raise RegistryError(
-            f"{name} does not say which repository its commit {commit} is in, and it is not in "
-            f"this one. Name one with --repository."
+            f"{name} was made from the commit {commit}, which is not in this project, and this has "
+            f"no origin; the registry names {lineage.without_credentials(said) or 'none'}, whose "
+            f"code is not run for that alone. Name one that you trust with --repository."
         )
-    return _Origin(source, commit, tags.get("tlpipe.git_folder", ""))
+    folder = tags.get("tlpipe.git_folder", "")
+    if PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts:
+        raise RegistryError(
+            f"{name} says that it was made in the folder {folder!r}; expected one inside of its "
+            f"repository. Somebody changed the tag tlpipe.git_folder: put it right."
+        )
+    return _Origin(source, commit, folder)
 
 
 def _split_of(client: "MlflowClient", version: "ModelVersion") -> _Split | None:
@@ -123,20 +160,58 @@ def _split_of(client: "MlflowClient", version: "ModelVersion") -> _Split | None:
     return _Split(load_split(table), placed.drawn_by(files.read_json(report)["params"]))
 
 
-def _build(origin: _Origin, split: _Split | None, clone: Path, workspace: Path) -> Bundle:
-    """Clone, check out, pull the data, place images as they were, reproduce up to the bundle."""
-    _log.info("cloning %s, whose code runs then", origin.repository)
+def _check_out(origin: _Origin, clone: Path) -> Path:
+    """Clone, check out, and return the folder that it was made in; none of its code runs.
+
+    Raises:
+        ArtifactError: there is no such commit.
+        RegistryError: the folder is none, or a link that leads out of the clone.
+    """
+    _log.info("cloning %s", lineage.without_credentials(origin.repository))
     _step("git", "clone", "-q", "--no-checkout", "--", origin.repository, str(clone), folder=Path())
-    _step("git", "checkout", "-q", origin.commit, folder=clone)
-    inside = clone / origin.folder
-    if (local := workspace / ".dvc" / "config.local").is_file():  # addresses and keys of remotes
-        shutil.copy(local, inside / ".dvc")
-    _step("dvc", "cache", "dir", "--local", str(clone / "cache"), folder=inside)
+    hooks = ("-c", "core.hooksPath=/dev/null")
+    _step("git", *hooks, "checkout", "-q", "--detach", origin.commit, folder=clone)
+    inside = (clone / origin.folder).resolve()
+    if not (inside.is_dir() and inside.is_relative_to(clone.resolve())):
+        raise RegistryError(
+            f"the commit {origin.commit} has no folder {origin.folder!r}, or it leads out of the "
+            f"repository; expected the one that the version was made in."
+        )
+    return inside
+
+
+def _shown(clone: Path) -> str:
+    """Return a commit's short name, date, author and subject."""
+    form = "--format=%h of %as by %an: %s"
+    return subprocess.run(
+        ["git", "log", "-1", form], cwd=clone, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _build(split: _Split | None, clone: Path, inside: Path, local: Path | None) -> Bundle:
+    """Pull the data, place images as they were, reproduce up to the bundle.
+
+    ``local``: addresses and keys of remotes, for the pull alone; what runs then is the clone's own
+    code.
+    """
+    given = inside / ".dvc" / "config.local"
+    given.unlink(missing_ok=True)
+    if local is not None and local.is_file():
+        shutil.copy(local, given)
+    empty_cache = ("dvc", "cache", "dir", "--local", str(clone / "cache"))
+    _step(*empty_cache, folder=inside)
     listed = ["git", "ls-files", "-z", "--", "*.dvc"]
     tracked = subprocess.run(listed, cwd=inside, capture_output=True, text=True, check=True)
     if names := tracked.stdout.split("\0")[:-1]:
         _log.info("pulling the data: %s", ", ".join(names))
-        _step("dvc", "pull", "-q", *names, folder=inside)
+        try:
+            _step("dvc", "pull", "-q", "--", *names, folder=inside)
+        except ArtifactError as error:
+            advice = "--with-credentials lets it use this project's .dvc/config.local"
+            raise ArtifactError(f"{error} If addresses or keys were missing: {advice}.") from None
+    if local is not None:
+        given.unlink()
+        _step(*empty_cache, folder=inside)
     if split is not None:
         _place(split, inside)
     _step("dvc", "repro", "-q", "export", folder=inside)
