@@ -639,7 +639,7 @@ def check(
     section = cast(ingest.Params, sections["ingest"])
     unknown = _with_unknown_that_fits(sections).unknown
     listing.check_written_out(section.source, "ingest.source")
-    if unknown is not None:
+    if unknown:
         listing.check_written_out(unknown, "evaluate.unknown")
     with ingest.opened(section) as source, answers.opened(unknown) if unknown else nullcontext():
         for note in source.notes:
@@ -722,14 +722,14 @@ def _with_unknown_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
 
     section = cast(evaluate.Params, sections["evaluate"])
     source = cast(ingest.Params, sections["ingest"]).source
-    if section.unknown is None or not is_builtin(section.unknown) or is_builtin(source):
+    if not is_builtin(section.unknown) or is_builtin(source):
         return section
     _log.info(
         "evaluate.unknown is %s, an example for built-in classes, and left out: name a folder of "
         "images that the classifier may meet but shall not know",
         section.unknown,
     )
-    return section.model_copy(update={"unknown": None})
+    return section.model_copy(update={"unknown": ""})
 
 
 def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":

@@ -43,11 +43,15 @@ def other_versions(workspace: Path) -> str:
 
     Packages that are not installed are left out: which are needed depends on what is run.
     """
-    from packaging.requirements import Requirement
+    from packaging.requirements import InvalidRequirement, Requirement
 
     path, found = workspace / CONSTRAINTS, []
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for pinned in (Requirement(line) for line in lines if line.strip() and line[0] not in "#-"):
+    for line in lines:
+        try:  # pip-compile and uv add comments and hashes
+            pinned = Requirement(re.sub(r"(^|\s)#.*|\s--hash\S*|\\$", "", line).strip())
+        except InvalidRequirement:
+            continue
         if pinned.marker is not None and not pinned.marker.evaluate():
             continue
         with suppress(metadata.PackageNotFoundError):

@@ -120,21 +120,25 @@ def test_an_image_like_two_old_ones_in_different_splits_is_left_out(empty: Works
     assert json.loads((empty.path / "out/report.json").read_text())["leaks"] == 1
 
 
-def test_another_seed_forgets_the_earlier_table(empty: Workspace) -> None:
+def test_another_seed_draws_anew_and_keeps_the_earlier_rows(empty: Workspace) -> None:
     rows = entries(100)
     before = run(empty, rows)
-    empty.replace("params.yaml", "test: 0.2\n  seed: 0", "test: 0.2\n  seed: 1")
+    empty.configure("split", seed=1)
     said = empty.call(*SPLIT).stderr
     assert (
-        "100 rows of splits.csv are dropped: they were drawn by seed=0 validation=0.2 test=0.2, "
-        "params.yaml says seed=1 validation=0.2 test=0.2 now; all images are drawn anew" in said
+        "no row of splits.csv was drawn by seed=1 validation=0.2 test=0.2, as params.yaml says "
+        "now: all images are drawn anew, and the 100 rows of other drawings stay" in said
     )
     assert {row["path"]: row["split"] for row in empty.rows("out/split.csv")} != before
-    assert {row["drawn_by"] for row in empty.rows("splits.csv")} == {
-        "seed=1 validation=0.2 test=0.2"
+    assert Counter(row["drawn_by"] for row in empty.rows("splits.csv")) == {
+        "seed=0 validation=0.2 test=0.2": 100,
+        "seed=1 validation=0.2 test=0.2": 100,
     }
-    assert len(empty.rows("splits.csv")) == 100
-    assert "dropped" not in empty.call(*SPLIT).stderr
+    assert "drawn anew" not in empty.call(*SPLIT).stderr
+    # An image of that time moves none where the seed is set back.
+    run(empty, [*rows, *entries(3, start=190)])
+    empty.configure("split", seed=0)
+    assert run(empty, rows) == before
 
 
 @pytest.mark.fault("D24", "D25")
@@ -229,7 +233,7 @@ def test_folds_are_even_over_classes_together() -> None:
     rows = entries(40, labels="abcdefgh")
     result = assign(rows, Params(folds=4))
     assert Counter(result.folds) == {"0": 10, "1": 10, "2": 10, "3": 10}
-    old = {(row.sha256, row.box): fold for row, fold in zip(rows, result.folds, strict=True)}
+    old = {row.sha256: fold for row, fold in zip(rows, result.folds, strict=True)}
     more = entries(80, labels="abcdefgh")
     grown = assign(more, Params(folds=4), old)
     assert grown.folds[:40] == result.folds
@@ -336,12 +340,12 @@ KNOWN = "seed=0 validation=0.2 test=0.2"
     ("line", "found"),
     [
         ("<<<<<<< HEAD", "'<<<<<<< HEAD'"),
-        (f"{SHA},,unused,{KNOWN}", "unused"),
-        (f"{SHA},,3,{KNOWN}", ",3,"),
-        (f"{SHA},,4,seed=0 folds=4", ",4,"),
-        (f"{SHA},,train,seed=0 folds=4", "folds=4"),
-        (f"{SHA[:-1]},,train,{KNOWN}", "abab"),
-        (f"{SHA},,train", "train'"),
+        (f"{SHA},unused,{KNOWN}", "unused"),
+        (f"{SHA},3,{KNOWN}", ",3,"),
+        (f"{SHA},4,seed=0 folds=4", ",4,"),
+        (f"{SHA},train,seed=0 folds=4", "folds=4"),
+        (f"{SHA[:-1]},train,{KNOWN}", "abab"),
+        (f"{SHA},train", "train'"),
     ],
 )
 def test_a_line_that_cannot_be_read_moves_no_image(empty: Workspace, line: str, found: str) -> None:
@@ -399,12 +403,56 @@ def test_an_image_that_two_branches_placed_differently_is_an_error(empty: Worksp
     save_manifest(empty.path / "manifest.csv", sorted([*old, new[0]], key=lambda row: row.path))
     said = empty.call(*SPLIT, code=6).stderr
     assert re.search(
-        rf"splits.csv has the image {SHA} in (train|test) \(line \d+\) and in (train|test) "
-        r"\(line \d+\); expected one of them: .*Delete one of the two lines",
+        rf"splits.csv has 1 images in two splits, the first is {SHA} in (train|test) \(line \d+\) "
+        r"and in (train|test) \(line \d+\); expected one row of each: .*Delete one row of each",
         said,
     )
-    (empty.path / "splits.csv").write_text(content.replace(f"{SHA},,test,{KNOWN}\n", ""))
+    (empty.path / "splits.csv").write_text(content.replace(f"{SHA},test,{KNOWN}\n", ""))
     assert run(empty, [*old, new[0]])[new[0].path] == "train"
+
+
+@pytest.mark.fault("L01")
+def test_splits_that_the_source_gives_now_go_before_rows(empty: Workspace) -> None:
+    """An image that was moved from test to train trains; a new val/ takes none from train."""
+    rows = [*entries(60, "train"), *entries(20, "test", start=60)]
+    before = run(empty, rows)
+    assert "validation" in before.values()
+    moved = rows[-1]._replace(split="train")
+    later = [*rows[:-1], moved, *entries(20, "validation", start=100)]
+    after = run(empty, later)
+    assert all(after[row.path] == row.split for row in later)
+
+
+@pytest.mark.fault("L01")
+def test_boxes_with_another_margin_stay_with_their_photos(empty: Workspace) -> None:
+    rows = entries(60)
+    before = run(empty, rows)
+    after = run(
+        empty, [row._replace(box="0 0 9 9", group=f"{n:016x}") for n, row in enumerate(rows)]
+    )
+    assert after == before
+
+
+def test_a_set_of_other_bytes_is_said_to_be_drawn_anew(empty: Workspace) -> None:
+    rows = entries(60)
+    run(empty, rows)
+    other = [row._replace(sha256=row.sha256[::-1]) for row in rows]
+    save_manifest(empty.path / "manifest.csv", sorted(other, key=lambda row: row.path))
+    said = empty.call(*SPLIT).stderr
+    assert "splits.csv places 60 images, of which 0 are in the source; the other 60 of it" in said
+
+
+def test_a_file_gives_a_table_or_does_not(tmp_path: Path) -> None:
+    rows = entries(30)
+    result = assign(rows, Params())
+    table, path = assigned(rows, result), tmp_path / "splits.csv"
+    places = placements.of_table(table)
+    placements.save(path, placements.Placements(KNOWN, places))
+    assert placements.gives(path, KNOWN, table)
+    assert placements.gives(path, KNOWN, table[:-1])  # more rows than images do no harm
+    assert not placements.gives(path, "seed=1 validation=0.2 test=0.2", table)
+    placements.save(path, placements.Placements(KNOWN, dict(list(places.items())[1:])))
+    assert not placements.gives(path, KNOWN, table)
 
 
 @pytest.mark.parametrize("folds", [None, 4])

@@ -105,5 +105,12 @@ def test_a_test_split_of_another_camera_keeps_a_version_out_of_production(
     assert "alias challenger" in shown
     refused = workspace.run("tlpipe", "promote", code=11)
     assert sentence in refused.stderr
+    gate = {"below_validation": -found["difference"]["high"] - 1e-6}
+    workspace.configure("register", gate=gate)
+    refused = workspace.run("tlpipe", "promote", code=11)
+    assert (
+        f"expected test accuracy that is not below it by more than {gate['below_validation']:g}"
+        in (refused.stderr)
+    )
     workspace.run("tlpipe", "promote", "--force", "the test camera is broken")
     assert "the test camera is broken" in wide.run("tlpipe", "history").stdout

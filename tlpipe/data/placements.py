@@ -1,12 +1,12 @@
 """``splits.csv``: where each image was placed, kept in Git, so that later runs place it alike.
 
-A row for each image that ``split`` has ever placed, also of those that are no longer in the source:
-they may come back. Rows are sorted and end with a line feed, and none depends on another, so that
-Git can merge two branches by the union of their lines.
+A row for each file that ``split`` has ever placed, also of those that are no longer in the source:
+they may come back; and those of every drawing, since parameters may be set back. Parts of one photo
+share its row, whatever margin they are cut with. Rows are sorted and end with a line feed, and none
+depends on another, so that Git can merge two branches by the union of their lines.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,30 +16,28 @@ from tlpipe import files
 from tlpipe.data.manifest import SPLITS, UNUSED, Assignment
 from tlpipe.errors import ArtifactError
 
-HEADER = "sha256,box,place,drawn_by"
+HEADER = "sha256,place,drawn_by"
 DRAWN_BY = ("validation", "test", "folds", "seed")
 
-Image = tuple[str, str]  # sha256 and box: which image, whatever its path
-
 _LINE = re.compile(
-    r"(?P<sha256>[0-9a-f]{64}),(?P<box>[0-9 ]*),(?P<place>[a-z]+|\d+),"
+    r"(?P<sha256>[0-9a-f]{64}),(?P<place>[a-z]+|\d+),"
     r"(?P<drawn_by>seed=\d+ (?:folds=(?P<folds>\d+)|validation=\S+ test=\S+))"
 )
 
 
 @dataclass(frozen=True)
 class Placements:
-    """The rows of one drawing, and how many rows there are of each other one.
+    """The rows of one drawing, and those of others.
 
     Attributes:
         drawn_by: the parameters of the drawing, as ``drawn_by`` writes them.
-        places: of each image its split, or its fold where there are folds.
-        others: number of rows by what they were drawn by.
+        places: by the sha256 of each file its split, or its fold where there are folds.
+        others: rows of other drawings, as they stand in the file.
     """
 
     drawn_by: str
-    places: Mapping[Image, str]
-    others: Mapping[str, int]
+    places: Mapping[str, str]
+    others: tuple[str, ...] = ()
 
 
 def drawn_by(params: Mapping[str, Any]) -> str:
@@ -52,9 +50,9 @@ def drawn_by(params: Mapping[str, Any]) -> str:
     return f"seed={params['seed']} validation={params['validation']} test={params['test']}"
 
 
-def of_table(table: Iterable[Assignment]) -> dict[Image, str]:
-    """Return the place of each image of a split table; those left unused have none."""
-    return {(row.sha256, row.box): row.fold or row.split for row in table if row.split != UNUSED}
+def of_table(table: Iterable[Assignment]) -> dict[str, str]:
+    """Return the place of each file of a split table; those left unused have none."""
+    return {row.sha256: row.fold or row.split for row in table if row.split != UNUSED}
 
 
 def load(path: Path, drawn: str) -> Placements:
@@ -63,11 +61,12 @@ def load(path: Path, drawn: str) -> Placements:
     Raises:
         ArtifactError: a line cannot be read, or an image stands in two splits.
     """
-    places: dict[Image, str] = {}
-    lines: dict[Image, int] = {}
-    others: Counter[str] = Counter()
+    places: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    others: set[str] = set()
+    conflicts: list[str] = []
     if not path.exists():
-        return Placements(drawn, places, others)
+        return Placements(drawn, places)
     text = path.read_text(encoding="utf-8", errors="backslashreplace")
     for number, line in enumerate(text.splitlines(), start=1):
         if line == HEADER:  # a merge may have left it twice
@@ -76,28 +75,35 @@ def load(path: Path, drawn: str) -> Placements:
         if found is None or not _is_place(found["place"], found["folds"]):
             raise ArtifactError(
                 f"line {number} of {path} is {line[:120]!r}; expected {HEADER}, such as "
-                f"{'0123456789abcdef' * 4},,train,seed=0 validation=0.2 test=0.2. It says where "
+                f"{'0123456789abcdef' * 4},train,seed=0 validation=0.2 test=0.2. It says where "
                 f"images are that must stay there. Take out what Git left of a merge but keep the "
                 f"rows of both sides, or take the file from Git again: 'git checkout -- {path}'."
             )
         if found["drawn_by"] != drawn:
-            others[found["drawn_by"]] += 1
+            others.add(line)
             continue
-        image = found["sha256"], found["box"]
+        image = found["sha256"]
         if places.setdefault(image, found["place"]) != found["place"]:
-            raise ArtifactError(
-                f"{path} has the image {' '.join(image).strip()} in {places[image]} (line "
-                f"{lines[image]}) and in {found['place']} (line {number}); expected one of them: "
-                f"two branches that were merged placed it differently. Delete one of the two "
-                f"lines, then run 'dvc repro' again."
+            conflicts.append(
+                f"{image} in {places[image]} (line {lines[image]}) and in {found['place']} (line "
+                f"{number})"
             )
         lines.setdefault(image, number)
-    return Placements(drawn, places, others)
+    if conflicts:
+        raise ArtifactError(
+            f"{path} has {len(conflicts)} images in two splits, the first is {conflicts[0]}; "
+            f"expected one row of each: two branches that were merged placed them differently. "
+            f"Delete one row of each, or take the file of one branch, 'git checkout BRANCH -- "
+            f"{path}', then run 'dvc repro' again."
+        )
+    return Placements(drawn, places, tuple(sorted(others)))
 
 
-def save(path: Path, drawn: str, places: Mapping[Image, str]) -> None:
-    """Write the rows of one drawing; the same rows give the same bytes."""
-    rows = sorted(f"{sha256},{box},{place},{drawn}" for (sha256, box), place in places.items())
+def save(path: Path, placements: Placements) -> None:
+    """Write the rows of all drawings; the same rows give the same bytes."""
+    drawn = placements.drawn_by
+    own = (f"{sha256},{place},{drawn}" for sha256, place in placements.places.items())
+    rows = sorted([*own, *placements.others])
     files.write_bytes(path, "".join(f"{line}\n" for line in (HEADER, *rows)).encode())
 
 
@@ -109,8 +115,7 @@ def gives(path: Path, drawn: str, table: Iterable[Assignment]) -> bool:
     """
     rows = list(table)
     known, wanted = load(path, drawn).places, of_table(rows)
-    images = {(row.sha256, row.box) for row in rows}
-    return all(known.get(image) == wanted.get(image) for image in images)
+    return all(known.get(row.sha256) == wanted.get(row.sha256) for row in rows)
 
 
 def _is_place(place: str, folds: str | None) -> bool:

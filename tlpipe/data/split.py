@@ -4,7 +4,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from tlpipe.data.manifest import (
     load_manifest,
     save_split,
 )
-from tlpipe.data.placements import Image
 from tlpipe.errors import DataError
 from tlpipe.params import Section, check_effect
 from tlpipe.seeds import uniform
@@ -71,7 +70,7 @@ class Params(Section):
             raise ValueError(f"split.fold must be below split.folds; {self.fold} is not")
         if self.folds:
             reason = f"split.folds is {self.folds}, of which one tests and one validates"
-            check_effect("split", self, ("validation", "test"), reason)
+            check_effect("split", self, ("validation", "test", "leaks"), reason)
         return self
 
 
@@ -88,12 +87,7 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
     """
     entries = list(load_manifest(manifest))
     earlier = placed.load(placements, placed.drawn_by(params.model_dump()))
-    for drawn, rows in sorted(earlier.others.items()):
-        anew = "" if earlier.places else "; all images are drawn anew"
-        _log.warning(
-            "%s rows of %s are dropped: they were drawn by %s, params.yaml says %s now%s",
-            *(rows, placements, drawn, earlier.drawn_by, anew),
-        )
+    _say_what_is_new(entries, earlier, placements)
     result = assign(entries, params, earlier.places)
     assignments = [
         Assignment(e.path, e.label, s, f, e.group, e.sha256, e.box)
@@ -104,11 +98,19 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
     files.write_json(report, _describe(assignments, result, shares, params))
     # Images that are gone keep their rows; what a source gives goes before a row.
     places = {**earlier.places, **placed.of_table(assignments)}
-    placed.save(placements, earlier.drawn_by, places)
+    placed.save(placements, replace(earlier, places=places))
     counts = Counter(result.splits)
     _log.info(", ".join(f"{name} {counts[name]}" for name in (*SPLITS, UNUSED) if counts[name]))
-    if result.leaks:
-        _log.info("%s images left unused: their like stands in a held-out split", result.leaks)
+    if dropped := result.leaks - len(result.bridges):
+        _log.info("%s images left unused: their like stands in a held-out split", dropped)
+    if result.bridges:
+        _log.warning(
+            "%s new images are left unused, the first is %s: old images of different splits are "
+            "like them. As they join these, the rule leaks of register.gate holds for none of "
+            "them: take them out of the source",
+            len(result.bridges),
+            entries[result.bridges[0]].path,
+        )
     for name, share in shares.items():
         if share["reason"]:
             found, asked = f"{share['realised']:.1%}", f"{share['asked']:.1%}"
@@ -119,15 +121,19 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
 
 @dataclass(frozen=True)
 class Result:
-    """For each image its split and its fold; how many were left out as leaks."""
+    """For each image its split and its fold; how many were left out as leaks.
+
+    ``bridges``: rows of those among them that join images of different splits.
+    """
 
     splits: list[str]
     folds: list[str]
     leaks: int
+    bridges: tuple[int, ...] = ()
 
 
 def assign(
-    entries: Sequence[Entry], params: Params, earlier: Mapping[Image, str] | None = None
+    entries: Sequence[Entry], params: Params, earlier: Mapping[str, str] | None = None
 ) -> Result:
     """Return a split for each image.
 
@@ -142,7 +148,7 @@ def assign(
     Raises:
         DataError: as ``run``.
     """
-    groups = _Groups(entries, earlier or {})
+    groups = _Groups(entries, _standing(entries, earlier or {}))
     if params.folds and any(entry.split for entry in entries):
         raise DataError(
             f"split.folds is {params.folds}, but the source gives splits; expected one of the two. "
@@ -153,7 +159,38 @@ def assign(
     leaks |= groups.bridges
     splits = [UNUSED if row in leaks else split for row, split in enumerate(splits)]
     _check_classes(entries, splits, params)
-    return Result(splits, folds, len(leaks))
+    return Result(splits, folds, len(leaks), tuple(sorted(groups.bridges)))
+
+
+def _standing(entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
+    """Return the places without those that the source has given another meaning since.
+
+    Where it gives a held-out split now, what it gives to train is not in that one, wherever it was
+    drawn into before.
+    """
+    given = {entry.split for entry in entries if entry.split in HELD_OUT}
+    moved = {e.sha256 for e in entries if e.split == "train" and earlier.get(e.sha256) in given}
+    return {image: place for image, place in earlier.items() if image not in moved}
+
+
+def _say_what_is_new(
+    entries: Sequence[Entry], earlier: placed.Placements, placements: Path
+) -> None:
+    """Say where images are drawn anew that a reader of ``placements`` would think are placed."""
+    if earlier.others and not earlier.places:
+        _log.warning(
+            "no row of %s was drawn by %s, as params.yaml says now: all images are drawn anew, and "
+            "the %s rows of other drawings stay",
+            *(placements, earlier.drawn_by, len(earlier.others)),
+        )
+    images = {entry.sha256 for entry in entries}
+    known = len(images & earlier.places.keys())
+    if earlier.places and known < min(len(images), len(earlier.places)) / 2:
+        _log.warning(
+            "%s places %s images, of which %s are in the source; the other %s of it are drawn "
+            "anew. Files whose bytes changed, as by another encoding, count as new ones",
+            *(placements, len(earlier.places), known, len(images) - known),
+        )
 
 
 def _draw(
@@ -187,7 +224,7 @@ def _asked(entries: Sequence[Entry], params: Params) -> dict[str, float]:
 class _Groups:
     """The groups of a data set and where each is placed."""
 
-    def __init__(self, entries: Sequence[Entry], earlier: Mapping[Image, str]) -> None:
+    def __init__(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> None:
         self.place: dict[str, str] = {}
         self.labels: dict[str, set[str]] = defaultdict(set)
         self.given: set[str] = set()
@@ -200,7 +237,7 @@ class _Groups:
                 self.given.add(entry.group)
                 if self.place.get(entry.group) != "test":
                     self.place[entry.group] = entry.split
-            elif place := earlier.get((entry.sha256, entry.box)):
+            elif place := earlier.get(entry.sha256):
                 before[entry.group][place] += 1
         for group, places in before.items():
             self.place.setdefault(group, min(places, key=lambda p: (-places[p], p)))
@@ -211,7 +248,7 @@ class _Groups:
         self.bridges: set[int] = set()
         for row, entry in enumerate(entries):
             if len(before[entry.group]) > 1 and entry.group not in self.given:
-                if place := earlier.get((entry.sha256, entry.box)):
+                if place := earlier.get(entry.sha256):
                     self.own[row] = place
                 else:
                     self.bridges.add(row)

@@ -33,7 +33,7 @@ STAGES = ("split", "train", "export", "evaluate")
 # Of what no headline needs, little or nothing is made in a fold.
 _LESS: Mapping[str, Mapping[str, Any]] = {
     "export": {"precisions": ()},
-    "evaluate": {"columns": (), "corrupted": 1, "unknown": None, "mistakes": 0},
+    "evaluate": {"columns": (), "corrupted": 1, "unknown": "", "mistakes": 0},
 }
 _SHARES, _LOSSES = (0.0, 1.0), (0.0, math.inf)
 

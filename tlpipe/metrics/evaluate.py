@@ -52,8 +52,8 @@ class Params(Section):
     corrupted: int = Field(
         default=64, ge=1, description="Test images to blur, darken and so on, at most."
     )
-    unknown: str | None = Field(
-        default=None,
+    unknown: str = Field(
+        default="data/textures.yaml",
         min_length=1,
         description="Images of none of the classes, as the classifier may meet them: a folder, "
         "archive or address of images, whose labels count for nothing. A built-in set is an "
@@ -239,7 +239,7 @@ def _unknown(
     predictor: Predictor, given: Answers, threshold: float | None, params: Params
 ) -> dict[str, Any] | None:
     """Return how images of none of the classes are answered; None where there are none."""
-    if params.unknown is None:
+    if not params.unknown:
         return None
     sampling = predictor.bundle.preprocessing
     found = answers.of_others(predictor, params.unknown, sampling, params.unknown_images)

@@ -60,6 +60,12 @@ class Bounds(Section):
     megabytes: float | None = Field(
         default=None, gt=0, description="Size of the exact graph, at most."
     )
+    below_validation: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="By how much test accuracy may be below validation accuracy beyond chance.",
+    )
     other_labels: bool = Field(
         default=False, description="Whether it may have other classes than the one in production."
     )
@@ -183,7 +189,7 @@ def judge(
             recalls[worst] >= bounds.recall and not (untested and bounds.recall),
         ),
         Rule("leaks", f"{leaked} test images", "none that training has seen", not leaked),
-        _validation(given, part, candidate, held_out, measured.split),
+        _validation(given, part, candidate, held_out, measured.split, bounds.below_validation),
     ]
     error = scores.calibration_error(given.probabilities, part.truth, part.groups, _CONFIDENCE)
     numbers: dict[str, Any] = {
@@ -228,10 +234,16 @@ def _leaked(measured: Measured) -> int:
 
 
 def _validation(
-    given: Answers, part: Part, candidate: Bundle, held_out: Path | None, split: Path
+    given: Answers,
+    part: Part,
+    candidate: Bundle,
+    held_out: Path | None,
+    split: Path,
+    bound: float,
 ) -> Rule:
     """Compare with the accuracy on images held out of training."""
-    expected = "test accuracy that is not below it beyond chance"
+    by = f"by more than {bound:g} " if bound else ""
+    expected = f"test accuracy that is not below it {by}beyond chance"
     if held_out is None:
         advice = "register it anew: 'dvc repro --force --single-item register'"
         return Rule("validation", "no predictions held out in its run", f"some; {advice}", False)
@@ -240,7 +252,8 @@ def _validation(
     except ArtifactError as error:
         return Rule("validation", str(error), expected, False)
     found = generalisation.compare(validation.hits, groups, given.hits, part.groups, _CONFIDENCE)
-    return Rule("validation", generalisation.describe(found), expected, not found["is_below"])
+    is_near = found["difference"]["high"] >= -bound
+    return Rule("validation", generalisation.describe(found), expected, is_near)
 
 
 def _hits_of(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from tlpipe import files, lineage
 from tlpipe.data import placements as placed
 from tlpipe.data.manifest import Assignment, load_split
+from tlpipe.data.placements import Placements
 from tlpipe.errors import ArtifactError, RegistryError
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.onnx_export.bundle import Bundle
@@ -88,7 +89,7 @@ def run(
             known = tracking.bundle_of(client, version)
         except (ArtifactError, RegistryError) as error:
             _log.warning("the stored bundle is lost, its digest is known: %s", error)
-        split = _split_of(client, version)
+        split = _split_of(client, version, known)
     origin = _origin(version, known, repository, workspace)
     with TemporaryDirectory() as name:
         clone = Path(name, "clone")
@@ -148,8 +149,14 @@ def _origin(
     return _Origin(source, commit, folder)
 
 
-def _split_of(client: "MlflowClient", version: "ModelVersion") -> _Split | None:
-    """Return the split table that the version's run keeps, None where it keeps none."""
+def _split_of(
+    client: "MlflowClient", version: "ModelVersion", known: Bundle | None
+) -> _Split | None:
+    """Return the split table that the version's run keeps, None where it keeps none.
+
+    Raises:
+        ArtifactError: it is not the one that the bundle was made with.
+    """
     table, report = (
         tracking.artifact(client, version.run_id, place)
         for place in (publishing.SPLIT, publishing.SPLIT_REPORT)
@@ -157,6 +164,13 @@ def _split_of(client: "MlflowClient", version: "ModelVersion") -> _Split | None:
     if table is None or report is None:
         _log.info("the run keeps no split table: images are placed as the commit places them")
         return None
+    made_with = known.provenance.get("split_sha256") if known else None
+    if made_with not in (None, found := files.sha256(table)):
+        raise ArtifactError(
+            f"{publishing.SPLIT} of the run of {version.name} version {version.version} has the "
+            f"sha256 {found}; the bundle was made with {made_with}. Somebody changed it: put it "
+            f"back, or register the version anew."
+        )
     return _Split(load_split(table), placed.drawn_by(files.read_json(report)["params"]))
 
 
@@ -230,7 +244,7 @@ def _place(split: _Split, inside: Path) -> None:
     except ArtifactError as error:
         why = f"cannot be used: {error}"
     _log.info("%s of the commit %s; the run's split table is taken", placements.name, why)
-    placed.save(placements, split.drawn_by, placed.of_table(split.table))
+    placed.save(placements, Placements(split.drawn_by, placed.of_table(split.table)))
 
 
 def _step(*command: str, folder: Path) -> None:
