@@ -72,6 +72,7 @@ def test_one_run_and_one_version_tell_where_the_bundle_comes_from(main_job: Work
     drawn = {"confusion", "coverage", "reliability", "mistakes", "training"}
     assert {f"plots/{name}.png" for name in drawn} <= set(plots)
     tables = {"data/ingest.json", "data/split.json", "data/rejects.csv", "data/suspects.csv"}
+    tables.add("data/leaks.json")
     split = {"data/manifest.csv", "data/split.csv"}  # what 'rebuild' starts from
     assert set(data) == tables | split | {"data/plots"}
     assert {"data/plots/classes.png", "data/plots/suspects.png"} <= set(pictures)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tlpipe.errors import DataError
-from tlpipe.sources import annotations, builtin, layouts, tables
+from tlpipe.sources import annotations, builtin, layouts, naming, tables
 from tlpipe.sources.archives import check_no_archives, open_archive
 from tlpipe.sources.candidates import IMAGES, Candidate, Reject, given_split
 from tlpipe.sources.remote import Remote, open_remote
@@ -202,7 +202,10 @@ def _list(
     nothing = [name for name in storage.names() if layout.read(name) is None]
     if beside := [name for name in nothing if not name.startswith(layout.left_out)]:
         layout.notes.append(f"{len(beside)} files beside the classes are no images: {beside[0]}")
-    return _by_name(storage, layout.read, layout.notes)
+    source = _by_name(storage, layout.read, layout.notes)
+    if not layout.left_out and (advice := naming.advise(source.candidates(), layout.roots)):
+        source.notes.append(advice)
+    return source
 
 
 def _by_name(
