@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,28 +29,46 @@ def picture(number: int, side: int = 96) -> Image.Image:
     return image
 
 
-def changed(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Rotate by any angle, mirror, shear and zoom, with black corners; brighten or darken."""
-    if rng.random() < 0.5:
+def changed(
+    image: Image.Image,
+    degrees: float = 0,
+    *,
+    is_mirrored: bool = False,
+    shear: float = 0,
+    zoom: float = 1,
+    gain: float = 1,
+) -> Image.Image:
+    """Rotate, mirror, shear (in degrees) and zoom, with black corners; brighten or darken."""
+    if is_mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    angle, shear = rng.uniform(0, 2 * np.pi), np.tan(np.radians(rng.uniform(-15, 15)))
-    cosine, sine = np.cos(angle), np.sin(angle)
-    linear = np.array([[cosine, -sine], [sine, cosine]]) @ [[1, shear], [0, 1]]
-    linear /= rng.uniform(0.9, 1.15)
+    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    linear = np.array([[cosine, -sine], [sine, cosine]]) @ [[1, np.tan(np.radians(shear))], [0, 1]]
+    linear /= zoom
     middle = np.full(2, image.width / 2)
     matrix = np.column_stack([linear, middle - linear @ middle]).ravel().tolist()
     turned = image.transform(
         image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR
     )
-    gain = rng.uniform(0.7, 1.1)
     return turned.point([min(int(level * gain), 255) for level in range(256)] * 3)
+
+
+def copy(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Change an image as augmentation tools do."""
+    return changed(
+        image,
+        rng.uniform(0, 360),
+        is_mirrored=bool(rng.random() < 0.5),
+        shear=rng.uniform(-15, 15),
+        zoom=rng.uniform(0.9, 1.15),
+        gain=rng.uniform(0.7, 1.1),
+    )
 
 
 def planted(originals: int, copies: int, seed: int = 0) -> list[tuple[str, Image.Image]]:
     """Return the label and the picture of each copy; none is its original."""
     rng = np.random.default_rng(seed)
     return [
-        (LABELS[number % 2], changed(picture(number), rng))
+        (LABELS[number % 2], copy(picture(number), rng))
         for number in range(originals)
         for _ in range(copies)
     ]
@@ -59,6 +78,19 @@ def clean(count: int) -> list[tuple[str, Image.Image]]:
     return [(LABELS[number % 2], picture(number)) for number in range(count)]
 
 
+def dealt(
+    images: list[tuple[str, Image.Image]],
+    splits: list[str],
+    group: Callable[[int], str] = str,
+) -> tuple[npt.NDArray[np.uint8], list[Assignment]]:
+    """Return thumbnails and split table of images whose splits are given."""
+    thumbnails = np.stack([thumbnail(image) for _, image in images])
+    return thumbnails, [
+        Assignment(f"{row}.png", label, split, "", group(row), "", "")
+        for row, ((label, _), split) in enumerate(zip(images, splits, strict=True))
+    ]
+
+
 def find(
     images: list[tuple[str, Image.Image]],
     group: Callable[[int], str] = str,
@@ -66,11 +98,7 @@ def find(
 ) -> tuple[leaks.Found, list[Assignment]]:
     """Look for leaks, with the images dealt out to the splits by chance."""
     order = np.random.default_rng(1).permutation(len(images)).tolist()
-    thumbnails = np.stack([thumbnail(image) for _, image in images])
-    assignments = [
-        Assignment(f"{row}.png", label, splits[order[row] % len(splits)], "", group(row), "", "")
-        for row, (label, _) in enumerate(images)
-    ]
+    thumbnails, assignments = dealt(images, [splits[i % len(splits)] for i in order], group)
     return leaks.find(thumbnails, assignments), assignments
 
 
@@ -92,6 +120,31 @@ def test_copies_that_share_no_bytes_are_found(copies: int) -> None:
     text = leaks.warning(content)
     assert text.startswith("accuracy promises too much: ")
     assert "(?P<group>...) in ingest.pattern" in text
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "rotated a little": {"degrees": 12},
+    "rotated": {"degrees": 137},
+    "on its head": {"degrees": 180},
+    "mirrored": {"is_mirrored": True},
+    "mirrored and rotated": {"degrees": 261, "is_mirrored": True},
+    "sheared": {"shear": 15},
+    "sheared, rotated": {"degrees": -75, "shear": -15},
+    "enlarged, rotated": {"degrees": 40, "zoom": 1.15},
+    "smaller, darker": {"degrees": 300, "zoom": 0.9, "gain": 0.6},
+}
+
+
+@pytest.mark.fault("L04")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_each_change_is_seen_through(change: dict[str, Any]) -> None:
+    originals = clean(40)
+    copies = [(label, changed(image, **change)) for label, image in originals]
+    splits = ["train"] * 40 + ["test"] * 40
+    found = leaks.find(*dealt([*originals, *copies], splits))
+    right = [pair for pair in found.copies("test") if pair.row - 40 == pair.other]
+    assert len(right) >= 32
+    assert len(found.copies("test")) == len(right)
 
 
 @pytest.mark.fault("L04")
@@ -129,7 +182,7 @@ def test_a_few_copies_are_counted_without_an_alarm() -> None:
     _, assignments = find(images)
     held = [row for row, found in enumerate(assignments) if found.split == "test"]
     train = next(row for row, found in enumerate(assignments) if found.split == "train")
-    images[held[0]] = (images[train][0], changed(images[train][1], rng))
+    images[held[0]] = (images[train][0], copy(images[train][1], rng))
     found, _ = find(images)
     assert [(pair.row, pair.other) for pair in found.copies("test")] == [(held[0], train)]
     assert not found.is_above_clean("test")

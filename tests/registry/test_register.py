@@ -262,6 +262,7 @@ def test_the_summary_shows_the_last_run_and_what_comes_next(main_job: Workspace)
         "1,000 images, 10 classes, 0 rejected",
         "efficientnet_lite0, frozen: all",
         "95% interval",
+        "images looked at are rotated, mirrored or sheared copies of training images: as in clean",
         "artifacts/export/bundle/model.onnx, 13.5 MB",
         "digits version 1, alias challenger, champion",
         "make ui | tlpipe predict IMAGE | tlpipe serve",
@@ -269,12 +270,16 @@ def test_the_summary_shows_the_last_run_and_what_comes_next(main_job: Workspace)
         assert text in table
 
 
+@pytest.mark.fault("L04")
 def test_the_summary_offers_no_champion_where_there_is_none(built: Workspace) -> None:
+    leaks = built.path / "artifacts/audit/leaks.json"
+    leaks.write_text(json.dumps(json.loads(leaks.read_text()) | {"is_above_clean": True}))
     built.configure("register", gate={"accuracy": 0.999})
     said = built.run(*COMMAND).stderr
     assert "is not known" not in said
     table = built.run("tlpipe", "summary", "artifacts/register/receipt.json").stdout
     assert "digits version 1, alias challenger" in table
+    assert "copies of training images: more than clean sets show" in table
     assert (
         "next: make ui | tlpipe promote: nothing is in production yet | tlpipe predict IMAGE"
         in table
