@@ -15,6 +15,7 @@ OUTPUTS = (
     "artifacts/embed/activations/index.json",
     "artifacts/embed/activations/keys.npy",
     "artifacts/audit/suspects.csv",
+    "artifacts/audit/leaks.json",
     "artifacts/train/model/model.safetensors",
     "artifacts/train/model/model.json",
     "artifacts/export/bundle/model.onnx",

@@ -170,12 +170,13 @@ def audit(
     activations: In,
     data_report: In,
     suspects: Out,
+    leaks: Out,
     plots: Out,
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
-    """Show the data set, and the labels that its features speak against."""
+    """Show the data set, label issues, and held-out images with copies in train."""
     known = {"pixels": pixels, "split": split, "activations": activations}
-    outputs = {"suspects": suspects, "plots": plots}
+    outputs = {"suspects": suspects, "leaks_report": leaks, "plots": plots}
     _run("audit", params, manifest=manifest, data_report=data_report, **known, **outputs)
 
 
@@ -313,6 +314,7 @@ def register(
     split_report: In,
     rejects: In,
     suspects: In,
+    leaks: In,
     data_plots: In,
     pixels: In,
     manifest: In,
@@ -341,6 +343,7 @@ def register(
         split_report=split_report,
         rejects=rejects,
         suspects=suspects,
+        leaks=leaks,
         data_plots=data_plots,
         manifest=manifest,
         split=split,

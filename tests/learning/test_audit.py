@@ -55,7 +55,9 @@ def test_the_main_job_shows_its_data(main_job: Workspace) -> None:
     plots = main_job.path / "artifacts/audit/plots"
     names = {path.name for path in plots.iterdir()}
     sheets = {f"sheet-{number:03d}.png" for number in range(10)}
-    assert names == {"classes.png", "sizes.png", "rejects.png", "suspects.png"} | sheets
+    assert (
+        names == {"classes.png", "sizes.png", "rejects.png", "suspects.png", "copies.png"} | sheets
+    )
     for path in plots.iterdir():
         with Image.open(path) as picture:
             assert len(np.unique(np.asarray(picture.convert("L")))) > 20
@@ -83,7 +85,7 @@ def test_data_of_another_source_are_refused(main_job: Workspace, empty: Workspac
         *("--activations", str(folder / "embed/activations")),
         *("--data-report", str(folder / "ingest/report.json")),
     ]
-    outputs = ("--suspects", "s.csv", "--plots", "plots")
+    outputs = ("--suspects", "s.csv", "--leaks", "l.json", "--plots", "plots")
     error = empty.run("tlpipe", "audit", *paths, *outputs, code=6).stderr
     assert "manifest.csv holds 999 images" in error
     assert not (empty.path / "plots").exists()

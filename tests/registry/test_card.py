@@ -73,19 +73,41 @@ def test_a_threshold_that_was_only_observed_is_told_as_that() -> None:
     assert "It leaves 0% of test images answered." in text
 
 
-@pytest.mark.fault("M02")
-def test_an_unknown_calibration_error_is_told_in_words(artifacts: Path) -> None:
+def known(artifacts: Path) -> dict[str, Any]:
+    """Return what the stages of the main job report."""
     stages = {
         "report": "evaluate/report.json",
         "speed": "evaluate/speed.json",
         "data_report": "ingest/report.json",
         "split_report": "split/report.json",
+        "leaks": "audit/leaks.json",
     }
-    known = {name: json.loads((artifacts / path).read_text()) for name, path in stages.items()}
-    known["report"]["precisions"]["fp32"]["calibration_error"] = None
-    text = card.write("digits", bundles.load(artifacts / "export/bundle"), known, {})
+    return {name: json.loads((artifacts / path).read_text()) for name, path in stages.items()}
+
+
+@pytest.mark.fault("M02")
+def test_an_unknown_calibration_error_is_told_in_words(artifacts: Path) -> None:
+    reports = known(artifacts)
+    reports["report"]["precisions"]["fp32"]["calibration_error"] = None
+    text = card.write("digits", bundles.load(artifacts / "export/bundle"), reports, {})
     (row,) = (line for line in text.splitlines() if "calibration error" in line)
     assert row.split("|")[2].strip() == "unknown, since all test images are of one group"
+
+
+@pytest.mark.fault("L04")
+def test_copies_in_train_are_told_beside_the_limits(artifacts: Path) -> None:
+    reports, shipped = known(artifacts), bundles.load(artifacts / "export/bundle")
+    text = card.write("digits", shipped, reports, {})
+    copies = reports["leaks"]["splits"]["test"]["copies"]
+    assert copies < 5
+    assert f"{copies} of 48 test images looked at are rotated, mirrored or sheared" in text
+    assert "promises too much" not in text
+    reports["leaks"]["splits"]["test"] |= {"copies": 30, "share": 30 / 48, "is_above_clean": True}
+    reports["leaks"]["is_above_clean"] = True
+    limits = card.write("digits", shipped, reports, {}).split("## Limits")[1].split("## Data")[0]
+    assert "**The accuracy promises too much:**" in limits
+    assert "30 of 48 test images looked at are rotated, mirrored or sheared copies" in limits
+    assert "clean sets show 5% at most" in limits
 
 
 @pytest.mark.fault("L03")

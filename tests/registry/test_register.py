@@ -72,6 +72,7 @@ def test_one_run_and_one_version_tell_where_the_bundle_comes_from(main_job: Work
     drawn = {"confusion", "coverage", "reliability", "mistakes", "training"}
     assert {f"plots/{name}.png" for name in drawn} <= set(plots)
     tables = {"data/ingest.json", "data/split.json", "data/rejects.csv", "data/suspects.csv"}
+    tables.add("data/leaks.json")
     split = {"data/manifest.csv", "data/split.csv"}  # what 'rebuild' starts from
     assert set(data) == tables | split | {"data/plots"}
     assert {"data/plots/classes.png", "data/plots/suspects.png"} <= set(pictures)
@@ -261,6 +262,7 @@ def test_the_summary_shows_the_last_run_and_what_comes_next(main_job: Workspace)
         "1,000 images, 10 classes, 0 rejected",
         "efficientnet_lite0, frozen: all",
         "95% interval",
+        "images looked at are rotated, mirrored or sheared copies of training images: as in clean",
         "artifacts/export/bundle/model.onnx, 13.5 MB",
         "digits version 1, alias challenger, champion",
         "make ui | tlpipe predict IMAGE | tlpipe serve",
@@ -268,12 +270,16 @@ def test_the_summary_shows_the_last_run_and_what_comes_next(main_job: Workspace)
         assert text in table
 
 
+@pytest.mark.fault("L04")
 def test_the_summary_offers_no_champion_where_there_is_none(built: Workspace) -> None:
+    leaks = built.path / "artifacts/audit/leaks.json"
+    leaks.write_text(json.dumps(json.loads(leaks.read_text()) | {"is_above_clean": True}))
     built.configure("register", gate={"accuracy": 0.999})
     said = built.run(*COMMAND).stderr
     assert "is not known" not in said
     table = built.run("tlpipe", "summary", "artifacts/register/receipt.json").stdout
     assert "digits version 1, alias challenger" in table
+    assert "copies of training images: more than clean sets show" in table
     assert (
         "next: make ui | tlpipe promote: nothing is in production yet | tlpipe predict IMAGE"
         in table

@@ -1,7 +1,8 @@
-"""Stage ``audit``: show the data set, and the labels that its own features speak against.
+"""Stage ``audit``: show the data set, label issues, and held-out images with copies in train.
 
 Each image is judged by a head that has not seen it, nor anything of its group; where that head is
-sure of another class, confident learning calls the label suspicious. Nothing is changed by it.
+sure of another class, confident learning calls the label suspicious. Copies that bytes cannot show
+are looked for by ``tlpipe.data.leaks``. Nothing is changed by either.
 """
 
 import logging
@@ -13,11 +14,11 @@ import numpy as np
 from pydantic import Field
 
 from tlpipe import files, pictures
-from tlpipe.data import charts
+from tlpipe.data import charts, leaks
 from tlpipe.data import pixels as packed
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.folds import ALWAYS_TRAINS, held_out_folds
-from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split
+from tlpipe.data.manifest import Assignment, Entry, evenly, load_manifest, load_split
 from tlpipe.errors import ArtifactError
 from tlpipe.features import activations as stored
 from tlpipe.learning import head as heads
@@ -27,6 +28,7 @@ from tlpipe.params import Section
 _log = logging.getLogger(__name__)
 SUSPECTS = ("path", "label", "suggested", "label_probability", "suggested_probability")
 _MOST_SHEETS = 100
+_PAIRS = 12  # of a held-out and a training image, drawn
 
 
 class Params(Section):
@@ -54,21 +56,25 @@ def run(
     activations: Path,
     data_report: Path,
     suspects: Path,
+    leaks_report: Path,
     plots: Path,
     params: Params,
 ) -> None:
-    """Write the table of suspicious labels, and pictures of the data set.
+    """Write the table of suspicious labels, the report of leaks, and pictures of the data set.
 
     Raises:
-        ArtifactError: manifest, pixels and activations are of different data.
+        ArtifactError: manifest, pixels, split and activations are of different data.
     """
     entries = list(load_manifest(manifest))
-    squares = packed.load(pixels).array
+    images = packed.load(pixels)
+    squares = images.array
     features = stored.load(activations).features
-    if not len(entries) == len(squares) == len(features):
+    assignments = load_split(split)
+    if not len(entries) == len(squares) == len(features) == len(assignments):
         raise ArtifactError(
-            f"{manifest} holds {len(entries)} images, {pixels} {len(squares)} and {activations} "
-            f"{len(features)}; expected the same. Run 'dvc repro'."
+            f"{manifest} holds {len(entries)} images, {pixels} {len(squares)}, {split} "
+            f"{len(assignments)} and {activations} {len(features)}; expected the same. Run "
+            f"'dvc repro'."
         )
     found = find_suspects(entries, features, params)
     files.write_csv(
@@ -85,14 +91,22 @@ def run(
             for s in found
         ],
     )
+    copies = leaks.find(images.thumbnails, assignments)
+    content = copies.content(assignments)
+    files.write_json(leaks_report, content)
     report = files.read_json(data_report)
     with files.replacing_folder(plots) as folder:
-        charts.classes(folder / "classes.png", load_split(split))
+        charts.classes(folder / "classes.png", assignments)
         charts.sizes(folder / "sizes.png", entries)
         charts.rejects(folder / "rejects.png", report["rejected"], report["duplicates"])
         _draw_suspects(folder / "suspects.png", entries, squares, found, params.suspects)
+        _draw_copies(folder / "copies.png", assignments, squares, copies)
         _draw_sheets(folder, entries, squares, params.sheet_images)
     _log.info("%s of %s labels are suspicious: %s", len(found), len(entries), suspects)
+    if content["is_above_clean"]:
+        _log.warning("%s See %s and %s.", leaks.warning(content), leaks_report, plots)
+    else:
+        _log.info("%s", leaks.describe(content))
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,23 @@ def _draw_suspects(
     captions = [f"{entries[s.row].label}, or {s.suggested}?" for s in shown]
     title = f"Most suspicious labels: {len(shown)} of {len(found)}"
     pictures.gallery(path, [squares[s.row] for s in shown], captions, title=title)
+
+
+def _draw_copies(
+    path: Path, assignments: Sequence[Assignment], squares: Chunks, found: leaks.Found
+) -> None:
+    """Draw the held-out images that are most like a training image, each beside it."""
+    pairs = sorted(
+        (pair for some in found.pairs.values() for pair in some if pair.likeness > 0),
+        key=lambda pair: (-pair.likeness, pair.row),
+    )[:_PAIRS]
+    shown, captions = [], []
+    for pair in pairs:
+        verdict = "copy" if pair.likeness >= found.threshold else "no copy"
+        shown += [squares[pair.row], squares[pair.other]]
+        captions += [assignments[pair.row].split, f"train, {pair.likeness:.2f}: {verdict}"]
+    title = "Held-out images and the training images most like them"
+    pictures.gallery(path, shown, captions, title=title)
 
 
 def _draw_sheets(folder: Path, entries: Sequence[Entry], squares: Chunks, most: int) -> None:

@@ -6,6 +6,7 @@ Sections after Mitchell et al. (2019), Model cards for model reporting.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tlpipe.data import leaks
 from tlpipe.metrics import generalisation
 from tlpipe.metrics.scores import UNKNOWN, title
 from tlpipe.onnx_export.bundle import EXACT, Bundle
@@ -52,6 +53,7 @@ def write(name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str]) 
         _weakest(exact),
         "## Limits",
         limits(known["report"]),
+        _copies(known["leaks"]),
         "## Data",
         _data(known),
         "## How it was made",
@@ -123,6 +125,16 @@ def limits(report: Mapping[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def _copies(found: Mapping[str, Any]) -> str:
+    """Say that training has seen copies of held-out images, where there are more than by chance."""
+    if not found["is_above_clean"]:
+        return ""
+    return (
+        f"**The accuracy promises too much:** {leaks.describe(found)}, clean sets show "
+        f"{found['clean_share']:.0%} at most. data/leaks.json among the artifacts names some."
+    )
+
+
 def _abstention(found: Mapping[str, Any]) -> str:
     """Say below which probability answers should be left to people, or why none is known."""
     rate, certainty = f"{found['error_rate']:.1%}", f"{found['confidence']:.0%}"
@@ -164,6 +176,7 @@ def _data(known: Known) -> str:
         f"{sum(data['rejected'].values()):,} files rejected",
         f"images a class: {', '.join(shown + more)}",
         f"test images that training has seen: {split['leaks']} found and left out",
+        leaks.describe(known["leaks"]),
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -53,6 +53,7 @@ class Content:
     split_report: Path
     rejects: Path
     suspects: Path
+    leaks: Path
     data_plots: Path
     manifest: Path
     split: Path
@@ -87,6 +88,7 @@ _PLACES = {
     "split_report": SPLIT_REPORT,
     "rejects": "data/rejects.csv",
     "suspects": "data/suspects.csv",
+    "leaks": "data/leaks.json",
     "data_plots": "data/plots",
     "manifest": "data/manifest.csv",
     "split": SPLIT,
@@ -120,7 +122,7 @@ def publish(
     shipped = bundles.load(content.bundle)
     known = {
         part: files.read_json(getattr(content, part))
-        for part in ("report", "speed", "parity", "data_report", "split_report")
+        for part in ("report", "speed", "parity", "data_report", "split_report", "leaks")
     }
     if known["report"]["bundle"] != shipped.digest:
         raise ArtifactError(

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from tlpipe import files, lineage
-from tlpipe.data import ingest
+from tlpipe.data import ingest, leaks
 from tlpipe.errors import GateError, RegistryError
 from tlpipe.onnx_export.bundle import EXACT
 from tlpipe.params import Section
@@ -94,6 +94,7 @@ def run(
             except GateError as error:
                 _log.warning("%s", error)
     result, data = files.read_json(content.report), files.read_json(content.data_report)
+    copies = files.read_json(content.leaks)
     shipped = published.bundle
     files.write_json(
         receipt,
@@ -107,6 +108,10 @@ def run(
             "accuracy": result["precisions"][EXACT]["accuracy"],
             "test_images": result["images"],
             "generalisation": result["generalisation"],
+            "copies": {
+                "found": leaks.describe(copies),
+                "is_above_clean": copies["is_above_clean"],
+            },
             "images": data["images"],
             "classes": len(data["classes"]),
             "rejected": sum(data["rejected"].values()),

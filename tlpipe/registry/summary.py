@@ -33,6 +33,7 @@ def run(*, receipt: Path, workspace: Path) -> tuple[list[tuple[str, str]], str]:
         ("backbone", f"{content['backbone']}, frozen: {content['freeze']}"),
         ("test accuracy", interval),
         ("validation accuracy", _validation(content["generalisation"])),
+        ("copies in train", _copies(content["copies"])),
         ("ONNX", f"{content['onnx']}, {content['onnx_bytes'] / 1e6:.1f} MB"),
         ("model", f"{content['name']} version {content['version']}, {aliases}"),
     ]
@@ -51,6 +52,11 @@ def _validation(found: dict[str, Any]) -> str:
         f"{verdict}: {change['value']:+.3f} ({change['confidence']:.0%} interval "
         f"{change['low']:+.3f} to {change['high']:+.3f})"
     )
+
+
+def _copies(found: dict[str, Any]) -> str:
+    verdict = "more than clean sets show" if found["is_above_clean"] else "as in clean sets"
+    return f"{found['found']}: {verdict}"
 
 
 def _aliases(content: dict[str, Any], workspace: Path) -> tuple[list[str], bool]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from tlpipe.errors import DataError
-from tlpipe.sources import annotations, builtin, coco, layouts, tables, voc
+from tlpipe.sources import annotations, builtin, coco, layouts, naming, tables, voc
 from tlpipe.sources.archives import check_no_archives, open_archive
 from tlpipe.sources.candidates import IMAGES, Candidate, Reject, given_split
 from tlpipe.sources.paths import Files, some, split_of_folders
@@ -271,7 +271,10 @@ def _list(
     nothing = [name for name in storage.names() if layout.read(name) is None]
     if beside := [name for name in nothing if not name.startswith(layout.left_out)]:
         layout.notes.append(f"{len(beside)} files beside the classes are no images: {beside[0]}")
-    return _by_name(storage, layout.read, [*notes, *layout.notes])
+    source = _by_name(storage, layout.read, [*notes, *layout.notes])
+    if not layout.left_out and (advice := naming.advise(source.candidates(), layout.roots)):
+        source.notes.append(advice)
+    return source
 
 
 def _left_out(others: Mapping[str, str]) -> Iterator[str]:
