@@ -17,24 +17,41 @@ def part_of(candidate: Candidate, frame: Frame, margin: float) -> Box:
 
     Raises:
         ImageError: the box does not lie in the image, was drawn in a picture of another shape, or
-            there is no room beside the boxes.
+            there is no room beside the boxes, or one of them does not lie in the image.
     """
+    width, height = frame.upright
     if candidate.avoid is not None:
         boxes = [upright_box(box, candidate.drawn_in, frame) for box in candidate.avoid]
+        refused = [upright_box(box, candidate.drawn_in, frame) for box in candidate.occupied]
+        for box in (*boxes, *refused):
+            if not _lies_in(box, frame.upright):
+                text = f"the box {_shown(box)} lies outside of {width} x {height} pixels, so what "
+                raise ImageError("no_background", f"{text}it is of may lie anywhere")
         parts = [_with_margin(box, margin, frame.upright) for box in boxes]
         sides = [min(part[2] - part[0], part[3] - part[1]) for part in parts]
         if candidate.side_px is not None:
             sides = [min(round(candidate.side_px * (1 + 2 * margin)), *frame.upright)]
-        return _beside(boxes, sides, candidate.file, frame.upright)
+        if not (sides := [side for side in sides if side >= 1]):
+            raise ImageError("no_background", "no box tells how large a square is to be")
+        return _beside([*boxes, *refused], sides, candidate.file, frame.upright)
     assert candidate.box is not None
-    left, upper, right, lower = box = upright_box(candidate.box, candidate.drawn_in, frame)
-    width, height = frame.upright
+    box = upright_box(candidate.box, candidate.drawn_in, frame)
+    left, upper, right, lower = box
     # Boxes are drawn by hand: a pixel beyond the edge is no mistake.
     slack = 1 + 0.01 * max(width, height)
-    if left < -slack or upper < -slack or right > width + slack or lower > height + slack:
-        shown = ", ".join(f"{edge:g}" for edge in box)
-        raise ImageError("box_outside", f"{shown} in an image of {width} x {height} pixels")
+    is_beyond = left < -slack or upper < -slack or right > width + slack or lower > height + slack
+    if is_beyond or not _lies_in(box, frame.upright):
+        raise ImageError("box_outside", f"{_shown(box)} in an image of {width} x {height} pixels")
     return _with_margin(box, margin, frame.upright)
+
+
+def _lies_in(box: Edges, size: tuple[int, int]) -> bool:
+    """Return whether a box and an image share pixels, or would if the box had an area."""
+    return box[0] < size[0] and box[1] < size[1] and box[2] > 0 and box[3] > 0
+
+
+def _shown(box: Edges) -> str:
+    return ", ".join(f"{edge:g}" for edge in box)
 
 
 def _with_margin(box: Edges, margin: float, size: tuple[int, int]) -> Box:

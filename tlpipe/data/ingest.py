@@ -22,7 +22,7 @@ from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifes
 from tlpipe.data.reading import read_all
 from tlpipe.data.values import Measured
 from tlpipe.errors import DataError
-from tlpipe.params import Section
+from tlpipe.params import Section, check_effect
 from tlpipe.progress import track
 from tlpipe.sources import listing
 from tlpipe.sources.candidates import Reject
@@ -119,6 +119,15 @@ class Params(Section):
         if "label" not in groups:
             raise ValueError("it must have a group (?P<label>...)")
         return pattern
+
+    @model_validator(mode="after")
+    def _is_of_folders(self) -> "Params":
+        if self.pattern is not None and self.kind not in ("auto", "folders"):
+            raise ValueError(
+                f"pattern reads labels from the names of folders and files, and kind is "
+                f"{self.kind}; take one of both out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_files_of_labels(self) -> "Params":
@@ -246,6 +255,7 @@ def opened(params: Params) -> Iterator[listing.Source]:
 
     Raises:
         DataError: as ``listing.opened``.
+        ParamsError: what is set for boxes has no effect, as there are none.
     """
     with listing.opened(
         params.source,
@@ -256,6 +266,9 @@ def opened(params: Params) -> Iterator[listing.Source]:
         label_files=params.label_files,
         follow_links=params.follow_links,
     ) as source:
+        if not source.has_boxes:
+            reason = f"{params.source} holds no boxes"
+            check_effect("ingest", params, ("background", "box_margin"), reason)
         for name, suffixes, advice in (
             ("HEIF", (".heic", ".heif"), f"{HEIC_EXTRA} reads them"),
             ("AVIF", (".avif",), "this Pillow was built without it"),

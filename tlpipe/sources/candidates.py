@@ -24,9 +24,10 @@ class Candidate(NamedTuple):
 
     ``name`` is unique in the source; ``file`` is what the storage reads; ``split`` and ``group``
     are those that the source gives, or empty. ``box`` is the part to take. Where ``avoid`` is not
-    ``None``, the part is looked for: a square that touches none of these boxes. ``drawn_in`` is the
-    width and height of the picture that boxes are in pixels of; where it is not known, of the
-    upright image. ``side_px``: that of the square to look for, where the image has no boxes.
+    ``None``, the part is looked for: a square as large as one of these boxes, which touches none of
+    them and of ``occupied``. ``drawn_in`` is the width and height of the picture that boxes are in
+    pixels of; where it is not known, of the upright image. ``side_px``: that of the square to look
+    for, where ``avoid`` is empty.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Candidate(NamedTuple):
     group: str = ""
     box: Edges | None = None
     avoid: tuple[Edges, ...] | None = None
+    occupied: tuple[Edges, ...] = ()
     drawn_in: tuple[int, int] | None = None
     side_px: float | None = None
 

@@ -2,14 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 from tlpipe.errors import DataError
 from tlpipe.sources.candidates import Edges, Reject
 from tlpipe.sources.masks import box_around, size_of_mask
-from tlpipe.sources.paths import Files, some, split_of
-from tlpipe.sources.photos import Photo
+from tlpipe.sources.paths import Files, Match, in_one_place, some, split_of
+from tlpipe.sources.photos import UNUSABLE, Photo
 
 _PARTS = ("images", "annotations", "categories")
 
@@ -21,7 +22,8 @@ def reason_against(content: Any) -> str:
     if missing := [part for part in _PARTS if not isinstance(content.get(part), list)]:
         keys = ", ".join(sorted(map(str, content))[:8]) or "-"
         return f"it has the keys {keys}; COCO also has lists of {', '.join(missing)}"
-    if any("segments_info" in item for item in content["annotations"][:1]):
+    first = next(iter(content["annotations"]), None)
+    if isinstance(first, Mapping) and "segments_info" in first:
         return "it is COCO's panoptic kind, which is seen and not known; instances are read"
     return ""
 
@@ -62,7 +64,7 @@ def read(contents: Mapping[str, Any], files: Files, rejects: list[Reject]) -> li
     """Return the photos of COCO files and what is labelled in them.
 
     Raises:
-        DataError: a file name may mean several images.
+        DataError: a file name may mean several images, or they lie in several folders.
     """
     photos: dict[str, Photo] = {}
     for file, content in contents.items():
@@ -85,36 +87,49 @@ def _photos_by_id(
 ) -> dict[int | str, Photo | None]:
     """Return the photos by their ids in a file, None for rejected ones; add them to ``photos``."""
     of_id: dict[int | str, Photo | None] = {}
+    stated: list[tuple[int | str, str, tuple[int, int] | None]] = []
     for number, image in enumerate(images, start=1):
         match image:
-            case {"id": int() | float() | str() as key, "file_name": str(stated)}:
-                pass
+            case {"id": int() | float() | str() as key, "file_name": str(name)}:
+                stated.append((_id(key), name, _size(image.get("width"), image.get("height"))))
             case _:
                 text = "an image has no id or no file_name"
                 rejects.append(Reject(f"{file}, image {number}", "bad_annotation", text))
-                continue
-        found = files.find(stated, file)
-        if len(found) > 1:
-            raise DataError(
-                f"{file} names {stated!r}, which may be {some(found)}; expected one file. State "
-                f"its folder in file_name."
-            )
-        if not found:
-            of_id[_id(key)] = None
-            rejects.append(Reject(stated, "missing", f"{file} names it"))
-            continue
-        size = _size(image.get("width"), image.get("height"))
-        photo = photos.setdefault(found[0], Photo(found[0], split, size))
-        if (photo.split, photo.size) != (split, size):
-            text = f"{file} lists it in another split or size, {split or '-'} and {size}, than "
-            text += f"before, {photo.split or '-'} and {photo.size}"
-            rejects.append(Reject(photo.file, "conflict", text))
-        before = of_id.setdefault(_id(key), photo)
+    matches = in_one_place([files.find(name, file) for _, name, _ in stated], file)
+    for (key, name, size), match in zip(stated, matches, strict=True):
+        photo = _photo(file, name, split, size, match, photos, rejects)
+        before = of_id.setdefault(key, photo)
         if before is not photo:
             for other in filter(None, (before, photo)):
                 text = f"the id {key} stands for several images of {file}"
                 rejects.append(Reject(other.file, "conflict", text))
     return of_id
+
+
+def _photo(
+    file: str,
+    name: str,
+    split: str,
+    size: tuple[int, int] | None,
+    match: Match,
+    photos: dict[str, Photo],
+    rejects: list[Reject],
+) -> Photo | None:
+    """Return the photo that a file lists, added to ``photos``, or None where it is missing."""
+    if len(match.files) > 1:
+        raise DataError(
+            f"{file} names {name!r}, which may be {some(match.files)}; expected one file. State "
+            f"its folder in file_name."
+        )
+    if not match.files:
+        rejects.append(match.missing(name, file))
+        return None
+    photo = photos.setdefault(match.files[0], Photo(match.files[0], split, size))
+    if (photo.split, photo.size) != (split, size):
+        text = f"{file} lists it in another split or size, {split or '-'} and {size}, than "
+        text += f"before, {photo.split or '-'} and {photo.size}"
+        rejects.append(Reject(photo.file, "conflict", text))
+    return photo
 
 
 def _add(
@@ -125,13 +140,19 @@ def _add(
     names: Mapping[int | str, str],
     rejects: list[Reject],
 ) -> None:
-    """Add what an annotation labels to its photo, or a reject."""
+    """Add what an annotation labels to its photo, or a reject and the region that it is of."""
     place = f"{file}, annotation {number}"
     match annotation:
         case {"id": key, "image_id": int() | float() | str() as image_id}:
             place = f"{file}#{key}"
+        case {"image_id": int() | float() | str() as image_id}:
+            rejects.append(Reject(place, "bad_annotation", "it has no id"))
+            if photo := of_id.get(_id(image_id)):
+                photo.occupy(partial(_box, annotation, photo))
+            return
         case _:
-            text = f"it has no {'image_id' if 'id' in annotation else 'id'}"
+            is_object = isinstance(annotation, Mapping)
+            text = "it has no image_id" if is_object else f"it is {annotation!r}, no object"
             rejects.append(Reject(place, "bad_annotation", text))
             return
     if _id(image_id) not in of_id:
@@ -147,13 +168,16 @@ def _add(
     if label is None:
         text = f"{file}: its category_id {category!r} is that of no category"
         rejects.append(Reject(name, "no_label", text))
+        photo.occupy(partial(_box, annotation, photo))
     elif annotation.get("iscrowd"):
         rejects.append(Reject(name, "crowd", f"one box around many {label}"))
+        photo.occupy(partial(_box, annotation, photo))
     else:
         try:
             photo.labels.append((name, label, _box(annotation, photo)))
-        except (ValueError, TypeError) as error:
+        except UNUSABLE as error:
             rejects.append(Reject(name, "bad_annotation", f"{label}: {error}"))
+            photo.occupied.append(None)
 
 
 def _box(annotation: Mapping[str, Any], photo: Photo) -> Edges | None:
@@ -191,7 +215,8 @@ def _names(categories: Sequence[Any]) -> dict[int | str, str]:
 def _id(key: float | str) -> int | str:
     """Return an id as the number that it is, also if it is written as text or with ``.0``."""
     if isinstance(key, str):
-        return int(key) if key.isdecimal() and str(int(key)) == key else key
+        is_number = len(key) < 19 and key.isdecimal() and str(int(key)) == key
+        return int(key) if is_number else key
     return int(key) if key == key and abs(key) < 2**63 and int(key) == key else str(key)
 
 

@@ -31,7 +31,7 @@ class Source:
 
     ``counts``: of each label, how many images it has before any was opened; ``suffixes``: the same
     of the ends of names, in lower case; ``notes``: what was understood and what was left out, a
-    sentence each.
+    sentence each; ``has_boxes``: whether an image is a part of a photo.
     """
 
     storage: Storage
@@ -40,6 +40,7 @@ class Source:
     counts: Counter[str] = field(default_factory=Counter)
     suffixes: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    has_boxes: bool = False
 
     @property
     def is_local(self) -> bool:
@@ -87,10 +88,13 @@ def opened(
             storage = stack.enter_context(closing(opened_at))
             source = _list(storage, address, kind, pattern, background, columns or {}, label_files)
         splits: Counter[str] = Counter()
+        has_boxes = False
         for candidate in source.candidates():
+            has_boxes |= candidate.box is not None
             source.counts[candidate.label] += 1
             source.suffixes[candidate.file[candidate.file.rfind(".") :].lower()] += 1
             splits[candidate.split] += 1
+        source = replace(source, has_boxes=has_boxes)
         _check_classes(source, address)
         source.notes.extend(_unequal(source.counts))
         if splits["train"] and splits["validation"] and not splits["test"]:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from tlpipe.errors import DataError, ImageError
 from tlpipe.sources.candidates import Candidate, Reject, given_split
-from tlpipe.sources.paths import Files, folder_of, some, split_of
+from tlpipe.sources.paths import Files, Match, folder_of, in_one_place, some, split_of
 from tlpipe.sources.storage import Storage
 
 Role = Literal["path", "label", "split", "group"]
@@ -128,8 +128,10 @@ def read_tables(found: Found, rejects: list[Reject], notes: list[str]) -> list[C
     for table in tables:
         notes.append(f"{table.name}: {table.said}")
         given = table.split if len(tables) > 1 else ""
-        for row in table.rows:
-            candidate = _candidate(table, row, given, files, rejects)
+        matches = [files.find(row.path, table.name) for row in table.rows]
+        matches = in_one_place(matches, table.name, [row.label for row in table.rows])
+        for row, match in zip(table.rows, matches, strict=True):
+            candidate = _candidate(table, row, given, match, rejects)
             if candidate is None:
                 continue
             if (before := seen.get(candidate.name)) is not None:
@@ -148,7 +150,7 @@ def read_tables(found: Found, rejects: list[Reject], notes: list[str]) -> list[C
 
 
 def _candidate(
-    table: Table, row: Row, given: str, files: Files, rejects: list[Reject]
+    table: Table, row: Row, given: str, match: Match, rejects: list[Reject]
 ) -> Candidate | None:
     """Return what a row means, or None where it is rejected."""
     place = f"row {row.number} of {table.name}"
@@ -162,7 +164,7 @@ def _candidate(
             f"{place} has the split {row.split!r}; expected train, validation, test or nothing. "
             f"Change it in the table."
         )
-    found = files.find(row.path, table.name)
+    found = match.files
     if len(found) > 1:
         raise DataError(
             f"{place} names {row.path!r}, which may be {some(found)}; expected one file. Write "
@@ -171,8 +173,8 @@ def _candidate(
     name = found[0] if found else PurePosixPath(row.path).as_posix()
     if not found:
         is_outside = name.startswith("/") or ".." in name.split("/")
-        text = "a path that leads outside the source" if is_outside else f"{place} names it"
-        rejects.append(Reject(name, "outside_root" if is_outside else "missing", text))
+        reject = Reject(name, "outside_root", "a path that leads outside the source")
+        rejects.append(reject if is_outside else match.missing(name, place))
         return None
     return Candidate(name=name, file=name, label=row.label, split=split, group=row.group)
 
@@ -237,7 +239,8 @@ def _cells(
     header = [cell.strip() for cell in rows[0]]
     if not columns and not fit(separator)[0]:
         # The first row may name a file already.
-        paths = [place for place, cell in enumerate(rows[0]) if files.find(cell.strip(), name)]
+        matches = [files.find(cell.strip(), name) for cell in rows[0]]
+        paths = [place for place, match in enumerate(matches) if match.files]
         if len(rows[0]) == 2 and len(paths) == 1:
             header = ["path", "label"] if paths == [0] else ["label", "path"]
             rows.insert(0, header)
@@ -337,7 +340,9 @@ def _roles(
             found = [
                 place
                 for place in found
-                if any(files.find(row[place].strip(), name) for row in islice(rows, _LOOKED_AT))
+                if any(
+                    files.find(row[place].strip(), name).files for row in islice(rows, _LOOKED_AT)
+                )
             ] or found
         if len(found) > 1:
             both = " and ".join(repr(header[place]) for place in found)

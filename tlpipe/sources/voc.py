@@ -2,13 +2,14 @@
 
 import math
 import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from xml.parsers import expat
 
 from tlpipe.errors import DataError, ImageError
 from tlpipe.sources.candidates import Edges, Reject, given_split
-from tlpipe.sources.paths import Files, folder_of, some
+from tlpipe.sources.paths import Files, Match, folder_of, in_one_place, some
 from tlpipe.sources.photos import Photo
 from tlpipe.sources.storage import Storage
 
@@ -21,22 +22,27 @@ def read(
     """Return the photos of XML files, in the splits of ``ImageSets/Main`` where given.
 
     Raises:
-        DataError: a photo may be one of several files, or is in two splits.
+        DataError: a photo may be one of several files, or is in two splits, or those that the
+            XML files of one folder name lie in several.
     """
     splits = _splits(storage)
     photos: dict[str, Photo] = {}
+    matches: dict[str, list[tuple[str, str, Match]]] = defaultdict(list)
     for name in names:
         try:
             root = parse(storage.read(name))
         except (ValueError, ImageError) as error:
             rejects.append(Reject(name, "bad_annotation", str(error)))
             continue
-        file = _file(name, (root.findtext("filename") or "").strip(), files, rejects)
-        if file is None:
+        stated = (root.findtext("filename") or "").strip() or PurePosixPath(name).stem
+        match = _match(name, stated, files, rejects)
+        if match is None:
             continue
+        file = match.files[0]
         if file in photos:
             rejects.append(Reject(name, "repeated", f"another annotation describes {file} too"))
             continue
+        matches[folder_of(name)].append((name, stated, match))
         key = (folder_of(folder_of(name)), PurePosixPath(name).stem)
         photo = photos[file] = Photo(file, splits.get(key, ""), _size(root))
         for number, item in enumerate(root.iter("object"), start=1):
@@ -45,6 +51,13 @@ def read(
                 photo.labels.append((part, label, _box(item)))
             else:
                 rejects.append(Reject(part, "no_label", f"{name} names none"))
+                photo.occupied.append(_box(item))
+    for folder, named in matches.items():
+        settled = in_one_place([match for _, _, match in named], f"{folder}/*.xml")
+        for (name, stated, before), match in zip(named, settled, strict=True):
+            if not match.files:
+                del photos[before.files[0]]
+                rejects.append(match.missing(stated, name))
     return list(photos.values())
 
 
@@ -73,24 +86,26 @@ def parse(data: bytes) -> ElementTree.Element:
     return builder.close()
 
 
-def _file(name: str, stated: str, files: Files, rejects: list[Reject]) -> str | None:
+def _match(name: str, stated: str, files: Files, rejects: list[Reject]) -> Match | None:
     """Return the image that an XML file describes: the one it states, or that of its own name."""
     stem = PurePosixPath(name).stem
-    by_name = files.find(stated, name) if stated else []
-    by_stem = files.find(stem, name)
-    if len(by_name or by_stem) > 1:
+    by_name, by_stem = files.find(stated, name), files.find(stem, name)
+    match = by_name if by_name.files else by_stem
+    if match.files == by_stem.files:
+        match = by_stem  # the names of all XML files tell their place alike
+    if len(match.files) > 1:
         raise DataError(
-            f"{name} names {stated or stem!r}, which may be {some(by_name or by_stem)}; expected "
+            f"{name} names {stated!r}, which may be {some(match.files)}; expected "
             f"one file. State its folder in <filename>, or move the others elsewhere."
         )
-    if by_name and by_stem and by_name != by_stem:
-        text = f"it states {by_name[0]}, and {some(by_stem)} is called as it is itself"
+    if by_stem.files and match.files[0] not in by_stem.files:
+        text = f"it states {match.files[0]}, and {some(by_stem.files)} is called as it is itself"
         rejects.append(Reject(name, "conflict", text))
         return None
-    if not (found := by_name or by_stem):
-        rejects.append(Reject(stated or stem, "missing", f"{name} names it"))
+    if not match.files:
+        rejects.append(match.missing(stated, name))
         return None
-    return found[0]
+    return match
 
 
 def _box(item: ElementTree.Element) -> Edges:
@@ -102,7 +117,9 @@ def _box(item: ElementTree.Element) -> Edges:
 def _size(root: ElementTree.Element) -> tuple[int, int] | None:
     """Return the stated width and height, if both are; many programs write 0."""
     width, height = (_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
-    return (round(width), round(height)) if 0 < min(width, height) < math.inf else None
+    # A comparison with what is no number is false.
+    is_size = 0 < width < 2**31 and 0 < height < 2**31
+    return (round(width), round(height)) if is_size else None
 
 
 def _number(text: str | None) -> float:
