@@ -168,7 +168,7 @@ def test_the_range_is_what_the_bits_of_all_values_hold(
 ) -> None:
     measured = Measured()
     for part in (values[:1], values[1:]):
-        measured.add(part)
+        measured.add("a.tif", part)
     assert measured.range() == expected
 
 

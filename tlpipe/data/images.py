@@ -4,6 +4,7 @@ import io
 import re
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from PIL import Image, UnidentifiedImageError, features
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from tlpipe.data import libtiff
-from tlpipe.data.values import Measured, ValueRange, is_deep, to_bytes
+from tlpipe.data.values import LEVELS, ValueRange, is_deep, to_bytes
 from tlpipe.errors import ImageError
 from tlpipe.sources.candidates import Box
 
@@ -33,13 +34,11 @@ FORMATS = (
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 20
 Pixels = npt.NDArray[np.uint8]
+Measure = Callable[[npt.NDArray[np.generic]], None]
 
 # Of images that take hundreds of megabytes when decoded, only so many at a time.
 _LARGE_PIXELS = 20_000_000
 _LARGE = threading.BoundedSemaphore(2)
-
-# Colours of 12 bits in 16 have 16 levels in their high byte.
-_HIGH_BYTES = 32
 
 # What EXIF's orientation asks for (CIPA DC-008, tag 0x0112).
 _ORIENTATION = 0x0112
@@ -109,13 +108,13 @@ def read_upright(
     *,
     enough_px: int | None = None,
     value_range: ValueRange | None = None,
-    measured: Measured | None = None,
+    measure: Measure | None = None,
 ) -> tuple[Image.Image, Header]:
     """Decode an image file to upright RGB; of an animation the first frame.
 
     ``enough_px``: a JPEG may be decoded at half, quarter or eighth size, as long as neither side
     falls below it; ``value_range``: of more than 8 bits, what becomes black and white;
-    ``measured``: takes the values of such a picture, whatever becomes of it.
+    ``measure``: is given the values of such a picture, whatever becomes of it.
 
     Raises:
         ImageError: as ``read_square``.
@@ -126,9 +125,9 @@ def read_upright(
         if enough_px is not None:
             image.draft("RGB", (enough_px, enough_px))
         if image.width * image.height <= _LARGE_PIXELS:
-            return _decode(image, value_range, measured), header
+            return _decode(image, value_range, measure), header
         with _LARGE:
-            return _decode(image, value_range, measured), header
+            return _decode(image, value_range, measure), header
     except ImageError:
         raise
     except Exception as error:
@@ -274,15 +273,15 @@ def _damage(error: Exception) -> ImageError:
 
 
 def _decode(
-    image: Image.Image, value_range: ValueRange | None, measured: Measured | None
+    image: Image.Image, value_range: ValueRange | None, measure: Measure | None
 ) -> Image.Image:
     has_16_bits = ";16" in str(getattr(image, "tile", [])[:1])
     _load(image)
     turn = _UPRIGHT.get(_orientation(image))
     if is_deep(image.mode):
         values = np.asarray(image)
-        if measured is not None:
-            measured.add(values)
+        if measure is not None:
+            measure(values)
         image = Image.fromarray(to_bytes(values, value_range))
     elif has_16_bits:
         _check_high_bytes(image)
@@ -293,11 +292,13 @@ def _decode(
 def _check_high_bytes(image: Image.Image) -> None:
     """Check that a colour picture of 16 bits a channel has contrast in what Pillow reads of it.
 
+    Of 12 bits in 16 the high byte has 16 levels.
+
     Raises:
         ImageError: its values end far below white, so that the high bytes are nearly one.
     """
     levels = 1 + int(np.asarray(image.convert("RGB")).max())
-    if levels < _HIGH_BYTES:
+    if levels < LEVELS:
         raise ImageError(
             "constant",
             f"of 16 bits a channel the high byte is read, which has {levels} of 256 levels here; "

@@ -94,7 +94,8 @@ class Params(Section):
     value_range: Literal["auto"] | tuple[float, float] | None = Field(
         default="auto",
         description="For pictures of more than 8 bits: [LOW, HIGH], the values that become black "
-        "and white. auto measures all of them and takes what their bits hold; null rejects them.",
+        "and white. auto measures all of them and takes what their bits hold, unless odd values "
+        "leave the others no contrast; null rejects them.",
     )
 
     @field_validator("value_range", mode="before")
@@ -156,15 +157,18 @@ def run(
     with opened(params) as source, files.replacing_folder(pixels) as folder:
         for note in source.notes:
             _log.info("%s", note)
-        measured = Measured()
         if params.value_range == "auto":
             sampling = sampling.model_copy(update={"value_range": earlier.value_range})
+        measured = Measured(sampling.value_range)
         journal = _read(source, folder, sampling, params.box_margin, earlier, measured)
         if params.value_range == "auto" and measured.range() != sampling.value_range:
             sampling = sampling.model_copy(update={"value_range": measured.range()})
+            measured = Measured(sampling.value_range)
             shutil.rmtree(folder)
             folder.mkdir()
-            journal = _read(source, folder, sampling, params.box_margin, earlier, Measured())
+            journal = _read(source, folder, sampling, params.box_margin, earlier, measured)
+        if params.value_range == "auto":
+            measured.check()
         _say_range(measured, sampling, params)
         groups = journal.group(earlier)
         refused = sorted([*journal.rejects, *source.rejects], key=lambda reject: reject.path)

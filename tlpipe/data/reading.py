@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from typing import TextIO
 
@@ -192,7 +193,7 @@ def _read_parts(
                     data,
                     enough_px=enough,
                     value_range=sampling.value_range,
-                    measured=measured,
+                    measure=partial(measured.add, parts[0].file),
                 )
             picture, header = decoded
             kept = square(picture, sampling, box)
