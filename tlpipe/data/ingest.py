@@ -5,8 +5,9 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from tlpipe.data.earlier import Earlier, remember
 from tlpipe.data.images import FORMATS, HEIC_EXTRA, Sampling
 from tlpipe.data.journal import Journal
 from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
-from tlpipe.data.reading import read_all
+from tlpipe.data.reading import Outcome, read_all
 from tlpipe.data.values import Measured
 from tlpipe.errors import DataError
 from tlpipe.params import Section
@@ -224,6 +225,19 @@ def _read(
         for outcome in track(outcomes, total=source.counts.total(), description="ingest"):
             journal.add(outcome)
     return journal
+
+
+def some(params: Params, sampling: Sampling, names: Container[str]) -> Iterator[Outcome]:
+    """Read the images of these names alone, and yield what becomes of each.
+
+    Raises:
+        DataError: as ``opened``, or a file changes while it is read.
+    """
+    with opened(params) as source:
+        chosen = replace(
+            source, candidates=lambda: (c for c in source.candidates() if c.name in names)
+        )
+        yield from read_all(chosen, sampling, params.box_margin, None, Measured())
 
 
 def _say_range(measured: Measured, sampling: Sampling, params: Params) -> None:

@@ -49,12 +49,13 @@ Outcome = Usable | Reject
 
 
 def read_all(
-    source: Source, sampling: Sampling, margin: float, earlier: Earlier, measured: Measured
+    source: Source, sampling: Sampling, margin: float, earlier: Earlier | None, measured: Measured
 ) -> Iterator[Outcome]:
     """Yield what becomes of each candidate of a source, in their order.
 
-    ``margin``: what is added to a box on each side, as a share of its longer side; ``measured``:
-    takes the values of the pictures of more than 8 bits that are decoded.
+    ``margin``: what is added to a box on each side, as a share of its longer side; ``earlier``:
+    images that need not be decoded; ``measured``: takes the values of the pictures of more than 8
+    bits that are decoded.
 
     Raises:
         DataError: a file changes while it is read.
@@ -80,8 +81,8 @@ def read_all(
         try:
             for file, group in groupby(source.candidates(), key=lambda part: part.file):
                 parts, stamp = list(group), source.storage.stamp(file)
-                known = earlier.by_stamp(file, stamp) if _is_whole(parts) else None
-                if known is not None:
+                known = earlier.by_stamp(file, stamp) if earlier and _is_whole(parts) else None
+                if earlier and known is not None:
                     waiting.append([_recall(parts[0], known, stamp, earlier)])
                 else:
                     waiting.append(pool.submit(read, parts, stamp))
@@ -158,7 +159,7 @@ def _read_parts(
     stamp: str,
     sampling: Sampling,
     margin: float,
-    earlier: Earlier,
+    earlier: Earlier | None,
     measured: Measured,
 ) -> Iterator[Outcome]:
     """Yield what became of one file's parts; the file is decoded once, and not at all if known."""
@@ -184,7 +185,7 @@ def _read_parts(
                 split="",
                 data_version="",
             )
-            if (known := earlier.by_key(image.key)) is not None:
+            if earlier and (known := earlier.by_key(image.key)) is not None:
                 yield _recall(part, known, stamp, earlier)
                 continue
             if decoded is None:

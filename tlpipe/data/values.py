@@ -16,6 +16,7 @@ from tlpipe.errors import DataError, ImageError
 ValueRange = tuple[float, float]
 _BLOCK = 256  # rows that are converted at a time
 LEVELS = 32  # that a picture's darkest and brightest pixel, of 256, span at least
+UNREADABLE = ("value_range", "constant")  # reasons that another range may do away with
 
 # When a measured range is refused: see Measured.check.
 _SEEN_VALUES = 65_536  # of a picture, evenly spread
