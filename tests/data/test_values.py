@@ -3,7 +3,9 @@
 import io
 import json
 import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tlpipe.errors import ImageError
 from tlpipe.inference.predictor import Predictor
 from tlpipe.onnx_export.bundle import load
 from tlpipe.registry.gate import sampling_of
+from tlpipe.sources import storage
 
 
 def gray(number: int, kind: int) -> np.ndarray:
@@ -159,6 +162,39 @@ def test_pictures_without_contrast_are_rejected_and_a_set_of_them_is_an_error(
     Image.fromarray(gray(1, 1)).save(root / "stripes" / "plain.png")
     empty.ingest()
     assert set(empty.rejects().values()) == {"value_range"}
+
+
+@pytest.mark.fault("D60")
+def test_one_deep_picture_among_others_is_all_that_is_read_twice(
+    empty: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = deep_set(empty.path / "set", 255, np.uint8, "png", images=20)
+    (root / "checks" / "broken.png").write_bytes((root / "checks" / "1.png").read_bytes()[:600])
+    (root / "stripes" / "again.png").write_bytes((root / "stripes" / "2.png").read_bytes())
+    Image.fromarray(gray(70, 0).astype(np.uint16) * 16).save(root / "checks" / "5 deep.png")
+    opened: Counter[str] = Counter()
+
+    def opening(name: str, *given: Any, **named: Any) -> Any:
+        opened[Path(name).name] += 1
+        return open(name, *given, **named)  # noqa: PTH123
+
+    empty.set_source(root)
+    monkeypatch.setattr(storage, "open", opening, raising=False)
+    said = empty.ingest()
+    assert "42 images in 2 classes, 1 rejected, 42 decoded" in said
+    assert opened["5 deep.png"] == opened["broken.png"] == 2
+    assert opened["again.png"] == 1
+    assert [opened[f"{i}.png"] for i in range(20)] == [2] * 20  # one of each class
+    auto, seen = tables(empty), (empty.path / "out/.seen.csv").read_bytes()
+    assert empty.rejects().keys() == {"checks/broken.png"}
+    # As where the range is known from the beginning.
+    for path in (empty.path / "out").iterdir():
+        path.rename(empty.path / f"old {path.name}")
+    empty.configure("ingest", value_range=[0, 4095])
+    empty.ingest()
+    assert tables(empty) == auto
+    assert (empty.path / "out/.seen.csv").read_bytes() == seen
+    assert not [path for path in (empty.path / "out/pixels").iterdir() if path.is_dir()]
 
 
 def odd(root: Path, path: str, value: float, share: float = 0.0) -> None:

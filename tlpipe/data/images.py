@@ -6,6 +6,7 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
@@ -15,21 +16,27 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from tlpipe.data import libtiff
 from tlpipe.data.values import LEVELS, ValueRange, is_deep, to_bytes
-from tlpipe.errors import ImageError
+from tlpipe.errors import ImageError, TlpipeError
 from tlpipe.sources.candidates import Box
 
 HEIC_EXTRA = "the extra heic (pip install pillow-heif)"
-try:
-    import pillow_heif
-except ImportError:
-    _HEIF: tuple[str, ...] = ()
-else:
-    pillow_heif.register_heif_opener()
-    _HEIF = ("HEIF",)
+LIBHEIF = ""  # its version, where the plugin is installed
+if find_spec("pillow_heif") is not None:
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        LIBHEIF = str(pillow_heif.libheif_version())
+    except Exception as error:
+        raise TlpipeError(
+            f"pillow-heif is installed and cannot be used: {type(error).__name__}: {error}; "
+            f"expected one that works, or none. Install it again, or take it away: "
+            f"pip uninstall pillow-heif."
+        ) from error
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"),
     *(("AVIF",) if features.check("avif") else ()),
-    *_HEIF,
+    *(("HEIF",) if LIBHEIF else ()),
 )
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 20
@@ -236,7 +243,7 @@ def _open(data: bytes) -> Image.Image:
 
 def _unidentified(data: bytes) -> ImageError:
     """Say by the first bytes alone what a file is that no allowed decoder wants."""
-    if not _HEIF and data[4:8] == b"ftyp" and _HEIC.search(data[8:64]):
+    if not LIBHEIF and data[4:8] == b"ftyp" and _HEIC.search(data[8:64]):
         return ImageError("format", f"HEIC; expected one of {', '.join(FORMATS)}, or {HEIC_EXTRA}")
     Image.init()
     for name, (_, accepts) in sorted(Image.OPEN.items()):

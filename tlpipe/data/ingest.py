@@ -17,10 +17,10 @@ from pydantic import Field, field_validator, model_validator
 from tlpipe import files
 from tlpipe.code_digest import of_modules, versions
 from tlpipe.data.earlier import Earlier, remember
-from tlpipe.data.images import FORMATS, HEIC_EXTRA, Sampling
+from tlpipe.data.images import FORMATS, HEIC_EXTRA, LIBHEIF, Sampling
 from tlpipe.data.journal import Journal
 from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
-from tlpipe.data.reading import Outcome, read_all
+from tlpipe.data.reading import FirstPass, Outcome, read_all
 from tlpipe.data.values import Measured
 from tlpipe.errors import DataError
 from tlpipe.params import Section
@@ -164,10 +164,9 @@ def run(
         journal = _read(source, folder, sampling, params.box_margin, earlier, measured)
         if params.value_range == "auto" and measured.range() != sampling.value_range:
             sampling = sampling.model_copy(update={"value_range": measured.range()})
-            measured = Measured(sampling.value_range)
-            shutil.rmtree(folder)
-            folder.mkdir()
-            journal = _read(source, folder, sampling, params.box_margin, earlier, measured)
+            measured, first = Measured(sampling.value_range), journal.set_aside()
+            journal = _read(source, folder, sampling, params.box_margin, first, measured)
+            shutil.rmtree(first.pixels.array.folder)
         if params.value_range == "auto":
             measured.check()
         _say_range(measured, sampling, params)
@@ -216,12 +215,17 @@ def _read(
     folder: Path,
     sampling: Sampling,
     margin: float,
-    earlier: Earlier,
+    known: Earlier | FirstPass,
     measured: Measured,
 ) -> Journal:
     """Read the source into a folder; ``measured`` takes the values of more than 8 bits."""
-    outcomes = read_all(source, sampling, margin, earlier, measured)
-    with closing(Journal(folder, sampling, earlier.pixels)) as journal:
+    if isinstance(known, FirstPass):
+        outcomes = read_all(source, sampling, margin, None, measured, known)
+        journal = Journal(folder, sampling, known.pixels, known.decoded)
+    else:
+        outcomes = read_all(source, sampling, margin, known, measured)
+        journal = Journal(folder, sampling, known.pixels)
+    with closing(journal):
         for outcome in track(outcomes, total=source.counts.total(), description="ingest"):
             journal.add(outcome)
     return journal
@@ -293,6 +297,7 @@ def _decoder(box_margin: float) -> str:
     """
     packages = " ".join(f"{name} {found}" for name, found in versions(*_DECODERS).items())
     codecs = ", ".join(f"{name} {features.version(name)}" for name in _CODECS)
+    codecs += f", libheif {LIBHEIF}" if LIBHEIF else ""
     code = of_modules(*_CODE)
     return f"{packages}, {codecs}, code {code}, margin {box_margin:g}"
 
