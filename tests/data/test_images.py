@@ -1,17 +1,20 @@
 import io
+import json
+import os
 import struct
 import subprocess
 import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import Workspace
+from tests.conftest import INGEST, Workspace
 from tlpipe.data.images import FORMATS, Sampling, crop_middle, frame_of, read_square, read_upright
 from tlpipe.data.values import Measured
 from tlpipe.errors import ImageError
@@ -168,7 +171,7 @@ def test_the_range_is_what_the_bits_of_all_values_hold(
 ) -> None:
     measured = Measured()
     for part in (values[:1], values[1:]):
-        measured.add(part)
+        measured.add("a.tif", part)
     assert measured.range() == expected
 
 
@@ -290,6 +293,47 @@ def test_heic_is_read_where_its_plugin_is_installed() -> None:
     assert np.abs(pixels.astype(int) - expected).max() <= 4
     assert (header.width, header.height, header.format) == (200, 150, "HEIF")
     assert refused(data[: len(data) // 2]) in ("corrupt", "truncated")
+
+
+@pytest.mark.fault("D67")
+@pytest.mark.parametrize(
+    ("plugin", "refusal"),
+    [
+        ("raise ImportError('libheif.so.1: no such file')", "ImportError: libheif.so.1"),
+        ("import a_module_that_is_not_there", "ModuleNotFoundError: No module named 'a_module"),
+    ],
+)
+def test_a_broken_plugin_is_not_taken_for_none(
+    empty: Workspace, photos: Path, plugin: str, refusal: str
+) -> None:
+    said = with_plugin(empty, photos, plugin, code=1)
+    (line,) = [line for line in said.splitlines() if "tlpipe:" in line]
+    assert f"pillow-heif is installed and cannot be used: {refusal}" in line
+    assert "Traceback" not in said
+
+
+@pytest.mark.fault("D67")
+def test_the_version_of_the_plugin_s_library_is_part_of_the_decoder(
+    empty: Workspace, photos: Path
+) -> None:
+    """Pixels of another libheif are not used again."""
+    plugin = "def register_heif_opener(): pass\ndef libheif_version(): return '1.99.{}'\n"
+    for number in range(2):
+        assert "24 decoded" in with_plugin(empty, photos, plugin.format(number), code=0)
+        report = json.loads((empty.path / "out/report.json").read_text())
+        assert f"libheif 1.99.{number}" in report["decoder"]
+    assert "0 decoded" in with_plugin(empty, photos, plugin.format(1), code=0)
+
+
+def with_plugin(workspace: Workspace, photos: Path, content: str, code: int) -> str:
+    """Run ``ingest`` beside a module pillow_heif of this content; return what it says."""
+    folder = workspace.path / "plugin"
+    folder.mkdir(exist_ok=True)
+    (folder / "pillow_heif.py").write_text(content)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    workspace.configure("ingest", source=str(photos))
+    env = {**workspace.env, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    return replace(workspace, env=env).run("tlpipe", *INGEST, code=code).stderr
 
 
 @pytest.mark.fault("D08")

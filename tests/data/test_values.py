@@ -1,7 +1,11 @@
 """Sets with pictures of more than 8 bits: one range for all, whatever came before."""
 
+import io
 import json
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +13,12 @@ from PIL import Image
 
 from tests.conftest import Workspace
 from tlpipe.data import pixels as packed
-from tlpipe.data.images import read_square
+from tlpipe.data.images import Sampling, read_square
+from tlpipe.errors import ImageError
 from tlpipe.inference.predictor import Predictor
 from tlpipe.onnx_export.bundle import load
 from tlpipe.registry.gate import sampling_of
+from tlpipe.sources import storage
 
 
 def gray(number: int, kind: int) -> np.ndarray:
@@ -86,9 +92,9 @@ def test_a_new_picture_that_widens_the_range_changes_all_as_in_a_fresh_run(
     empty.set_source(root)
     empty.ingest()
     first = tables(empty)
-    Image.fromarray(gray(99, 1).astype(np.uint16) * 16).save(root / "stripes" / "new.png")
+    Image.fromarray(gray(99, 1).astype(np.uint16) * 4).save(root / "stripes" / "new.png")
     assert "13 decoded" in empty.ingest()  # all but the one of 8 bits
-    assert report(empty)["value_range"] == [0, 4095]
+    assert report(empty)["value_range"] == [0, 1023]
     grown = tables(empty)
     for path in (empty.path / "out").iterdir():
         path.rename(empty.path / f"old {path.name}")
@@ -116,7 +122,7 @@ def test_another_range_finds_other_near_copies_as_in_a_fresh_run(empty: Workspac
         picture[:, 30:] = 400 + 3000 * (gray(50, kind)[:, :30] > 100) + 600 * kind
         Image.fromarray(picture).save(root / "checks" / f"beyond {kind}.png")
     empty.set_source(root)
-    empty.configure("ingest", value_range=[0, 4095])
+    empty.configure("ingest", value_range=[0, 1023])
     empty.ingest()
     pairs = {(row["path"], row["other"]) for row in empty.rows("out/duplicates.csv")}
     empty.configure("ingest", value_range=[0, 255])
@@ -139,14 +145,15 @@ def test_pictures_without_contrast_are_rejected_and_a_set_of_them_is_an_error(
     empty.set_source(root)
     empty.ingest()
     assert empty.rejects() == {"checks/flat.png": "constant"}
-    # One picture of floating point with a pixel that is none: all others are black beside it.
+    # In a stated range that is far too wide, all others are black beside one.
     wild = np.full((48, 48), 1e30, np.float32)
     wild[:9] = 0
     Image.fromarray(wild).save(root / "checks" / "wild.tif")
     empty.replace("params.yaml", "max_rejected: 0.5", "max_rejected: 1.0")
+    empty.configure("ingest", value_range=[0, 1e30])
     said = empty.ingest(code=4)
     assert "13 pictures of more than 8 bits have no contrast, and 1 images are usable" in said
-    assert "no contrast in the range from 0 to 1.26765e+30; ingest.value_range states" in said
+    assert "no contrast in the range from 0 to 1e+30: they span 1 of 256 levels" in said
     empty.configure("ingest", value_range=[0, 4095])
     empty.ingest()
     assert empty.rejects() == {"checks/flat.png": "constant"}
@@ -155,6 +162,120 @@ def test_pictures_without_contrast_are_rejected_and_a_set_of_them_is_an_error(
     Image.fromarray(gray(1, 1)).save(root / "stripes" / "plain.png")
     empty.ingest()
     assert set(empty.rejects().values()) == {"value_range"}
+
+
+@pytest.mark.fault("D60")
+def test_one_deep_picture_among_others_is_all_that_is_read_twice(
+    empty: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = deep_set(empty.path / "set", 255, np.uint8, "png", images=20)
+    (root / "checks" / "broken.png").write_bytes((root / "checks" / "1.png").read_bytes()[:600])
+    (root / "stripes" / "again.png").write_bytes((root / "stripes" / "2.png").read_bytes())
+    Image.fromarray(gray(70, 0).astype(np.uint16) * 16).save(root / "checks" / "5 deep.png")
+    opened: Counter[str] = Counter()
+
+    def opening(name: str, *given: Any, **named: Any) -> Any:
+        opened[Path(name).name] += 1
+        return open(name, *given, **named)  # noqa: PTH123
+
+    empty.set_source(root)
+    monkeypatch.setattr(storage, "open", opening, raising=False)
+    said = empty.ingest()
+    assert "42 images in 2 classes, 1 rejected, 42 decoded" in said
+    assert opened["5 deep.png"] == opened["broken.png"] == 2
+    assert opened["again.png"] == 1
+    assert [opened[f"{i}.png"] for i in range(20)] == [2] * 20  # one of each class
+    auto, seen = tables(empty), (empty.path / "out/.seen.csv").read_bytes()
+    assert empty.rejects().keys() == {"checks/broken.png"}
+    # As where the range is known from the beginning.
+    for path in (empty.path / "out").iterdir():
+        path.rename(empty.path / f"old {path.name}")
+    empty.configure("ingest", value_range=[0, 4095])
+    empty.ingest()
+    assert tables(empty) == auto
+    assert (empty.path / "out/.seen.csv").read_bytes() == seen
+    assert not [path for path in (empty.path / "out/pixels").iterdir() if path.is_dir()]
+
+
+def odd(root: Path, path: str, value: float, share: float = 0.0) -> None:
+    """Give one pixel, or a share of the rows, of a picture another value."""
+    values = np.array(Image.open(root / path))
+    values[0, 0] = value
+    values[: round(share * len(values))] = value
+    Image.fromarray(values).save(root / path)
+
+
+@pytest.mark.fault("D66")
+@pytest.mark.parametrize(
+    ("white", "dtype", "which", "value", "share"),
+    [
+        (4095, np.uint16, 1, 65535, 0.0),  # a hot pixel
+        (4095, np.uint16, 12, 65535, 0.0),  # of the camera
+        (1.0, np.float32, 1, -9999, 0.0),  # a number for 'no data'
+        (1.0, np.float32, 12, -9999, 0.3),
+        (1.0, np.float32, 1, 1e30, 0.8),
+    ],
+)
+def test_odd_pixels_that_ruin_the_measured_range_are_refused_with_the_file(
+    empty: Workspace, white: float, dtype: type, which: int, value: float, share: float
+) -> None:
+    root = deep_set(empty.path / "set", white, dtype, "tif")
+    paths = sorted(str(path.relative_to(root)) for path in root.rglob("*.tif"))
+    for path in paths[:which]:
+        odd(root, path, value, share)
+    empty.set_source(root)
+    said = empty.ingest(code=4)
+    named = re.search(r"'(.*)' has the value (\S+), so ingest.value_range: auto makes", said)
+    assert named and named[1] in paths[:which] and float(named[2]) == pytest.approx(value)
+    assert re.search(r"leaves the median of 12 pictures .* of 256 levels; expected 64 at", said)
+    assert not (empty.path / "out/manifest.csv").exists()
+    empty.configure("ingest", value_range=[0, white])
+    empty.ingest()
+
+
+@pytest.mark.fault("D66")
+@pytest.mark.parametrize(
+    ("white", "dtype"),
+    [(1023, np.uint16), (4095, np.uint16), (65535, np.uint16), (1.0, np.float32)],
+)
+def test_a_dark_set_with_some_bright_pictures_keeps_its_measured_range(
+    empty: Workspace, white: float, dtype: type
+) -> None:
+    """Most reach an eighth of white: less than 64 levels, of a range that is theirs."""
+    root = deep_set(empty.path / "set", 0.17 * white, dtype, "tif")
+    for label in ("checks", "stripes"):
+        values = gray(90, int(label == "stripes")) * (white / 255)
+        Image.fromarray(values.astype(dtype)).save(root / label / "bright.tif")
+    empty.set_source(root)
+    empty.ingest()
+    assert report(empty)["value_range"] == [0, white]
+    assert empty.rejects() == {}
+
+
+@pytest.mark.fault("D66")
+def test_few_values_of_their_own_are_no_loss(empty: Workspace) -> None:
+    """Digits of 17 values, stored as 16 bits."""
+    root = deep_set(empty.path / "set", 255, np.uint16, "png")
+    for path in root.rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(path)) // 16 * 16).save(path)
+    empty.set_source(root)
+    empty.ingest()
+    assert empty.rejects() == {}
+
+
+@pytest.mark.fault("D60")
+@pytest.mark.parametrize("levels", [31, 32])
+def test_gray_needs_as_many_levels_as_colour(levels: int) -> None:
+    values = np.zeros((48, 48), np.uint16)
+    values[20:] = (levels - 1) * 257
+    data = io.BytesIO()
+    Image.fromarray(values).save(data, "png")
+    seen = Sampling(short_side_px=48, interpolation="bicubic", value_range=(0, 65535))
+    if levels < 32:
+        with pytest.raises(ImageError, match="span 31 of 256 levels, expected 32 at least"):
+            read_square(data.getvalue(), seen)
+    else:
+        assert read_square(data.getvalue(), seen)[0].max() == 31
 
 
 @pytest.mark.slow
@@ -174,11 +295,11 @@ def test_the_bundle_turns_a_file_into_the_stored_pixels(workspace: Workspace) ->
     for row, entry in enumerate(table):
         answer = predictor.predict((root / entry["path"]).read_bytes())
         assert answer == predictor.name(predictor.scores(stored[row : row + 1])[1][0])
-    # The same picture of half the depth is a darker one to this bundle, not the same.
-    values = np.asarray(Image.open(root / table[0]["path"])) // 8
+    # The same picture of a quarter of the values is a darker one to this bundle, not the same.
+    values = np.asarray(Image.open(root / table[0]["path"])) // 4
     Image.fromarray(values).save(workspace.path / "darker.png")
     seen, _ = read_square((workspace.path / "darker.png").read_bytes(), bundle.preprocessing)
-    assert abs(8 * int(seen.max()) - int(stored[0].max())) <= 8
+    assert abs(4 * int(seen.max()) - int(stored[0].max())) <= 4
 
 
 @pytest.mark.parametrize("value", [[1, 0], [0], "full", [0, "x"], 5])

@@ -147,7 +147,7 @@ def test_coverage_says_that_no_threshold_is_known(given: Answers) -> None:
     labels = {line.get_label() for line in axes.get_lines()}
     assert labels == {"test images", "asked for"}
     assert axes.get_title() == (
-        "No threshold is known to keep errors at 2.0%: of 120 images held out\n"
+        "No threshold is known to keep errors at 2.0%: of 120 independent images held out\n"
         "too many are wrong, or they are too few (149 at least)"
     )
 

@@ -1,15 +1,21 @@
 """The rules of the gate: the change of accuracy against closed forms, and unknown numbers."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from tests.conftest import Workspace
 from tlpipe.data import ingest
-from tlpipe.data.manifest import load_manifest, load_split, save_manifest
-from tlpipe.metrics import scores
+from tlpipe.data import pixels as packed
+from tlpipe.data.manifest import Assignment, load_manifest, load_split, save_manifest, save_split
+from tlpipe.errors import GateError
+from tlpipe.inference.predictor import Predictor
+from tlpipe.metrics import answers, scores
 from tlpipe.onnx_export import bundle as bundles
 from tlpipe.registry import gate
 from tlpipe.resampling import paired_difference
@@ -100,3 +106,84 @@ def test_an_unknown_calibration_error_is_within_no_bound(
         f"groups or more, or set register.gate.calibration_error to null"
     )
     assert refused.content()["numbers"]["calibration_error"] is None
+
+
+def mixed(main_job: Workspace, root: Path, white: float) -> list[bool]:
+    """Write 40 images of the main job as files, every other one of 16 bits; return which are so."""
+    artifacts = main_job.path / "artifacts"
+    squares = packed.load(artifacts / "ingest/pixels").array
+    counts: Counter[str] = Counter()
+    for row, entry in enumerate(load_manifest(artifacts / "ingest/manifest.csv")):
+        if (number := counts[entry.label]) == 4:
+            continue
+        counts[entry.label] += 1
+        (root / entry.label).mkdir(parents=True, exist_ok=True)
+        gray = squares[row].mean(axis=2)
+        gray = (gray - gray.min()) / (gray.max() - gray.min())
+        deep = Image.fromarray((gray * white).astype(np.uint16))
+        plain = Image.fromarray((gray * 255).astype(np.uint8))
+        (deep if number % 2 else plain).save(root / entry.label / f"{number}.png")
+    return [number % 2 == 1 for _ in counts for number in range(4)]
+
+
+@pytest.mark.fault("R19")
+@pytest.mark.parametrize(
+    ("theirs", "is_read"), [(None, False), ((0, 4095), True), ((0, 65535), False)]
+)
+def test_what_the_champion_cannot_read_for_its_range_counts_as_wrong(
+    main_job: Workspace, tmp_path: Path, theirs: tuple[int, int] | None, is_read: bool
+) -> None:
+    deep = np.array(mixed(main_job, tmp_path / "set", 2047))
+    built = bundles.load(main_job.path / "artifacts/export/bundle")
+    side = built.preprocessing.short_side_px
+    params = ingest.Params(source=str(tmp_path / "set"), short_side_px=side)
+    outputs = ("manifest", "rejects", "duplicates", "pixels", "report")
+    paths = {name: tmp_path / "out" / name for name in outputs}
+    ingest.run(**paths, data_version="", params=params)
+    entries = list(load_manifest(paths["manifest"]))
+    assert len(entries) == 40
+    save_split(
+        tmp_path / "split.csv",
+        [Assignment(e.path, e.label, "test", "", e.group, e.sha256, e.box) for e in entries],
+    )
+
+    def seeing(found: tuple[int, int] | None) -> bundles.Bundle:
+        seen = built.preprocessing.model_copy(update={"value_range": found})
+        return replace(built, preprocessing=seen)
+
+    def judged(champion: bundles.Bundle) -> gate.Decision:
+        measured = gate.Measured(paths["pixels"], paths["manifest"], tmp_path / "split.csv")
+        return gate.judge(
+            seeing((0, 2047)),
+            champion,
+            names=("2", "1"),
+            measured=measured,
+            source=params,
+            held_out=None,
+            signature=None,
+            bounds=gate.Bounds(),
+        )
+
+    decision = judged(seeing(theirs))
+    (rule,) = (rule for rule in decision.rules if rule.name == "accuracy_change")
+    assert decision.numbers["champion_cannot_read"] == (0 if is_read else 20)
+    same = judged(seeing((0, 2047))).numbers
+    assert same["champion_cannot_read"] == 0
+    assert same["champion_accuracy"] == same["accuracy"] > 0.8
+    if is_read:
+        assert "cannot read" not in rule.found
+        assert decision.numbers["champion_accuracy"] > 0.5
+        return
+    assert "20 test images count as wrong for the version in production" in rule.found
+    squares = packed.load(paths["pixels"]).array
+    (part,) = answers.parts(
+        ("test",), built.labels, squares, paths["manifest"], tmp_path / "split.csv"
+    )
+    hits = part.ask(Predictor(built, threads=1), "").hits
+    assert decision.numbers["champion_accuracy"] == (hits & ~deep).mean()
+
+    # One that is gone is no wrong answer.
+    if theirs is not None:
+        (tmp_path / "set" / entries[1].path).unlink()
+        with pytest.raises(GateError, match=r"1 test images, such as .* are no longer in"):
+            judged(seeing(theirs))

@@ -4,7 +4,9 @@ import io
 import re
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
@@ -13,33 +15,37 @@ from PIL import Image, UnidentifiedImageError, features
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from tlpipe.data import libtiff
-from tlpipe.data.values import Measured, ValueRange, is_deep, to_bytes
-from tlpipe.errors import ImageError
+from tlpipe.data.values import LEVELS, ValueRange, is_deep, to_bytes
+from tlpipe.errors import ImageError, TlpipeError
 from tlpipe.sources.candidates import Box
 
 HEIC_EXTRA = "the extra heic (pip install pillow-heif)"
-try:
-    import pillow_heif
-except ImportError:
-    _HEIF: tuple[str, ...] = ()
-else:
-    pillow_heif.register_heif_opener()
-    _HEIF = ("HEIF",)
+LIBHEIF = ""  # its version, where the plugin is installed
+if find_spec("pillow_heif") is not None:
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        LIBHEIF = str(pillow_heif.libheif_version())
+    except Exception as error:
+        raise TlpipeError(
+            f"pillow-heif is installed and cannot be used: {type(error).__name__}: {error}; "
+            f"expected one that works, or none. Install it again, or take it away: "
+            f"pip uninstall pillow-heif."
+        ) from error
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"),
     *(("AVIF",) if features.check("avif") else ()),
-    *_HEIF,
+    *(("HEIF",) if LIBHEIF else ()),
 )
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 20
 Pixels = npt.NDArray[np.uint8]
+Measure = Callable[[npt.NDArray[np.generic]], None]
 
 # Of images that take hundreds of megabytes when decoded, only so many at a time.
 _LARGE_PIXELS = 20_000_000
 _LARGE = threading.BoundedSemaphore(2)
-
-# Colours of 12 bits in 16 have 16 levels in their high byte.
-_HIGH_BYTES = 32
 
 # What EXIF's orientation asks for (CIPA DC-008, tag 0x0112).
 _ORIENTATION = 0x0112
@@ -109,13 +115,13 @@ def read_upright(
     *,
     enough_px: int | None = None,
     value_range: ValueRange | None = None,
-    measured: Measured | None = None,
+    measure: Measure | None = None,
 ) -> tuple[Image.Image, Header]:
     """Decode an image file to upright RGB; of an animation the first frame.
 
     ``enough_px``: a JPEG may be decoded at half, quarter or eighth size, as long as neither side
     falls below it; ``value_range``: of more than 8 bits, what becomes black and white;
-    ``measured``: takes the values of such a picture, whatever becomes of it.
+    ``measure``: is given the values of such a picture, whatever becomes of it.
 
     Raises:
         ImageError: as ``read_square``.
@@ -126,9 +132,9 @@ def read_upright(
         if enough_px is not None:
             image.draft("RGB", (enough_px, enough_px))
         if image.width * image.height <= _LARGE_PIXELS:
-            return _decode(image, value_range, measured), header
+            return _decode(image, value_range, measure), header
         with _LARGE:
-            return _decode(image, value_range, measured), header
+            return _decode(image, value_range, measure), header
     except ImageError:
         raise
     except Exception as error:
@@ -237,7 +243,7 @@ def _open(data: bytes) -> Image.Image:
 
 def _unidentified(data: bytes) -> ImageError:
     """Say by the first bytes alone what a file is that no allowed decoder wants."""
-    if not _HEIF and data[4:8] == b"ftyp" and _HEIC.search(data[8:64]):
+    if not LIBHEIF and data[4:8] == b"ftyp" and _HEIC.search(data[8:64]):
         return ImageError("format", f"HEIC; expected one of {', '.join(FORMATS)}, or {HEIC_EXTRA}")
     Image.init()
     for name, (_, accepts) in sorted(Image.OPEN.items()):
@@ -274,15 +280,15 @@ def _damage(error: Exception) -> ImageError:
 
 
 def _decode(
-    image: Image.Image, value_range: ValueRange | None, measured: Measured | None
+    image: Image.Image, value_range: ValueRange | None, measure: Measure | None
 ) -> Image.Image:
     has_16_bits = ";16" in str(getattr(image, "tile", [])[:1])
     _load(image)
     turn = _UPRIGHT.get(_orientation(image))
     if is_deep(image.mode):
         values = np.asarray(image)
-        if measured is not None:
-            measured.add(values)
+        if measure is not None:
+            measure(values)
         image = Image.fromarray(to_bytes(values, value_range))
     elif has_16_bits:
         _check_high_bytes(image)
@@ -293,11 +299,13 @@ def _decode(
 def _check_high_bytes(image: Image.Image) -> None:
     """Check that a colour picture of 16 bits a channel has contrast in what Pillow reads of it.
 
+    Of 12 bits in 16 the high byte has 16 levels.
+
     Raises:
         ImageError: its values end far below white, so that the high bytes are nearly one.
     """
     levels = 1 + int(np.asarray(image.convert("RGB")).max())
-    if levels < _HIGH_BYTES:
+    if levels < LEVELS:
         raise ImageError(
             "constant",
             f"of 16 bits a channel the high byte is read, which has {levels} of 256 levels here; "

@@ -5,8 +5,9 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,10 @@ from pydantic import Field, field_validator, model_validator
 from tlpipe import files
 from tlpipe.code_digest import of_modules, versions
 from tlpipe.data.earlier import Earlier, remember
-from tlpipe.data.images import FORMATS, HEIC_EXTRA, Sampling
+from tlpipe.data.images import FORMATS, HEIC_EXTRA, LIBHEIF, Sampling
 from tlpipe.data.journal import Journal
 from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
-from tlpipe.data.reading import read_all
+from tlpipe.data.reading import FirstPass, Outcome, read_all
 from tlpipe.data.values import Measured
 from tlpipe.errors import DataError
 from tlpipe.params import Section, check_effect
@@ -94,7 +95,8 @@ class Params(Section):
     value_range: Literal["auto"] | tuple[float, float] | None = Field(
         default="auto",
         description="For pictures of more than 8 bits: [LOW, HIGH], the values that become black "
-        "and white. auto measures all of them and takes what their bits hold; null rejects them.",
+        "and white. auto measures all of them and takes what their bits hold, unless odd values "
+        "leave the others no contrast; null rejects them.",
     )
 
     @field_validator("value_range", mode="before")
@@ -165,15 +167,17 @@ def run(
     with opened(params) as source, files.replacing_folder(pixels) as folder:
         for note in source.notes:
             _log.info("%s", note)
-        measured = Measured()
         if params.value_range == "auto":
             sampling = sampling.model_copy(update={"value_range": earlier.value_range})
+        measured = Measured(sampling.value_range)
         journal = _read(source, folder, sampling, params.box_margin, earlier, measured)
         if params.value_range == "auto" and measured.range() != sampling.value_range:
             sampling = sampling.model_copy(update={"value_range": measured.range()})
-            shutil.rmtree(folder)
-            folder.mkdir()
-            journal = _read(source, folder, sampling, params.box_margin, earlier, Measured())
+            measured, first = Measured(sampling.value_range), journal.set_aside()
+            journal = _read(source, folder, sampling, params.box_margin, first, measured)
+            shutil.rmtree(first.pixels.array.folder)
+        if params.value_range == "auto":
+            measured.check()
         _say_range(measured, sampling, params)
         groups = journal.group(earlier)
         refused = sorted([*journal.rejects, *source.rejects], key=lambda reject: reject.path)
@@ -220,15 +224,33 @@ def _read(
     folder: Path,
     sampling: Sampling,
     margin: float,
-    earlier: Earlier,
+    known: Earlier | FirstPass,
     measured: Measured,
 ) -> Journal:
     """Read the source into a folder; ``measured`` takes the values of more than 8 bits."""
-    outcomes = read_all(source, sampling, margin, earlier, measured)
-    with closing(Journal(folder, sampling, earlier.pixels)) as journal:
+    if isinstance(known, FirstPass):
+        outcomes = read_all(source, sampling, margin, None, measured, known)
+        journal = Journal(folder, sampling, known.pixels, known.decoded)
+    else:
+        outcomes = read_all(source, sampling, margin, known, measured)
+        journal = Journal(folder, sampling, known.pixels)
+    with closing(journal):
         for outcome in track(outcomes, total=source.counts.total(), description="ingest"):
             journal.add(outcome)
     return journal
+
+
+def some(params: Params, sampling: Sampling, names: Container[str]) -> Iterator[Outcome]:
+    """Read the images of these names alone, and yield what becomes of each.
+
+    Raises:
+        DataError: as ``opened``, or a file changes while it is read.
+    """
+    with opened(params) as source:
+        chosen = replace(
+            source, candidates=lambda: (c for c in source.candidates() if c.name in names)
+        )
+        yield from read_all(chosen, sampling, params.box_margin, None, Measured())
 
 
 def _say_range(measured: Measured, sampling: Sampling, params: Params) -> None:
@@ -288,6 +310,7 @@ def _decoder(box_margin: float) -> str:
     """
     packages = " ".join(f"{name} {found}" for name, found in versions(*_DECODERS).items())
     codecs = ", ".join(f"{name} {features.version(name)}" for name in _CODECS)
+    codecs += f", libheif {LIBHEIF}" if LIBHEIF else ""
     code = of_modules(*_CODE)
     return f"{packages}, {codecs}, code {code}, margin {box_margin:g}"
 

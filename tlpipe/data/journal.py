@@ -19,7 +19,8 @@ from tlpipe.data.earlier import SEEN, Earlier
 from tlpipe.data.images import Sampling
 from tlpipe.data.manifest import Duplicate, Entry, entry_of
 from tlpipe.data.pixels import PackedPixels, Thumbnails
-from tlpipe.data.reading import Outcome
+from tlpipe.data.reading import FirstPass, Outcome
+from tlpipe.data.values import is_deep
 from tlpipe.sources.candidates import Reject
 
 Keys = npt.NDArray[np.uint64]
@@ -50,12 +51,15 @@ class Groups:
 class Journal:
     """Takes down what becomes of each candidate, in a folder that is still being made."""
 
-    def __init__(self, folder: Path, sampling: Sampling, known: PackedPixels | None) -> None:
+    def __init__(
+        self, folder: Path, sampling: Sampling, known: PackedPixels | None, decoded: int = 0
+    ) -> None:
         """Begin; ``known``: the pixels that recalled images are rows of.
 
-        ``seen`` is the table of those whole files that have a stamp.
+        ``decoded``: how many of those were decoded in this run. ``seen`` is the table of those
+        whole files that have a stamp.
         """
-        self.count = self.decoded = 0
+        self.count, self.decoded, self._decoded_deep = 0, decoded, 0
         self.rejects: list[Reject] = []
         self._folder = folder
         self._entries, self.seen = folder / "entries.csv", folder / "seen.csv"
@@ -87,7 +91,9 @@ class Journal:
         )
         self._write_record(_RECORD.pack(*record))
         self.count += 1
-        self.decoded += not isinstance(outcome.square, int)
+        is_decoded = not isinstance(outcome.square, int)
+        self.decoded += is_decoded
+        self._decoded_deep += is_decoded and is_deep(entry.mode)
 
     def close(self) -> None:
         """Complete the files."""
@@ -136,7 +142,7 @@ class Journal:
 
     def entries(self, groups: Groups, data_version: str) -> Iterator[Entry]:
         """Yield the entries that are kept, in order and complete."""
-        for values, name, keep in zip(self._rows(), groups.name, groups.keep, strict=True):
+        for values, name, keep in zip(_rows(self._entries), groups.name, groups.keep, strict=True):
             if keep:
                 *known, _, split, _ = values
                 yield entry_of([*known, f"{name:016x}", split, data_version])
@@ -148,6 +154,16 @@ class Journal:
         allocator.trim()
         keys = self._column("content").astype(">u8")
         return packed.keep_rows(self._pixels, keys, np.flatnonzero(keep))
+
+    def set_aside(self) -> FirstPass:
+        """Move all of it out of the way, for another reading of the same source."""
+        pixels = packed.set_aside(self._pixels, "first")
+        entries, seen = (
+            path.rename(pixels.array.folder / path.name) for path in (self._entries, self.seen)
+        )
+        decoded = self.decoded - self._decoded_deep
+        stamps = ((path, stamp) for path, stamp, _ in files.read_csv(seen, SEEN))
+        return FirstPass(pixels, map(entry_of, _rows(entries)), stamps, self.rejects, decoded)
 
     def remove(self) -> None:
         """Remove what is no part of the pixels."""
@@ -209,13 +225,14 @@ class Journal:
     def _some(self, rows: Iterable[int]) -> Iterator[tuple[int, Entry]]:
         wanted = set(rows)
         if wanted:
-            for row, values in enumerate(self._rows()):
+            for row, values in enumerate(_rows(self._entries)):
                 if row in wanted:
                     yield row, entry_of(values)
 
-    def _rows(self) -> Iterator[list[str]]:
-        with files.open_csv(self._entries, "r") as file:
-            yield from csv.reader(file)
+
+def _rows(table: Path) -> Iterator[list[str]]:
+    with files.open_csv(table, "r") as file:
+        yield from csv.reader(file)
 
 
 def _number(group: str) -> int:

@@ -87,21 +87,27 @@ def keep_rows(
     everything: Writer, keys: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64]
 ) -> Writer:
     """Write a folder again, in place, with the given rows only; ``keys``: (N,) big-endian."""
-    folder, sampling = everything.folder, everything.sampling
-    old = folder / "everything"
-    old.mkdir()
-    for name in {name for name, _ in everything.array.names} | {_THUMBNAILS}:
-        (folder / name).rename(old / name)
-    everything.finish(decoder="", data_sha256="", data_version="")
-    (folder / _INDEX).rename(old / _INDEX)
+    folder, known = everything.folder, set_aside(everything, "everything")
+    old = known.array.folder
     thumbnails = Thumbnails(old, len(keys))
-    kept = Writer(folder, sampling, load(old))
+    kept = Writer(folder, everything.sampling, known)
     for row in map(int, rows):
         kept.append(keys[row : row + 1].tobytes(), row, thumbnails.rows(row, row + 1)[0])
     kept.close()
     thumbnails.close()
     shutil.rmtree(old)
     return kept
+
+
+def set_aside(written: Writer, name: str) -> PackedPixels:
+    """Move what was written, which is complete, into a new folder of this name in its own."""
+    folder, aside = written.folder, written.folder / name
+    aside.mkdir()
+    for file in {file for file, _ in written.array.names} | {_THUMBNAILS}:
+        (folder / file).rename(aside / file)
+    written.finish(decoder="", data_sha256="", data_version="")
+    (folder / _INDEX).rename(aside / _INDEX)
+    return load(aside)
 
 
 def thumbnail(square: Image.Image) -> Pixels:

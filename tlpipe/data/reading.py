@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
@@ -21,7 +22,7 @@ from tlpipe.data.boxes import part_of
 from tlpipe.data.earlier import Earlier, Known
 from tlpipe.data.images import Header, Pixels, Sampling, frame_of, read_upright, square
 from tlpipe.data.manifest import Entry
-from tlpipe.data.values import Measured
+from tlpipe.data.values import Measured, is_deep
 from tlpipe.errors import ImageError, StoreError
 from tlpipe.sources.candidates import Candidate, Reject
 from tlpipe.sources.listing import Source
@@ -47,13 +48,77 @@ class Usable:
 Outcome = Usable | Reject
 
 
+class FirstPass:
+    """What a first reading made of a source: files of 8 bits need no second one.
+
+    ``pixels``: what the images are rows of; ``decoded``: how many of 8 bits it decoded. Nothing of
+    it grows in memory with the source: what is asked for comes in the order of the candidates.
+    """
+
+    def __init__(
+        self,
+        pixels: packed.PackedPixels,
+        entries: Iterator[Entry],
+        stamps: Iterator[tuple[str, str]],
+        rejects: Sequence[Reject],
+        decoded: int,
+    ) -> None:
+        """Take the entries, the stamps by name and the rejects, each in the candidates' order."""
+        self.pixels = pixels
+        self.decoded = decoded
+        numbered = ((entry.path, entry, row) for row, entry in enumerate(entries))
+        self._entries, self._stamps = _InOrder(numbered), _InOrder(stamps)
+        self._rejects = _InOrder((reject.path, reject) for reject in rejects)
+
+    def recall(self, parts: Sequence[Candidate]) -> list[Outcome] | None:
+        """Return what became of a file's parts.
+
+        Nothing where it must be read again: it has more than 8 bits, or may have, since all of it
+        was rejected.
+        """
+        found: list[Outcome] = []
+        for part in parts:
+            if (known := self._entries.take(part.name)) is not None:
+                _, entry, row = known
+                _, stamp = self._stamps.take(part.name) or ("", "")
+                found.append(Usable(entry, row, self.pixels.thumbnails[row], stamp))
+            elif (refused := self._rejects.take(part.name)) is not None:
+                found.append(refused[1])
+        usable = [outcome for outcome in found if isinstance(outcome, Usable)]
+        is_plain = usable and not any(is_deep(outcome.entry.mode) for outcome in usable)
+        return found if is_plain and len(found) == len(parts) else None
+
+
+class _InOrder:
+    """Tuples that begin with a name, looked up in their own order."""
+
+    def __init__(self, found: Iterator[Any]) -> None:
+        self._found = found
+        self._next = next(found, None)
+
+    def take(self, name: str) -> Any:
+        """Return the next one if it has that name, and go on; otherwise None."""
+        taken = self._next
+        if taken is None or taken[0] != name:
+            return None
+        self._next = next(self._found, None)
+        return taken
+
+
 def read_all(
-    source: Source, sampling: Sampling, margin: float, earlier: Earlier, measured: Measured
+    source: Source,
+    sampling: Sampling,
+    margin: float,
+    earlier: Earlier | None,
+    measured: Measured,
+    first: FirstPass | None = None,
 ) -> Iterator[Outcome]:
     """Yield what becomes of each candidate of a source, in their order.
 
-    ``margin``: what is added to a box on each side, as a share of its longer side; ``measured``:
-    takes the values of the pictures of more than 8 bits that are decoded.
+    ``margin``: what is added to a box on each side, as a share of its longer side; ``earlier``:
+    images that need not be decoded; ``measured``: takes the values of the pictures of more than 8
+    bits that are decoded; ``first``: a reading of this source for another range of values, instead
+    of ``earlier``.
 
     Raises:
         DataError: a file changes while it is read.
@@ -69,7 +134,7 @@ def read_all(
 
     waiting: deque[Future[list[Outcome]] | list[Outcome]] = deque()
 
-    def first() -> list[Outcome]:
+    def next_one() -> list[Outcome]:
         found = waiting.popleft()
         return found if isinstance(found, list) else found.result()
 
@@ -78,16 +143,22 @@ def read_all(
     with warnings_named(), ThreadPoolExecutor(threads) as pool:
         try:
             for file, group in groupby(source.candidates(), key=lambda part: part.file):
-                parts, stamp = list(group), source.storage.stamp(file)
-                known = earlier.by_stamp(file, stamp) if _is_whole(parts) else None
-                if known is not None:
+                parts = list(group)
+                if first is not None and (recalled := first.recall(parts)) is not None:
+                    waiting.append(recalled)
+                    if len(waiting) >= _AHEAD:
+                        yield from next_one()
+                    continue
+                stamp = source.storage.stamp(file)
+                known = earlier.by_stamp(file, stamp) if earlier and _is_whole(parts) else None
+                if earlier and known is not None:
                     waiting.append([_recall(parts[0], known, stamp, earlier)])
                 else:
                     waiting.append(pool.submit(read, parts, stamp))
                 if len(waiting) >= _AHEAD:
-                    yield from first()
+                    yield from next_one()
             while waiting:
-                yield from first()
+                yield from next_one()
         finally:
             for found in waiting:
                 if isinstance(found, Future):
@@ -157,7 +228,7 @@ def _read_parts(
     stamp: str,
     sampling: Sampling,
     margin: float,
-    earlier: Earlier,
+    earlier: Earlier | None,
     measured: Measured,
 ) -> Iterator[Outcome]:
     """Yield what became of one file's parts; the file is decoded once, and not at all if known."""
@@ -183,7 +254,7 @@ def _read_parts(
                 split="",
                 data_version="",
             )
-            if (known := earlier.by_key(image.key)) is not None:
+            if earlier and (known := earlier.by_key(image.key)) is not None:
                 yield _recall(part, known, stamp, earlier)
                 continue
             if decoded is None:
@@ -192,7 +263,7 @@ def _read_parts(
                     data,
                     enough_px=enough,
                     value_range=sampling.value_range,
-                    measured=measured,
+                    measure=partial(measured.add, parts[0].file),
                 )
             picture, header = decoded
             kept = square(picture, sampling, box)

@@ -91,12 +91,15 @@ class Part:
 
     def evenly(self, count: int) -> "Part":
         """Return at most so many of them."""
-        chosen = evenly(range(len(self.rows)), count)
+        return self.some(evenly(range(len(self.rows)), count))
+
+    def some(self, chosen: Sequence[int]) -> "Part":
+        """Return those of these numbers, counted from 0."""
         return Part(
             self.squares,
             [self.rows[i] for i in chosen],
             [self.entries[i] for i in chosen],
-            self.truth[chosen],
+            self.truth[list(chosen)],
         )
 
     def brightness(self) -> npt.NDArray[np.float64]:

@@ -112,8 +112,8 @@ def run(
     threshold = abstention["threshold"]
     if threshold is None:
         _log.info(
-            "no threshold is known to keep errors at %s: of %s images held out too many are "
-            "wrong, or they are too few (%s at least)",
+            "no threshold is known to keep errors at %s: of %s independent images held out "
+            "too many are wrong, or they are too few (%s at least)",
             f"{params.error_rate:.1%}",
             abstention["images"],
             abstention["images_needed"],
@@ -204,7 +204,8 @@ def selective_prediction(
 
     ``threshold`` keeps errors at the error rate with the probability ``confidence``;
     ``observed`` kept them there on the images held out, which promises nothing. Either is None
-    where there is none.
+    where there is none. ``images`` counts independent images held out: those of a group are one;
+    ``images_needed`` is the least number of them that a threshold can be known from.
     """
     rate, certainty = params.error_rate, params.confidence
     sure, hits, place = held_out.confidence, held_out.hits, group_numbers(groups)

@@ -162,7 +162,7 @@ def coverage(
     if abstention["threshold"] is None:
         title = (
             f"No threshold is known to keep errors at {abstention['error_rate']:.1%}: of "
-            f"{abstention['images']} images held out\n"
+            f"{abstention['images']} independent images held out\n"
             f"too many are wrong, or they are too few ({abstention['images_needed']} at least)"
         )
     elif unknown is None:

@@ -5,7 +5,7 @@ other times or on other images counts for nothing. Every rule gives a line: what
 expected. A rule that nobody set a bound for is not asked.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from tlpipe.data import ingest
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import Sampling
 from tlpipe.data.manifest import load_manifest, load_split
+from tlpipe.data.values import UNREADABLE, is_deep
 from tlpipe.errors import ArtifactError, GateError, TlpipeError
 from tlpipe.inference.predictor import Predictor
 from tlpipe.metrics import answers, generalisation, scores, speed
@@ -28,6 +29,7 @@ from tlpipe.onnx_export import signing
 from tlpipe.onnx_export.bundle import EXACT, Bundle
 from tlpipe.params import Section
 from tlpipe.resampling import paired_difference
+from tlpipe.sources.candidates import Reject
 
 _CONFIDENCE = 0.95
 
@@ -206,10 +208,17 @@ def judge(
     if bounds.public_key is not None:
         rules.append(_signed(candidate, Path(bounds.public_key), signature))
     if champion is not None:
-        hits = _hits_of(champion, candidate, part, source, threads, f"version {names[1]}")
+        hits, unread = _hits_of(champion, candidate, part, source, threads, f"version {names[1]}")
         change = paired_difference(hits, given.hits, part.groups, _CONFIDENCE)
-        numbers |= {"champion_accuracy": float(hits.mean()), "change": change}
-        rules += [_change(change, bounds.loss), _labels(candidate, champion, bounds.other_labels)]
+        numbers |= {
+            "champion_accuracy": float(hits.mean()),
+            "champion_cannot_read": unread,
+            "change": change,
+        }
+        rules += [
+            _change(change, bounds.loss, unread),
+            _labels(candidate, champion, bounds.other_labels),
+        ]
     return Decision(names[0], names[1], tuple(rules), numbers)
 
 
@@ -258,8 +267,12 @@ def _validation(
 
 def _hits_of(
     champion: Bundle, candidate: Bundle, part: Part, source: ingest.Params, threads: int, name: str
-) -> Hits:
-    """Return which of the candidate's test images the champion names right."""
+) -> tuple[Hits, int]:
+    """Return which of the candidate's test images the champion names right.
+
+    And how many it cannot read, for want of a range of values or of contrast in its own: it names
+    none of them.
+    """
     numbers = {label: number for number, label in enumerate(champion.labels)}
     # A class that it does not know it cannot name.
     truth = np.array([numbers.get(candidate.labels[true], -1) for true in part.truth], np.int64)
@@ -267,9 +280,54 @@ def _hits_of(
     same = replace(part, truth=truth)
     predictor = Predictor(champion, threads=threads)
     if theirs == ours:
-        return same.ask(predictor, name).hits
+        return same.ask(predictor, name).hits, 0
     with TemporaryDirectory() as folder:
-        return _read_again(same, Path(folder), source, theirs).ask(predictor, name).hits
+        if theirs != ours.model_copy(update={"value_range": theirs.value_range}):
+            return _read_again(same, Path(folder), source, theirs).ask(predictor, name).hits, 0
+        hits, read = np.zeros(len(same.rows), bool), np.zeros(len(same.rows), bool)
+        for which, seen in _in_another_range(same, Path(folder), source, theirs):
+            hits[which], read[which] = seen.ask(predictor, name).hits, True
+    return hits, int((~read).sum())
+
+
+def _in_another_range(
+    part: Part, folder: Path, source: ingest.Params, sampling: Sampling
+) -> Iterator[tuple[list[int], Part]]:
+    """Yield images of a part as who has another range of values sees them; not what it cannot read.
+
+    With each part: which of the images it holds. Those of 8 bits are the same in every range.
+
+    Raises:
+        GateError: an image is no longer there.
+    """
+    plain = [i for i, entry in enumerate(part.entries) if not is_deep(entry.mode)]
+    deep = [i for i, entry in enumerate(part.entries) if is_deep(entry.mode)]
+    if plain:
+        yield plain, part.some(plain)
+    if not deep or sampling.value_range is None:
+        return
+    others = part.some(deep)
+    wanted = {entry.path: entry.key for entry in others.entries}
+    writer, places, refused = packed.Writer(folder, sampling), dict[bytes, int](), set[bytes]()
+    try:
+        for outcome in ingest.some(source, sampling, wanted.keys()):
+            if isinstance(outcome, Reject):
+                if outcome.reason in UNREADABLE:
+                    refused.add(wanted[outcome.path])
+                continue
+            key = outcome.entry.key
+            if key == wanted[outcome.entry.path] and key not in places:
+                places[key] = len(places)
+                writer.append(key, outcome.square, outcome.thumbnail)
+        writer.close()
+        writer.finish(decoder="", data_sha256="", data_version="")
+    except TlpipeError as error:
+        raise _unreadable(sampling, error) from None
+    _check_all_there(others, {*places, *refused}, source, sampling)
+    which = [i for i in deep if part.entries[i].key in places]
+    if which:
+        rows = [places[part.entries[i].key] for i in which]
+        yield which, replace(part.some(which), squares=packed.load(folder).array, rows=rows)
 
 
 def _read_again(part: Part, folder: Path, source: ingest.Params, sampling: Sampling) -> Part:
@@ -283,19 +341,29 @@ def _read_again(part: Part, folder: Path, source: ingest.Params, sampling: Sampl
             params=source.model_copy(update=sampling.model_dump()),
         )
     except TlpipeError as error:
-        raise GateError(
-            f"the version in production sees images differently ({sampling}), and they cannot be "
-            f"read again for it: {error}"
-        ) from None
+        raise _unreadable(sampling, error) from None
     places = {entry.key: row for row, entry in enumerate(load_manifest(outputs["manifest"]))}
-    if missing := [entry.path for entry in part.entries if entry.key not in places]:
+    _check_all_there(part, places, source, sampling)
+    rows = [places[entry.key] for entry in part.entries]
+    return replace(part, squares=packed.load(folder / "pixels").array, rows=rows)
+
+
+def _unreadable(sampling: Sampling, error: TlpipeError) -> GateError:
+    return GateError(
+        f"the version in production sees images differently ({sampling}), and they cannot be "
+        f"read again for it: {error}"
+    )
+
+
+def _check_all_there(
+    part: Part, found: Container[bytes], source: ingest.Params, sampling: Sampling
+) -> None:
+    if missing := [entry.path for entry in part.entries if entry.key not in found]:
         raise GateError(
             f"{len(missing)} test images, such as {missing[0]}, are no longer in {source.source}, "
             f"or cannot be read as the version in production does ({sampling}), so it cannot be "
             f"measured on them. Fetch the data: 'dvc pull'."
         )
-    rows = [places[entry.key] for entry in part.entries]
-    return replace(part, squares=packed.load(folder / "pixels").array, rows=rows)
 
 
 def sampling_of(bundle: Bundle) -> Sampling:
@@ -304,11 +372,16 @@ def sampling_of(bundle: Bundle) -> Sampling:
     return Sampling(**{key: getattr(seen, key) for key in Sampling.model_fields})
 
 
-def _change(change: dict[str, float], loss: float) -> Rule:
+def _change(change: dict[str, float], loss: float, unread: int = 0) -> Rule:
     found = (
         f"{change['value']:+.4f} ({_CONFIDENCE:.0%} interval {change['low']:+.4f} to "
         f"{change['high']:+.4f})"
     )
+    if unread:
+        found += (
+            f"; {unread} test images count as wrong for the version in production, which cannot "
+            f"read them (more than 8 bits)"
+        )
     expected = f"at least {-loss:+.4f}, and not below 0 beyond chance"
     return Rule(
         "accuracy_change", found, expected, change["value"] >= -loss and change["high"] >= 0
