@@ -33,7 +33,7 @@ _CANDIDATES, _STRANGERS = 6, 3  # aligned for each image: the nearest, the neare
 _GAP, _LEAST = 0.8, 0.8
 _RINGS, _ANGLES, _DISK = 14, 64, 0.92
 _FLAT = 4.0  # gray levels of standard deviation, below which there is nothing to compare
-_LEVELS = ((16, 6), (32, 8))  # size of the images in pixels, steps
+_LEVELS = ((16, 6), (32, 4))  # size of the images in pixels, steps
 _DAMPING, _MOST_STEP, _MOST_SHIFT = 0.02, 0.15, 0.3
 _LEAST_STRETCH, _MOST_STRETCH, _LEAST_OVERLAP = 0.55, 1.8, 0.5
 _BLOCK = 512
@@ -178,11 +178,12 @@ def _nearest(
     thumbnails: Thumbnails, assignments: Sequence[Assignment], asked: Rows, trains: Rows
 ) -> tuple[list[Pair], list[float]]:
     """Return the best training image of each one asked, and the best likeness to other classes."""
-    labels = np.array([a.label for a in assignments])
-    groups = np.array([a.group for a in assignments])
+    mine, theirs = ([assignments[row] for row in rows] for rows in (asked, trains))
+    is_same_group = _equal([a.group for a in mine], [a.group for a in theirs])
+    is_same_class = _equal([a.label for a in mine], [a.label for a in theirs])
     correlations, shifts = _correlate(thumbnails, asked, trains)
-    correlations[groups[asked][:, None] == groups[trains]] = -2
-    others = np.where(labels[asked][:, None] == labels[trains], -2, correlations)
+    correlations[is_same_group] = -2
+    others = np.where(is_same_class, -2, correlations)
     results = []
     for table, count in ((correlations, _CANDIDATES), (others, _STRANGERS)):
         columns = np.argsort(-table, axis=1, kind="stable")[:, :count]
@@ -201,6 +202,11 @@ def _nearest(
         for i, row in enumerate(asked)
     ]
     return pairs, of_strangers.max(axis=1).tolist()
+
+
+def _equal(mine: Sequence[str], theirs: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Return (Q, N) which texts are equal."""
+    return np.asarray(np.array(mine)[:, None] == np.array(theirs))
 
 
 def _correlate(

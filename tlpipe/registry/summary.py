@@ -56,7 +56,7 @@ def _validation(found: dict[str, Any]) -> str:
 
 def _copies(found: dict[str, Any]) -> str:
     verdict = "more than clean sets show" if found["is_above_clean"] else "as in clean sets"
-    return f"{found['found']}: {verdict}"
+    return f"{verdict}: {found['found']}"
 
 
 def _aliases(content: dict[str, Any], workspace: Path) -> tuple[list[str], bool]:
