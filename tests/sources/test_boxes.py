@@ -117,7 +117,9 @@ def test_equal_names_in_two_folders_go_by_the_split_of_the_annotation(tmp_path: 
 
 
 @pytest.mark.fault("D46")
-def test_of_several_kinds_instances_are_read_and_no_box_twice(tmp_path: Path) -> None:
+def test_of_several_kinds_instances_are_read_and_no_box_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for folder in ("train2017", "val2017"):
         names = pictures(tmp_path, folder)
         for kind in ("instances", "person_keypoints"):
@@ -126,8 +128,20 @@ def test_of_several_kinds_instances_are_read_and_no_box_twice(tmp_path: Path) ->
         write(tmp_path / "annotations" / f"captions_{folder}.json", captions)
     found, _, notes = read(tmp_path)
     assert len(found) == 8
-    assert "several kinds of annotations are there: annotations/instances_train2017.json" in notes
-    assert "captions_val2017.json left out: it has the keys annotations, images; COCO" in notes
+    assert "several JSON files are there for one split: annotations/instances_train2017" in notes
+    assert "captions_train2017.json, annotations/captions_val2017.json, annotations/per" in notes
+    # The others may be as large: they are not read.
+    opened: list[str] = []
+    plain = storage.Folder.read
+
+    def noted(self: storage.Folder, name: str) -> bytes:
+        opened.append(name)
+        return plain(self, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage.Folder, "read", noted)
+        read(tmp_path)
+    assert [name.split("_")[0] for name in opened] == ["annotations/instances"] * 2
     chosen, _, notes = read(tmp_path, label_files="annotations/person_*.json")
     assert len(chosen) == 8 and "labels are read from annotations/person_keypoints_t" in notes
     for path in (tmp_path / "annotations").glob("instances*"):

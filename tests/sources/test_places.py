@@ -54,14 +54,23 @@ def test_a_mask_does_not_stand_in_for_a_missing_photo_of_a_table(tmp_path: Path)
 
 
 @pytest.mark.fault("D40")
-def test_bare_names_in_folders_of_classes_are_found_in_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [".", "masks", "train"])
+def test_bare_names_in_folders_of_classes_are_found_in_them(tmp_path: Path, others: str) -> None:
+    """In those of one folder, or of folders of splits; a copy of one class elsewhere is none."""
     rows = [(f"img_{i:03}.jpg", ("ant", "bee")[i % 2]) for i in range(9)]
-    for name, label in rows[:8]:
-        put(tmp_path / f"{label}s" / name)
+    root = "test" if others == "train" else "."
+    folders = [Path(others if i < 2 else root) / f"{rows[i][1]}s" for i in range(8)]
+    for folder, (name, _) in zip(folders, rows, strict=False):
+        put(tmp_path / folder / name)
     put(tmp_path / "labels.csv", table(rows, line="{},{}"))
+    if others == "masks":
+        with pytest.raises(DataError, match=r"several folders: ants/ .*, bees/ .*, masks/ants/ "):
+            read(tmp_path)
+        return
     found, rejects, _ = read(tmp_path)
     assert {(c.file, c.label) for c in found} == {
-        (f"{label}s/{name}", label) for name, label in rows[:8]
+        ((folder / name).as_posix(), label)
+        for folder, (name, label) in zip(folders, rows, strict=False)
     }
     assert rejects == {"img_008.jpg": "missing: row 9 of labels.csv names it"}
 

@@ -76,13 +76,18 @@ def test_a_photo_with_a_region_that_is_not_known_gives_no_background(
     assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"red", "blue"}
 
 
-def test_an_object_of_voc_without_a_name_is_no_background(tmp_path: Path) -> None:
+def test_an_object_of_voc_that_is_refused_is_no_background(tmp_path: Path) -> None:
     for i, name in enumerate(pictures(tmp_path, "images")):
         text = voc(name, name, ("ant", "")[i % 2])
         put(tmp_path / "images" / f"{name[:-4]}.xml", text)
-    found, _, _ = read(tmp_path, background="nothing")
+    # A second annotation of the first photo.
+    text = voc("000.jpg", "000.jpg").replace(">50<", ">70<")
+    put(tmp_path / "more" / "000.xml", text.replace("000.jpg", "../images/000.jpg"))
+    found, rejects, _ = read(tmp_path, background="nothing")
+    assert rejects["more/000.xml"].startswith("repeated: ")
     squares = [candidate for candidate in found if candidate.label == "nothing"]
-    assert [one.occupied for one in squares] == [(), ((10, 8, 50, 48),)] * 2
+    unnamed = ((10, 8, 50, 48),)
+    assert [one.occupied for one in squares] == [((10, 8, 70, 48),), unnamed, (), unnamed]
 
 
 @pytest.mark.fault("D30")

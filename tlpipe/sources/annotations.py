@@ -50,7 +50,12 @@ def find(storage: Storage, label_files: str | None, notes: list[str]) -> Found:
     names = [name for name in storage.names() if is_wanted(name, label_files)]
     others: dict[str, str] = {}
     contents = dict[str, Any]()
-    for name in _json(storage, names, label_files is not None, notes):
+    # Instances first: a file of another kind beside them may be as large, and is not even parsed.
+    files = _json(storage, names, label_files is not None, notes)
+    for name in sorted(files, key=lambda name: not coco.is_of_instances(name)):
+        if coco.is_another_kind(name, contents):
+            contents[name] = None
+            continue
         content, reason = _content(storage, name)
         if reason:
             others[name] = reason
@@ -62,7 +67,7 @@ def find(storage: Storage, label_files: str | None, notes: list[str]) -> Found:
             others[name] = "JSON lines are seen and not known; write them as a table"
         elif name in ("data.yaml", "dataset.yaml"):
             others[name] = "it looks like YOLO's, which is seen and not known; export it as COCO"
-    read = coco.chosen(list(contents), notes)
+    read = coco.chosen(sorted(contents), notes)
     return Found({name: contents[name] for name in read}, xml, others)
 
 

@@ -1,7 +1,7 @@
 """Read labels from COCO's JSON: files of one image set each, whose boxes become images."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -28,6 +28,17 @@ def reason_against(content: Any) -> str:
     return ""
 
 
+def is_of_instances(name: str) -> bool:
+    """Return whether a file's name says that it is of COCO's instances."""
+    return PurePosixPath(name).stem.startswith("instances")
+
+
+def is_another_kind(name: str, known: Collection[str]) -> bool:
+    """Return whether a file is none of instances, and one of the known ones is, for its split."""
+    splits = {split_of(other) for other in known if is_of_instances(other)}
+    return not is_of_instances(name) and split_of(name) in splits
+
+
 def chosen(names: Sequence[str], notes: list[str]) -> list[str]:
     """Return which COCO files to read: one, or one for each split; of several kinds, instances.
 
@@ -38,7 +49,7 @@ def chosen(names: Sequence[str], notes: list[str]) -> list[str]:
     for name in names:
         by_split[split_of(name)].append(name)
     if any(len(files) > 1 for files in by_split.values()):
-        instances = [name for name in names if PurePosixPath(name).stem.startswith("instances")]
+        instances = [name for name in names if is_of_instances(name)]
         if not instances or len(set(map(split_of, instances))) < len(instances):
             raise DataError(
                 f"the source holds {len(names)} COCO files, and several for one split: "
@@ -47,8 +58,8 @@ def chosen(names: Sequence[str], notes: list[str]) -> list[str]:
             )
         others = [name for name in names if name not in instances]
         notes.append(
-            f"several kinds of annotations are there: {some(instances)} are read, {some(others)} "
-            f"left out. ingest.label_files names others"
+            f"several JSON files are there for one split: {some(instances)} are read, "
+            f"{some(others)} left out. ingest.label_files names others"
         )
         names = instances
     if len(names) > 1 and (unknown := [name for name in names if not split_of(name)]):

@@ -122,8 +122,9 @@ def in_one_place(
     folder below. Of absolute paths, the heads that are cut off must not lie in each other.
 
     Several folders below count only where they are those of classes: ``labels`` of the matches are
-    given, all of a folder are of one label, those of a label lie in folders of one name, and no
-    other label's do. What is not there then is in none of them.
+    given, all of a folder are of one label, those of a label lie in folders of one name, no other
+    label's do, and all these folders lie in one, or in folders called like splits. What is not
+    there then is in none of them.
 
     Raises:
         DataError: the paths count from several folders.
@@ -156,11 +157,15 @@ def _are_of_classes(matches: Sequence[Match], labels: Sequence[str] | None) -> b
     """Return whether the folders that matches lie in are one class's each."""
     if labels is None:
         return False
-    pairs = {
-        (PurePosixPath(match.place).name, label)
+    places = [
+        (PurePosixPath(match.place), label)
         for match, label in zip(matches, labels, strict=True)
         if label and match.files and match.kind == _BELOW
-    }
+    ]
+    parents = {place.parent for place, _ in places}
+    if len(parents) > 1 and not all(given_split(parent.name) for parent in parents):
+        return False
+    pairs = {(place.name, label) for place, label in places}
     folders, classes = ({pair[side] for pair in pairs} for side in (0, 1))
     return len(pairs) == len(folders) == len(classes)
 

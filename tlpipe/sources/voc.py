@@ -41,6 +41,7 @@ def read(
         file = match.files[0]
         if file in photos:
             rejects.append(Reject(name, "repeated", f"another annotation describes {file} too"))
+            photos[file].occupied += map(_box, root.iter("object"))
             continue
         matches[folder_of(name)].append((name, stated, match))
         key = (folder_of(folder_of(name)), PurePosixPath(name).stem)
