@@ -197,6 +197,42 @@ def test_one_deep_picture_among_others_is_all_that_is_read_twice(
     assert not [path for path in (empty.path / "out/pixels").iterdir() if path.is_dir()]
 
 
+@pytest.mark.fault("D30", "D60")
+def test_parts_of_photos_and_their_rejects_are_taken_from_the_first_reading(
+    empty: Workspace,
+) -> None:
+    root = empty.path / "set"
+    root.mkdir()
+    images, boxes = [], []
+    for number in range(8):
+        whole = np.kron(gray(number, number % 2), np.ones((4, 4), np.uint8))
+        is_deep = number == 5
+        Image.fromarray(whole.astype(np.uint16) * 16 if is_deep else whole).save(
+            root / f"{number}.png"
+        )
+        images.append({"id": number, "file_name": f"{number}.png", "width": 240, "height": 192})
+        for kind, box in enumerate(([5, 5, 60, 60], [80, 20, 70, 50])):
+            boxes.append({"image_id": number, "category_id": kind, "bbox": box})
+    # No square is free of this one; that box lies outside of its photo.
+    boxes.append({"image_id": 2, "category_id": 0, "bbox": [0, 0, 240, 192]})
+    boxes.append({"image_id": 3, "category_id": 1, "bbox": [500, 500, 20, 20]})
+    content = {
+        "images": images,
+        "annotations": [{"id": number, **box} for number, box in enumerate(boxes)],
+        "categories": [{"id": 0, "name": "ant"}, {"id": 1, "name": "bee"}],
+    }
+    (root / "annotations.json").write_text(json.dumps(content))
+    empty.set_source(root, background="nothing")
+    empty.ingest()
+    auto, rejects = tables(empty), empty.rejects()
+    assert set(rejects.values()) == {"box_outside", "no_background"}
+    for path in (empty.path / "out").iterdir():
+        path.rename(empty.path / f"old {path.name}")
+    empty.configure("ingest", value_range=[0, 4095])
+    empty.ingest()
+    assert tables(empty) == auto
+
+
 def odd(root: Path, path: str, value: float, share: float = 0.0) -> None:
     """Give one pixel, or a share of the rows, of a picture another value."""
     values = np.array(Image.open(root / path))

@@ -137,7 +137,8 @@ def _beside(boxes: Sequence[Edges], sides: Sequence[int], name: str, size: tuple
     order = sorted(range(len(sides)), key=lambda number: uniform(number, f"{name} side"))
     for side in (sides[number] for number in order):
         room = width - side, height - side
-        if min(room) < 0:
+        # Of a box that lies outside of the photo nothing is left, or less.
+        if side < 1 or min(room) < 0:
             continue
         drawn = (
             (
