@@ -122,6 +122,17 @@ def test_plain_names_are_no_groups(tmp_path: Path, templates: list[str]) -> None
 
 
 @pytest.mark.fault("L05")
+def test_a_few_prefixes_and_one_that_nearly_all_have_are_no_groups(tmp_path: Path) -> None:
+    names = [f"{'ab'[number % 2]}/IMG_{number:04}.jpg" for number in range(80)]
+    strays = [f"{'ab'[g % 2]}/x{g}_{number}.jpg" for g in range(12) for number in range(2)]
+    put(tmp_path / "camera", [*names, *strays])
+    assert advice(tmp_path / "camera") == ("", "")
+    years = [f"{'ab'[n % 2]}/{2007 + n // 2 % 3}_{n:06}.jpg" for n in range(90)]
+    put(tmp_path / "years", years)
+    assert advice(tmp_path / "years") == ("", "")
+
+
+@pytest.mark.fault("L05")
 def test_ingest_says_it_and_then_keeps_the_groups(empty: Workspace, photos: Path) -> None:
     for path in sorted(photos.rglob("*.png")):
         number = int(path.stem)
