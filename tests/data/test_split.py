@@ -469,7 +469,8 @@ def test_a_table_gives_itself(folds: int | None) -> None:
         if folds is None and seed % 2:
             given = random.choice(["", "", "train", "test"], len(rows))
             rows = [row._replace(split=str(g)) for row, g in zip(rows, given, strict=True)]
-        params = Params(folds=folds, leaks="drop", small_classes="train", seed=seed)
+        leaks = "refuse" if folds else "drop"
+        params = Params(folds=folds, leaks=leaks, small_classes="train", seed=seed)
         alone = {row.path: row._replace(group=row.sha256[:16]) for row in rows[:100]}
         earlier = assign(list(alone.values()), params)
         table = assigned(list(alone.values()), earlier)

@@ -148,6 +148,7 @@ def test_a_bundle_of_other_classes_is_refused(main_job: Workspace, empty: Worksp
     assert empty.names() == ["params.yaml", "split.csv"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("M05")
 def test_unknown_images_are_those_of_the_project(
     artifacts: Path, empty: Workspace, photos: Path

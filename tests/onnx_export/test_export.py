@@ -43,6 +43,7 @@ def test_the_graph_carries_labels_preprocessing_and_provenance(graph: onnx.Model
         "crop_px": 224,
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
+        "value_range": None,
     }
     assert metadata["tlpipe.provenance"]["origin"]["backbone"] == "efficientnet_lite0"
 

@@ -272,6 +272,7 @@ def test_the_summary_shows_the_last_run_and_what_comes_next(main_job: Workspace)
 
 
 @pytest.mark.fault("L04")
+@pytest.mark.slow
 def test_the_summary_offers_no_champion_where_there_is_none(built: Workspace) -> None:
     leaks = built.path / "artifacts/audit/leaks.json"
     leaks.write_text(json.dumps(json.loads(leaks.read_text()) | {"is_above_clean": True}))
