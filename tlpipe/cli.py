@@ -288,14 +288,13 @@ def evaluate(
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Measure the bundle on the test split."""
+    from tlpipe.metrics import evaluate
+
     images = {"pixels": pixels, "manifest": manifest, "split": split}
     trained = {"bundle": bundle, "held_out": held_out, "history": history}
     texts = {"report": report, "speed": speed, "predictions": predictions, "tables": tables}
     pictures = {"plots": plots, "examples": examples}
-    sections = load_params(params)
-    section = _with_unknown_that_fits(sections)
-    from tlpipe.metrics import evaluate
-
+    section = _with_unknown_that_fits(load_params(params))
     evaluate.run(**images, **trained, **texts, **pictures, params=section)
 
 

@@ -208,7 +208,9 @@ def check_sampling(found: Sampling, params: Params) -> None:
         ParamsError: another side or another interpolation, or no such backbone.
     """
     expected = describe(params.backbone).preprocessing
-    for key in Sampling.model_fields.keys() - {"value_range"}:  # that is the images' own
+    for key in Sampling.model_fields:
+        if key == "value_range":  # that is the images' own
+            continue
         if (value := getattr(found, key)) != (wanted := getattr(expected, key)):
             raise ParamsError(
                 f"ingest.{key} is {value}; the backbone {params.backbone} was trained with "

@@ -83,14 +83,13 @@ class Checkpoints:
                     continue
                 content = path.with_suffix(".safetensors").read_bytes()
                 return self._checked(index, content)
-            except OSError as error:
-                if not isinstance(error, FileNotFoundError):  # damage is known by its bytes
-                    raise TrainingError(
-                        f"the checkpoint {path} cannot be read: {error.strerror}; expected a disk "
-                        f"that answers. Mend that and run again, or delete {self._folder} to begin "
-                        f"anew."
-                    ) from None
+            except FileNotFoundError:
                 _log.warning("the checkpoint %s lacks a file; looking at the one before", path)
+            except OSError as error:  # damage is known by its bytes
+                raise TrainingError(
+                    f"the checkpoint {path} cannot be read: {error.strerror}; expected a disk that "
+                    f"answers. Mend that and run again, or delete {self._folder} to begin anew."
+                ) from None
             except (ValueError, KeyError, TypeError) as error:
                 _log.warning(
                     "the checkpoint %s is damaged (%s); looking at the one before", path, error

@@ -98,10 +98,8 @@ def check_open(data: Dataset, params: Recipe) -> None:
         ParamsError: an option has none, frozen weights are to be drawn anew, parts of what is no
             image mixed, or a batch is larger than the data.
     """
-    check_effects(params, data.activations.origin.freeze, data.open_stages)
     origin = data.activations.origin
-    if params.reinitialise > data.open_stages:
-        raise _reinitialised(params, origin.freeze, data.open_stages)
+    check_effects(params, origin.freeze, data.open_stages)
     if params.batch is not None and params.batch > len(data.train):
         raise ParamsError(
             f"train.batch is {params.batch}; there are {len(data.train)} training images. Lower it "
@@ -127,8 +125,11 @@ def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
     Raises:
         ParamsError: one is, or frozen weights are to be drawn anew.
     """
-    if params.reinitialise > open_stages and freeze != AUTO:
-        raise _reinitialised(params, freeze, open_stages)
+    if params.reinitialise > open_stages:
+        raise ParamsError(
+            f"train.reinitialise is {params.reinitialise}; {open_stages} stages are open, since "
+            f"embed.freeze is {freeze}; expected at most so many. Open more, or lower it."
+        )
     is_solved = not open_stages and not params.hidden
     by_freeze = (
         f"embed.freeze is {freeze}, which leaves no stage open, and train.hidden is empty, so the "
@@ -162,13 +163,6 @@ def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
             check_effect("train", params, names, reason)
         elif said := without_effect("train", params, names, reason):
             _log.warning("%s", said)
-
-
-def _reinitialised(params: Recipe, freeze: str | int, open_stages: int) -> ParamsError:
-    return ParamsError(
-        f"train.reinitialise is {params.reinitialise}; {open_stages} stages are open, since "
-        f"embed.freeze is {freeze}; expected at most so many. Open more, or lower it."
-    )
 
 
 def _learn(

@@ -38,9 +38,15 @@ class Answers:
         return sureness(self.probabilities)
 
     @property
+    def predicted(self) -> Labels:
+        """The number of the class that each answer names, (N,)."""
+        found: Labels = self.probabilities.argmax(axis=1)
+        return found
+
+    @property
     def hits(self) -> Hits:
         """Which answers are right."""
-        right: Hits = self.probabilities.argmax(axis=1) == self.truth
+        right: Hits = self.predicted == self.truth
         return right
 
 

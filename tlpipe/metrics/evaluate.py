@@ -181,7 +181,7 @@ def _measured(
     uncalibrated = scores.calibration_error(
         scores.softmax(given.logits), part.truth, part.groups, confidence
     )
-    pairs = scores.confusion_pairs(part.truth, given.probabilities.argmax(axis=1))
+    pairs = scores.confusion_pairs(given.truth, given.predicted)
     wrong = pairs[pairs[:, 0] != pairs[:, 1]][:_MOST_CONFUSED]
     return measured | {
         "most_confused": [
@@ -311,6 +311,6 @@ def _save_tables(folder: Path, given: Answers, labels: Sequence[str]) -> None:
         files.write_csv(target / "coverage.csv", COVERAGE, rows)
         rows = [(f"{b.confidence:.6f}", f"{b.accuracy:.6f}", str(b.images)) for b in bins]
         files.write_csv(target / "reliability.csv", RELIABILITY, rows)
-        pairs = scores.confusion_pairs(given.truth, given.probabilities.argmax(axis=1)).tolist()
+        pairs = scores.confusion_pairs(given.truth, given.predicted).tolist()
         named = [(labels[true], labels[predicted], str(n)) for true, predicted, n in pairs]
         files.write_csv(target / "confusion.csv", CONFUSION, named)

@@ -28,7 +28,7 @@ def draw(folder: Path, report: Mapping[str, Any], given: Answers, history: Path)
     """Draw the report of ``evaluate``, and how the training went, a PNG file for each question."""
     labels, exact = report["labels"], report["precisions"][EXACT]
     figures = {
-        "confusion": confusion(given.truth, given.probabilities.argmax(axis=1), labels),
+        "confusion": confusion(given.truth, given.predicted, labels),
         "reliability": reliability(given, exact),
         "ranking": ranking(given, labels),
         "coverage": coverage(given, report["abstention"], report["unknown"]),

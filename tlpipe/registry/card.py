@@ -88,6 +88,26 @@ def _weakest(exact: Mapping[str, Any]) -> str:
     return f"Least often found: {', '.join(found)}. Pictures: plots/ among the artifacts."
 
 
+def limits(report: Mapping[str, Any]) -> str:
+    """Say what it does not do, by the report of ``evaluate``."""
+    abstention, unknown, robustness = report["abstention"], report["unknown"], report["robustness"]
+    lines = []
+    if report["generalisation"]["is_below"]:
+        lines.append(
+            f"Test accuracy is below validation accuracy beyond chance, so other images may cost "
+            f"still more: {generalisation.describe(report['generalisation'])}."
+        )
+    lines += [_abstention(abstention), _others(unknown)]
+    kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
+    worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
+    lines.append(
+        f"Strong {_plain(worst)} costs most: {kinds[worst][-1]['accuracy']:.1%} right, against "
+        f"{robustness['clean']['accuracy']:.1%} on the same {robustness['images']} images as "
+        f"they are."
+    )
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def _others(unknown: Mapping[str, Any] | None) -> str:
     """Say how images of none of the classes are answered."""
     if unknown is None:
@@ -102,27 +122,6 @@ def _others(unknown: Mapping[str, Any] | None) -> str:
         f"It has no answer for images of anything else: of {unknown['images']} from "
         f"{_plain(unknown['source'])}, {above} AUROC {unknown['auroc']:.3f}."
     )
-
-
-def limits(report: Mapping[str, Any]) -> str:
-    """Say what it does not do, by the report of ``evaluate``."""
-    abstention, unknown, robustness = report["abstention"], report["unknown"], report["robustness"]
-    lines = [_abstention(abstention)]
-    if report["generalisation"]["is_below"]:
-        lines.insert(
-            0,
-            f"Test accuracy is below validation accuracy beyond chance, so other images may cost "
-            f"still more: {generalisation.describe(report['generalisation'])}.",
-        )
-    lines.append(_others(unknown))
-    kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
-    worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
-    lines.append(
-        f"Strong {_plain(worst)} costs most: {kinds[worst][-1]['accuracy']:.1%} right, against "
-        f"{robustness['clean']['accuracy']:.1%} on the same {robustness['images']} images as "
-        f"they are."
-    )
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def _copies(found: Mapping[str, Any]) -> str:

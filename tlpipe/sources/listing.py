@@ -15,7 +15,7 @@ from tlpipe.errors import DataError
 from tlpipe.sources import annotations, builtin, coco, layouts, naming, tables, voc
 from tlpipe.sources.archives import check_no_archives, open_archive
 from tlpipe.sources.candidates import IMAGES, Candidate, Reject, given_split
-from tlpipe.sources.paths import Files, some, split_of_folders
+from tlpipe.sources.paths import Files, is_image, some, split_of_folders
 from tlpipe.sources.photos import candidates as candidates_of
 from tlpipe.sources.remote import Remote, open_remote
 from tlpipe.sources.storage import Folder, Storage
@@ -122,7 +122,7 @@ def unlabelled(address: str) -> Iterator[tuple[Storage, list[str]]]:
             names = {candidate.file for candidate in candidates}
         else:
             storage = _open_storage(address)
-            names = {name for name in storage.names() if name.lower().endswith(IMAGES)}
+            names = {name for name in storage.names() if is_image(name)}
         stack.enter_context(closing(storage))
         if not names:
             raise DataError(
