@@ -392,9 +392,9 @@ def promote(
         title = f"{section.name} version {decision.candidate} against {against}"
         table = Table("rule", "found", "expected", "", title=escape(title), title_justify="left")
         for rule in decision.rules:
-            verdict = "[green]holds[/green]" if rule.passed else "[red]fails[/red]"
+            colour = {"holds": "green", "fails": "red", "cannot tell": "yellow"}[rule.verdict]
             found, expected = (escape(_printable(text)) for text in (rule.found, rule.expected))
-            table.add_row(rule.name, found, expected, verdict)
+            table.add_row(rule.name, found, expected, f"[{colour}]{rule.verdict}[/{colour}]")
         Console().print(table)
 
     if to is not None:

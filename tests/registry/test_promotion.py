@@ -88,15 +88,17 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     assert promoted.code == 0
     assert "digits version 2 is in production, version 1 was before" in promoted.printed
     # No image shows a change; some 4 in their number are possible.
-    unchanged = r"\+0\.0000 \(95% interval -(0\.0[1-9]\d\d) to \+\1\)"
-    assert re.search(unchanged, promoted.printed)
+    unchanged = r"\+0\.0000 against version 1 \(95% interval -(0\.0[1-9]\d\d) to \+\1\)"
+    assert re.search(unchanged, tags(built, 2)["gate.accuracy_change"])
     assert aliases(built) == {"challenger": 2, "champion": 2, "previous": 1}
     assert (
         tags(built, 2)["gate.labels"] == "holds: the same 10, expected the same, in the same order"
     )
     (decision,) = decisions(built, 2)
     assert (decision["outcome"], decision["champion"]) == ("passed", "1")
-    assert decision["numbers"]["accuracy"] == decision["numbers"]["champion_accuracy"]
+    (beside,) = decision["numbers"]["compared"]
+    assert (beside["version"], beside["accuracy"]) == ("1", decision["numbers"]["accuracy"])
+    assert beside["trained_on"] == 0
 
     # One that is worse is refused with the numbers, and goes there by force alone.
     params = (built.path / "params.yaml").read_text()
@@ -219,9 +221,9 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
     assert tlpipe("promote").code == 0
     assert aliases(built) == {"challenger": 2, "champion": 2, "previous": 1}
     (decision,) = decisions(built, 2)
-    numbers = decision["numbers"]
-    assert numbers["champion_accuracy"] == pytest.approx(numbers["accuracy"], abs=0.05)
-    assert numbers["change"]["low"] < numbers["change"]["high"]  # some answers differ
+    (beside,) = decision["numbers"]["compared"]
+    assert beside["accuracy"] == pytest.approx(decision["numbers"]["accuracy"], abs=0.05)
+    assert beside["change"]["low"] < beside["change"]["high"]  # some answers differ
     assert "adoption" in tlpipe("history").printed
     # Another split, or images that are gone.
     split = built.path / "artifacts/split/split.csv"
@@ -246,7 +248,53 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
     assert "nothing that was in production is left to compare with" in alone.refusal
     assert "digits version 3 is in production" in tlpipe("promote", "3", "--force", "lost").printed
     assert tags(built, 3)["gate"] == "forced: lost"
-    assert tags(built, 3)["gate.comparison"].startswith("FAILS: nothing that was in production")
+    assert tags(built, 3)["gate.comparison"].startswith("cannot tell: nothing that was")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R21", "R22")
+def test_a_loss_once_forced_stays_in_sight_and_images_that_trained_the_other_do_not_count(
+    built: Workspace, tlpipe: Tlpipe
+) -> None:
+    """Version 2 loses a class; version 3 is like it, and is measured beside version 1."""
+    folder = built.path / "artifacts/export/bundle"
+    first, worse = bundles.load(folder), blinded(folder, 3)
+    whole = {name: path.read_bytes() for name, path in first.graphs.items()}
+    tlpipe(*REGISTER)
+    change_bundle(built, graphs=worse)
+    tlpipe(*REGISTER)
+    assert tlpipe("promote", "--force", "a drill").code == 0
+    assert tags(built, 2)["gate.accuracy_change"].startswith("FAILS: -0.")
+    change_bundle(built, graphs=worse, provenance={**first.provenance, "l2": 0.5})
+    tlpipe(*REGISTER)
+    refused = tlpipe("promote")
+    assert refused.code == 11
+    assert re.search(
+        r"accuracy_change -0\.\d+ against version 1, the best of the last 2 in production \(98%",
+        refused.refusal,
+    )
+    built.configure("register", gate={"last": 1})
+    assert "version 3 is in production" in tlpipe("promote").printed
+    # Another split: what version 3 trained on is no test of it.
+    built.configure("register", gate={})
+    split = built.path / "artifacts/split/split.csv"
+    lines, moved = split.read_bytes().decode().splitlines(keepends=True), 0
+    for at, row in enumerate(built.rows("artifacts/split/split.csv")):
+        if row["split"] == "train" and not row["group"] and moved < 7:
+            lines[at + 1] = lines[at + 1].replace(",train,", ",test,")
+            moved += 1
+    split.write_bytes("".join(lines).encode())
+    parted = {**first.provenance, "split_sha256": files.sha256(split)}
+    change_bundle(built, graphs=whole, provenance=parted)
+    tlpipe(*REGISTER)
+    assert "version 4 is in production" in tlpipe("promote", "--force", "its split").printed
+    (decision,) = decisions(built, 4)
+    assert {beside["version"] for beside in decision["numbers"]["compared"]} == {"1", "2", "3"}
+    assert {beside["trained_on"] for beside in decision["numbers"]["compared"]} == {7}
+    assert (
+        "7 that it trained on, or their like, do not count"
+        in tags(built, 4)["gate.accuracy_change"]
+    )
 
 
 @pytest.mark.slow

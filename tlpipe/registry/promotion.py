@@ -1,22 +1,25 @@
 """Put versions in production and take them out again: ``promote``, ``rollback``, ``history``."""
 
+import logging
 from collections.abc import Callable
 from datetime import UTC, date, datetime, time
 from typing import TYPE_CHECKING
 
-from tlpipe import held_out
+from tlpipe import files, held_out
 from tlpipe.data import ingest
 from tlpipe.errors import ArtifactError, GateError, RegistryError
 from tlpipe.lineage import user
 from tlpipe.onnx_export import signing
 from tlpipe.onnx_export.bundle import Bundle
-from tlpipe.registry import gate, moves, tracking
-from tlpipe.registry.gate import Bounds, Decision, Measured, Rule
+from tlpipe.registry import gate, moves, publishing, tracking
+from tlpipe.registry.gate import Bounds, Decision, Measured, Rival, Rule
 from tlpipe.registry.moves import PROMOTION, ROLLBACK, Move
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+_log = logging.getLogger(__name__)
 
 _TAG = "tlpipe.gate"
 
@@ -78,14 +81,19 @@ def promote(
     except GateError as error:
         if not force:
             raise
-        rules = (Rule("comparison", str(error), "both on the same images", passed=False),)
+        rules = (Rule("comparison", str(error), "both on the same images", "cannot tell"),)
         decision = Decision(str(version.version), last.champion if last else None, rules, {})
     _record(client, version, decision, force)
     show(decision)
-    if not decision.passed and not force:
+    if decision.verdict != "holds" and not force:
+        advice = (
+            "Mend it, change register.gate in params.yaml, or say why not"
+            if decision.verdict == "fails"
+            else "Test on more images, change register.gate in params.yaml, or decide and say why"
+        )
         raise GateError(
             f"{name} version {version.version} stays out of production: {decision.reasons}. "
-            f"Mend it, change register.gate in params.yaml, or say why not: --force WHY."
+            f"{advice}: --force WHY."
         )
     why = force or _summary(decision)
     return moves.move(client, name, str(version.version), after=last, kind=PROMOTION, why=why)
@@ -154,26 +162,19 @@ def _judge(
     source: ingest.Params,
     bounds: Bounds,
 ) -> Decision:
-    """Let the gate judge; against the last good one where the champion itself is gone.
+    """Let the gate judge, beside the last versions in production that can still be loaded.
 
     Raises:
         GateError: none is left to compare with, or it cannot be measured on these images.
     """
-    try:
-        serving = tracking.fetch(client, name, moves.CHAMPION) if last is not None else None
-    except (ArtifactError, RegistryError) as error:
-        raise GateError(
-            f"nothing that was in production is left to compare with: {error} To do without, say "
-            f"why: --force WHY."
-        ) from None
     held = tracking.artifact(client, version.run_id, f"{tracking.MODEL_FOLDER}/{held_out.NAME}")
     signature = None
     if bounds.public_key is not None:
         signature = tracking.artifact(client, version.run_id, signing.ARTIFACT)
     return gate.judge(
         candidate,
-        serving.bundle if serving else None,
-        names=(str(version.version), serving.version if serving else None),
+        str(version.version),
+        _rivals(client, name, str(version.version), bounds.last) if last is not None else (),
         measured=measured,
         source=source,
         held_out=held,
@@ -182,19 +183,65 @@ def _judge(
     )
 
 
+def _rivals(client: "MlflowClient", name: str, candidate: str, most: int) -> list[Rival]:
+    """Return the version in production and those before it that nobody has taken out, at ``most``.
+
+    Where the champion itself is gone, the last good one stands for it.
+
+    Raises:
+        GateError: none can be loaded.
+    """
+    try:
+        serving = tracking.fetch(client, name, moves.CHAMPION)
+    except (ArtifactError, RegistryError) as error:
+        raise GateError(
+            f"nothing that was in production is left to compare with: {error} To do without, say "
+            f"why: --force WHY."
+        ) from None
+    found = {serving.version: serving.bundle}
+    for number in reversed(moves.standing(moves.history(client, name))):
+        if len(found) == most:
+            break
+        if number == candidate or number in found:
+            continue
+        try:
+            found[number] = tracking.bundle_of(client, tracking.find_version(client, name, number))
+        except (ArtifactError, RegistryError) as error:
+            _log.warning("nothing is compared with %s version %s: %s", name, number, error)
+    return [
+        Rival(number, bundle, _trained(client, tracking.find_version(client, name, number), bundle))
+        for number, bundle in found.items()
+    ]
+
+
+def _trained(
+    client: "MlflowClient", version: "ModelVersion", bundle: Bundle
+) -> frozenset[bytes] | None:
+    """Return the keys of the images that trained a version; None where its run does not say."""
+    split = tracking.artifact(client, version.run_id, publishing.SPLIT)
+    if split is None or files.sha256(split) != bundle.provenance.get("split_sha256"):
+        return None
+    try:
+        return gate.trained(split)
+    except ArtifactError:  # written by another version of tlpipe
+        return None
+
+
 def _record(
     client: "MlflowClient", version: "ModelVersion", decision: Decision, force: str
 ) -> None:
     """Write the decision to the tags of the version and, with every number, to its run."""
-    outcome = "passed" if decision.passed else f"forced: {force}" if force else "refused"
+    verdict = decision.verdict
+    refused = "refused" if verdict == "fails" else verdict
+    outcome = "passed" if verdict == "holds" else f"forced: {force}" if force else refused
     now = datetime.now(UTC)
     who = {"at": now.isoformat(), "by": user(), "outcome": outcome}
     assert version.run_id is not None  # its bundle came from there
     client.log_dict(version.run_id, decision.content() | who, f"gate/{now:%Y%m%dT%H%M%S%f}Z.json")
     tags = {_TAG: outcome, f"{_TAG}.against": decision.champion or "none"}
     for rule in decision.rules:
-        verdict = "holds" if rule.passed else "FAILS"
-        tags[f"{_TAG}.{rule.name}"] = f"{verdict}: {rule.found}, expected {rule.expected}"
+        said = rule.verdict.upper() if rule.verdict == "fails" else rule.verdict
+        tags[f"{_TAG}.{rule.name}"] = f"{said}: {rule.found}, expected {rule.expected}"
     for stale in version.tags.keys() - tags.keys():
         if stale.startswith(f"{_TAG}."):
             client.delete_model_version_tag(version.name, version.version, stale)

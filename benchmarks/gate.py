@@ -1,0 +1,58 @@
+"""How often the gate lets a version pass that is worse, and stops one that is not.
+
+Exact, by the trinomial distribution: of the test images the candidate loses some that the version
+in production names right, and wins 3 in 100. "coin" is the rule without a third verdict: not more
+than 1 point lower as seen, and not lower beyond chance.
+
+Run:
+    python benchmarks/gate.py
+"""
+
+import numpy as np
+from scipy import stats
+
+from tlpipe.registry.gate import Bounds
+from tlpipe.resampling import detectable_loss, paired_difference
+
+WON, LOSSES, SIZES = 0.03, (0.0, 0.02, 0.03, 0.05, 0.10), (50, 100, 200, 500)
+
+
+def verdicts(images: int, loss: float) -> tuple[dict[str, float], float]:
+    """Return how likely each outcome is at a true loss, and the mean loss that is said to show."""
+    found = {"coin": 0.0, "holds": 0.0, "cannot tell": 0.0, "fails": 0.0}
+    shown = total = 0.0
+    lost = WON + loss
+    groups = np.arange(images)
+    for losses in range(int(stats.binom.ppf(1 - 1e-5, images, lost)) + 1):
+        for gains in range(int(stats.binom.ppf(1 - 1e-5, images, WON)) + 1):
+            counts = [losses, gains, images - losses - gains]
+            chance = stats.multinomial.pmf(counts, images, [lost, WON, 1 - lost - WON])
+            if chance < 1e-6:
+                continue
+            hits = np.ones((2, images), bool)
+            hits[1, :losses] = hits[0, losses : losses + gains] = False
+            change = paired_difference(hits[0], hits[1], groups.astype(str).tolist(), 0.95)
+            bound = Bounds().loss
+            is_worse, is_near = change["high"] < 0, change["low"] >= -bound
+            found["fails" if is_worse else "holds" if is_near else "cannot tell"] += chance
+            found["coin"] += chance * (change["value"] >= -0.01 and not is_worse)
+            shown += chance * detectable_loss(change)
+            total += chance
+    return found, shown / total
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"register.gate.loss {Bounds().loss}, its default; 95 % intervals\n")
+    print("test images  true loss   coin  |  holds  cannot tell  fails  |  shows a loss from")
+    for images in SIZES:
+        for loss in LOSSES:
+            found, shown = verdicts(images, loss)
+            print(
+                f"{images:11}  {loss:9.2f}  {found['coin']:5.2f}  |  {found['holds']:5.2f}  "
+                f"{found['cannot tell']:11.2f}  {found['fails']:5.2f}  |  {shown:17.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
