@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from tests.conftest import PATIENCE_S, ROOT, Workspace
+from tests.conftest import PATIENCE_S, ROOT, Workspace, free_port, server
 from tlpipe import files
 from tlpipe.cli import app
 from tlpipe.errors import TlpipeError
@@ -185,3 +185,16 @@ def postgres(folder: Path) -> Iterator[str]:
         yield str(database.get_uri())
     finally:
         database.cleanup()
+
+
+@contextmanager
+def mlflow_server(folder: Path, database: str, *, workers: int) -> Iterator[str]:
+    """Run MLflow's server over a database, its artifacts in a folder; yield its address."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    store = ("--backend-store-uri", database, "--artifacts-destination", "stored")
+    where = ("--host", "127.0.0.1", "--port", str(port), "--workers", str(workers))
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = ("mlflow", "server", *store, *where)
+    with server(Workspace(folder, env), *command, ready=f"{address}/health"):
+        yield address

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Workspace, free_port, server
+from tests.conftest import Workspace
 from tests.proxy import DROP, proxy
-from tests.registry.conftest import COMMAND, Said, change_bundle
+from tests.registry.conftest import COMMAND, Said, change_bundle, mlflow_server
 from tests.registry.test_promotion import aliases, client_of
 from tlpipe.onnx_export import bundle as bundles
 
@@ -115,12 +115,8 @@ def test_a_real_server_whose_answer_is_lost_has_one_champion(
             return DROP
         return None
 
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    store = ("--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "stored")
-    where = ("--host", "127.0.0.1", "--port", str(port))
     with (
-        server(built, "mlflow", "server", *store, *where, ready=f"{address}/health"),
+        mlflow_server(built.path, "sqlite:///server.db", workers=1) as address,
         proxy(address, fate) as between,
     ):
         import mlflow

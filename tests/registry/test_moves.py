@@ -1,7 +1,9 @@
 """Promotions that race, and the history they leave: a real MLflow server, real clients."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -10,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import PATIENCE_S, Workspace, free_port, server
-from tests.registry.conftest import postgres
+from tests.conftest import PATIENCE_S
+from tests.registry.conftest import mlflow_server, postgres
 from tlpipe.errors import RegistryError
 from tlpipe.registry import moves
 
@@ -22,27 +24,14 @@ RACERS, ROUNDS = 8, 12
 @pytest.fixture(params=["sqlite", "postgresql"])
 def address(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     """A server whose registry has a model with a version for each racer."""
-    if request.param == "sqlite":
-        patience = f"timeout={PATIENCE_S}"
-        yield from _serve(tmp_path, f"sqlite:///{tmp_path}/mlflow.db?{patience}", workers=1)
-        return
-    with postgres(tmp_path / "postgres") as database:
-        yield from _serve(tmp_path, database, workers=4)
-
-
-def _serve(folder: Path, database: str, *, workers: int) -> Iterator[str]:
     import mlflow
 
-    port = free_port()
-    found = f"http://127.0.0.1:{port}"
-    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = ("mlflow", "server", "--backend-store-uri", database)
-    where = ("--host", "127.0.0.1", "--port", str(port), "--workers", str(workers))
-    with server(Workspace(folder, env), *command, *where, ready=f"{found}/health"):
-        client = mlflow.MlflowClient(found)
-        client.create_registered_model(NAME)
-        for number in range(RACERS):
-            client.create_model_version(NAME, source=f"s3://bucket/{number}")
+    with ExitStack() as stack:
+        database, workers = f"sqlite:///{tmp_path}/mlflow.db?timeout={PATIENCE_S}", 1
+        if request.param == "postgresql":
+            database, workers = stack.enter_context(postgres(tmp_path / "postgres")), 4
+        found = stack.enter_context(mlflow_server(tmp_path, database, workers=workers))
+        with_versions(mlflow.MlflowClient(found), RACERS)
         yield found
 
 
@@ -101,14 +90,28 @@ def test_of_those_who_promote_at_once_one_wins_and_the_others_are_told_who(addre
     assert moves.during(log, begin, begin) == []
 
 
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite registry without models: to set one up takes MLflow seconds."""
+    import mlflow
+
+    database = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{database}").search_registered_models()
+    return database
+
+
 @pytest.fixture
-def local(tmp_path: Path) -> Any:
+def local(tmp_path: Path, empty: Path) -> Any:
     """A client of an SQLite registry with three versions."""
     import mlflow
 
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    copied = shutil.copy(empty, tmp_path)
+    return with_versions(mlflow.MlflowClient(f"sqlite:///{copied}"))
+
+
+def with_versions(client: Any, count: int = 3) -> Any:
     client.create_registered_model(NAME)
-    for number in range(3):
+    for number in range(count):
         client.create_model_version(NAME, source=f"s3://bucket/{number}")
     return client
 
@@ -283,10 +286,13 @@ class Dying:
             result = call(*given, **named)
             self._left -= 1
             if not self._left:
-                raise Killed
+                self._at_the_step()
             return result
 
         return dying
+
+    def _at_the_step(self) -> None:
+        raise Killed
 
 
 # The entry, the alias champion, the alias previous, the version's tag, the mark.
@@ -338,6 +344,62 @@ def test_somebody_who_finishes_late_does_not_undo_what_came_after(local: Any, st
     moves._finish(local, NAME, seen)
     assert aliases(local) == {"champion": "3", "previous": "2"}
     assert moves.settle(local, NAME) == third
+
+
+class Pausing(Dying):
+    """A client behind whose n-th request that writes somebody else does something."""
+
+    def __init__(self, client: Any, writes: int, between: Callable[[], object]) -> None:
+        super().__init__(client, writes)
+        self._between = between
+
+    def _at_the_step(self) -> None:
+        self._between()
+
+
+def roll_back(client: Any) -> None:
+    last = moves.settle(client, NAME)
+    moves.move(client, NAME, "1", after=last, kind=moves.ROLLBACK, why="")
+
+
+# What somebody else does meanwhile, which version is in production at the end, and behind which
+# steps of a promotion the promoter is told that nothing came of it.
+OTHERS: dict[str, tuple[Callable[[Any], object], str, set[int]]] = {
+    "promotes": (lambda client: promote(client, "3", moves.settle(client, NAME)), "3", {0}),
+    "rolls back": (roll_back, "1", {0}),
+    "settles": (lambda client: moves.settle(client, NAME), "2", set()),
+    "moves by hand": (
+        lambda client: client.set_registered_model_alias(NAME, "champion", "3"),
+        "3",
+        {0, 1},
+    ),
+    "takes it out by hand": (
+        lambda client: client.delete_registered_model_alias(NAME, "champion"),
+        "",
+        {0, 1},
+    ),
+}
+
+
+@pytest.mark.fault("R03", "R14")
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("step", [0, *STEPS])
+def test_where_the_steps_of_two_mix_the_later_one_stands_and_all_is_written_down(
+    local: Any, step: int, other: str
+) -> None:
+    first = promote(local, "1", None)
+    act, expected, told = OTHERS[other]
+    client = Pausing(local, step, partial(act, local))
+    if step == 0:  # between the look at the last move and the first write
+        act(local)
+    with pytest.raises(RegistryError, match="since") if step in told else nullcontext():
+        promote(client, "2", first)
+    last = moves.settle(local, NAME)
+    assert last is not None and last.took_effect
+    assert (aliases(local).get("champion", ""), last.champion) == (expected, expected)
+    log = moves.history(local, NAME)
+    assert [move.previous for move in log[1:]] == [move.champion for move in log[:-1]]
+    assert log[-1] == last == moves.tail(local, NAME)
 
 
 @pytest.mark.fault("R17")
@@ -396,3 +458,35 @@ def test_rollbacks_go_back_step_by_step(log: str, steps: str) -> None:
         now = datetime.now(UTC)
         found.append(moves.Move(number, number - 1, version, "", kind, "", "", now, str(number)))
     assert moves.standing(found) == steps.split()
+
+
+STEPWISE: list[tuple[Callable[..., None], Iterable[int], tuple[str, ...]]] = [
+    (test_a_move_that_is_killed_behind_any_step_is_finished_by_the_next, STEPS, ()),
+    (test_a_hand_behind_a_killed_move_is_not_undone, STEPS, ()),
+    (test_somebody_who_finishes_late_does_not_undo_what_came_after, STEPS, ()),
+    *(
+        (
+            test_where_the_steps_of_two_mix_the_later_one_stands_and_all_is_written_down,
+            [0, *STEPS],
+            (other,),
+        )
+        for other in OTHERS
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R03", "R04", "R14")
+def test_step_by_step_it_is_the_same_on_postgresql_behind_four_workers(tmp_path: Path) -> None:
+    import mlflow
+
+    with (
+        postgres(tmp_path / "postgres") as database,
+        mlflow_server(tmp_path, database, workers=4) as found,
+    ):
+        client = mlflow.MlflowClient(found)
+        for check, steps, more in STEPWISE:
+            for step in steps:
+                check(with_versions(client), step, *more)
+                for model in client.search_registered_models():
+                    client.delete_registered_model(model.name)

@@ -1,6 +1,7 @@
 import json
 import socket
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,13 @@ import pytest
 import yaml
 
 from tests.conftest import PATIENCE_S, Workspace, free_port, server
-from tests.registry.conftest import COMMAND, change_bundle, killed_after_each_write
+from tests.registry.conftest import (
+    COMMAND,
+    change_bundle,
+    killed_after_each_write,
+    mlflow_server,
+    postgres,
+)
 
 # Asked in a process of its own, as somebody else would: with MLflow alone.
 STATE = """
@@ -93,8 +100,20 @@ def test_the_lock_s_hash_leaves_out_the_stage_itself(main_job: Workspace, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.fault("R02", "O05")
-def test_killed_anywhere_and_replayed_there_is_one_run_and_one_version(built: Workspace) -> None:
+@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+def test_killed_anywhere_and_replayed_there_is_one_run_and_one_version(
+    built: Workspace, tmp_path: Path, store: str
+) -> None:
     """Kill -9 after each thing that is written, on one registry, until the stage gets through."""
+    with ExitStack() as stack:
+        if store == "postgresql":
+            database = stack.enter_context(postgres(tmp_path / "postgres"))
+            address = stack.enter_context(mlflow_server(tmp_path, database, workers=4))
+            built = Workspace(built.path, {**built.env, "MLFLOW_TRACKING_URI": address})
+        check_killed_anywhere(built)
+
+
+def check_killed_anywhere(built: Workspace) -> None:
     program = f"import sys; sys.argv = {COMMAND}; from tlpipe.cli import main; main()"
     places = list(killed_after_each_write(built, program))
     assert {place.split()[0] for place in places} >= {
@@ -106,7 +125,7 @@ def test_killed_anywhere_and_replayed_there_is_one_run_and_one_version(built: Wo
     receipt = (built.path / "artifacts/register/receipt.json").read_bytes()
     built.run(*COMMAND)
     assert (built.path / "artifacts/register/receipt.json").read_bytes() == receipt
-    found = state(built)
+    found = state(built, built.env.get("MLFLOW_TRACKING_URI"))
     assert [run[0] for run in found["runs"]] == ["FINISHED"]
     assert len(found["versions"]) == 1
     assert found["inputs"] == [1]

@@ -140,7 +140,12 @@ def move(
             f"{after.champion if after else 'none'} was looked at; version {champion} was not. "
             f"Compare it with the new one: run the same command again."
         )
-    _finish(client, name, winner)
+    if not _finish(client, name, winner):
+        raise RegistryError(
+            f"somebody has set or taken away the alias {CHAMPION} of {name} in MLflow since "
+            f"version {after.champion if after else 'none'} was looked at; version {champion} was "
+            f"not put in production. Compare it with the new one: run the same command again."
+        )
     return replace(winner, took_effect=True)
 
 
@@ -193,8 +198,10 @@ def _check_not_renamed(client: "MlflowClient", name: str) -> None:
             )
 
 
-def _finish(client: "MlflowClient", name: str, last: Move) -> None:
+def _finish(client: "MlflowClient", name: str, last: Move) -> bool:
     """Set the aliases as a move says, and mark that it took effect.
+
+    False where somebody has moved the alias by hand since: the move counts for nothing then.
 
     Raises:
         RegistryError: the version holds another bundle than the one that was to be moved; the move
@@ -209,8 +216,11 @@ def _finish(client: "MlflowClient", name: str, last: Move) -> None:
             f"tags; nothing was moved. Register what was built, and promote that."
         )
     if tail(client, name) != last:
-        return  # somebody has finished it meanwhile, and may have moved on
+        return True  # somebody has finished it meanwhile, and may have moved on
     aliases = client.get_registered_model(name).aliases
+    if str(aliases.get(CHAMPION, "")) not in (last.champion, last.previous):
+        client.set_model_version_tag(name + SUFFIX, str(last.number), _LOST, "moved by hand")
+        return False
     previous = _version(client, name, last.previous) if last.previous else None
     for alias, there in ((CHAMPION, version), (PREVIOUS, previous)):
         # Whoever deletes a version takes it out of production, whatever the log says.
@@ -221,6 +231,7 @@ def _finish(client: "MlflowClient", name: str, last: Move) -> None:
         key = f"{_TAG}{last.number}"
         client.set_model_version_tag(name, last.champion, key, text[:LONGEST])
     client.set_model_version_tag(name + SUFFIX, str(last.number), _TOOK_EFFECT, "yes")
+    return True
 
 
 def _version(client: "MlflowClient", name: str, number: str) -> "ModelVersion | None":
@@ -265,7 +276,7 @@ def _append(
             entry = client.create_model_version(
                 name + SUFFIX,
                 # MLflow looks up what it names, and a version that was deleted is not there.
-                source=f"models:/{name}/{champion}" if champion else "mlflow-artifacts:/none",
+                source=f"models:/{name}/{champion}" if champion else "tlpipe:/none",
                 tags={_TAG + key: value for key, value in parts.items()},
                 description=f"{kind}: version {previous or 'none'} -> {champion or 'none'}. {why}"[
                     :LONGEST
