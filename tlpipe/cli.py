@@ -65,7 +65,9 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("tlpipe").setLevel(logging.INFO)
     try:
         app()
@@ -822,6 +824,13 @@ def _print_folds(report: dict[str, Any]) -> None:
     share = f"{means[0]['confidence']:.0%}"
     print(f"+-: {share} interval, corrected for the training images that folds share")
     print(f"pooled: accuracy {describe(pooled['accuracy'])} on {pooled['images']} images")
+
+
+class _Printable(logging.Formatter):
+    """Messages may quote names of files, and what others wrote into a registry."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return _printable(super().formatMessage(record))
 
 
 def _printable(text: str) -> str:

@@ -501,3 +501,16 @@ def test_colours_of_16_bits_that_are_dark_in_their_high_byte_are_refused(
         assert read_square(data, SMALL)[0].max() > 100
     else:
         assert refused(data) == "constant"
+
+
+@pytest.mark.fault("D18")
+def test_what_is_logged_of_a_file_does_not_colour_the_terminal(
+    empty: Workspace, photos: Path
+) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # of five entries, none is there
+    (photos / "dark" / "\x1b[31mred\nline.jpg").write_bytes(encoded(photo(), "JPEG", exif=exif))
+    empty.set_source(photos)
+    said = empty.run("tlpipe", *INGEST).stderr
+    (line,) = (line for line in said.splitlines() if "Corrupt EXIF data" in line)
+    assert line.startswith(r"dark/\x1b[31mred\nline.jpg: ")
+    assert "\x1b" not in said

@@ -121,6 +121,25 @@ def test_weights_in_another_file_are_refused_though_every_hash_is_right(
 
 
 @pytest.mark.fault("R07")
+def test_graphs_in_graphs_are_followed_to_any_depth(tmp_path: Path) -> None:
+    """Each branch holds a graph with one more; the innermost has a tensor in another file."""
+
+    def message(number: int, content: bytes) -> bytes:
+        size, coded = len(content), b""
+        while size >= 0x80:
+            coded, size = coded + bytes([size & 0x7F | 0x80]), size >> 7
+        return bytes([number << 3 | 2]) + coded + bytes([size]) + content
+
+    for location in (b"", message(13, b"secret")):
+        graph = message(5, message(8, b"weights") + location)
+        for _ in range(2000):
+            graph = message(1, message(5, message(6, graph)))
+        path = tmp_path / "deep.onnx"
+        path.write_bytes(message(7, graph))
+        assert has_external_data(path) == bool(location)
+
+
+@pytest.mark.fault("R07")
 def test_a_link_beside_the_graph_is_refused(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(bytes(12))
     seal = (copied / "SHA256SUMS").read_text()

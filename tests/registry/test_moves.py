@@ -267,6 +267,16 @@ def test_who_lost_a_race_never_becomes_champion(local: Any, is_marked: bool) -> 
     assert kinds(local) == [("promotion", "1"), ("by-hand", "2")]
 
 
+@pytest.mark.fault("R15")
+def test_an_entry_that_is_deleted_as_soon_as_it_is_written_is_a_refusal(local: Any) -> None:
+    first = promote(local, "1", None)
+    client = Pausing(local, 1, lambda: local.delete_model_version(f"{NAME}-history", "2"))
+    with pytest.raises(RegistryError, match="entry 2 of raced-history, just written, is gone"):
+        promote(client, "2", first)
+    assert moves.settle(local, NAME) == first
+    assert aliases(local) == {"champion": "1"}
+
+
 class Killed(BaseException):
     """Nobody catches it."""
 

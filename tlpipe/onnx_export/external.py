@@ -31,22 +31,17 @@ def has_external_data(path: Path) -> bool:
         ValueError: it is no ONNX file.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _wants("model", content, 0, len(content))
-
-
-def _wants(kind: str, content: mmap.mmap, start: int, end: int) -> bool:
-    if kind == "tensor":
-        # data_location is 0 for data that stand in the tensor itself.
-        fields = _fields(content, start, end)
-        return any(
-            number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value != 0)
-            for number, value, _ in fields
-        )
-    return any(
-        _wants(inside, content, value, stop)
-        for number, value, stop in _fields(content, start, end)
-        if stop and (inside := _INSIDE[kind].get(number))
-    )
+        waiting = [("model", 0, len(content))]
+        while waiting:  # not by recursion: graphs hold graphs, as deep as their author likes
+            kind, start, end = waiting.pop()
+            for number, value, stop in _fields(content, start, end):
+                if kind == "tensor":
+                    # data_location is 0 for data that stand in the tensor itself.
+                    if number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value != 0):
+                        return True
+                elif stop and (inside := _INSIDE[kind].get(number)):
+                    waiting.append((inside, value, stop))
+    return False
 
 
 def _fields(content: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -186,10 +186,10 @@ def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
     rows = [
         ["backbone", f"{origin['backbone']}, weights {_plain(origin['weights'])}"],
         ["frozen", str(origin["freeze"])],
-        ["commit", f"`{lineage.get('tlpipe.git_commit', 'unknown')}`{changed}"],
-        ["data", f"`{origin['data_version'] or origin['data_sha256']}`"],
-        ["weights", f"`{origin['weights_sha256']}`"],
-        ["bundle", f"`{shipped.digest}`"],
+        ["commit", f"{_plain(lineage.get('tlpipe.git_commit', 'unknown'))}{changed}"],
+        ["data", _plain(origin["data_version"] or origin["data_sha256"])],
+        ["weights", origin["weights_sha256"]],
+        ["bundle", shipped.digest],
     ]
     return _table(["", ""], rows)
 

@@ -131,7 +131,13 @@ def move(
     token, number = _append(client, name, champion, after=after, kind=kind, why=why)
     follows = after.number if after else 0
     later = takewhile(lambda move: move.number > follows, _newest_first(client, name))
-    winner = min((move for move in later if move.follows == follows), key=lambda move: move.number)
+    raced = [move for move in later if move.follows == follows]
+    if not raced:
+        raise RegistryError(
+            f"entry {number} of {name + SUFFIX}, just written, is gone: somebody deletes from it "
+            f"in MLflow. Version {champion} was not put in production; run the same command again."
+        )
+    winner = min(raced, key=lambda move: move.number)
     if winner.token != token:
         client.set_model_version_tag(name + SUFFIX, number, _LOST, str(winner.number))
         raise RegistryError(
