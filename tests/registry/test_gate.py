@@ -64,7 +64,7 @@ def test_who_is_worse_beyond_chance_fails_and_who_may_be_worse_than_allowed_cann
     assert decided(IMAGES, 0, 0, 0.01).verdict == "cannot tell"
 
 
-@pytest.mark.fault("R20")
+@pytest.mark.fault("R26")
 def test_models_that_are_alike_are_hardly_ever_called_worse() -> None:
     """Of two that differ on 12 of 200 images by chance, each loses three more in a fifth of draws.
 
@@ -98,7 +98,7 @@ def shares(images: int, lost: float, won: float, loss: float) -> Counter[str]:
     return found
 
 
-@pytest.mark.fault("R20")
+@pytest.mark.fault("R26")
 @pytest.mark.parametrize("images", [50, 100])
 def test_a_loss_larger_than_allowed_hardly_ever_holds(images: int) -> None:
     """The old rule passed a loss of 3 points in a third of the cases with so few images."""
@@ -107,7 +107,7 @@ def test_a_loss_larger_than_allowed_hardly_ever_holds(images: int) -> None:
     assert shares(images, 0.03, 0.03, 0.05)["fails"] <= 0.05
 
 
-@pytest.mark.fault("R20")
+@pytest.mark.fault("R26")
 def test_the_loss_that_is_said_to_be_seen_is_seen_in_four_of_five_cases() -> None:
     images, lost, won = 300, 0.08, 0.02
     both = np.ones((2, images), bool)
@@ -119,7 +119,7 @@ def test_the_loss_that_is_said_to_be_seen_is_seen_in_four_of_five_cases() -> Non
     assert 0.7 < shares(images, won + said, won, 0.05)["fails"] < 0.9
 
 
-@pytest.mark.fault("R20")
+@pytest.mark.fault("R26")
 def test_the_rule_says_what_it_can_see_and_how_many_images_would_tell() -> None:
     rule = decided(IMAGES, 3, 3, 0.02)
     assert rule.verdict == "cannot tell"
@@ -137,7 +137,7 @@ def test_the_rule_says_what_it_can_see_and_how_many_images_would_tell() -> None:
     assert "could tell" not in decided(IMAGES, 9, 3, 0.02).found
 
 
-@pytest.mark.fault("R21")
+@pytest.mark.fault("R27")
 def test_the_best_of_the_last_in_production_is_the_yardstick() -> None:
     hits = np.ones(IMAGES, bool)
     old, new = hits.copy(), hits.copy()
@@ -172,7 +172,7 @@ def rule_of(decision: gate.Decision, name: str) -> gate.Rule:
     return rule
 
 
-@pytest.mark.fault("R22")
+@pytest.mark.fault("R28")
 def test_test_images_that_trained_the_other_do_not_count(main_job: Workspace) -> None:
     artifacts = main_job.path / "artifacts"
     manifest, bundle = artifacts / "ingest/manifest.csv", bundles.load(artifacts / "export/bundle")
@@ -202,7 +202,7 @@ def test_test_images_that_trained_the_other_do_not_count(main_job: Workspace) ->
     assert rule.found == "every test image trained version 1, so nothing can be compared"
 
 
-@pytest.mark.fault("R20")
+@pytest.mark.fault("R26")
 def test_too_few_test_images_pass_nothing(main_job: Workspace) -> None:
     artifacts = main_job.path / "artifacts"
     manifest = artifacts / "ingest/manifest.csv"

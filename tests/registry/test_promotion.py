@@ -252,7 +252,7 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
 
 
 @pytest.mark.slow
-@pytest.mark.fault("R21", "R22")
+@pytest.mark.fault("R27", "R28")
 def test_a_loss_once_forced_stays_in_sight_and_images_that_trained_the_other_do_not_count(
     built: Workspace, tlpipe: Tlpipe
 ) -> None:
