@@ -6,6 +6,7 @@ found, what was expected, and whether it holds, fails, or cannot tell. A rule th
 bound for is not asked.
 """
 
+import logging
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +35,7 @@ from tlpipe.params import Section
 from tlpipe.resampling import detectable_loss, group_numbers, paired_difference
 from tlpipe.sources.candidates import Reject
 
+_log = logging.getLogger(__name__)
 _CONFIDENCE = 0.95
 
 Verdict = Literal["holds", "fails", "cannot tell"]
@@ -197,7 +199,7 @@ def judge(
     ``signature``: the candidate's; None where its run has none.
 
     Raises:
-        GateError: a rival cannot be measured on these images.
+        GateError: the version in production cannot be measured on these images.
     """
     squares = packed.load(measured.pixels).array
     (part,) = answers.parts(("test",), candidate.labels, squares, measured.manifest, measured.split)
@@ -240,10 +242,16 @@ def judge(
         # The best of several is found by chance more often: Dunn (1961), Multiple comparisons
         # among means, JASA 56.
         confidence = 1 - (1 - _CONFIDENCE) / len(rivals)
-        compared = [
-            _compare(rival, candidate, given.hits, part, measured, source, confidence)
-            for rival in rivals
-        ]
+        compared = []
+        for rival in rivals:
+            try:
+                compared.append(
+                    _compare(rival, candidate, given.hits, part, measured, source, confidence)
+                )
+            except GateError as error:
+                if rival is rivals[0]:
+                    raise
+                _log.warning("nothing is compared with version %s: %s", rival.version, error)
         rules += [
             _change(compared, bounds.loss),
             _labels(candidate, rivals[0].bundle, bounds.other_labels),
