@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import warnings
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tlpipe.errors import RegistryError
 from tlpipe.registry import local, tracking
 
 TEXT = "what a run keeps"
+KEPT = [".mlflow.db.lock", "mlartifacts", "mlflow.db", "model"]
 
 
 def register(workspace: Path, name: str = "digits") -> None:
@@ -75,7 +77,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         register(folder)
-        with tracking.connection(folder) as client:
+        with tracking.connection(folder) as client, warnings.catch_warnings(action="ignore"):
             trace = client.start_trace("asked", experiment_id="1")
             client.end_trace(trace.trace_id)
             mlflow.flush_trace_async_logging()
@@ -180,6 +182,19 @@ def test_a_folder_behind_a_link_is_one_place(home: Path, tmp_path: Path) -> None
     before = (home / "mlflow.db").read_bytes()
     assert texts(link) == texts(other) == texts(home) == [TEXT, TEXT]
     assert (home / "mlflow.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("address", ["sqlite:///mlflow.db", "sqlite:///{home}/mlflow.db"])
+def test_a_registry_that_is_named_by_its_address_is_the_same(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    there = home.rename(tmp_path / "there")
+    monkeypatch.chdir(there)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(home=there))
+    register(there, "flowers")
+    assert texts(there, "flowers") == texts(there) == [TEXT, TEXT]
+    assert mentions(there, home) == []
+    assert sorted(path.name for path in there.iterdir()) == sorted(KEPT)
 
 
 @pytest.mark.fault("R21")

@@ -73,6 +73,13 @@ def address(workspace: Path) -> str:
     return f"sqlite:///{database(workspace)}?timeout={_PATIENCE_S}"
 
 
+def is_own(workspace: Path, address: str) -> bool:
+    """Return whether an address is that of a workspace's registry, however it is written."""
+    scheme, _, path = address.partition(":///")
+    own = {(workspace / DATABASE).resolve(), database(workspace).resolve()}
+    return scheme == "sqlite" and Path(path.partition("?")[0]).resolve() in own
+
+
 def command(client: "MlflowClient", *words: str) -> str:
     """Return a command line for a message, with the registry's address where nobody has set it."""
     where, line = client.tracking_uri, shlex.join(words)
@@ -87,7 +94,7 @@ def create(workspace: Path) -> None:
     Raises:
         RegistryError: there is no folder for it.
     """
-    import mlflow
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     if not (home := project(workspace)).is_dir():
         raise RegistryError(
@@ -97,7 +104,8 @@ def create(workspace: Path) -> None:
         )
     with files.replacing(home / DATABASE) as temporary:
         temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
-        mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments()
+        # A client would give MLflow's default experiment a place below the current folder.
+        SqlAlchemyStore(f"sqlite:///{temporary}", str(home / ARTIFACTS))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -172,16 +180,16 @@ def _settle(home: Path, lock: IO[str] | None) -> bool:
             elsewhere = _homes(connection) - {home}
         if not elsewhere:
             return True
+        if time.monotonic() > deadline:
+            raise RegistryError(
+                f"another process uses {home / DATABASE} as that of {min(elsewhere)}, such as one "
+                f"in a container. Wait until it has ended, and run the same command again."
+            )
         try:
             if lock is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             count = _rewrite(home / DATABASE, home)
         except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise RegistryError(
-                    f"another process uses {home / DATABASE} as that of {min(elsewhere)}, such as "
-                    f"one in a container. Wait until it has ended, and run the same command again."
-                ) from None
             if lock is not None:
                 fcntl.flock(lock, fcntl.LOCK_UN)
             time.sleep(random.uniform(0.05, 0.2))  # noqa: S311 - two who wait go out of step

@@ -60,7 +60,7 @@ def connection(
     given = os.environ.get(_ADDRESS)
     address = address or given or local.address(workspace)
     with ExitStack() as stack:
-        if address == local.address(workspace):
+        if local.is_own(workspace, address):
             if create and not local.database(workspace).exists():
                 local.create(workspace)
             address = stack.enter_context(local.opened(workspace, to_write=create))
