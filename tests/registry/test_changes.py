@@ -13,7 +13,7 @@ from tests.registry.conftest import COMMAND, Said
 from tests.registry.test_local import register
 from tests.registry.test_promotion import client_of
 from tlpipe.errors import RegistryError
-from tlpipe.registry import changes, local, moves, tracking
+from tlpipe.registry import changes, local, moves, promotion, tracking
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,12 @@ def test_a_renamed_model_is_named_by_its_old_name_too(home: Path, again: bool) -
         if again:
             client.create_registered_model("digits")
     by_old, by_new = refused(home), refused(home, "numerals")
+    if not again:
+        with (
+            tracking.connection(home) as client,
+            pytest.raises(RegistryError, match="is called numerals in MLflow now"),
+        ):
+            promotion.history(client, "digits")
     assert "the model of digits-history is called numerals in MLflow now." in by_old
     assert ("Set register.name: numerals in params.yaml" in by_old) is not again
     assert "numerals was called digits before: what was in production stands in" in by_new

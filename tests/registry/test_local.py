@@ -369,7 +369,9 @@ except RegistryError as error:
 def test_a_file_that_is_no_database_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "mlflow.db").write_bytes(content)
     if content:
-        with pytest.raises(RegistryError, match=r"cannot be used: file is not a database. If no"):
+        with pytest.raises(
+            RegistryError, match=r"cannot be used: file is not a database. Run the same"
+        ):
             texts(tmp_path)
     else:
         with local.opened(tmp_path) as address:  # MLflow fills it

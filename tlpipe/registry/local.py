@@ -147,8 +147,8 @@ def opened(workspace: Path, *, to_write: bool = False) -> Iterator[str]:
                 named = f"sqlite+pysqlite:///file:{quote(str(copy))}?mode=ro&uri=true"
         except sqlite3.Error as error:
             raise RegistryError(
-                f"{home / DATABASE} cannot be used: {error}. If no other process is at it, take it "
-                f"from a backup, or move it away and register anew."
+                f"{home / DATABASE} cannot be used: {error}. Run the same command again when no "
+                f"other process is at it. A damaged one comes from a backup, or is moved away."
             ) from error
         yield named
 

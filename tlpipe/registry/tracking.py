@@ -169,9 +169,10 @@ def check_known(client: "MlflowClient", name: str) -> None:
     """Check that a model is registered.
 
     Raises:
-        RegistryError: it is not.
+        RegistryError: it is not, or by another name.
     """
     if not client.search_registered_models(f"name = '{name}'"):
+        moves.check_name(client, name)
         raise RegistryError(f"the registry has no model {name}. {local.REGISTER}")
 
 
