@@ -92,6 +92,7 @@ def home(made_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     folder = Path(shutil.copytree(made_once, tmp_path / "Blüten 100%25 #1"))
     with local.opened(folder):
         pass
+    assert mentions(folder, made_once) == []
     monkeypatch.chdir(tmp_path)
     return folder
 
