@@ -59,7 +59,7 @@ flow: setup
 	python -m flows.pipeline
 
 ui: setup
-	mlflow server --backend-store-uri sqlite:///mlflow.db --default-artifact-root ./mlartifacts --host 127.0.0.1 --port $(PORT)
+	tlpipe ui --port $(PORT)
 
 # Names and versions only, for Python 3.11 and 3.12 and both runtimes.
 constraints:

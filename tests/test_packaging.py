@@ -169,7 +169,7 @@ def test_make_ui_shows_the_registry(main_job: Workspace) -> None:
     printed = subprocess.run(
         ["make", "-n", "ui", f"PORT={port}"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    (recipe,) = [line for line in printed.splitlines() if line.startswith("mlflow server ")]
+    (recipe,) = [line for line in printed.splitlines() if line.startswith("tlpipe ui ")]
     env = {**main_job.env, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     address = f"http://127.0.0.1:{port}"
     with server(Workspace(main_job.path, env), *recipe.split(), ready=f"{address}/health"):

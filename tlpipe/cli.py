@@ -547,6 +547,22 @@ def serve(
 
 
 @app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 5000,
+) -> None:
+    """Show this folder's registry in the browser: MLflow's own pages."""
+    from tlpipe.registry import local, tracking
+
+    # Made or moved here first: the server would keep artifacts where the folder was before.
+    with tracking.connection(Path(), create=True, address=local.address(Path())):
+        pass
+    store = ("--backend-store-uri", f"sqlite:///{local.DATABASE}")
+    root = ("--default-artifact-root", f"./{local.ARTIFACTS}")
+    where = ("--host", "127.0.0.1", "--port", str(port))
+    os.execvp("mlflow", ["mlflow", "server", *store, *root, *where])  # noqa: S606
+
+
+@app.command()
 def summary(receipt: Annotated[Path, typer.Argument(help="What register wrote.")]) -> None:
     """Show what the pipeline made last, and what comes next."""
     from rich.console import Console
@@ -633,6 +649,7 @@ def check(
     from tlpipe.data import ingest
     from tlpipe.features import embed
     from tlpipe.metrics import answers
+    from tlpipe.registry import changes, register
     from tlpipe.sources import listing
     from tlpipe.sources.storage import Folder
 
@@ -640,6 +657,9 @@ def check(
     to_fetch = embed.check_weights(cast(embed.Params, sections["embed"]))
     for said in filter(None, (to_fetch, lineage.other_versions(params.parent))):
         print(said)
+    name = cast(register.Params, sections["register"]).name
+    for said in changes.run(workspace=params.parent, name=name):
+        print(_printable(said))
     section = cast(ingest.Params, sections["ingest"])
     unknown = _with_unknown_that_fits(sections).unknown
     listing.check_written_out(section.source, "ingest.source")

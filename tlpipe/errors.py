@@ -10,7 +10,8 @@
     |-- WeightsError        5   pretrained weights: absent, altered, unsafe, of another network
     |-- ArtifactError       6   a stage's file: missing, incomplete, altered, of another run
     |-- ParityError         7   the exported graph differs from the trained model
-    |-- RegistryError       8   MLflow: not reachable, nothing there, content that differs
+    |-- RegistryError       8   MLflow: nothing there, content that differs
+    |   `-- UnreachableError    it does not answer, or not as expected
     |-- ServingError        9   the address to serve on is not free
     |-- TrainingError      10   training cannot go on: no number, no memory, no room
     |-- GateError           11   a version that must not go into production, or cannot be compared
@@ -80,6 +81,10 @@ class RegistryError(TlpipeError):
     """The model registry cannot be reached, or does not hold what was asked for."""
 
     exit_code = 8
+
+
+class UnreachableError(RegistryError):
+    """The model registry does not answer, or not as expected; it may do so later."""
 
 
 class ServingError(TlpipeError):

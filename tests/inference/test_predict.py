@@ -75,7 +75,7 @@ def test_without_a_model_it_says_what_to_do(main_job: Workspace, empty: Workspac
     result = main_job.run("tlpipe", "predict", "--model", "digits@previous", "x.png", code=8)
     assert "the registry has no model digits@previous." in result.stderr
     result = empty.run("tlpipe", "predict", "x.png", code=8)
-    assert "there is no registry yet: mlflow.db is missing" in result.stderr
+    assert f"there is no registry yet: {empty.path}/mlflow.db is missing" in result.stderr
     result = empty.run("tlpipe", "predict", "--model", "nowhere", "x.png", code=6)
     assert "nowhere is no bundle" in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -68,16 +68,6 @@ def test_a_deleted_run_is_made_anew_with_its_version(built: Workspace, tlpipe: T
     assert aliases(built) == {"champion": 1, "challenger": 2}
 
 
-def test_a_deleted_experiment_is_a_refusal_that_says_so(built: Workspace, tlpipe: Tlpipe) -> None:
-    tlpipe(*REGISTER)
-    client_of(built).delete_experiment("1")
-    refused = tlpipe(*REGISTER)
-    assert refused.code == 8
-    assert "must be in the 'active' state" in refused.refusal
-    assert "deleted" in refused.refusal
-    assert "the same command goes on from here" in refused.refusal
-
-
 def test_of_two_versions_by_a_repeated_request_one_is_used_ever_after(
     built: Workspace, tlpipe: Tlpipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

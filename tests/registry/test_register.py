@@ -312,10 +312,10 @@ def test_the_summary_offers_no_champion_where_there_is_none(built: Workspace) ->
 
 def test_a_lost_registry_is_said(built: Workspace) -> None:
     built.run(*COMMAND)
-    for path in built.path.glob("mlflow.db*"):
+    for path in built.path.glob("*mlflow.db*"):
         path.unlink()
     error = built.run("tlpipe", "summary", "artifacts/register/receipt.json", code=8).stderr
-    assert "there is no registry yet: mlflow.db is missing" in error
+    assert f"there is no registry yet: {built.path}/mlflow.db is missing" in error
     assert not list(built.path.glob("*mlflow.db*"))
     (built.path / "params.yaml").write_text(
         (built.path / "params.yaml").read_text().replace("name: digits", "name: others")

@@ -26,10 +26,11 @@ from uuid import uuid4
 
 from tlpipe.errors import RegistryError
 from tlpipe.lineage import user
+from tlpipe.registry import local
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 CHAMPION, PREVIOUS = "champion", "previous"
 PROMOTION, ROLLBACK, ADOPTION, BY_HAND = "promotion", "rollback", "adoption", "by-hand"
@@ -169,7 +170,7 @@ def settle(client: "MlflowClient", name: str) -> Move | None:
         if last is None:
             if not champion:
                 return None
-            _check_not_renamed(client, name)
+            check_name(client, name)
             kind, why = ADOPTION, "it was in production before there was a history"
         elif last.took_effect and champion == last.champion:
             return last
@@ -189,19 +190,69 @@ def champion_alias(client: "MlflowClient", name: str) -> str:
     return str(client.get_registered_model(name).aliases.get(CHAMPION, ""))
 
 
-def _check_not_renamed(client: "MlflowClient", name: str) -> None:
-    """Check that no history of this model lies under its earlier name.
+def check_name(client: "MlflowClient", name: str) -> str:
+    """Return what is to be said of a model or a log that somebody deleted, or nothing.
 
     Raises:
-        RegistryError: one does.
+        RegistryError: one of both was renamed, and the other was not.
     """
-    of_it = client.search_registered_models(f"tags.`{_BORN}` = '{_born(client, name)}'")
-    for log in of_it:
-        if log.name != name + SUFFIX:
+    model, log = _registered(client, name), _registered(client, name + SUFFIX)
+    if log is None:
+        if model is None:
+            return ""
+        for other in client.search_registered_models(f"tags.`{_BORN}` = '{_born(client, name)}'"):
             raise RegistryError(
-                f"{name} was called {log.name.removesuffix(SUFFIX)} before: what was in production "
-                f"stands in {log.name}. Rename that to {name + SUFFIX} in MLflow, too."
+                f"{name} was called {other.name.removesuffix(SUFFIX)} before: what was in "
+                f"production stands in {other.name}. "
+                f"{_rename(client, other.name, name + SUFFIX)}"
             )
+        champion = model.aliases.get(CHAMPION)
+        version = _version(client, name, champion) if champion else None
+        if version is None or not any(tag.startswith(_TAG) for tag in version.tags):
+            return ""
+        return (
+            f"{name + SUFFIX} was deleted in MLflow: version {champion} of {name} stays in "
+            f"production; what was before it stands in tags of the versions."
+        )
+    born = log.tags.get(_BORN)
+    if born is None or (model is not None and str(model.creation_timestamp) == born):
+        return ""
+    for other in _all_registered(client):
+        if str(other.creation_timestamp) == born:
+            back = "" if model else f"Set register.name: {other.name} in params.yaml. "
+            raise RegistryError(
+                f"the model of {log.name} is called {other.name} in MLflow now. {back}"
+                f"{_rename(client, log.name, other.name + SUFFIX)}"
+            )
+    again = f", and made again {_at(model.creation_timestamp)}" if model else ""
+    return (
+        f"the model {name} was deleted in MLflow{again}: what {log.name} keeps of before counts "
+        f"for nothing, and the next version is compared with none of it. {local.REGISTER}"
+    )
+
+
+def _registered(client: "MlflowClient", name: str) -> "RegisteredModel | None":
+    found = client.search_registered_models(f"name = '{name}'")
+    return found[0] if found else None
+
+
+def _all_registered(client: "MlflowClient") -> Iterator["RegisteredModel"]:
+    token = None
+    while True:
+        page = client.search_registered_models(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def _rename(client: "MlflowClient", old: str, new: str) -> str:
+    """Say how to rename a registered model."""
+    call = f"import mlflow; mlflow.MlflowClient().rename_registered_model({old!r}, {new!r})"
+    return f"Rename that to {new}: '{local.command(client, 'python', '-c', call)}'."
+
+
+def _at(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
 def _finish(client: "MlflowClient", name: str, last: Move) -> bool:
@@ -360,7 +411,7 @@ def _move(client: "MlflowClient", version: "ModelVersion", born: str) -> Move | 
         kind=tags["kind"],
         why=tags["why"],
         by=tags["by"],
-        at=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        at=_at(version.creation_timestamp),
         token=tags["token"],
         bundle=tags["bundle"],
         took_effect=_TOOK_EFFECT in version.tags,

@@ -11,7 +11,7 @@ from tlpipe.data import ingest, leaks
 from tlpipe.errors import GateError, RegistryError
 from tlpipe.onnx_export.bundle import EXACT
 from tlpipe.params import Section
-from tlpipe.registry import card, moves, promotion, publishing, tracking
+from tlpipe.registry import card, local, moves, promotion, publishing, tracking
 from tlpipe.registry.gate import Bounds, Measured
 from tlpipe.registry.publishing import Content
 
@@ -66,7 +66,10 @@ def run(
         RegistryError: MLflow cannot be reached or refuses.
     """
     purpose = {card.PURPOSE: params.purpose} if params.purpose else {}
+    if (home := local.project(workspace)) != workspace.resolve():
+        _log.info("this folder of an experiment is temporary: the registry is that of %s", home)
     with tracking.connection(workspace, create=True) as client:
+        moves.check_name(client, params.name)
         experiment_id = tracking.experiment(client, params.name, workspace)
         published = publishing.publish(
             client,

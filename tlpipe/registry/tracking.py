@@ -1,7 +1,6 @@
 """Talk to MLflow: where it is, which experiment is ours, which version serves.
 
-``MLFLOW_TRACKING_URI`` names the server; without it the store is an SQLite file and a folder in
-the workspace.
+``MLFLOW_TRACKING_URI`` names the server; without it the store lies in the project's folder.
 """
 
 import atexit
@@ -10,33 +9,30 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING
 
-from tlpipe import files
-from tlpipe.errors import ArtifactError, Interrupted, RegistryError
+from tlpipe.errors import ArtifactError, Interrupted, RegistryError, UnreachableError
 from tlpipe.lineage import without_credentials
 from tlpipe.onnx_export.bundle import LABELS, Bundle, digest, load
-from tlpipe.registry import moves
+from tlpipe.registry import local, moves
 from tlpipe.registry.moves import BUNDLE_TAG, CHAMPION
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
     from mlflow.entities.model_registry import ModelVersion
 
     from tlpipe.learning.head import Step
 
 _log = logging.getLogger(__name__)
-DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 CHALLENGER = "challenger"
 _DIGEST = re.compile("[0-9a-f]{64}")
 _ADDRESS = "MLFLOW_TRACKING_URI"
-# DVC alone would say that nothing has changed: it does not see the registry.
-_REGISTER = "Register what was built: 'dvc repro --force --single-item register'."
 _TRAINING = {"tlpipe.kind": "training"}
 BUNDLE_FOLDER, MODEL_FOLDER = "bundle", "trained"
 
@@ -51,7 +47,8 @@ def connection(
     server than the workspace's.
 
     Raises:
-        RegistryError: MLflow refuses a request or cannot be reached, or there is no store.
+        RegistryError: there is no store, or it cannot be used from here.
+        UnreachableError: MLflow refuses a request or cannot be reached.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -60,29 +57,27 @@ def connection(
 
     for chatty in ("alembic", "mlflow", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    address = address or os.environ.get(_ADDRESS) or _local_address(workspace)
-    database = workspace / DATABASE
-    if address == _local_address(workspace) and not database.exists():
-        if not create:
-            raise RegistryError(
-                f"there is no registry yet: {database} is missing and MLFLOW_TRACKING_URI is not "
-                f"set. {_REGISTER}"
-            )
-        _create(database)
     given = os.environ.get(_ADDRESS)
-    mlflow.set_tracking_uri(address)  # also sets the variable
-    try:
-        yield mlflow.MlflowClient()
-    except _errors() as error:
-        line = without_credentials(" ".join(str(error).split()))[:300]
-        raise RegistryError(
-            f"MLflow at {without_credentials(address)} does not answer as expected: {line}. "
-            f"Check that it runs; what was built is kept, and the same command goes on from here."
-        ) from error
-    finally:
-        os.environ.pop(_ADDRESS, None)
-        if given is not None:
-            os.environ[_ADDRESS] = given
+    address = address or given or local.address(workspace)
+    with ExitStack() as stack:
+        if local.is_own(workspace, address):
+            if create and not local.database(workspace).exists():
+                local.create(workspace)
+            address = stack.enter_context(local.opened(workspace, to_write=create))
+        mlflow.set_tracking_uri(address)  # also sets the variable
+        try:
+            yield mlflow.MlflowClient()
+        except _errors() as error:
+            line = without_credentials(" ".join(str(error).split()))[:300]
+            raise UnreachableError(
+                f"MLflow at {without_credentials(address)} does not answer as expected: {line}. "
+                f"Check that it runs; what was built is kept, and the same command goes on from "
+                f"here."
+            ) from error
+        finally:
+            os.environ.pop(_ADDRESS, None)
+            if given is not None:
+                os.environ[_ADDRESS] = given
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -100,14 +95,38 @@ def _errors() -> tuple[type[Exception], ...]:
     return tuple(known)
 
 
+def is_there(workspace: Path) -> bool:
+    """Return whether there may be a registry: one that is named, or the project's own."""
+    return _ADDRESS in os.environ or local.database(workspace).exists()
+
+
 def experiment(client: "MlflowClient", name: str, workspace: Path) -> str:
-    """Return the id of the experiment, created where it does not exist."""
-    found = client.get_experiment_by_name(name)
-    if found is not None:
+    """Return the id of the experiment, created where it does not exist.
+
+    Raises:
+        RegistryError: it is deleted.
+    """
+    if (found := find_experiment(client, name)) is not None:
         return str(found.experiment_id)
-    is_local = client.tracking_uri == _local_address(workspace)
-    root = (workspace.resolve() / ARTIFACTS).as_uri() if is_local else None
+    is_local = client.tracking_uri == local.address(workspace)
+    root = local.artifacts(workspace) if is_local else None
     return str(client.create_experiment(name, artifact_location=root))
+
+
+def find_experiment(client: "MlflowClient", name: str) -> "Experiment | None":
+    """Return the experiment of a name, or None.
+
+    Raises:
+        RegistryError: it is deleted. Its name is taken as long as MLflow keeps it.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        restore = ("mlflow", "experiments", "restore", "-x", str(found.experiment_id))
+        raise RegistryError(
+            f"the experiment {name} was deleted in MLflow, and nothing can be registered in it. "
+            f"Restore it: '{local.command(client, *restore)}'."
+        )
+    return found
 
 
 def find_version(client: "MlflowClient", name: str, which: str) -> "ModelVersion":
@@ -123,7 +142,8 @@ def find_version(client: "MlflowClient", name: str, which: str) -> "ModelVersion
         if found := client.search_model_versions(wanted):
             return max(found, key=lambda version: int(version.version))
         raise RegistryError(
-            f"the registry has no version of {name} with the bundle {which[:16]}.... {_REGISTER}"
+            f"the registry has no version of {name} with the bundle {which[:16]}.... "
+            f"{local.REGISTER}"
         )
     try:
         if which.isdecimal():
@@ -149,16 +169,17 @@ def check_known(client: "MlflowClient", name: str) -> None:
     """Check that a model is registered.
 
     Raises:
-        RegistryError: it is not.
+        RegistryError: it is not, or by another name.
     """
     if not client.search_registered_models(f"name = '{name}'"):
-        raise RegistryError(f"the registry has no model {name}. {_REGISTER}")
+        moves.check_name(client, name)
+        raise RegistryError(f"the registry has no model {name}. {local.REGISTER}")
 
 
 def _what_there_is(client: "MlflowClient", name: str) -> str:
     numbers = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
     if not numbers:
-        return _REGISTER
+        return local.REGISTER
     known = [*map(str, numbers[-5:]), *sorted(client.get_registered_model(name).aliases)]
     return f"Expected one that is there, such as {', '.join(known)}."
 
@@ -279,7 +300,7 @@ def champion_labels(workspace: Path, name: str) -> frozenset[str] | None:
 
     That a registry knows no such model, or has none in production, is nothing to be said.
     """
-    if _ADDRESS not in os.environ and not (workspace / DATABASE).exists():
+    if not is_there(workspace):
         return None
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     try:
@@ -382,17 +403,3 @@ def live_run(workspace: Path, name: str) -> Iterator[Callable[[Sequence["Step"]]
     finally:
         with suppress(RegistryError), connection(workspace) as client:
             client.set_terminated(run_id, status)
-
-
-def _create(database: Path) -> None:
-    """Make MLflow's tables under a temporary name: a kill between two of them would be for good."""
-    import mlflow
-
-    with files.replacing(database) as temporary:
-        temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
-        mlflow.MlflowClient(f"sqlite:///{temporary.resolve()}").search_experiments()
-
-
-def _local_address(workspace: Path) -> str:
-    # In seconds: so long somebody else may hold the database.
-    return f"sqlite:///{workspace.resolve() / DATABASE}?timeout=30"
