@@ -370,7 +370,11 @@ def promote(
     ] = "",
     to: Annotated[
         str | None,
-        typer.Option(metavar="URI", help="Copy it to this MLflow server, and do so there."),
+        typer.Option(
+            metavar="URI",
+            help="Copy it to this MLflow server, and do so there. Its account: the variables of "
+            "MLflow with TO_ before them, such as TO_MLFLOW_TRACKING_TOKEN.",
+        ),
     ] = None,
     params: ParamsFile = PARAMS_FILE,
 ) -> None:

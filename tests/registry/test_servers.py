@@ -1,6 +1,9 @@
 """Real servers: PostgreSQL and S3 behind MLflow; a version is copied there and back out."""
 
+import os
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,9 @@ import yaml
 
 from tests.conftest import ROOT, Workspace, free_port, server
 from tests.registry.conftest import COMMAND, Said, change_bundle, postgres
+from tlpipe.errors import UnreachableError
 from tlpipe.onnx_export import bundle as bundles
+from tlpipe.registry import tracking
 
 COMPOSED = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["mlflow"]
 
@@ -89,3 +94,47 @@ def test_a_version_goes_from_the_workspace_to_production_and_back_out_of_it(
         "print(sum(o['Key'].endswith('bundle/model.onnx') for o in found))"
     )
     assert Workspace(built.path, bucket).run("python", "-c", program).stdout == "2\n"
+
+
+@pytest.fixture
+def listening() -> Iterator[tuple[str, list[str]]]:
+    """A server that refuses everything, and what accounts were shown to it."""
+    shown: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            shown.append(self.headers.get("Authorization", ""))
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_address[1]}", shown
+        found.shutdown()
+
+
+@pytest.mark.fault("R29")
+def test_another_server_never_sees_the_account_of_ours(
+    tmp_path: Path, listening: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, shown = listening
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "ours")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def ask(ours: str, other: str | None) -> str:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", ours)
+        with (
+            pytest.raises(UnreachableError),
+            tracking.connection(tmp_path, address=other) as client,
+        ):
+            client.search_experiments()
+        assert os.environ["MLFLOW_TRACKING_TOKEN"] == "ours"
+        return shown.pop()
+
+    assert ask("http://127.0.0.1:9", address) == ""
+    monkeypatch.setenv("TO_MLFLOW_TRACKING_TOKEN", "theirs")
+    assert ask("http://127.0.0.1:9", address) == "Bearer theirs"
+    # Our own server sees ours, also where --to names it.
+    assert ask(address, None) == ask(address, address) == "Bearer ours"

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from tlpipe.errors import ArtifactError, Interrupted, RegistryError, UnreachableError
 from tlpipe.lineage import without_credentials
@@ -33,6 +34,7 @@ _log = logging.getLogger(__name__)
 CHALLENGER = "challenger"
 _DIGEST = re.compile("[0-9a-f]{64}")
 _ADDRESS = "MLFLOW_TRACKING_URI"
+_ACCOUNT = tuple(f"MLFLOW_TRACKING_{part}" for part in ("USERNAME", "PASSWORD", "TOKEN"))
 _TRAINING = {"tlpipe.kind": "training"}
 BUNDLE_FOLDER, MODEL_FOLDER = "bundle", "trained"
 
@@ -44,7 +46,8 @@ def connection(
     """Yield a client of the registry; bounded retries, and one line where it cannot be used.
 
     ``create``: make the workspace's own store where there is none yet. ``address``: of another
-    server than the workspace's.
+    server than the workspace's, which sees the account in the variables ``TO_MLFLOW_TRACKING_...``,
+    never that of the workspace's server.
 
     Raises:
         RegistryError: there is no store, or it cannot be used from here.
@@ -58,8 +61,10 @@ def connection(
     for chatty in ("alembic", "mlflow", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     given = os.environ.get(_ADDRESS)
-    address = address or given or local.address(workspace)
     with ExitStack() as stack:
+        if address is not None and urlsplit(address).netloc != urlsplit(given or "").netloc:
+            stack.enter_context(_account_of_other())
+        address = address or given or local.address(workspace)
         if local.is_own(workspace, address):
             if create and not local.database(workspace).exists():
                 local.create(workspace)
@@ -78,6 +83,21 @@ def connection(
             os.environ.pop(_ADDRESS, None)
             if given is not None:
                 os.environ[_ADDRESS] = given
+
+
+@contextmanager
+def _account_of_other() -> Iterator[None]:
+    """Let MLflow's variables for an account hold that of another server, or nothing."""
+    kept = {name: os.environ.pop(name, None) for name in _ACCOUNT}
+    others = {name: os.environ.get(f"TO_{name}") for name in _ACCOUNT}
+    os.environ.update({name: value for name, value in others.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _errors() -> tuple[type[Exception], ...]:
