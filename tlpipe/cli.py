@@ -391,7 +391,7 @@ def promote(
     sections = load_params(params)
     section = cast(register.Params, sections["register"])
     given = stage_paths("register", params.parent)
-    version = version or register.registered(given["receipt"], section.name)
+    version = version or register.registered(given["receipt"], given["bundle"], section.name)
 
     def show(decision: Decision) -> None:
         against = f"version {decision.champion}" if decision.champion else "nothing before it"

@@ -81,6 +81,8 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
 
     # The next one only challenges, until somebody promotes it.
     second = change_bundle(built, provenance={**first.provenance, "l2": 0.5})
+    unregistered = tlpipe("promote")
+    assert (unregistered.code, "what was registered from here" in unregistered.refusal) == (8, True)
     tlpipe(*REGISTER)
     assert aliases(built) == {"challenger": 2, "champion": 1}
     assert tags(built, 2) == {}

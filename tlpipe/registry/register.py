@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from tlpipe import files, lineage
 from tlpipe.data import ingest, leaks
 from tlpipe.errors import GateError, RegistryError
-from tlpipe.onnx_export.bundle import EXACT
+from tlpipe.onnx_export.bundle import EXACT, digest
 from tlpipe.params import Section
 from tlpipe.registry import card, local, moves, promotion, publishing, tracking
 from tlpipe.registry.gate import Bounds, Measured
@@ -125,21 +125,24 @@ def run(
     _log.info("%s version %s", params.name, version)
 
 
-def registered(receipt: Path, name: str) -> str:
+def registered(receipt: Path, bundle: Path, name: str) -> str:
     """Return the digest of the bundle that was registered from this workspace, by its receipt.
 
     Raises:
-        RegistryError: there is no receipt, or it is of another model.
+        RegistryError: there is no receipt, or it is of another model or bundle than is here.
     """
+    advice = "Run 'dvc repro', or name a version: 'tlpipe promote 3'."
     if not receipt.exists():
-        raise RegistryError(
-            f"nothing was registered from here: {receipt} is missing. Run 'dvc repro', or name a "
-            f"version: 'tlpipe promote 3'."
-        )
+        raise RegistryError(f"nothing was registered from here: {receipt} is missing. {advice}")
     content = files.read_json(receipt)
     if content["name"] != name:
         raise RegistryError(
-            f"{receipt} is of the model {content['name']}, params.yaml names {name}. Run 'dvc "
-            f"repro', or name a version: 'tlpipe promote 3'."
+            f"{receipt} is of the model {content['name']}, params.yaml names {name}. {advice}"
+        )
+    # The receipt is in no cache: one of DVC's experiments brings its bundle, and leaves it.
+    if bundle.exists() and (here := digest(bundle)) != content["bundle"]:
+        raise RegistryError(
+            f"{bundle} has the digest {here[:16]}, and what was registered from here "
+            f"{content['bundle'][:16]}. {advice}"
         )
     return str(content["bundle"])
