@@ -80,7 +80,8 @@ def check_hidden(workspace: Path, source: Path, *, hide: bool = False) -> None:
     root = workspace.resolve()
     own, hidden = _read_ignored(workspace)
     found: dict[str, str] = {}
-    for path, what in _unreadable(source):
+    unreadable = attempt(lambda: list(_unreadable(source)), str(source)) if source.is_dir() else []
+    for path, what in unreadable:
         place = path.parent.resolve() / path.name
         if not place.is_relative_to(root) or not str(path).isprintable():
             raise DataError(
@@ -127,7 +128,10 @@ def _read_ignored(workspace: Path) -> tuple[list[str], list[str]]:
 
 
 def _unreadable(source: Path) -> Iterator[tuple[Path, str]]:
-    for folder, subfolders, names in os.walk(source):
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(source, onerror=fail):
         for name in sorted(names):
             if what := _why_unreadable(Path(folder, name)):
                 yield Path(folder, name), what

@@ -25,11 +25,11 @@ class Remote(Listed):
         self._filesystem = filesystem
         self._root = root.rstrip("/") + "/"
         filesystem.invalidate_cache()  # or an earlier listing of this process is taken
-        found = filesystem.find(root, detail=True)
         # The size, where it is stated, and the tag that the server gives each content.
         self._known = {
             path.removeprefix(self._root): (info.get("size"), str(info.get("ETag") or ""))
-            for path, info in found.items()
+            for path, info in _listed(filesystem, root).items()
+            if path.startswith(self._root)
         }
         kept = [name for name in self._known if not any(map(is_ignored, name.split("/")))]
         check_collisions(root, kept)
@@ -56,9 +56,12 @@ class Remote(Listed):
         except OSError:
             data, found = b"", None
         if found != tag or (size is not None and len(data) != size):
+            known = [f"{size} bytes"] if size is not None else []
+            known += [f"the tag {tag}"] if tag else []
+            before = f"had {' and '.join(known)}" if known else "was there"
             raise DataError(
-                f"{address} changed while the source was read: when it was listed it had {size} "
-                f"bytes and the tag {tag or '-'}. Let it be finished, then run again."
+                f"{address} {'is gone' if found is None else 'changed'} while the source was read: "
+                f"when it was listed it {before}. Let the source be finished, then run again."
             )
         check_size(len(data))
         return data
@@ -72,7 +75,7 @@ class Remote(Listed):
         path = self._root + name
         if not tag:
             return bytes(self._filesystem.cat_file(path)), ""
-        with self._filesystem.open(path, "rb") as file:
+        with _opened(self._filesystem, path) as file:
             return bytes(file.read()), str(file.details["ETag"])
 
 
@@ -87,7 +90,12 @@ def open_remote(address: str) -> Storage:
 
     what = f"ingest.source {address}"
     try:
-        filesystem, root = fsspec.core.url_to_fs(address)
+        filesystem, root = attempt(
+            lambda: fsspec.core.url_to_fs(address),  # some kinds connect here already
+            what,
+            failures=(Exception,),
+            but=lambda error: isinstance(error, ValueError | ImportError),
+        )
     except (ValueError, ImportError) as error:
         raise DataError(
             f"{what} cannot be reached: {type(error).__name__}: {error}. Check the address, and "
@@ -97,7 +105,7 @@ def open_remote(address: str) -> Storage:
     def fetch_archive() -> Storage:
         with ExitStack() as opened:
             copy = opened.enter_context(archives.scratch_file())
-            with filesystem.open(root, "rb") as remote:
+            with _opened(filesystem, root) as remote:
                 while chunk := remote.read(2**22):
                     copy.write(chunk)
             copy.seek(0)
@@ -118,8 +126,68 @@ def open_remote(address: str) -> Storage:
     return storage
 
 
+def _listed(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Return what a store says of each file below a folder, by its path.
+
+    fsspec walks folder by folder where a kind of store cannot list all files at once, and takes a
+    folder whose listing fails for an empty one.
+
+    Raises:
+        FileNotFoundError: the store does not have the folder.
+        StoreError: a folder cannot be listed, or one that is listed is not found.
+    """
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    kind = type(filesystem)
+    if issubclass(kind, AsyncFileSystem):
+        is_walked = kind._find is AsyncFileSystem._find
+    else:
+        is_walked = kind.find is AbstractFileSystem.find
+    if not is_walked:
+        return dict(filesystem.find(root, detail=True))
+    found, folders, seen = {}, [root], {root}
+
+    def list_folder() -> list[dict[str, Any]]:
+        try:
+            return list(filesystem.ls(folder, detail=True))
+        except FileNotFoundError:
+            if folder == root:
+                raise
+            raise ConnectionError(f"it is listed in {root}, and not found") from None
+
+    for folder in folders:
+        address = filesystem.unstrip_protocol(folder)
+        for info in attempt(list_folder, address, failures=(Exception,), but=_is_an_answer):
+            path = info["name"]
+            if info["type"] != "directory":
+                found[path] = info
+            elif path not in seen:
+                seen.add(path)
+                folders.append(path)
+    return found
+
+
+def _opened(filesystem: Any, path: str) -> Any:
+    """Open a file of a store.
+
+    Raises:
+        FileNotFoundError: the store does not have it. Of a web server, fsspec says so whatever
+            fails while it asks for the file's size; that failure is raised then.
+    """
+    try:
+        return filesystem.open(path, "rb")
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        is_web = "http" in filesystem.protocol
+        if is_web and cause and getattr(cause, "status", None) not in (404, 410):
+            raise cause from None
+        raise
+
+
 def _is_an_answer(error: Exception) -> bool:
     """Return whether a store says that a file, or the content of a tag, is not there any more."""
-    # s3fs has this number for content of another tag.
+    # s3fs gives its own error for content of another tag the number of a busy server, whose errors
+    # are of no class of their own.
     is_expired = isinstance(error, OSError) and error.errno == errno.EBUSY
-    return is_expired or isinstance(error, FileNotFoundError)
+    return (is_expired and type(error) is not OSError) or isinstance(error, FileNotFoundError)
