@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -278,6 +279,164 @@ def test_what_is_not_plain_is_an_error_that_names_the_key(name: str, tmp_path: P
     write, message = REFUSED[name]
     write(tmp_path / "data")
     with pytest.raises(DataError, match=message), listing.opened(str(tmp_path / "data")):
+        pass
+
+
+def batches(root: Path) -> Rows:
+    """Write images of both classes into two folders that are plainly no classes."""
+    rows = [(f"batch{1 + i % 2}/img_{i:03}.jpg", CLASSES[i // 2 % 2]) for i in range(12)]
+    for name, label in rows:
+        put(root / name, f"{name} {label}")
+    return rows
+
+
+UNREAD = [
+    *("labels.xlsx", "labels.xls", "labels.ods", "imagelabels.mat", "labels.csv.gz", "set.feather"),
+    *("set.arrow", "labels.npy", "labels.pkl", "labels.db", "set.tfrecord", "annotations.zip"),
+    *("annotations.json.zip", "annotations/x.mat", "labels/train.sqlite3"),
+]
+
+
+@pytest.mark.fault("D69")
+@pytest.mark.parametrize("name", UNREAD)
+def test_folders_are_no_classes_beside_a_file_that_may_hold_labels(
+    name: str, tmp_path: Path
+) -> None:
+    batches(tmp_path)
+    put(tmp_path / name, b"\0")
+    with (
+        pytest.raises(DataError, match=rf"holds {name}, which may hold .* CSV.* ingest.kind: fold"),
+        listing.opened(str(tmp_path)),
+    ):
+        pass
+
+
+TEXTS = {
+    "labels.txt": "{} {}",
+    "_annotations.txt": "{}\t{}",
+    "train.lst": "0 {1} {0}",
+    "labels": "{0},1,2,{1}",
+    "set.yaml": "{}: {}",
+    "annotations/list.txt": "{0:.14} {1}",
+}
+
+
+@pytest.mark.fault("D69")
+@pytest.mark.parametrize("name", TEXTS)
+def test_folders_are_no_classes_beside_a_text_that_names_the_images(
+    name: str, tmp_path: Path
+) -> None:
+    lines = [TEXTS[name].format(path, label) for path, label in batches(tmp_path)]
+    put(tmp_path / name, "# of the set\n" + "\n".join(lines))
+    with (
+        pytest.raises(
+            DataError, match=rf"holds {name}, .* it names images \(.*img_000.*; write it"
+        ),
+        listing.opened(str(tmp_path)),
+    ):
+        pass
+    if "/" not in name:
+        with listing.opened(str(tmp_path), kind="folders") as source:
+            assert source.counts == {"batch1": 6, "batch2": 6}
+
+
+@pytest.mark.fault("D69")
+def test_what_names_no_images_beside_class_folders_is_harmless(tmp_path: Path) -> None:
+    """Nor do numbers of classes that are names of images too, or checksums."""
+    for label in CLASSES:
+        for i in range(6):
+            put(tmp_path / label / f"{i}.jpg", f"{label} {i}")
+    put(tmp_path / "README.txt", "Ants and bees.\nSee ant/1.jpg and bee/1.jpg.\nTaken\nby\nus.\n")
+    put(tmp_path / "LICENSE", "Do what you want.")
+    put(tmp_path / "README.md", "ant/1.jpg\nbee/1.jpg")
+    put(tmp_path / "classes.txt", "0 ant\n1 bee\n")
+    put(tmp_path / "names.txt", "ant\nbee\n")
+    put(tmp_path / "sums.txt", "".join(f"{i:032x} ant/{i}.jpg\n" for i in range(6)))
+    put(tmp_path / "old.zip", b"PK")
+    put(tmp_path / "notes.dat", b"\0\xff")
+    with listing.opened(str(tmp_path)) as source:
+        assert source.counts == {"ant": 6, "bee": 6}
+
+
+@pytest.mark.fault("D69")
+def test_a_table_that_lies_beside_wrapped_class_folders_is_not_passed_over(tmp_path: Path) -> None:
+    rows = batches(tmp_path / "data" / "set")
+    put(tmp_path / "data" / "set" / "labels.csv", table(rows, line="{},{}"))
+    with (
+        pytest.raises(DataError, match=r"set/labels.csv, .*ingest.label_files: set/labels.csv re"),
+        listing.opened(str(tmp_path / "data")),
+    ):
+        pass
+    with listing.opened(str(tmp_path / "data"), label_files="set/labels.csv") as source:
+        assert source.counts == {"ant": 6, "bee": 6}
+
+
+LAYERS = {
+    "dates": ["2023-01-02", "2023-01-03"],
+    "folds": ["fold1", "fold2"],
+    "splits by other words": ["Lernen", "Test"],
+    "patients": [f"patient {number}" for number in range(8)],
+    "dates of splits": ["train/mon", "train/tue", "test/mon", "test/tue"],
+    "two layers": ["2023/01", "2023/02", "2024/01", "2024/02"],
+}
+
+
+@pytest.mark.fault("D41")
+@pytest.mark.parametrize("name", LAYERS)
+def test_folders_that_all_hold_the_same_folders_are_no_classes(name: str, tmp_path: Path) -> None:
+    """The pattern that is named reads the folders inside, the other one those on top."""
+    for number, folder in enumerate(LAYERS[name]):
+        inside = (*CLASSES, "wasp") if number == 1 else CLASSES  # nearly the same
+        folders(tmp_path / folder, inside, start=10 * number)
+    with (
+        pytest.raises(DataError, match=r"in place of classes .* same folders \(ant, bee") as found,
+        listing.opened(str(tmp_path)),
+    ):
+        pass
+    said = str(found.value)
+    assert ("as Test, call the others so too" in said) == (name == "splits by other words")
+    inner, outer = re.findall(r"ingest\.pattern: '(.*?)'", said)
+    with listing.opened(str(tmp_path), pattern=inner) as source:
+        assert set(source.counts) == {*CLASSES, "wasp"}
+        read = list(source.candidates())
+    assert len({candidate.group for candidate in read}) == (8 if name == "patients" else 1)
+    assert len({candidate.split for candidate in read}) == (2 if "splits" in name[-9:] else 1)
+    with listing.opened(str(tmp_path), pattern=outer) as source:
+        assert not set(source.counts) & {*CLASSES}
+
+
+def test_folders_inside_of_classes_with_images_are_left_to_them(tmp_path: Path) -> None:
+    for label in CLASSES:
+        folders(tmp_path / label, ("near", "far"))
+        folders(tmp_path, (label,))
+    with listing.opened(str(tmp_path)) as source:
+        assert source.counts == {"ant": 12, "bee": 12}
+
+
+@pytest.mark.fault("D69")
+@pytest.mark.parametrize("suffix", ["txt", "json", "xml"])
+def test_a_file_beside_each_image_is_not_passed_over(suffix: str, tmp_path: Path) -> None:
+    folders(tmp_path)
+    with listing.opened(str(tmp_path)):
+        pass
+    for path in list(tmp_path.rglob("*.jpg")):
+        put(path.with_suffix(f".{suffix}"), "<x/>" if suffix == "xml" else "a brown ant")
+    message = rf"the folder ant would be a class, and holds 4 images, 4 .* ant/ant_000.{suffix};"
+    if suffix != "xml":
+        with pytest.raises(DataError, match=message), listing.opened(str(tmp_path)):
+            pass
+    with listing.opened(str(tmp_path), kind="folders") as source:
+        assert set(source.counts) == {"ant", "bee"}
+
+
+@pytest.mark.fault("D69")
+@pytest.mark.parametrize("kind", ["auto", "folders"])
+def test_a_folder_without_images_is_no_class(kind: listing.Kind, tmp_path: Path) -> None:
+    """As YOLO's, where no file says that it is."""
+    for name, _ in flat(tmp_path / "images"):
+        put(tmp_path / "labels" / name.replace("jpg", "txt"), "0 .5 .5 .3 .3")
+    message = r"the folder labels would be a class, and holds 0 images and 8 other files, such as"
+    with pytest.raises(DataError, match=message), listing.opened(str(tmp_path), kind=kind):
         pass
 
 

@@ -1,15 +1,16 @@
 """Find annotation files, COCO's JSON and Pascal VOC's XML, and say why others are none."""
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
 from tlpipe.errors import ImageError
-from tlpipe.sources import coco, voc
+from tlpipe.sources import coco, tables, voc
 from tlpipe.sources.candidates import given_split
 from tlpipe.sources.paths import folder_of, is_image, some
 from tlpipe.sources.storage import Storage
@@ -22,6 +23,23 @@ EXPECTED = {
 # So many files of a folder are read at most to find out what they are.
 _LOOKED_AT = 50
 _DAMAGED = 10
+_LINES = 1000
+_READ = (*tables.SUFFIXES, ".json", ".jsonl", ".xml")
+# What programs keep labels in, also packed, as in labels.csv.gz; or what is packed and called so.
+_UNREAD = (
+    r"\.(xlsx?|xlsm|xlsb|ods|numbers|mat|npy|npz|pkl|pickle|feather|arrow|orc|avro|h5|hdf5|db"
+    r"|sqlite3?|mdb|accdb|dbf|sav|dta|rds|rdata|tfrecords?|rec|idx|ndjson)"
+)
+_PACKED = r"\.(gz|zip|bz2|xz|zst|7z|rar|tar|tgz)"
+_MAY_HOLD_LABELS = re.compile(
+    rf"{_UNREAD}({_PACKED})?$|\.(csv|tsv|txt|parquet|jsonl?|xml){_PACKED}$"
+    rf"|(label|annotation)[^/]*{_PACKED}$",
+    re.IGNORECASE,
+)
+_TEXT = re.compile(
+    r"(^|/)[^./]+$|\.(txt|text|lst|list|dat|data|names|tab|ya?ml|ini)$", re.IGNORECASE
+)
+_CHECKSUM = re.compile("[0-9a-f]{32}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,59 @@ def may_stand_for(name: str) -> bool:
     """Return whether a file lies where the labels of a whole source do: it must not be ignored."""
     folder = folder_of(name)
     return not folder or folder.lower() in ("annotations", "labels") or given_split(folder) != ""
+
+
+def unread(
+    storage: Storage, roots: Collection[str], labels: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield the files that may hold the labels of images in class folders, and half a sentence why.
+
+    ``roots``: the folders that class folders lie in, with ``/``; files on top, in ``annotations/``
+    and in folders of splits count too. ``labels``: the names of class folders: a text that names
+    them alone is none of labels.
+    """
+    names = [
+        name
+        for name in storage.names()
+        if not is_image(name) and (f"{folder_of(name)}/" in roots or may_stand_for(name))
+    ]
+    texts = []
+    for name in names:
+        if _MAY_HOLD_LABELS.search(name):
+            yield name, "write what it holds as a table, a CSV, TSV or Parquet file"
+        elif name.lower().endswith(_READ) and not may_stand_for(name):
+            yield name, f"it does not lie on top; ingest.label_files: {name} reads it"
+        elif _TEXT.search(name):
+            texts.append(name)
+    if not texts:
+        return
+    stems = {PurePosixPath(name).stem for name in storage.names() if is_image(name)} - {*labels}
+    for name in texts[:_LOOKED_AT]:
+        if line := _line_naming_images(storage, name, stems, len(labels)):
+            yield name, f"it names images ({line[:60]}); write it as a table with path and label"
+
+
+def _line_naming_images(
+    storage: Storage, name: str, stems: Collection[str], classes: int
+) -> str | None:
+    """Return the first line of a text that names an image, if most lines do; checksums aside."""
+    try:
+        text, _ = tables.decoded(storage.read(name)[: 2**20])
+    except ImageError:
+        return None
+    files, numbers, naming = set(), set(), list[str]()
+    lines = [line for line in text.splitlines()[:_LINES] if line.strip()]
+    for line in lines:
+        if _CHECKSUM.search(line):
+            continue
+        words = {word.rpartition("/")[2] for word in re.findall(r"""[^\s,;:|='"{}()\[\]]+""", line)}
+        of_line = {word for word in words if is_image(word)}, words & {*stems}
+        files |= of_line[0]
+        numbers |= of_line[1]
+        naming += [line.strip()] if any(of_line) else []
+    # Of the numbers in a list of classes, some may be images' names.
+    has_names = len(files) > 1 or len(numbers) > classes
+    return naming[0] if has_names and 2 * len(naming) >= len(lines) else None
 
 
 def _json(storage: Storage, names: Sequence[str], is_named: bool, notes: list[str]) -> list[str]:

@@ -268,10 +268,17 @@ def _list(
             listed = candidates_of(photos, background, rejects)
         listed = sorted(_in_folders_of_splits(listed, notes), key=lambda candidate: candidate.name)
         return Source(storage, partial(iter, listed), rejects, notes=notes)
-    _check_no_other_labels(others, address)
+    _check_no_other_labels(
+        {name: why for name, why in others.items() if annotations.may_stand_for(name)}, address
+    )
     notes += _left_out(others)
     check_no_archives(storage, address)
     layout = layouts.find(storage, address)
+    layouts.check_layer(storage, layout, address)
+    if kind == "auto":
+        labels = {label for root in layout.roots for label in storage.folders(root)}
+        _check_no_other_labels(dict(annotations.unread(storage, layout.roots, labels)), address)
+    layouts.check_images(storage, layout, address, is_told=kind == "folders")
     nothing = [name for name in storage.names() if layout.read(name) is None]
     if beside := [name for name in nothing if not name.startswith(layout.left_out)]:
         layout.notes.append(f"{len(beside)} files beside the classes are no images: {beside[0]}")
@@ -329,18 +336,16 @@ def _by_name(
 
 
 def _check_no_other_labels(others: Mapping[str, str], address: str) -> None:
-    """Check that no file that stands for the whole source may hold other labels than folders do.
+    """Refuse files that may hold other labels than the names of folders: nobody has said which.
 
     Raises:
-        DataError: one may, and nobody has said that the folders count.
+        DataError: there is one.
     """
     for name in sorted(others):
-        if annotations.may_stand_for(name):
-            raise DataError(
-                f"{address} holds {name}, which may hold the labels but is not read: "
-                f"{others[name]}. To take the names of folders for labels, set ingest.kind: "
-                f"folders."
-            )
+        raise DataError(
+            f"{address} holds {name}, which may hold the labels but is not read: {others[name]}. "
+            f"To take the names of folders for labels, set ingest.kind: folders."
+        )
 
 
 def _by_pattern(name: str, match: re.Match[str] | None) -> Candidate | str:

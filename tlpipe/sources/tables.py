@@ -219,7 +219,7 @@ def _cells(
         raise NotATableError(f"it cannot be read: {error.detail}") from None
     if name.lower().endswith(".parquet"):
         return _of_parquet(data, columns)
-    text, encoding = _decoded(data)
+    text, encoding = decoded(data)
     if not (first := text.lstrip("\r\n").split("\n", 1)[0].strip()):
         raise NotATableError("it is empty")
     wanted = {_plain(column) for column in columns.values()}
@@ -264,7 +264,7 @@ def _split_line(line: str, separator: str) -> list[str]:
     return next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
 
 
-def _decoded(data: bytes) -> tuple[str, str]:
+def decoded(data: bytes) -> tuple[str, str]:
     """Return a text and its encoding: of UTF-8, UTF-16 and Windows' Western one."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", errors="replace"), "UTF-16"
