@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -107,7 +108,25 @@ def of(text: Callable[[Path, Rows], str]) -> Callable[[Path], None]:
 
 NONE = {"": 8}
 THREE = {"train": 8, "validation": 4, "test": 4}
+
+
+def encoded(encoding: str, *, first: str = "", line_end: str = "\n") -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        text = first + table(flat(root / "images"))
+        put(root / "labels.csv", text.replace("\n", line_end).encode(encoding))
+
+    return write
+
+
 READ = {
+    "old Macintosh": (encoded("utf-8", line_end="\r"), CLASSES, NONE, "8 rows"),
+    "UTF-16, no byte-order mark": (encoded("utf-16-le"), CLASSES, NONE, "in UTF-16-LE without a"),
+    "UTF-16, big end first": (encoded("utf-16-be"), CLASSES, NONE, "in UTF-16-BE without a"),
+    "Excel's first line": (encoded("utf-8", first="sep=,\n"), CLASSES, NONE, "separated by commas"),
+    "columns that are not used": (
+        of(lambda _, rows: table(rows, header="path,label,width,camera", line="images/{},{},9,b")),
+        CLASSES, NONE, "paths from 'path'; not used: 'width', 'camera'",
+    ),
     "filename, class": (
         of(lambda _, rows: table(rows, header="filename,class")), CLASSES, NONE,
         "labels from 'class', paths from 'filename'",
@@ -210,6 +229,40 @@ def test_what_others_write_is_read_and_said(name: str, tmp_path: Path) -> None:
 
 
 REFUSED = {
+    "boxes": (
+        of(lambda _, rows: table(
+            rows, header="filename,class,xmin,ymin,xmax,ymax", line="{},{},1,1,9,9"
+        )),
+        r"its columns xmin and ymin say that it is a table of boxes; export it as COCO or Pascal "
+        r"VOC. .* ingest.columns: {label: COLUMN}",
+    ),
+    "boxes of another program": (
+        of(lambda _, rows: table(rows, header="image_id,label,bbox", line='{},{},"[1, 2, 3, 4]"')),
+        r"its columns bbox say that it is a table of boxes",
+    ),
+    "a comment": (
+        of(lambda _, rows: "# by X\n" + table(rows)),
+        r"its first line is a comment \(# by X\); expected the header",
+    ),
+    "Cyrillic": (
+        lambda root: put(
+            root / "labels.csv",
+            table([(n, "стекло") for n, _ in flat(root / "images")]).encode("cp1251"),
+        ),
+        r"line 2 is no UTF-8, and would read 'ñòå' in Windows-1252; save it as UTF-8",
+    ),
+    "one damaged letter": (
+        lambda root: put(
+            root / "labels.csv",
+            table([(n, "Käfer") for n, _ in flat(root / "images")]).encode() + b"a.jpg,\xff\n",
+        ),
+        r"line 10 is no UTF-8, and other lines are; save it as UTF-8",
+    ),
+    "a column twice": (
+        of(lambda _, rows: table(rows, header="path,label,Label", line="images/{0},{1},{1}")),
+        r"has the columns 'label' and 'Label', of which each may be the label; expected one. "
+        r"Rename one.",
+    ),
     "unknown columns": (
         of(lambda _, rows: table(rows, header="photo,species")),
         r"labels.csv, .* not read: its columns are 'photo', 'species', and none is known to hold "
@@ -461,6 +514,99 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
         listing.opened(str(tmp_path), columns={"path": "photo", "label": "kind"}),
     ):
         pass
+
+
+MAY_BE = {
+    "is_valid": ("split", ["True", "False"]),
+    "Is Test": ("split", ["0", "1"]),
+    "fold": ("split", ["0", "1", "2"]),
+    "patient_id": ("group", ["p1", "p2", "p3"]),
+    "Subject": ("group", ["a", "b"]),
+    "lesion_id": ("group", ["1", "2", "3", "4"]),
+    "series": ("group", ["x", "y"]),
+}
+
+
+@pytest.mark.fault("D70")
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+@pytest.mark.parametrize("column", MAY_BE)
+def test_a_column_that_may_hold_splits_or_groups_is_asked_for(
+    column: str, form: str, tmp_path: Path
+) -> None:
+    import pandas as pd
+
+    role, values = MAY_BE[column]
+    content = [(f"images/{n}", label) for n, label in flat(tmp_path / "images")]
+    frame = pd.DataFrame(content, columns=["path", "label"])
+    frame[column] = [values[i // 2 % len(values)] for i in range(8)]
+    frame.to_csv(tmp_path / "labels.csv", index=False)
+    if form == "parquet":
+        frame.to_parquet(tmp_path / "labels.parquet")
+        (tmp_path / "labels.csv").unlink()
+    named, none = (re.escape(f"ingest.columns: {{{role}: {name}}}") for name in (column, "null"))
+    message = rf"'{column}', which is called like one of {role}s \(values .*{named}, or .*{none}"
+    with (
+        pytest.raises(DataError, match=message),
+        listing.opened(str(tmp_path)),
+    ):
+        pass
+    given = cast(listing.tables.Role, role)
+    with listing.opened(str(tmp_path), columns={given: None}) as source:
+        assert source.counts == {"ant": 4, "bee": 4}
+        assert f"not used: '{column}'" in " ".join(source.notes)
+    if column == "fold":
+        return
+    with listing.opened(str(tmp_path), columns={given: column}) as source:
+        found = [getattr(candidate, role) for candidate in source.candidates()]
+    if role == "group":
+        assert len(set(found)) == len(values)
+    else:
+        is_held_out = {"True", "1"}
+        held_out = [values[i // 2 % 2] in is_held_out for i in range(8)]
+        assert [split == "test" for split in found] == held_out  # there is one kind of these
+
+
+@pytest.mark.fault("D70")
+def test_true_and_false_say_the_split_that_their_column_is_called(tmp_path: Path) -> None:
+    lines = table(flat(tmp_path / "images"), header="path,label,is_train", line="images/{},{},1")
+    put(tmp_path / "labels.csv", lines)
+    with (
+        pytest.raises(DataError, match=r"'is_train' of labels.csv says which images train,"),
+        listing.opened(str(tmp_path), columns={"split": "is_train"}),
+    ):
+        pass
+
+
+NEAR = {
+    "upper and lower case": "images/IMG_000.JPG",
+    "quotes or spaces": "'images/img_000.jpg'",
+    "Unicode's normal form (NFC and NFD)": "images/K\u00e4fer.jpg",
+    "quotes or spaces and upper and lower case": "`images/Img_000.jpg`",
+}
+
+
+@pytest.mark.fault("D40")
+@pytest.mark.parametrize("head", ["", "/data/set/"])
+@pytest.mark.parametrize("what", NEAR)
+def test_a_missing_file_that_is_called_nearly_so_is_named(
+    what: str, head: str, tmp_path: Path
+) -> None:
+    rows = flat(tmp_path / "images")
+    put(tmp_path / "images" / "Ka\u0308fer.jpg")
+    lines = table(rows[1:]) + f"{head}{NEAR[what]},ant\n"
+    put(tmp_path / "labels.csv", lines)
+    with listing.opened(str(tmp_path)) as source:
+        (reject,) = source.rejects
+    assert reject.reason == "missing"
+    assert reject.detail.endswith(f"jpg differs only in {what}")
+    assert reject.detail.startswith("row 8 of labels.csv names it; images/")
+
+
+def test_a_file_of_another_folder_is_not_called_nearly_so(tmp_path: Path) -> None:
+    rows = flat(tmp_path / "images")
+    put(tmp_path / "labels.csv", table(rows[1:]) + "photos/IMG_000.jpg,ant\n")
+    with listing.opened(str(tmp_path)) as source:
+        assert [reject.detail for reject in source.rejects] == ["row 8 of labels.csv names it"]
 
 
 def test_whole_numbers_with_gaps_are_whole_labels_and_images_are_not_loaded(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def _line_naming_images(
     """Return the first line of a text that names an image, if most lines do; checksums aside."""
     try:
         text, _ = tables.decoded(storage.read(name)[: 2**20])
-    except ImageError:
+    except (ImageError, tables.NotATableError):
         return None
     files, numbers, naming = set(), set(), list[str]()
     lines = [line for line in text.splitlines()[:_LINES] if line.strip()]

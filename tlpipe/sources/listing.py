@@ -31,7 +31,8 @@ class Source:
 
     ``counts``: of each label, how many images it has before any was opened; ``suffixes``: the same
     of the ends of names, in lower case; ``notes``: what was understood and what was left out, a
-    sentence each; ``has_boxes``: whether an image is a part of a photo.
+    sentence each; ``read_from``: what says the labels; ``has_boxes``: whether an image is a part
+    of a photo.
     """
 
     storage: Storage
@@ -40,6 +41,7 @@ class Source:
     counts: Counter[str] = field(default_factory=Counter)
     suffixes: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    read_from: str = "folders"
     has_boxes: bool = False
 
     @property
@@ -81,7 +83,7 @@ def opened(
     with ExitStack() as stack:
         if is_builtin(address):
             files, candidates = builtin.load(Path(address))
-            source = Source(files, partial(iter, candidates))
+            source = Source(files, partial(iter, candidates), read_from="built-in")
             stack.enter_context(closing(files))
         else:
             opened_at = _open_storage(address, follow_links=follow_links)
@@ -267,7 +269,7 @@ def _list(
                 notes.append(f"{len(left)} images are in no annotation and left out: {some(left)}")
             listed = candidates_of(photos, background, rejects)
         listed = sorted(_in_folders_of_splits(listed, notes), key=lambda candidate: candidate.name)
-        return Source(storage, partial(iter, listed), rejects, notes=notes)
+        return Source(storage, partial(iter, listed), rejects, notes=notes, read_from=taken[0])
     _check_no_other_labels(
         {name: why for name, why in others.items() if annotations.may_stand_for(name)}, address
     )
