@@ -684,11 +684,12 @@ def test_a_name_with_words_of_several_splits_says_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("D43")
-def test_a_folder_that_dvc_has_is_said_to_be_pulled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["photos", "photos/small", "photos/2024/small.zip"])
+def test_a_folder_that_dvc_has_is_said_to_be_pulled(tmp_path: Path, place: str) -> None:
     put(tmp_path / "photos.dvc", "outs:\n- path: photos\n")
     with (
-        pytest.raises(DataError, match=r"photos is not here, but DVC has it: run 'dvc pull"),
-        listing.opened(str(tmp_path / "photos")),
+        pytest.raises(DataError, match=rf"{place} is not here, but .* 'dvc pull .*/photos.dvc'"),
+        listing.opened(str(tmp_path / place)),
     ):
         pass
 

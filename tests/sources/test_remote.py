@@ -11,8 +11,8 @@ import pytest
 
 from tests.conftest import INGEST, Workspace, free_port
 from tests.proxy import DROP, Fate, proxy
-from tests.sources.test_storage import UPLOAD, contents
-from tlpipe import retries
+from tests.sources.test_storage import UPLOAD, contents, versioned
+from tlpipe import retries, versioning
 from tlpipe.errors import DataError, StoreError
 from tlpipe.sources import listing
 
@@ -181,6 +181,23 @@ def test_an_archive_that_is_refused_is_not_missing(web: str, status: int, no_pau
         listing.opened(f"{address}/photos.zip"),
     ):
         pass
+
+
+@pytest.mark.fault("D55")
+@pytest.mark.parametrize("status", [403, 503])
+def test_why_dvc_cannot_look_a_source_up_is_said(
+    web: str, tmp_path: Path, status: int, no_pauses: None
+) -> None:
+    with proxy(web, lambda *_: status) as address:
+        root = versioned(tmp_path, f"{address}/photos.zip")
+        message = rf"DVC's hash of the source cannot be reached: .*{status}, message="
+        with pytest.raises(StoreError, match=message):
+            versioning.data_version(root)
+    with (
+        proxy(web, lambda *_: 404) as address,
+        pytest.raises(DataError, match=r"ingest.source is not there, so DVC cannot tell"),
+    ):
+        versioning.data_version(versioned(tmp_path / "other", f"{address}/photos.zip"))
 
 
 @pytest.mark.fault("D51")

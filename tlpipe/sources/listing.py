@@ -190,11 +190,12 @@ def _open_storage(address: str, *, follow_links: bool = False) -> Storage:
     path = Path(address)
     if path.is_dir():
         return Folder(path, follow_links=follow_links)
-    if not path.exists() and Path(f"{path}.dvc").exists():
-        raise DataError(
-            f"ingest.source {address} is not here, but DVC has it: run 'dvc pull {path}.dvc'."
-        )
     if not path.exists():
+        tracked = (Path(f"{part}.dvc") for part in (path, *path.parents) if part.name)
+        if found := next((file for file in tracked if file.is_file()), None):
+            raise DataError(
+                f"ingest.source {address} is not here, but DVC has it: run 'dvc pull {found}'."
+            )
         raise DataError(
             f"ingest.source {address} does not exist; expected a folder, a zip or tar archive, an "
             f"address like s3://BUCKET/FOLDER, or the YAML file of a built-in data set. "

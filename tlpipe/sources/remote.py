@@ -75,7 +75,7 @@ class Remote(Listed):
         path = self._root + name
         if not tag:
             return bytes(self._filesystem.cat_file(path)), ""
-        with _opened(self._filesystem, path) as file:
+        with self._filesystem.open(path, "rb") as file:
             return bytes(file.read()), str(file.details["ETag"])
 
 
@@ -105,7 +105,7 @@ def open_remote(address: str) -> Storage:
     def fetch_archive() -> Storage:
         with ExitStack() as opened:
             copy = opened.enter_context(archives.scratch_file())
-            with _opened(filesystem, root) as remote:
+            with filesystem.open(root, "rb") as remote:
                 while chunk := remote.read(2**22):
                     copy.write(chunk)
             copy.seek(0)
@@ -166,23 +166,6 @@ def _listed(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
                 seen.add(path)
                 folders.append(path)
     return found
-
-
-def _opened(filesystem: Any, path: str) -> Any:
-    """Open a file of a store.
-
-    Raises:
-        FileNotFoundError: the store does not have it. Of a web server, fsspec says so whatever
-            fails while it asks for the file's size; that failure is raised then.
-    """
-    try:
-        return filesystem.open(path, "rb")
-    except FileNotFoundError as error:
-        cause = error.__cause__
-        is_web = "http" in filesystem.protocol
-        if is_web and cause and getattr(cause, "status", None) not in (404, 410):
-            raise cause from None
-        raise
 
 
 def _is_an_answer(error: Exception) -> bool:
