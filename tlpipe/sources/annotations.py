@@ -39,6 +39,7 @@ _MAY_HOLD_LABELS = re.compile(
 _TEXT = re.compile(
     r"(^|/)[^./]+$|\.(txt|text|lst|list|dat|data|names|tab|ya?ml|ini)$", re.IGNORECASE
 )
+_WORD = re.compile(r"""[^\s,;:|='"{}()\[\]]+""")
 _CHECKSUM = re.compile("[0-9a-f]{32}", re.IGNORECASE)
 
 
@@ -122,34 +123,40 @@ def unread(
             yield name, f"it does not lie on top; ingest.label_files: {name} reads it"
         elif _TEXT.search(name):
             texts.append(name)
-    if not texts:
-        return
-    stems = {PurePosixPath(name).stem for name in storage.names() if is_image(name)} - {*labels}
-    for name in texts[:_LOOKED_AT]:
-        if line := _line_naming_images(storage, name, stems, len(labels)):
+    lines = {name: _words_by_line(storage, name) for name in texts[:_LOOKED_AT]}
+    words = {word for found in lines.values() for line in found.values() for word in line}
+    images = (PurePosixPath(name).stem for name in storage.names() if is_image(name))
+    stems = {stem for stem in images if stem in words}
+    for name, found in lines.items():
+        if line := _line_naming_images(found, stems - {*labels}, len(labels)):
             yield name, f"it names images ({line[:60]}); write it as a table with path and label"
 
 
-def _line_naming_images(
-    storage: Storage, name: str, stems: Collection[str], classes: int
-) -> str | None:
-    """Return the first line of a text that names an image, if most lines do; checksums aside."""
+def _words_by_line(storage: Storage, name: str) -> dict[str, set[str]]:
+    """Return the words of each line of a text, of paths the last part; without checksums."""
     try:
         text, _ = tables.decoded(storage.read(name)[: 2**20])
     except (ImageError, tables.NotATableError):
-        return None
-    files, numbers, naming = set(), set(), list[str]()
-    lines = [line for line in text.splitlines()[:_LINES] if line.strip()]
-    for line in lines:
-        if _CHECKSUM.search(line):
-            continue
-        words = {word.rpartition("/")[2] for word in re.findall(r"""[^\s,;:|='"{}()\[\]]+""", line)}
-        of_line = {word for word in words if is_image(word)}, words & {*stems}
-        files |= of_line[0]
-        numbers |= of_line[1]
-        naming += [line.strip()] if any(of_line) else []
+        return {}
+    lines = [line.strip() for line in text.splitlines()[:_LINES]]
+    return {
+        line: {word.rpartition("/")[2] for word in _WORD.findall(line)}
+        for line in lines
+        if line and not _CHECKSUM.search(line)
+    }
+
+
+def _line_naming_images(
+    lines: Mapping[str, Collection[str]], stems: Collection[str], classes: int
+) -> str | None:
+    """Return the first line that names an image, if most lines do."""
+    naming = [
+        line for line, words in lines.items() if any(is_image(w) or w in stems for w in words)
+    ]
+    named = {word for line in naming for word in lines[line]}
+    files, others = sum(map(is_image, named)), sum(word in stems for word in named)
     # Of the numbers in a list of classes, some may be images' names.
-    has_names = len(files) > 1 or len(numbers) > classes
+    has_names = files > 1 or others > classes
     return naming[0] if has_names and 2 * len(naming) >= len(lines) else None
 
 
