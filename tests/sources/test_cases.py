@@ -413,8 +413,8 @@ def test_what_names_no_images_beside_class_folders_is_harmless(tmp_path: Path) -
 
 @pytest.mark.fault("D69")
 def test_a_table_that_lies_beside_wrapped_class_folders_is_not_passed_over(tmp_path: Path) -> None:
-    rows = batches(tmp_path / "data" / "set")
-    put(tmp_path / "data" / "set" / "labels.csv", table(rows, line="{},{}"))
+    rows = batches(tmp_path / "data" / "set" / "images")
+    put(tmp_path / "data" / "set" / "labels.csv", table(rows))
     with (
         pytest.raises(DataError, match=r"set/labels.csv, .*ingest.label_files: set/labels.csv re"),
         listing.opened(str(tmp_path / "data")),
@@ -480,6 +480,22 @@ def test_a_file_beside_each_image_is_not_passed_over(suffix: str, tmp_path: Path
             pass
     with listing.opened(str(tmp_path), kind="folders") as source:
         assert set(source.counts) == {"ant", "bee"}
+
+
+def test_images_of_other_endings_are_images(tmp_path: Path) -> None:
+    """Nor are unknown endings refused where somebody has said that folders are classes."""
+    for i in range(4):
+        put(tmp_path / "ant" / f"{i}.jfif")
+        put(tmp_path / "bee" / f"{i}")
+    with listing.opened(str(tmp_path)) as source:
+        assert source.counts == {"ant": 4, "bee": 4}
+    for i in range(4):
+        put(tmp_path / "fly" / f"{i}.img")
+    message = "the folder fly would be a class, and holds 0 images and 4 other files, such as fly/0"
+    with pytest.raises(DataError, match=message), listing.opened(str(tmp_path)):
+        pass
+    with listing.opened(str(tmp_path), kind="folders") as source:
+        assert source.counts == {"ant": 4, "bee": 4, "fly": 4}
 
 
 @pytest.mark.fault("D69")

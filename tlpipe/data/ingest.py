@@ -311,8 +311,8 @@ def opened(params: Params) -> Iterator[listing.Source]:
             reason = f"{params.source} holds no boxes"
             check_effect("ingest", params, ("background", "box_margin"), reason)
         for name, suffixes, advice in (
-            ("HEIF", (".heic", ".heif"), f"{HEIC_EXTRA} reads them"),
-            ("AVIF", (".avif",), "this Pillow was built without it"),
+            ("HEIF", (".heic", ".heif", ".hif"), f"{HEIC_EXTRA} reads them"),
+            ("AVIF", (".avif", ".avifs"), "this Pillow was built without it"),
         ):
             count = sum(source.suffixes[suffix] for suffix in suffixes)
             if count and name not in FORMATS:

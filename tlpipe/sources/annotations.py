@@ -106,14 +106,15 @@ def unread(
 ) -> Iterator[tuple[str, str]]:
     """Yield the files that may hold the labels of images in class folders, and half a sentence why.
 
-    ``roots``: the folders that class folders lie in, with ``/``; files on top, in ``annotations/``
-    and in folders of splits count too. ``labels``: the names of class folders: a text that names
-    them alone is none of labels.
+    ``roots``: the folders that class folders lie in, with ``/``; files in the folders around them,
+    on top, in ``annotations/`` and in folders of splits count. ``labels``: the names of class
+    folders: a text that names them alone is none of labels.
     """
     names = [
         name
         for name in storage.names()
-        if not is_image(name) and (f"{folder_of(name)}/" in roots or may_stand_for(name))
+        if not is_image(name)
+        and (may_stand_for(name) or any(root.startswith(f"{folder_of(name)}/") for root in roots))
     ]
     texts = []
     for name in names:

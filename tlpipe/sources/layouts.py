@@ -154,38 +154,46 @@ def check_images(storage: Storage, layout: Layout, address: str, *, is_told: boo
 
     Raises:
         DataError: one holds mostly other files, or most of its images have a file of their name
-            beside them. Files without an ending may be images.
+            beside them. Files without an ending may be images; where somebody has said it, so may
+            those with an unknown one.
     """
     images, others, described = (Counter[str]() for _ in range(3))
-    example: dict[str, str] = {}
+    example: dict[tuple[str, bool], str] = {}
     for _, group in groupby(storage.names(), key=lambda name: name.rpartition(".")[0] or name):
         names = list(group)
         found = layout.read(names[0])
         if not isinstance(found, Candidate):
             continue
-        of_stem = [name for name in names if is_image(name)]
-        rest = [name for name in names if not is_image(name) and "." in name.rpartition("/")[2]]
-        images[found.label] += len(names) - len(rest)
-        others[found.label] += len(rest)
-        if of_stem and (twins := [name for name in rest if name.lower().endswith(_DESCRIBE)]):
-            described[found.label] += len(of_stem)
-            example.setdefault(found.label, twins[0])
-        elif rest and not images[found.label]:
-            example.setdefault(found.label, rest[0])
+        label, rest = found.label, [name for name in names if _is_other(name, known=is_told)]
+        images[label] += len(names) - len(rest)
+        others[label] += len(rest)
+        if rest:
+            example.setdefault((label, False), rest[0])
+        if len(names) > len(rest) and (twins := [name for name in rest if _is_other(name)]):
+            described[label] += len(names) - len(rest)
+            example.setdefault((label, True), twins[0])
     for label, count in others.items():
-        if 2 * described[label] > images[label] and not is_told:
+        is_described = 2 * described[label] > images[label] and not is_told
+        if is_described:
             what = f"{images[label]} images, {described[label]} of them beside a file of their name"
         elif count > images[label] and not (is_told and images[label]):
             what = f"{images[label]} images and {count} other files"
         else:
             continue
-        shown = f", such as {example[label]}" if label in example else ""
+        shown = f", such as {example[label, is_described]}"
         told = "" if is_told or not images[label] else ", or set ingest.kind: folders"
         raise DataError(
             f"{address}: the folder {label} would be a class, and holds {what}{shown}; expected "
             f"images. If such files hold the labels, export them as COCO, Pascal VOC or a table. "
             f"If not, move them away{told}."
         )
+
+
+def _is_other(name: str, *, known: bool = True) -> bool:
+    """Return whether a file is no image by its ending; ``known``: and one that describes images."""
+    if known:
+        return name.lower().endswith(_DESCRIBE)
+    return not is_image(name) and "." in name.rpartition("/")[2]
 
 
 def _unwrapped(storage: Storage, root: str) -> str:

@@ -7,7 +7,6 @@ error that names what was seen and the key to set.
 import csv
 import io
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -36,7 +35,7 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # Names of columns that may say splits, or what images of one group have in common.
 _MAY_BE: dict[Role, re.Pattern[str]] = {
     "split": re.compile(
-        r"is_?(train|val|test|holdout).*|.*split.*|.*(partition|fold).*|(data_?)?set|phase|usage"
+        r"is_?(train\w*|val(id(ation)?)?|test\w*|hold_?out)|.*split.*|.*(partition|fold).*|(data_?)?set|phase|usage"
     ),
     "group": re.compile(
         r"(patient|subject|person|participant|donor|animal|individual|lesion|case|study|series"
@@ -274,12 +273,12 @@ def _cells(
         cells = [_plain(cell) for cell in _split_line(first, separator)]
         return len(known & set(cells)), len(cells)
 
+    separator = is_said[1] if is_said else max(_SEPARATORS, key=fit)
+    lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
     try:
-        separator = is_said[1] if is_said else max(_SEPARATORS, key=fit)
-        lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
         rows = [row for row in lines if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise NotATableError(f"a line cannot be read: {error}") from None
+        raise NotATableError(f"line {lines.line_num} cannot be read: {error}") from None
     how = f"separated by {_SEPARATORS.get(separator, separator)}, in {encoding}"
     header = [cell.strip() for cell in rows[0]]
     if not columns and not fit(separator)[0]:
@@ -306,7 +305,10 @@ def _cells(
 
 
 def _split_line(line: str, separator: str) -> list[str]:
-    return next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
+    try:
+        return next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
+    except csv.Error:  # who reads all lines says so
+        return []
 
 
 def decoded(data: bytes) -> tuple[str, str]:
@@ -458,9 +460,11 @@ def _check_unused(
         if role in roles or role in columns:
             continue
         for place in unused:
-            values = Counter(row[place].strip() for row in rows)
-            if pattern.fullmatch(_plain(header[place])) and 1 < len(values) < len(rows):
-                column = header[place]
+            column = header[place]
+            if not pattern.fullmatch(_plain(column)):
+                continue
+            values = {row[place].strip() for row in rows} - {""}
+            if 1 < len(values) < len(rows):
                 raise DataError(
                     f"{name} has the column {column!r}, which is called like one of {role}s "
                     f"(values {some(sorted(values))}) and is not used. Say what it is: "
