@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -41,6 +42,16 @@ def web(photos: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         serving.join()
+
+
+def client_of(bucket: dict[str, str]) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=bucket["AWS_ENDPOINT_URL"],
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    )
 
 
 def failing_after(reads: int, status: int) -> Fate:
@@ -239,6 +250,18 @@ def test_a_bucket_that_fails_meanwhile_is_no_source_of_bad_images(
 
 
 @pytest.mark.slow
+def test_folders_made_in_the_console_of_a_bucket_are_no_images(
+    empty: Workspace, photos: Path, bucket: dict[str, str]
+) -> None:
+    local = Workspace(empty.path, {**empty.env, **bucket})
+    local.run("python", "-c", UPLOAD, str(photos), "photos")
+    for key in ("photos/", "photos/dark/", "photos/light/"):
+        client_of(bucket).put_object(Bucket="bucket", Key=key, Body=b"")
+    local.set_source("s3://bucket/photos")
+    assert "24 images in 2 classes, 0 rejected" in local.run("tlpipe", *INGEST).stderr
+
+
+@pytest.mark.slow
 @pytest.mark.fault("D68")
 def test_a_bucket_that_cannot_be_listed_is_not_empty(
     empty: Workspace, photos: Path, bucket: dict[str, str]
@@ -273,13 +296,7 @@ def test_an_object_that_changes_after_the_listing_is_no_part_of_the_data(
     for path in photos.rglob("*.png"):
         path.write_bytes(path.read_bytes().ljust(500, b"\0"))
     local.run("python", "-c", UPLOAD, str(photos), "photos")
-    client = boto3.client(
-        "s3",
-        endpoint_url=bucket["AWS_ENDPOINT_URL"],
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-        region_name="us-east-1",
-    )
+    client = client_of(bucket)
 
     def fate(method: str, path: str) -> int | None:
         if method == "GET" and path.endswith("light/5.png"):

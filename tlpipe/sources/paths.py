@@ -35,6 +35,7 @@ class Match(NamedTuple):
         return Reject(stated, "missing", f"{by} names it{other}{near}")
 
 
+_LOOKED_AT = 50  # files of one name that a missing one may be
 _BESIDE, _FROM_SOURCE, _BELOW, _ABSOLUTE = range(4)
 
 
@@ -105,7 +106,7 @@ class Files:
                 for key in {name, _stem(name)}:
                     self._by_loose[_loose(key.rpartition("/")[2])].append(name)
         is_absolute = path.startswith("/") or path[1:3] == ":/"
-        for name in self._by_loose.get(_loose(path.rpartition("/")[2]), ()):
+        for name in self._by_loose.get(_loose(path.rpartition("/")[2]), [])[:_LOOKED_AT]:
             for full in (name, _stem(name)):
                 parts = 1 + path.strip("/").count("/")
                 if is_absolute:

@@ -25,11 +25,12 @@ class Remote(Listed):
         self._filesystem = filesystem
         self._root = root.rstrip("/") + "/"
         filesystem.invalidate_cache()  # or an earlier listing of this process is taken
-        # The size, where it is stated, and the tag that the server gives each content.
+        # The size, where it is stated, and the tag that the server gives each content. S3's console
+        # makes objects of no bytes for folders, whose names end with a slash.
         self._known = {
             path.removeprefix(self._root): (info.get("size"), str(info.get("ETag") or ""))
             for path, info in _listed(filesystem, root).items()
-            if path.startswith(self._root)
+            if path.startswith(self._root) and not path.endswith("/")
         }
         kept = [name for name in self._known if not any(map(is_ignored, name.split("/")))]
         check_collisions(root, kept)

@@ -242,7 +242,8 @@ def _flagged(column: str, name: str) -> dict[str, str]:
     if split == "train":
         raise DataError(
             f"the column {column!r} of {name} says which images train, and not what the others are "
-            f"for; expected train, validation and test in a column. Write them into one."
+            f"for; expected train, validation and test in a column. Write them into one and name "
+            f"it, or say that there is none: ingest.columns: {{split: null}}."
         )
     return {word.casefold(): split if flag else "train" for word, flag in _FLAGS.items()}
 
@@ -465,11 +466,13 @@ def _check_unused(
                 continue
             values = {row[place].strip() for row in rows} - {""}
             if 1 < len(values) < len(rows):
+                is_readable = role == "group" or _flagged(column, name)
+                words = "" if is_readable else " with the words train, validation and test in it"
                 raise DataError(
-                    f"{name} has the column {column!r}, which is called like one of {role}s "
+                    f"{name} has the column {column!r}, which is called as if it held {role}s "
                     f"(values {some(sorted(values))}) and is not used. Say what it is: "
-                    f"ingest.columns: {{{role}: {column}}}, or that it is none: ingest.columns: "
-                    f"{{{role}: null}}."
+                    f"ingest.columns: {{{role}: {column}}}{words}, or that it is none: "
+                    f"ingest.columns: {{{role}: null}}."
                 )
     return [header[place] for place in unused if header[place]]
 
