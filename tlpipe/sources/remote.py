@@ -47,22 +47,23 @@ class Remote(Listed):
         check_inside(name)
         if name not in self._known:
             raise ImageError("missing", "there is no such file")
-        size, tag = self._known[name]
+        (size, tag), how = self._known[name], "changed"
         check_size(size or 0)
         address = self._filesystem.unstrip_protocol(self._root + name)
         try:
             data, found = attempt(
                 lambda: self._fetch(name, tag), address, failures=(Exception,), but=_is_an_answer
             )
-        except OSError:
+        except OSError as error:
             data, found = b"", None
+            how = "is gone" if isinstance(error, FileNotFoundError) else "changed"
         if found != tag or (size is not None and len(data) != size):
             known = [f"{size} bytes"] if size is not None else []
             known += [f"the tag {tag}"] if tag else []
             before = f"had {' and '.join(known)}" if known else "was there"
             raise DataError(
-                f"{address} {'is gone' if found is None else 'changed'} while the source was read: "
-                f"when it was listed it {before}. Let the source be finished, then run again."
+                f"{address} {how} while the source was read: when it was listed it {before}. Let "
+                f"the source be finished, then run again."
             )
         check_size(len(data))
         return data
