@@ -32,9 +32,10 @@ def attempt(
             return action()
         except TlpipeError:
             raise
-        except failures as error:
+        except failures as raised:
+            error = _unmasked(raised)
             if but(error):
-                raise
+                raise error from None
             found = f"{type(error).__name__}: {error}"
             if pause_s is None:
                 raise StoreError(
@@ -45,3 +46,16 @@ def attempt(
             _log.warning("%s: %s; trying again in %g s", what, found, pause_s)
         time.sleep(pause_s)
     raise AssertionError
+
+
+def _unmasked(error: Exception) -> Exception:
+    """Return what failed where fsspec says that a file is not there.
+
+    It says so of a web server's file whatever fails while it asks for the size. What s3fs says so
+    of has an answer of the server.
+    """
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    is_answer = hasattr(cause, "response") or getattr(cause, "status", None) in (404, 410)
+    return error if is_answer else cause

@@ -41,19 +41,30 @@ def data_version(workspace: Path) -> str:
 
     def ask() -> str:
         with Repo(str(workspace)) as repo:
-            source = repo.stage.load_one("dvc.yaml", "ingest").deps[0]
+            source = repo.stage.load_one(str(workspace / "dvc.yaml"), "ingest").deps[0]
             return str(source.get_hash().value or "")
 
+    answers = DvcException, FileNotFoundError, UnicodeEncodeError
     try:
         # A source in a store is listed for it: see sources.remote.
         return attempt(
             ask,
             "DVC's hash of the source",
             failures=(Exception,),
-            but=lambda error: isinstance(error, DvcException),
+            but=lambda error: isinstance(error, answers),
         )
     except NotDvcRepoError:
         return ""
+    except FileNotFoundError as error:
+        raise DataError(
+            f"ingest.source is not there, so DVC cannot tell its version: {error}. Check "
+            f"ingest.source in params.yaml; what DVC tracks comes with 'dvc pull'."
+        ) from None
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{error.object!r} has a name that is not UTF-8, so DVC cannot tell the version of "
+            f"ingest.source. Rename it."
+        ) from None
     except DvcException as error:
         raise DataError(
             f"DVC cannot tell the version of ingest.source: {type(error).__name__}: "
@@ -80,12 +91,13 @@ def check_hidden(workspace: Path, source: Path, *, hide: bool = False) -> None:
     root = workspace.resolve()
     own, hidden = _read_ignored(workspace)
     found: dict[str, str] = {}
-    for path, what in _unreadable(source):
+    unreadable = attempt(lambda: list(_unreadable(source)), str(source)) if source.is_dir() else []
+    for path, what in unreadable:
         place = path.parent.resolve() / path.name
         if not place.is_relative_to(root) or not str(path).isprintable():
             raise DataError(
                 f"{str(path)!r} is {what}, which DVC cannot read, and {_IGNORE} cannot name it: it "
-                f"lies outside the workspace or has control characters. Remove it."
+                f"lies outside the workspace, or its name is not printable. Rename or remove it."
             )
         found["/" + _escaped(place.relative_to(root).as_posix())] = f"{path} is {what}"
     if hide:
@@ -127,7 +139,10 @@ def _read_ignored(workspace: Path) -> tuple[list[str], list[str]]:
 
 
 def _unreadable(source: Path) -> Iterator[tuple[Path, str]]:
-    for folder, subfolders, names in os.walk(source):
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(source, onerror=fail):
         for name in sorted(names):
             if what := _why_unreadable(Path(folder, name)):
                 yield Path(folder, name), what
@@ -137,7 +152,10 @@ def _unreadable(source: Path) -> Iterator[tuple[Path, str]]:
 def _why_unreadable(path: Path) -> str:
     """Return what keeps DVC from reading a file, or nothing."""
     try:
+        str(path).encode()
         mode = path.stat().st_mode
+    except UnicodeEncodeError:
+        return "a file whose name is not UTF-8"
     except OSError:
         return "a link that leads nowhere"
     if not stat.S_ISREG(mode):

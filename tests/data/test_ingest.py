@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from tests.conftest import Workspace
+from tests.conftest import ROOT, Workspace
 from tlpipe import files, retries
 from tlpipe.data import pixels as packed
 from tlpipe.data import reading
@@ -557,6 +557,50 @@ def test_bursts_of_near_copies_are_paired_as_if_new(empty: Workspace, photos: Pa
     empty.ingest()
     assert len(empty.rows("out/duplicates.csv")) > 20
     assert_as_if_new(empty)
+
+
+WITHOUT_EFFECT = {
+    "folders": ({"columns": {"group": "patient"}}, "read from folders, and from no table"),
+    "a pattern": (
+        {"pattern": "(?P<label>[a-z]+)/", "columns": {"label": "x"}},
+        "read from folders, and from no table",
+    ),
+    "an archive": ({"follow_links": True}, "is no folder of this machine, and has no links"),
+    "built-in": ({"label_files": "*.csv", "kind": "coco"}, "is a built-in data set"),
+    "8 bits": ({"value_range": [0, 4095]}, "no picture of .*photos has more than 8 bits"),
+}
+
+
+@pytest.mark.fault("T16")
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_what_has_no_effect_on_a_source_is_an_error(
+    empty: Workspace, photos: Path, name: str
+) -> None:
+    options, reason = WITHOUT_EFFECT[name]
+    source = photos
+    if name == "an archive":
+        source = Path(shutil.make_archive(str(photos), "zip", photos))
+    elif name == "built-in":
+        source = ROOT / "data" / "textures.yaml"
+    empty.configure("ingest", source=str(source), **options)
+    error = empty.ingest(code=3)
+    assert re.search(rf"(has|have) no effect: .*{reason}\. Take it out", error)
+    assert all(f"ingest.{key}: " in error for key in options if key != "pattern")
+    assert not (empty.path / "out" / "manifest.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"path": "file", "label": "file"}, "one column cannot be two things"),
+        ({"label": None}, "a table without label says nothing"),
+    ],
+)
+def test_columns_that_cannot_be_meant_are_an_error(
+    empty: Workspace, columns: dict[str, str | None], reason: str
+) -> None:
+    empty.configure("ingest", columns=columns)
+    assert reason in empty.ingest(code=3)
 
 
 @pytest.mark.parametrize("damage", ["duplicates.csv", "manifest.csv", "pixels/index.json"])

@@ -2,9 +2,11 @@
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -106,7 +108,25 @@ def of(text: Callable[[Path, Rows], str]) -> Callable[[Path], None]:
 
 NONE = {"": 8}
 THREE = {"train": 8, "validation": 4, "test": 4}
+
+
+def encoded(encoding: str, *, first: str = "", line_end: str = "\n") -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        text = first + table(flat(root / "images"))
+        put(root / "labels.csv", text.replace("\n", line_end).encode(encoding))
+
+    return write
+
+
 READ = {
+    "old Macintosh": (encoded("utf-8", line_end="\r"), CLASSES, NONE, "8 rows"),
+    "UTF-16, no byte-order mark": (encoded("utf-16-le"), CLASSES, NONE, "in UTF-16-LE without a"),
+    "UTF-16, big end first": (encoded("utf-16-be"), CLASSES, NONE, "in UTF-16-BE without a"),
+    "Excel's first line": (encoded("utf-8", first="sep=,\n"), CLASSES, NONE, "separated by commas"),
+    "columns that are not used": (
+        of(lambda _, rows: table(rows, header="path,label,width,camera", line="images/{},{},9,b")),
+        CLASSES, NONE, "paths from 'path'; not used: 'width', 'camera'",
+    ),
     "filename, class": (
         of(lambda _, rows: table(rows, header="filename,class")), CLASSES, NONE,
         "labels from 'class', paths from 'filename'",
@@ -209,6 +229,40 @@ def test_what_others_write_is_read_and_said(name: str, tmp_path: Path) -> None:
 
 
 REFUSED = {
+    "boxes": (
+        of(lambda _, rows: table(
+            rows, header="filename,class,xmin,ymin,xmax,ymax", line="{},{},1,1,9,9"
+        )),
+        r"its columns xmin and ymin say that it is a table of boxes; export it as COCO or Pascal "
+        r"VOC. .* ingest.columns: {label: COLUMN}",
+    ),
+    "boxes of another program": (
+        of(lambda _, rows: table(rows, header="image_id,label,bbox", line='{},{},"[1, 2, 3, 4]"')),
+        r"its columns bbox say that it is a table of boxes",
+    ),
+    "a comment": (
+        of(lambda _, rows: "# by X\n" + table(rows)),
+        r"its first line is a comment \(# by X\); expected the header",
+    ),
+    "Cyrillic": (
+        lambda root: put(
+            root / "labels.csv",
+            table([(n, "стекло") for n, _ in flat(root / "images")]).encode("cp1251"),
+        ),
+        r"line 2 is no UTF-8, and would read 'ñòå' in Windows-1252; save it as UTF-8",
+    ),
+    "one damaged letter": (
+        lambda root: put(
+            root / "labels.csv",
+            table([(n, "Käfer") for n, _ in flat(root / "images")]).encode() + b"a.jpg,\xff\n",
+        ),
+        r"line 10 is no UTF-8, and other lines are; save it as UTF-8",
+    ),
+    "a column twice": (
+        of(lambda _, rows: table(rows, header="path,label,Label", line="images/{0},{1},{1}")),
+        r"has the columns 'label' and 'Label', of which each may be the label; expected one. "
+        r"Rename one.",
+    ),
     "unknown columns": (
         of(lambda _, rows: table(rows, header="photo,species")),
         r"labels.csv, .* not read: its columns are 'photo', 'species', and none is known to hold "
@@ -281,6 +335,180 @@ def test_what_is_not_plain_is_an_error_that_names_the_key(name: str, tmp_path: P
         pass
 
 
+def batches(root: Path) -> Rows:
+    """Write images of both classes into two folders that are plainly no classes."""
+    rows = [(f"batch{1 + i % 2}/img_{i:03}.jpg", CLASSES[i // 2 % 2]) for i in range(12)]
+    for name, label in rows:
+        put(root / name, f"{name} {label}")
+    return rows
+
+
+UNREAD = [
+    *("labels.xlsx", "labels.xls", "labels.ods", "imagelabels.mat", "labels.csv.gz", "set.feather"),
+    *("set.arrow", "labels.npy", "labels.pkl", "labels.db", "set.tfrecord", "annotations.zip"),
+    *("annotations.json.zip", "annotations/x.mat", "labels/train.sqlite3"),
+]
+
+
+@pytest.mark.fault("D69")
+@pytest.mark.parametrize("name", UNREAD)
+def test_folders_are_no_classes_beside_a_file_that_may_hold_labels(
+    name: str, tmp_path: Path
+) -> None:
+    batches(tmp_path)
+    put(tmp_path / name, b"\0")
+    with (
+        pytest.raises(DataError, match=rf"holds {name}, which may hold .* CSV.* ingest.kind: fold"),
+        listing.opened(str(tmp_path)),
+    ):
+        pass
+
+
+TEXTS = {
+    "labels.txt": "{} {}",
+    "_annotations.txt": "{}\t{}",
+    "train.lst": "0 {1} {0}",
+    "labels": "{0},1,2,{1}",
+    "set.yaml": "{}: {}",
+    "annotations/list.txt": "{0:.14} {1}",
+}
+
+
+@pytest.mark.fault("D69")
+@pytest.mark.parametrize("name", TEXTS)
+def test_folders_are_no_classes_beside_a_text_that_names_the_images(
+    name: str, tmp_path: Path
+) -> None:
+    lines = [TEXTS[name].format(path, label) for path, label in batches(tmp_path)]
+    put(tmp_path / name, "# of the set\n" + "\n".join(lines))
+    with (
+        pytest.raises(
+            DataError, match=rf"holds {name}, .* it names images \(.*img_000.*; write it"
+        ),
+        listing.opened(str(tmp_path)),
+    ):
+        pass
+    if "/" not in name:
+        with listing.opened(str(tmp_path), kind="folders") as source:
+            assert source.counts == {"batch1": 6, "batch2": 6}
+
+
+@pytest.mark.fault("D69")
+def test_what_names_no_images_beside_class_folders_is_harmless(tmp_path: Path) -> None:
+    """Nor do numbers of classes that are names of images too, or checksums."""
+    for label in CLASSES:
+        for i in range(6):
+            put(tmp_path / label / f"{i}.jpg", f"{label} {i}")
+    put(tmp_path / "README.txt", "Ants and bees.\nSee ant/1.jpg and bee/1.jpg.\nTaken\nby\nus.\n")
+    put(tmp_path / "LICENSE", "Do what you want.")
+    put(tmp_path / "README.md", "ant/1.jpg\nbee/1.jpg")
+    put(tmp_path / "classes.txt", "0 ant\n1 bee\n")
+    put(tmp_path / "names.txt", "ant\nbee\n")
+    put(tmp_path / "sums.txt", "".join(f"{i:032x} ant/{i}.jpg\n" for i in range(6)))
+    put(tmp_path / "old.zip", b"PK")
+    put(tmp_path / "notes.dat", b"\0\xff")
+    with listing.opened(str(tmp_path)) as source:
+        assert source.counts == {"ant": 6, "bee": 6}
+
+
+@pytest.mark.fault("D69")
+def test_a_table_that_lies_beside_wrapped_class_folders_is_not_passed_over(tmp_path: Path) -> None:
+    rows = batches(tmp_path / "data" / "set" / "images")
+    put(tmp_path / "data" / "set" / "labels.csv", table(rows))
+    with (
+        pytest.raises(DataError, match=r"set/labels.csv, .*ingest.label_files: set/labels.csv re"),
+        listing.opened(str(tmp_path / "data")),
+    ):
+        pass
+    with listing.opened(str(tmp_path / "data"), label_files="set/labels.csv") as source:
+        assert source.counts == {"ant": 6, "bee": 6}
+
+
+LAYERS = {
+    "dates": ["2023-01-02", "2023-01-03"],
+    "folds": ["fold1", "fold2"],
+    "splits by other words": ["Lernen", "Test"],
+    "patients": [f"patient {number}" for number in range(8)],
+    "dates of splits": ["train/mon", "train/tue", "test/mon", "test/tue"],
+    "two layers": ["2023/01", "2023/02", "2024/01", "2024/02"],
+}
+
+
+@pytest.mark.fault("D41")
+@pytest.mark.parametrize("name", LAYERS)
+def test_folders_that_all_hold_the_same_folders_are_no_classes(name: str, tmp_path: Path) -> None:
+    """The pattern that is named reads the folders inside, the other one those on top."""
+    for number, folder in enumerate(LAYERS[name]):
+        inside = (*CLASSES, "wasp") if number == 1 else CLASSES  # nearly the same
+        folders(tmp_path / folder, inside, start=10 * number)
+    with (
+        pytest.raises(DataError, match=r"in place of classes .* same folders \(ant, bee") as found,
+        listing.opened(str(tmp_path)),
+    ):
+        pass
+    said = str(found.value)
+    assert ("as Test, call the others so too" in said) == (name == "splits by other words")
+    inner, outer = re.findall(r"ingest\.pattern: '(.*?)'", said)
+    with listing.opened(str(tmp_path), pattern=inner) as source:
+        assert set(source.counts) == {*CLASSES, "wasp"}
+        read = list(source.candidates())
+    assert len({candidate.group for candidate in read}) == (8 if name == "patients" else 1)
+    assert len({candidate.split for candidate in read}) == (2 if "splits" in name[-9:] else 1)
+    with listing.opened(str(tmp_path), pattern=outer) as source:
+        assert not set(source.counts) & {*CLASSES}
+
+
+def test_folders_inside_of_classes_with_images_are_left_to_them(tmp_path: Path) -> None:
+    for label in CLASSES:
+        folders(tmp_path / label, ("near", "far"))
+        folders(tmp_path, (label,))
+    with listing.opened(str(tmp_path)) as source:
+        assert source.counts == {"ant": 12, "bee": 12}
+
+
+@pytest.mark.fault("D69")
+@pytest.mark.parametrize("suffix", ["txt", "json", "xml"])
+def test_a_file_beside_each_image_is_not_passed_over(suffix: str, tmp_path: Path) -> None:
+    folders(tmp_path)
+    with listing.opened(str(tmp_path)):
+        pass
+    for path in list(tmp_path.rglob("*.jpg")):
+        put(path.with_suffix(f".{suffix}"), "<x/>" if suffix == "xml" else "a brown ant")
+    message = rf"the folder ant would be a class, and holds 4 images, 4 .* ant/ant_000.{suffix};"
+    if suffix != "xml":
+        with pytest.raises(DataError, match=message), listing.opened(str(tmp_path)):
+            pass
+    with listing.opened(str(tmp_path), kind="folders") as source:
+        assert set(source.counts) == {"ant", "bee"}
+
+
+def test_images_of_other_endings_are_images(tmp_path: Path) -> None:
+    """Nor are unknown endings refused where somebody has said that folders are classes."""
+    for i in range(4):
+        put(tmp_path / "ant" / f"{i}.jfif")
+        put(tmp_path / "bee" / f"{i}")
+    with listing.opened(str(tmp_path)) as source:
+        assert source.counts == {"ant": 4, "bee": 4}
+    for i in range(4):
+        put(tmp_path / "fly" / f"{i}.img")
+    message = "the folder fly would be a class, and holds 0 images and 4 other files, such as fly/0"
+    with pytest.raises(DataError, match=message), listing.opened(str(tmp_path)):
+        pass
+    with listing.opened(str(tmp_path), kind="folders") as source:
+        assert source.counts == {"ant": 4, "bee": 4, "fly": 4}
+
+
+@pytest.mark.fault("D69")
+@pytest.mark.parametrize("kind", ["auto", "folders"])
+def test_a_folder_without_images_is_no_class(kind: listing.Kind, tmp_path: Path) -> None:
+    """As YOLO's, where no file says that it is."""
+    for name, _ in flat(tmp_path / "images"):
+        put(tmp_path / "labels" / name.replace("jpg", "txt"), "0 .5 .5 .3 .3")
+    message = r"the folder labels would be a class, and holds 0 images and 8 other files, such as"
+    with pytest.raises(DataError, match=message), listing.opened(str(tmp_path), kind=kind):
+        pass
+
+
 @pytest.mark.fault("D40")
 def test_columns_can_be_named(tmp_path: Path) -> None:
     rows = flat(tmp_path / "images")
@@ -302,6 +530,99 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
         listing.opened(str(tmp_path), columns={"path": "photo", "label": "kind"}),
     ):
         pass
+
+
+MAY_BE = {
+    "is_valid": ("split", ["True", "False"]),
+    "Is Test": ("split", ["0", "1"]),
+    "fold": ("split", ["0", "1", "2"]),
+    "patient_id": ("group", ["p1", "p2", "p3"]),
+    "Subject": ("group", ["a", "b"]),
+    "lesion_id": ("group", ["1", "2", "3", "4"]),
+    "series": ("group", ["x", "y"]),
+}
+
+
+@pytest.mark.fault("D70")
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+@pytest.mark.parametrize("column", MAY_BE)
+def test_a_column_that_may_hold_splits_or_groups_is_asked_for(
+    column: str, form: str, tmp_path: Path
+) -> None:
+    import pandas as pd
+
+    role, values = MAY_BE[column]
+    content = [(f"images/{n}", label) for n, label in flat(tmp_path / "images")]
+    frame = pd.DataFrame(content, columns=["path", "label"])
+    frame[column] = [values[i // 2 % len(values)] for i in range(8)]
+    frame.to_csv(tmp_path / "labels.csv", index=False)
+    if form == "parquet":
+        frame.to_parquet(tmp_path / "labels.parquet")
+        (tmp_path / "labels.csv").unlink()
+    named, none = (re.escape(f"ingest.columns: {{{role}: {name}}}") for name in (column, "null"))
+    message = rf"'{column}', which is called as if it held {role}s .*{named}.*, or .*{none}"
+    with (
+        pytest.raises(DataError, match=message),
+        listing.opened(str(tmp_path)),
+    ):
+        pass
+    given = cast(listing.tables.Role, role)
+    with listing.opened(str(tmp_path), columns={given: None}) as source:
+        assert source.counts == {"ant": 4, "bee": 4}
+        assert f"not used: '{column}'" in " ".join(source.notes)
+    if column == "fold":
+        return
+    with listing.opened(str(tmp_path), columns={given: column}) as source:
+        found = [getattr(candidate, role) for candidate in source.candidates()]
+    if role == "group":
+        assert len(set(found)) == len(values)
+    else:
+        is_held_out = {"True", "1"}
+        held_out = [values[i // 2 % 2] in is_held_out for i in range(8)]
+        assert [split == "test" for split in found] == held_out  # there is one kind of these
+
+
+@pytest.mark.fault("D70")
+def test_true_and_false_say_the_split_that_their_column_is_called(tmp_path: Path) -> None:
+    lines = table(flat(tmp_path / "images"), header="path,label,is_train", line="images/{},{},1")
+    put(tmp_path / "labels.csv", lines)
+    with (
+        pytest.raises(DataError, match=r"'is_train' of labels.csv says which images train,"),
+        listing.opened(str(tmp_path), columns={"split": "is_train"}),
+    ):
+        pass
+
+
+NEAR = {
+    "upper and lower case": "images/IMG_000.JPG",
+    "quotes or spaces": "'images/img_000.jpg'",
+    "Unicode's normal form (NFC and NFD)": "images/K\u00e4fer.jpg",
+    "quotes or spaces and upper and lower case": "`images/Img_000.jpg`",
+}
+
+
+@pytest.mark.fault("D40")
+@pytest.mark.parametrize("head", ["", "/data/set/"])
+@pytest.mark.parametrize("what", NEAR)
+def test_a_missing_file_that_is_called_nearly_so_is_named(
+    what: str, head: str, tmp_path: Path
+) -> None:
+    rows = flat(tmp_path / "images")
+    put(tmp_path / "images" / "Ka\u0308fer.jpg")
+    lines = table(rows[1:]) + f"{head}{NEAR[what]},ant\n"
+    put(tmp_path / "labels.csv", lines)
+    with listing.opened(str(tmp_path)) as source:
+        (reject,) = source.rejects
+    assert reject.reason == "missing"
+    assert reject.detail.endswith(f"jpg differs only in {what}")
+    assert reject.detail.startswith("row 8 of labels.csv names it; images/")
+
+
+def test_a_file_of_another_folder_is_not_called_nearly_so(tmp_path: Path) -> None:
+    rows = flat(tmp_path / "images")
+    put(tmp_path / "labels.csv", table(rows[1:]) + "photos/IMG_000.jpg,ant\n")
+    with listing.opened(str(tmp_path)) as source:
+        assert [reject.detail for reject in source.rejects] == ["row 8 of labels.csv names it"]
 
 
 def test_whole_numbers_with_gaps_are_whole_labels_and_images_are_not_loaded(tmp_path: Path) -> None:
@@ -379,11 +700,12 @@ def test_a_name_with_words_of_several_splits_says_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("D43")
-def test_a_folder_that_dvc_has_is_said_to_be_pulled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["photos", "photos/small", "photos/2024/small.zip"])
+def test_a_folder_that_dvc_has_is_said_to_be_pulled(tmp_path: Path, place: str) -> None:
     put(tmp_path / "photos.dvc", "outs:\n- path: photos\n")
     with (
-        pytest.raises(DataError, match=r"photos is not here, but DVC has it: run 'dvc pull"),
-        listing.opened(str(tmp_path / "photos")),
+        pytest.raises(DataError, match=rf"{place} is not here, but .* 'dvc pull .*/photos.dvc'"),
+        listing.opened(str(tmp_path / place)),
     ):
         pass
 

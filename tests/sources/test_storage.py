@@ -10,11 +10,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from PIL import Image
 
 from tests.conftest import INGEST, Workspace
+from tlpipe import versioning
 from tlpipe.errors import DataError, ImageError
-from tlpipe.sources import archives
+from tlpipe.sources import archives, listing
 
 
 def contents(workspace: Workspace) -> dict[str, bytes]:
@@ -76,6 +78,77 @@ def test_a_zip_with_backslashes_is_read(empty: Workspace, photos: Path, tmp_path
     empty.set_source(tmp_path / "packed.zip")
     empty.ingest()
     assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"dark", "light"}
+
+
+UNKNOWN = {"RAR": b"Rar!\x1a\x07\0", "7-Zip": b"7z\xbc\xaf'\x1c", "Zstandard": b"\x28\xb5\x2f\xfd"}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_archive_of_another_kind_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "photos").write_bytes(UNKNOWN[kind] + b"\0" * 99)
+    message = rf"photos is an archive of the kind {kind}, which is not known; expected zip, or tar"
+    with pytest.raises(DataError, match=message), listing.opened(str(tmp_path / "photos")):
+        pass
+
+
+@pytest.mark.fault("D71")
+def test_an_encrypted_archive_is_refused_before_any_image_is_read(
+    photos: Path, tmp_path: Path
+) -> None:
+    """The flag stands in the directory of the archive."""
+    path = pack(photos, tmp_path / "packed.zip")
+    data = bytearray(path.read_bytes())
+    place = data.find(b"PK\1\2")
+    while place >= 0:
+        data[place + 8] |= 1
+        place = data.find(b"PK\1\2", place + 1)
+    path.write_bytes(data)
+    with (
+        pytest.raises(DataError, match=r"zip is encrypted \(.* members\); expect.*Unpack"),
+        listing.opened(str(path)),
+    ):
+        pass
+
+
+@pytest.mark.fault("D71")
+def test_a_part_of_a_split_archive_is_refused(photos: Path, tmp_path: Path) -> None:
+    path = pack(photos, tmp_path / "packed.zip")
+    data = bytearray(path.read_bytes())
+    data[data.rfind(b"PK\5\6") + 4] = 2  # the number of this file
+    path.write_bytes(data)
+    with (
+        pytest.raises(DataError, match=r"zip is the last of 3 files of a split archive"),
+        listing.opened(str(path)),
+    ):
+        pass
+
+
+def versioned(root: Path, source: str) -> Path:
+    """Make a folder a repository of DVC whose ``ingest`` reads a source."""
+    root.mkdir(exist_ok=True)
+    Repo.init(str(root), no_scm=True)
+    text = f"stages:\n  ingest:\n    cmd: tlpipe ingest\n    deps:\n    - {source}\n"
+    (root / "dvc.yaml").write_text(text)
+    return root
+
+
+@pytest.mark.fault("D72")
+def test_a_name_that_is_not_utf_8_is_said_and_no_dead_store(photos: Path) -> None:
+    root = versioned(photos.parent, "photos")
+    assert versioning.data_version(root).endswith(".dir")
+    versioning.check_hidden(root, photos)
+    (photos / "dark" / os.fsdecode(b"gr\xfcn.png")).write_bytes(b"")
+    with pytest.raises(DataError, match=r"gr.*n.png' is a file whose name is not UTF-8, which DVC"):
+        versioning.check_hidden(root, photos)
+    with pytest.raises(DataError, match=r"gr.*n.png' has a name that is not UTF-8.* Rename it"):
+        versioning.data_version(root)
+
+
+@pytest.mark.fault("D55")
+def test_a_source_that_is_not_there_is_no_dead_store(tmp_path: Path) -> None:
+    root = versioned(tmp_path, "photos")
+    with pytest.raises(DataError, match=r"ingest.source is not there, .*photos.*'dvc pull'"):
+        versioning.data_version(root)
 
 
 def around(workspace: Workspace) -> set[Path]:

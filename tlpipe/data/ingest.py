@@ -21,12 +21,13 @@ from tlpipe.data.images import FORMATS, HEIC_EXTRA, LIBHEIF, Sampling
 from tlpipe.data.journal import Journal
 from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
 from tlpipe.data.reading import FirstPass, Outcome, read_all
-from tlpipe.data.values import Measured
+from tlpipe.data.values import Measured, is_deep
 from tlpipe.errors import DataError
 from tlpipe.params import Section, check_effect
 from tlpipe.progress import track
 from tlpipe.sources import listing
 from tlpipe.sources.candidates import Reject
+from tlpipe.sources.storage import Folder
 from tlpipe.sources.tables import Role
 
 _log = logging.getLogger(__name__)
@@ -52,10 +53,11 @@ class Params(Section):
         description="For folders: a regular expression, searched in each file's path; its group "
         "'label', and if wanted 'split' and 'group', say what they match.",
     )
-    columns: dict[Role, str] = Field(
+    columns: dict[Role, str | None] = Field(
         default={},
         description="For tables: the names of columns by what they hold, such as {path: file, "
-        "label: species}, where they are not known ones.",
+        "label: species}, where they are not known ones; null where no column does, as in {group: "
+        "null}.",
     )
     label_files: str | None = Field(
         default=None,
@@ -108,6 +110,16 @@ class Params(Section):
             case [int() | float() as low, int() | float() as high] if low < high:
                 return float(low), float(high)
         raise ValueError("it must be auto, null or [LOW, HIGH], two numbers of which one is lower")
+
+    @field_validator("columns")
+    @classmethod
+    def _are_different(cls, columns: dict[Role, str | None]) -> dict[Role, str | None]:
+        named = [column for column in columns.values() if column is not None]
+        if missing := [role for role in ("path", "label") if columns.get(role, "") is None]:
+            raise ValueError(f"a table without {missing[0]} says nothing; it must name a column")
+        if len({*named}) < len(named):
+            raise ValueError("one column cannot be two things; it must name different columns")
+        return columns
 
     @field_validator("pattern")
     @classmethod
@@ -183,6 +195,11 @@ def run(
         refused = sorted([*journal.rejects, *source.rejects], key=lambda reject: reject.path)
         save_rejects(rejects, refused)
         usable = journal.labels(groups.keep)
+        if isinstance(params.value_range, tuple) and not measured.count:
+            entries = journal.entries(groups, data_version)
+            if not any(is_deep(entry.mode) for entry in entries):
+                reason = f"no picture of {params.source} has more than 8 bits"
+                check_effect("ingest", params, ("value_range",), reason)
         _check_usable(source.counts, usable, refused, rejects, params.max_rejected)
         writer = journal.pixels(groups.keep)
         entries = journal.entries(groups, data_version)
@@ -277,7 +294,7 @@ def opened(params: Params) -> Iterator[listing.Source]:
 
     Raises:
         DataError: as ``listing.opened``.
-        ParamsError: what is set for boxes has no effect, as there are none.
+        ParamsError: what is set for boxes, tables or links has no effect, as there are none.
     """
     with listing.opened(
         params.source,
@@ -288,12 +305,14 @@ def opened(params: Params) -> Iterator[listing.Source]:
         label_files=params.label_files,
         follow_links=params.follow_links,
     ) as source:
+        for fields, reason in _without_effect(params, source):
+            check_effect("ingest", params, fields, reason)
         if not source.has_boxes:
             reason = f"{params.source} holds no boxes"
             check_effect("ingest", params, ("background", "box_margin"), reason)
         for name, suffixes, advice in (
-            ("HEIF", (".heic", ".heif"), f"{HEIC_EXTRA} reads them"),
-            ("AVIF", (".avif",), "this Pillow was built without it"),
+            ("HEIF", (".heic", ".heif", ".hif"), f"{HEIC_EXTRA} reads them"),
+            ("AVIF", (".avif", ".avifs"), "this Pillow was built without it"),
         ):
             count = sum(source.suffixes[suffix] for suffix in suffixes)
             if count and name not in FORMATS:
@@ -301,6 +320,18 @@ def opened(params: Params) -> Iterator[listing.Source]:
                 text = f"{count} of {total} files are called {suffixes[0]} and cannot be read here"
                 source.notes.append(f"{text}: {advice}, or convert them")
         yield source
+
+
+def _without_effect(
+    params: Params, source: listing.Source
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield keys that have no effect on this source, and why."""
+    if source.read_from == "built-in":
+        yield ("kind", "pattern", "label_files"), f"{params.source} is a built-in data set"
+    if source.read_from != "table":
+        yield ("columns",), f"labels are read from {source.read_from}, and from no table"
+    if not isinstance(source.storage, Folder):
+        yield ("follow_links",), f"{params.source} is no folder of this machine, and has no links"
 
 
 def _decoder(box_margin: float) -> str:

@@ -1,15 +1,16 @@
 """Find annotation files, COCO's JSON and Pascal VOC's XML, and say why others are none."""
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
 from tlpipe.errors import ImageError
-from tlpipe.sources import coco, voc
+from tlpipe.sources import coco, tables, voc
 from tlpipe.sources.candidates import given_split
 from tlpipe.sources.paths import folder_of, is_image, some
 from tlpipe.sources.storage import Storage
@@ -22,6 +23,24 @@ EXPECTED = {
 # So many files of a folder are read at most to find out what they are.
 _LOOKED_AT = 50
 _DAMAGED = 10
+_LINES = 1000
+_READ = (*tables.SUFFIXES, ".json", ".jsonl", ".xml")
+# What programs keep labels in, also packed, as in labels.csv.gz; or what is packed and called so.
+_UNREAD = (
+    r"\.(xlsx?|xlsm|xlsb|ods|numbers|mat|npy|npz|pkl|pickle|feather|arrow|orc|avro|h5|hdf5|db"
+    r"|sqlite3?|mdb|accdb|dbf|sav|dta|rds|rdata|tfrecords?|rec|idx|ndjson)"
+)
+_PACKED = r"\.(gz|zip|bz2|xz|zst|7z|rar|tar|tgz)"
+_MAY_HOLD_LABELS = re.compile(
+    rf"{_UNREAD}({_PACKED})?$|\.(csv|tsv|txt|parquet|jsonl?|xml){_PACKED}$"
+    rf"|(label|annotation)[^/]*{_PACKED}$",
+    re.IGNORECASE,
+)
+_TEXT = re.compile(
+    r"(^|/)[^./]+$|\.(txt|text|lst|list|dat|data|names|tab|ya?ml|ini)$", re.IGNORECASE
+)
+_WORD = re.compile(r"""[^\s,;:|='"{}()\[\]]+""")
+_CHECKSUM = re.compile("[0-9a-f]{32}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,66 @@ def may_stand_for(name: str) -> bool:
     """Return whether a file lies where the labels of a whole source do: it must not be ignored."""
     folder = folder_of(name)
     return not folder or folder.lower() in ("annotations", "labels") or given_split(folder) != ""
+
+
+def unread(
+    storage: Storage, roots: Collection[str], labels: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield the files that may hold the labels of images in class folders, and half a sentence why.
+
+    ``roots``: the folders that class folders lie in, with ``/``; files in the folders around them,
+    on top, in ``annotations/`` and in folders of splits count. ``labels``: the names of class
+    folders: a text that names them alone is none of labels.
+    """
+    names = [
+        name
+        for name in storage.names()
+        if not is_image(name)
+        and (may_stand_for(name) or any(root.startswith(f"{folder_of(name)}/") for root in roots))
+    ]
+    texts = []
+    for name in names:
+        if _MAY_HOLD_LABELS.search(name):
+            yield name, "write what it holds as a table, a CSV, TSV or Parquet file"
+        elif name.lower().endswith(_READ) and not may_stand_for(name):
+            yield name, f"it does not lie on top; ingest.label_files: {name} reads it"
+        elif _TEXT.search(name):
+            texts.append(name)
+    lines = {name: _words_by_line(storage, name) for name in texts[:_LOOKED_AT]}
+    words = {word for found in lines.values() for line in found.values() for word in line}
+    images = (PurePosixPath(name).stem for name in storage.names() if is_image(name))
+    stems = {stem for stem in images if stem in words}
+    for name, found in lines.items():
+        if line := _line_naming_images(found, stems - {*labels}, len(labels)):
+            yield name, f"it names images ({line[:60]}); write it as a table with path and label"
+
+
+def _words_by_line(storage: Storage, name: str) -> dict[str, set[str]]:
+    """Return the words of each line of a text, of paths the last part; without checksums."""
+    try:
+        text, _ = tables.decoded(storage.read(name)[: 2**20])
+    except (ImageError, tables.NotATableError):
+        return {}
+    lines = [line.strip() for line in text.splitlines()[:_LINES]]
+    return {
+        line: {word.rpartition("/")[2] for word in _WORD.findall(line)}
+        for line in lines
+        if line and not _CHECKSUM.search(line)
+    }
+
+
+def _line_naming_images(
+    lines: Mapping[str, Collection[str]], stems: Collection[str], classes: int
+) -> str | None:
+    """Return the first line that names an image, if most lines do."""
+    naming = [
+        line for line, words in lines.items() if any(is_image(w) or w in stems for w in words)
+    ]
+    named = {word for line in naming for word in lines[line]}
+    files, others = sum(map(is_image, named)), sum(word in stems for word in named)
+    # Of the numbers in a list of classes, some may be images' names.
+    has_names = files > 1 or others > classes
+    return naming[0] if has_names and 2 * len(naming) >= len(lines) else None
 
 
 def _json(storage: Storage, names: Sequence[str], is_named: bool, notes: list[str]) -> list[str]:

@@ -40,6 +40,8 @@ MAX_EXPANSION = 100
 _SPARE_BYTES = 2**30
 _PIECE_BYTES = 2**20
 _LZMA_BYTES = 2**28  # of memory, for a dictionary of any size that is in use
+# Others that are recognised, by their first bytes.
+_UNKNOWN = {b"Rar!": "RAR", b"7z\xbc\xaf": "7-Zip", b"\x28\xb5\x2f\xfd": "Zstandard"}
 _log = logging.getLogger(__name__)
 _UTF8_FLAG = 0x800
 _END64_BYTES = 76  # of the records that may stand between the directory and its end
@@ -68,7 +70,7 @@ class Archive(Listed):
         """Return a member's bytes, never more than its header states.
 
         Raises:
-            ImageError: it is missing, encrypted, damaged or too large.
+            ImageError: it is missing, damaged or too large.
             StoreError: the disk or network that the archive lies on fails.
         """
         check_inside(name)
@@ -103,12 +105,13 @@ def open_archive(file: IO[bytes], address: str) -> Archive:
     """Open a zip or tar file; ``file`` is closed with the archive, or where it is none.
 
     Raises:
-        DataError: it is neither, damaged, too large when unpacked, or holds a member that would
-            lead outside, a link or a device.
+        DataError: it is neither, damaged, encrypted, a part of one, too large when unpacked, or
+            holds a member that would lead outside, a link or a device.
     """
     try:
         with ExitStack() as opened:
             opened.enter_context(file)
+            _check_known(file, address)
             if zipfile.is_zipfile(file):
                 members = _zip_members(file, address)
             else:
@@ -130,10 +133,25 @@ def open_archive(file: IO[bytes], address: str) -> Archive:
         ) from None
 
 
+def _check_known(file: IO[bytes], address: str) -> None:
+    start = file.read(4)
+    file.seek(0)
+    if start in _UNKNOWN:
+        raise DataError(
+            f"{address} is an archive of the kind {_UNKNOWN[start]}, which is not known; expected "
+            f"zip, or tar (plain, gz, bz2 or xz). Unpack it and name the folder, or pack it anew."
+        )
+
+
 def _zip_members(file: IO[bytes], address: str) -> dict[str, Member]:
     # zipfile would build an object for each member before anyone could count them.
-    _check_count(_zip_count(file), address)
+    _check_count(_zip_count(file, address), address)
     archive = zipfile.ZipFile(file)
+    if encrypted := sum(info.flag_bits & 1 for info in archive.infolist()):
+        raise DataError(
+            f"{address} is encrypted ({encrypted} of {len(archive.infolist())} members); expected "
+            f"an archive without a password. Unpack it, and name the folder."
+        )
     members: dict[str, Member] = {}
     total = 0
     names = _names(archive.infolist(), address)
@@ -225,7 +243,7 @@ def _decompressor(
     return decompressor
 
 
-def _zip_count(file: IO[bytes]) -> int:
+def _zip_count(file: IO[bytes], address: str) -> int:
     """Return how many members the archive states, or its directory holds: the larger number.
 
     zipfile makes an object of each that the directory holds, whatever number is stated.
@@ -233,6 +251,11 @@ def _zip_count(file: IO[bytes]) -> int:
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined] # the very record that it reads
     if end is None:
         return 0
+    if end[1]:  # the number of this file
+        raise DataError(
+            f"{address} is the last of {int(end[1]) + 1} files of a split archive; expected one "
+            f"file. Join them (zip -s 0), or unpack them and name the folder."
+        )
     stated, listed_bytes, location = int(end[4]), int(end[5]), int(end[9])
     file.seek(max(location - listed_bytes - _END64_BYTES, 0))
     found = 0

@@ -6,8 +6,8 @@ from typing import NamedTuple
 Box = tuple[int, int, int, int]
 Edges = tuple[float, float, float, float]
 IMAGES = (
-    *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".heic", ".heif", ".avif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif"),
+    *(".tif", ".tiff", ".heic", ".heif", ".hif", ".avif", ".avifs"),
 )
 _SPLITS = {
     "train": ("train", "training"),

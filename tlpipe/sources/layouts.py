@@ -1,15 +1,19 @@
 """Read labels from folders: which folders are classes, and which are splits or only wrap others."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 
 from tlpipe.errors import DataError
+from tlpipe.sources import naming
 from tlpipe.sources.candidates import Candidate, given_split
-from tlpipe.sources.paths import is_image
+from tlpipe.sources.paths import folder_of, is_image, some
 from tlpipe.sources.storage import Storage
 
 _LOOKED_AT = 1000  # files of a folder that may repeat others
+_NEARLY_ALL = 0.9
+_DESCRIBE = (".txt", ".json", ".xml", ".csv", ".caption", ".yaml")
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,103 @@ def find(storage: Storage, address: str) -> Layout:
             for label in storage.folders(root):
                 _check_not_empty(storage, f"{root}{label}")
     return Layout(roots, left_out, notes)
+
+
+def check_layer(storage: Storage, layout: Layout, address: str) -> None:
+    """Check that class folders do not all hold the same folders: then these look like the classes.
+
+    Dates, batches and folds are such folders, or splits by unknown words.
+
+    Raises:
+        DataError: they do.
+    """
+    for root in layout.roots:
+        tops = layer = storage.folders(root)
+        shared: list[str] = []
+        depth = 0
+        while below := _shared(storage, root, layer):
+            shared, depth = below, depth + 1
+            layer = [f"{top}/{name}" for top in layer for name in storage.folders(f"{root}{top}/")]
+        if not depth:
+            continue
+        outer = naming.pattern_of_folders(layout.roots) or "^(?P<label>[^/]+)/"
+        group = "(?P<group>[^/]+)/" if len(tops) >= naming.LEAST_GROUPS else "[^/]+/"
+        label = "(?P<label>[^/]+)/"
+        inner = outer.replace(label, group + "[^/]+/" * (depth - 1) + label)
+        words = [top for top in tops if given_split(top)]
+        renamed = f" If they are splits, as {words[0]}, call the others so too." if words else ""
+        raise DataError(
+            f"{address} holds {len(tops)} folders in place of classes ({some(tops)}), and nearly "
+            f"each holds the same folders ({some(shared)}); expected one layer of class folders. "
+            f"If {some(shared)} are the classes, set ingest.pattern: '{inner}'; if {some(tops)} "
+            f"are, ingest.pattern: '{outer}'.{renamed}"
+        )
+
+
+def _shared(storage: Storage, root: str, layer: Sequence[str]) -> list[str]:
+    """Return the names of at least two folders that lie in nearly all of a layer's, or nothing.
+
+    A folder with images of its own is a class, whatever folders lie beside them.
+    """
+    inside = [set(storage.folders(f"{root}{folder}/")) for folder in layer]
+    counts = Counter(name for names in inside for name in names)
+    shared = {name for name, count in counts.items() if 2 * count > len(layer)}
+    alike = sum(len(names & shared) >= max(2, len(names) / 2) for names in inside)
+    if len(layer) < 2 or alike < _NEARLY_ALL * len(layer):
+        return []
+    folders = {f"{root}{folder}" for folder in layer}
+    has_images = {folder_of(name) for name in storage.names() if is_image(name)} & folders
+    return [] if len(has_images) > (1 - _NEARLY_ALL) * len(layer) else sorted(shared)
+
+
+def check_images(storage: Storage, layout: Layout, address: str, *, is_told: bool) -> None:
+    """Check that folders taken for classes hold images, and nothing that may label each image.
+
+    ``is_told``: whether somebody has said that the folders are classes; each must hold an image
+    still.
+
+    Raises:
+        DataError: one holds mostly other files, or most of its images have a file of their name
+            beside them. Files without an ending may be images; where somebody has said it, so may
+            those with an unknown one.
+    """
+    images, others, described = (Counter[str]() for _ in range(3))
+    example: dict[tuple[str, bool], str] = {}
+    for _, group in groupby(storage.names(), key=lambda name: name.rpartition(".")[0] or name):
+        names = list(group)
+        found = layout.read(names[0])
+        if not isinstance(found, Candidate):
+            continue
+        label, rest = found.label, [name for name in names if _is_other(name, known=is_told)]
+        images[label] += len(names) - len(rest)
+        others[label] += len(rest)
+        if rest:
+            example.setdefault((label, False), rest[0])
+        if len(names) > len(rest) and (twins := [name for name in rest if _is_other(name)]):
+            described[label] += len(names) - len(rest)
+            example.setdefault((label, True), twins[0])
+    for label, count in others.items():
+        is_described = 2 * described[label] > images[label] and not is_told
+        if is_described:
+            what = f"{images[label]} images, {described[label]} of them beside a file of their name"
+        elif count > images[label] and not (is_told and images[label]):
+            what = f"{images[label]} images and {count} other files"
+        else:
+            continue
+        shown = f", such as {example[label, is_described]}"
+        told = "" if is_told or not images[label] else ", or set ingest.kind: folders"
+        raise DataError(
+            f"{address}: the folder {label} would be a class, and holds {what}{shown}; expected "
+            f"images. If such files hold the labels, export them as COCO, Pascal VOC or a table. "
+            f"If not, move them away{told}."
+        )
+
+
+def _is_other(name: str, *, known: bool = True) -> bool:
+    """Return whether a file is no image by its ending; ``known``: and one that describes images."""
+    if known:
+        return name.lower().endswith(_DESCRIBE)
+    return not is_image(name) and "." in name.rpartition("/")[2]
 
 
 def _unwrapped(storage: Storage, root: str) -> str:

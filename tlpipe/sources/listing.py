@@ -31,7 +31,8 @@ class Source:
 
     ``counts``: of each label, how many images it has before any was opened; ``suffixes``: the same
     of the ends of names, in lower case; ``notes``: what was understood and what was left out, a
-    sentence each; ``has_boxes``: whether an image is a part of a photo.
+    sentence each; ``read_from``: what says the labels; ``has_boxes``: whether an image is a part
+    of a photo.
     """
 
     storage: Storage
@@ -40,6 +41,7 @@ class Source:
     counts: Counter[str] = field(default_factory=Counter)
     suffixes: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    read_from: str = "folders"
     has_boxes: bool = False
 
     @property
@@ -81,7 +83,7 @@ def opened(
     with ExitStack() as stack:
         if is_builtin(address):
             files, candidates = builtin.load(Path(address))
-            source = Source(files, partial(iter, candidates))
+            source = Source(files, partial(iter, candidates), read_from="built-in")
             stack.enter_context(closing(files))
         else:
             opened_at = _open_storage(address, follow_links=follow_links)
@@ -188,11 +190,12 @@ def _open_storage(address: str, *, follow_links: bool = False) -> Storage:
     path = Path(address)
     if path.is_dir():
         return Folder(path, follow_links=follow_links)
-    if not path.exists() and Path(f"{path}.dvc").exists():
-        raise DataError(
-            f"ingest.source {address} is not here, but DVC has it: run 'dvc pull {path}.dvc'."
-        )
     if not path.exists():
+        tracked = (Path(f"{part}.dvc") for part in (path, *path.parents) if part.name)
+        if found := next((file for file in tracked if file.is_file()), None):
+            raise DataError(
+                f"ingest.source {address} is not here, but DVC has it: run 'dvc pull {found}'."
+            )
         raise DataError(
             f"ingest.source {address} does not exist; expected a folder, a zip or tar archive, an "
             f"address like s3://BUCKET/FOLDER, or the YAML file of a built-in data set. "
@@ -267,11 +270,18 @@ def _list(
                 notes.append(f"{len(left)} images are in no annotation and left out: {some(left)}")
             listed = candidates_of(photos, background, rejects)
         listed = sorted(_in_folders_of_splits(listed, notes), key=lambda candidate: candidate.name)
-        return Source(storage, partial(iter, listed), rejects, notes=notes)
-    _check_no_other_labels(others, address)
+        return Source(storage, partial(iter, listed), rejects, notes=notes, read_from=taken[0])
+    _check_no_other_labels(
+        {name: why for name, why in others.items() if annotations.may_stand_for(name)}, address
+    )
     notes += _left_out(others)
     check_no_archives(storage, address)
     layout = layouts.find(storage, address)
+    layouts.check_layer(storage, layout, address)
+    if kind == "auto":
+        labels = {label for root in layout.roots for label in storage.folders(root)}
+        _check_no_other_labels(dict(annotations.unread(storage, layout.roots, labels)), address)
+    layouts.check_images(storage, layout, address, is_told=kind == "folders")
     nothing = [name for name in storage.names() if layout.read(name) is None]
     if beside := [name for name in nothing if not name.startswith(layout.left_out)]:
         layout.notes.append(f"{len(beside)} files beside the classes are no images: {beside[0]}")
@@ -329,18 +339,16 @@ def _by_name(
 
 
 def _check_no_other_labels(others: Mapping[str, str], address: str) -> None:
-    """Check that no file that stands for the whole source may hold other labels than folders do.
+    """Refuse files that may hold other labels than the names of folders: nobody has said which.
 
     Raises:
-        DataError: one may, and nobody has said that the folders count.
+        DataError: there is one.
     """
     for name in sorted(others):
-        if annotations.may_stand_for(name):
-            raise DataError(
-                f"{address} holds {name}, which may hold the labels but is not read: "
-                f"{others[name]}. To take the names of folders for labels, set ingest.kind: "
-                f"folders."
-            )
+        raise DataError(
+            f"{address} holds {name}, which may hold the labels but is not read: {others[name]}. "
+            f"To take the names of folders for labels, set ingest.kind: folders."
+        )
 
 
 def _by_pattern(name: str, match: re.Match[str] | None) -> Candidate | str:

@@ -14,7 +14,7 @@ _FORMS = {
     "its name up to the last separator": r"(?:.*/)?(?:(?P<group>[^/]+)[-_. ][^-_. /]+\.[^./]+$)?",
     "its name up to the number": r"(?:.*/)?(?:(?P<group>[^/]*[^/\d])\d+\.[^./]+$)?",
 }
-_LEAST_GROUPS = 6
+LEAST_GROUPS = 6
 _LEAST_MATCHED, _MOST_OF_ONE = 0.9, 1 / 3  # of all images
 _FEW = 10_000  # names after which a form that makes groups of one is given up
 
@@ -26,7 +26,7 @@ def advise(candidates: Iterable[Candidate], roots: Mapping[str, str]) -> str | N
     prefix that all images of a class have says nothing, nor does one that nearly all images have,
     nor one of a single image.
     """
-    start = _start(roots)
+    start = pattern_of_folders(roots)
     if start is None:
         return None
     forms = [_Form(what, re.compile(start + rest)) for what, rest in _FORMS.items()]
@@ -72,7 +72,7 @@ class _Form:
         groups, matched = len(self.groups), self.groups.total()
         several = sum(len(some) > 1 for some in self.of_label.values())
         return (
-            groups >= max(_LEAST_GROUPS, len(self.of_label))
+            groups >= max(LEAST_GROUPS, len(self.of_label))
             and matched >= max(_LEAST_MATCHED * images, 2 * groups)
             and max(self.groups.values()) <= _MOST_OF_ONE * images
             and 2 * several >= len(self.of_label)
@@ -91,7 +91,7 @@ class _Form:
         )
 
 
-def _start(roots: Mapping[str, str]) -> str | None:
+def pattern_of_folders(roots: Mapping[str, str]) -> str | None:
     """Return a pattern that reads the label, and the split, from the folders; None if none can."""
     if list(roots.values()) == [""]:
         (root,) = roots

@@ -2,8 +2,9 @@
 
 import posixpath
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -17,20 +18,24 @@ class Match(NamedTuple):
 
     ``files``: none, one, or those that the path does not tell apart. ``place``: what stands before
     the path in the first one's name, or the head of an absolute path that was cut off. ``kind``:
-    how it was found. ``elsewhere``: a file of that name that does not count, or nothing.
+    how it was found. ``elsewhere``: a file of that name that does not count, or nothing. ``near``:
+    of a path that means none, the file that is called nearly so and what is different, or nothing.
     """
 
     files: list[str] = []  # noqa: RUF012
     place: str = ""
     kind: int = 0
     elsewhere: str = ""
+    near: str = ""
 
     def missing(self, stated: str, by: str) -> Reject:
         """Return the reject of a path that means no file; ``by``: what names it."""
         other = f"; {self.elsewhere} lies elsewhere than its other images" if self.elsewhere else ""
-        return Reject(stated, "missing", f"{by} names it{other}")
+        near = f"; {self.near}" if self.near else ""
+        return Reject(stated, "missing", f"{by} names it{other}{near}")
 
 
+_LOOKED_AT = 50  # files of one name that a missing one may be
 _BESIDE, _FROM_SOURCE, _BELOW, _ABSOLUTE = range(4)
 
 
@@ -42,6 +47,7 @@ class Files:
         self.names = set(storage.names())
         self._by_stem: dict[str, list[str]] = defaultdict(list)
         self._by_end: dict[int, dict[str, list[str]]] = {}
+        self._by_loose: dict[str, list[str]] = defaultdict(list)
         self._folders: set[str] = set()  # those with an image at any depth
         for name in self.names:
             if is_image(name):
@@ -72,7 +78,7 @@ class Files:
             for start in range(1, len(parts)):
                 if found := self._at("/".join(parts[start:])):
                     return Match(found, "/".join(parts[:start]) + "/", _ABSOLUTE)
-            return Match()
+            return Match(near=self._near(path))
         root, split = self._root(folder), split_of(by)
         others = {"train", "validation", "test"} - {split} if split in self._splits else set()
         found = [
@@ -81,7 +87,7 @@ class Files:
             if name.startswith(root) and not (split and split_of_folders(name) in others)
         ]
         above = found[0].rsplit("/", len(parts))[0] if found else ""
-        return Match(found, f"{above}/", _BELOW) if found else Match()
+        return Match(found, f"{above}/", _BELOW) if found else Match(near=self._near(path))
 
     def images_without(self, names: Collection[str]) -> list[str]:
         """Return the images that are not among ``names``, in order."""
@@ -92,6 +98,23 @@ class Files:
         while folder and folder not in self._folders:
             folder = folder_of(folder)
         return f"{folder}/" if folder else ""
+
+    def _near(self, path: str) -> str:
+        """Say which file is called like a path but for what eyes hardly see, or nothing."""
+        if not self._by_loose:
+            for name in sorted(filter(is_image, self.names)):
+                for key in {name, _stem(name)}:
+                    self._by_loose[_loose(key.rpartition("/")[2])].append(name)
+        is_absolute = path.startswith("/") or path[1:3] == ":/"
+        for name in self._by_loose.get(_loose(path.rpartition("/")[2]), [])[:_LOOKED_AT]:
+            for full in (name, _stem(name)):
+                parts = 1 + path.strip("/").count("/")
+                if is_absolute:
+                    parts = min(parts, 1 + full.count("/"))
+                stated, found = ("/".join(one.split("/")[-parts:]) for one in (path, full))
+                if (what := _difference(stated, found)) and _loose(stated) == _loose(found):
+                    return f"{name} differs only in {what}"
+        return ""
 
     def _ends(self, parts: int) -> dict[str, list[str]]:
         """Return the images deeper than so many parts by these last ones, also without extension.
@@ -208,3 +231,26 @@ def some(names: Sequence[str]) -> str:
 
 def _stem(name: str) -> str:
     return name[: -len(PurePosixPath(name).suffix)] if PurePosixPath(name).suffix else name
+
+
+_QUOTES = " '\"`\u2018\u2019\u201c\u201d"
+# What eyes hardly see, and what takes it away.
+_UNSEEN: dict[str, Callable[[str], str]] = {
+    "quotes or spaces": lambda path: "/".join(
+        part.strip(f"{_QUOTES} ") for part in path.split("/")
+    ),
+    "Unicode's normal form (NFC and NFD)": lambda path: unicodedata.normalize("NFC", path),
+    "upper and lower case": str.casefold,
+}
+
+
+def _loose(path: str, without: str = "") -> str:
+    """Return a path without what eyes hardly see, but for one kind of it."""
+    for what, take_away in _UNSEEN.items():
+        path = path if what == without else take_away(path)
+    return path
+
+
+def _difference(path: str, other: str) -> str:
+    """Name what makes paths differ that are one to the eye: each that does so alone."""
+    return " and ".join(what for what in _UNSEEN if _loose(path, what) != _loose(other, what))

@@ -25,11 +25,12 @@ class Remote(Listed):
         self._filesystem = filesystem
         self._root = root.rstrip("/") + "/"
         filesystem.invalidate_cache()  # or an earlier listing of this process is taken
-        found = filesystem.find(root, detail=True)
-        # The size, where it is stated, and the tag that the server gives each content.
+        # The size, where it is stated, and the tag that the server gives each content. S3's console
+        # makes objects of no bytes for folders, whose names end with a slash.
         self._known = {
             path.removeprefix(self._root): (info.get("size"), str(info.get("ETag") or ""))
-            for path, info in found.items()
+            for path, info in _listed(filesystem, root).items()
+            if path.startswith(self._root) and not path.endswith("/")
         }
         kept = [name for name in self._known if not any(map(is_ignored, name.split("/")))]
         check_collisions(root, kept)
@@ -46,19 +47,23 @@ class Remote(Listed):
         check_inside(name)
         if name not in self._known:
             raise ImageError("missing", "there is no such file")
-        size, tag = self._known[name]
+        (size, tag), how = self._known[name], "changed"
         check_size(size or 0)
         address = self._filesystem.unstrip_protocol(self._root + name)
         try:
             data, found = attempt(
                 lambda: self._fetch(name, tag), address, failures=(Exception,), but=_is_an_answer
             )
-        except OSError:
+        except OSError as error:
             data, found = b"", None
+            how = "is gone" if isinstance(error, FileNotFoundError) else "changed"
         if found != tag or (size is not None and len(data) != size):
+            known = [f"{size} bytes"] if size is not None else []
+            known += [f"the tag {tag}"] if tag else []
+            before = f"had {' and '.join(known)}" if known else "was there"
             raise DataError(
-                f"{address} changed while the source was read: when it was listed it had {size} "
-                f"bytes and the tag {tag or '-'}. Let it be finished, then run again."
+                f"{address} {how} while the source was read: when it was listed it {before}. Let "
+                f"the source be finished, then run again."
             )
         check_size(len(data))
         return data
@@ -87,7 +92,12 @@ def open_remote(address: str) -> Storage:
 
     what = f"ingest.source {address}"
     try:
-        filesystem, root = fsspec.core.url_to_fs(address)
+        filesystem, root = attempt(
+            lambda: fsspec.core.url_to_fs(address),  # some kinds connect here already
+            what,
+            failures=(Exception,),
+            but=lambda error: isinstance(error, ValueError | ImportError),
+        )
     except (ValueError, ImportError) as error:
         raise DataError(
             f"{what} cannot be reached: {type(error).__name__}: {error}. Check the address, and "
@@ -118,8 +128,51 @@ def open_remote(address: str) -> Storage:
     return storage
 
 
+def _listed(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Return what a store says of each file below a folder, by its path.
+
+    fsspec walks folder by folder where a kind of store cannot list all files at once, and takes a
+    folder whose listing fails for an empty one.
+
+    Raises:
+        FileNotFoundError: the store does not have the folder.
+        StoreError: a folder cannot be listed, or one that is listed is not found.
+    """
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    kind = type(filesystem)
+    if issubclass(kind, AsyncFileSystem):
+        is_walked = kind._find is AsyncFileSystem._find
+    else:
+        is_walked = kind.find is AbstractFileSystem.find
+    if not is_walked:
+        return dict(filesystem.find(root, detail=True))
+    found, folders, seen = {}, [root], {root}
+
+    def list_folder() -> list[dict[str, Any]]:
+        try:
+            return list(filesystem.ls(folder, detail=True))
+        except FileNotFoundError:
+            if folder == root:
+                raise
+            raise ConnectionError(f"it is listed in {root}, and not found") from None
+
+    for folder in folders:
+        address = filesystem.unstrip_protocol(folder)
+        for info in attempt(list_folder, address, failures=(Exception,), but=_is_an_answer):
+            path = info["name"]
+            if info["type"] != "directory":
+                found[path] = info
+            elif path not in seen:
+                seen.add(path)
+                folders.append(path)
+    return found
+
+
 def _is_an_answer(error: Exception) -> bool:
     """Return whether a store says that a file, or the content of a tag, is not there any more."""
-    # s3fs has this number for content of another tag.
+    # s3fs gives its own error for content of another tag the number of a busy server, whose errors
+    # are of no class of their own.
     is_expired = isinstance(error, OSError) and error.errno == errno.EBUSY
-    return is_expired or isinstance(error, FileNotFoundError)
+    return (is_expired and type(error) is not OSError) or isinstance(error, FileNotFoundError)

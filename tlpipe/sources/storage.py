@@ -9,9 +9,10 @@ import re
 import stat
 import time
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -70,12 +71,12 @@ class Listed:
 
     def folders(self, under: str = "") -> list[str]:
         """Return the folders directly in ``under``."""
-        rests = (name.removeprefix(under) for name in self._names if name.startswith(under))
+        rests = (name.removeprefix(under) for name in self._names_in(under))
         return sorted({rest.split("/")[0] for rest in rests if "/" in rest})
 
     def has_files(self, under: str) -> bool:
         """Return whether any file lies in ``under``."""
-        return any(name.startswith(under) for name in self._names)
+        return next(self._names_in(under), None) is not None
 
     def stamp(self, name: str) -> str:  # noqa: ARG002
         """Return nothing: reading again is quick, or nobody knows what has changed."""
@@ -83,6 +84,10 @@ class Listed:
 
     def close(self) -> None:
         """Do nothing."""
+
+    def _names_in(self, under: str) -> Iterator[str]:
+        start = bisect_left(self._names, under)
+        return takewhile(lambda name: name.startswith(under), islice(self._names, start, None))
 
 
 class Memory(Listed):

@@ -20,7 +20,7 @@ from tlpipe.sources.paths import Files, Match, folder_of, in_one_place, some, sp
 from tlpipe.sources.storage import Storage
 
 Role = Literal["path", "label", "split", "group"]
-Columns = Mapping[Role, str]
+Columns = Mapping[Role, str | None]
 SUFFIXES = (".csv", ".tsv", ".parquet")
 _NAMES: dict[Role, tuple[str, ...]] = {
     "path": (
@@ -32,6 +32,20 @@ _NAMES: dict[Role, tuple[str, ...]] = {
     "group": ("group",),
 }
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+# Names of columns that may say splits, or what images of one group have in common.
+_MAY_BE: dict[Role, re.Pattern[str]] = {
+    "split": re.compile(
+        r"is_?(train\w*|val(id(ation)?)?|test\w*|hold_?out)|.*split.*|.*(partition|fold).*|(data_?)?set|phase|usage"
+    ),
+    "group": re.compile(
+        r"(patient|subject|person|participant|donor|animal|individual|lesion|case|study|series"
+        r"|slide|specimen|video|clip|sequence|session|scene|group|burst|track)s?"
+        r"(_?(id|ids|no|nr|number|name|uid))?"
+    ),
+}
+# Columns of a table of boxes: one of these, or both of a pair.
+_BOXES = (("bbox",), ("bounding_box",), ("bndbox",), ("box",), ("left", "top"))
+_EDGE = re.compile(r"(.*[^a-z0-9])?([xy])_?(min|1)")
 # Of a competition: what is to be handed in, with made-up labels.
 _SUBMISSION = re.compile("submission", re.IGNORECASE)
 _LOOKED_AT = 50
@@ -174,6 +188,7 @@ def _candidate(
     if not found:
         is_outside = name.startswith("/") or ".." in name.split("/")
         reject = Reject(name, "outside_root", "a path that leads outside the source")
+        is_outside = is_outside and not match.near
         rejects.append(reject if is_outside else match.missing(name, place))
         return None
     return Candidate(name=name, file=name, label=row.label, split=split, group=row.group)
@@ -191,22 +206,46 @@ def _read(storage: Storage, name: str, files: Files, columns: Columns) -> Table:
     if "label" in roles:
         labels = [row[roles["label"]].strip() for row in rows]
         how += f", labels from {header[roles['label']]!r}"
+        unused = _check_unused(header, rows, name, roles, columns)
     else:
         labels = _of_one_hot(header, rows, roles, name)
         how += ", labels from columns of 0 and 1"
+        unused = []
 
     def cell(row: Sequence[str], role: Role) -> str:
         return row[roles[role]].strip() if role in roles else ""
 
+    flagged = _flagged(header[roles["split"]], name) if "split" in roles else {}
     read = tuple(
         Row(
-            number, cell(row, "path"), label, cell(row, "split").strip(), cell(row, "group").strip()
+            number,
+            cell(row, "path"),
+            label,
+            flagged.get(cell(row, "split").casefold(), cell(row, "split")),
+            cell(row, "group"),
         )
         for number, (row, label) in enumerate(zip(rows, labels, strict=True), start=1)
     )
-    return Table(
-        name, read, split_of(name), f"{len(read)} rows, {how}, paths from {header[roles['path']]!r}"
-    )
+    how += f", paths from {header[roles['path']]!r}"
+    how += f"; not used: {some(list(map(repr, unused)))}" if unused else ""
+    return Table(name, read, split_of(name), f"{len(read)} rows, {how}")
+
+
+def _flagged(column: str, name: str) -> dict[str, str]:
+    """Return the splits that true and false mean in a column such as ``is_valid``, as fastai's.
+
+    Raises:
+        DataError: it says what trains, and so not what the rest is for.
+    """
+    if not (is_ := re.fullmatch(r"is_?(.*)", _plain(column))) or not (split := given_split(is_[1])):
+        return {}
+    if split == "train":
+        raise DataError(
+            f"the column {column!r} of {name} says which images train, and not what the others are "
+            f"for; expected train, validation and test in a column. Write them into one and name "
+            f"it, or say that there is none: ingest.columns: {{split: null}}."
+        )
+    return {word.casefold(): split if flag else "train" for word, flag in _FLAGS.items()}
 
 
 def _cells(
@@ -218,24 +257,30 @@ def _cells(
     except ImageError as error:
         raise NotATableError(f"it cannot be read: {error.detail}") from None
     if name.lower().endswith(".parquet"):
-        return _of_parquet(data, columns)
-    text, encoding = _decoded(data)
-    if not (first := text.lstrip("\r\n").split("\n", 1)[0].strip()):
+        return _of_parquet(data)
+    text, encoding = decoded(data)
+    text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
+    if is_said := re.match(r"sep=(.)\n", text):  # as Excel writes it
+        text = text[is_said.end() :]
+    first = text.split("\n", 1)[0].strip()
+    if not first:
         raise NotATableError("it is empty")
-    wanted = {_plain(column) for column in columns.values()}
+    if first.startswith("#"):
+        raise NotATableError(f"its first line is a comment ({first[:60]}); expected the header")
+    wanted = {_plain(column) for column in columns.values() if column}
     known = wanted or {word for words in _NAMES.values() for word in words}
 
     def fit(separator: str) -> tuple[int, int]:
         cells = [_plain(cell) for cell in _split_line(first, separator)]
         return len(known & set(cells)), len(cells)
 
-    separator = max(_SEPARATORS, key=fit)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    separator = is_said[1] if is_said else max(_SEPARATORS, key=fit)
+    lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
     try:
-        rows = [row for row in reader if any(cell.strip() for cell in row)]
+        rows = [row for row in lines if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise NotATableError(f"line {reader.line_num} cannot be read: {error}") from None
-    how = f"separated by {_SEPARATORS[separator]}, in {encoding}"
+        raise NotATableError(f"line {lines.line_num} cannot be read: {error}") from None
+    how = f"separated by {_SEPARATORS.get(separator, separator)}, in {encoding}"
     header = [cell.strip() for cell in rows[0]]
     if not columns and not fit(separator)[0]:
         # The first row may name a file already.
@@ -261,37 +306,50 @@ def _cells(
 
 
 def _split_line(line: str, separator: str) -> list[str]:
-    return next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
+    try:
+        return next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
+    except csv.Error:  # who reads all lines says so
+        return []
 
 
-def _decoded(data: bytes) -> tuple[str, str]:
-    """Return a text and its encoding: of UTF-8, UTF-16 and Windows' Western one."""
+def decoded(data: bytes) -> tuple[str, str]:
+    """Return a text and its encoding: of UTF-8, UTF-16 and Windows' Western one.
+
+    Raises:
+        NotATableError: it is in none of them.
+    """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", errors="replace"), "UTF-16"
+    for start, encoding in ((1, "UTF-16-LE"), (0, "UTF-16-BE")):
+        # Half of the bytes of Western letters are zero.
+        if (half := data[start:4096:2]) and half.count(0) > len(half) / 2:
+            return data.decode(encoding, errors="replace"), f"{encoding} without a byte-order mark"
     try:
         return data.decode("utf-8-sig"), "UTF-8"
-    except UnicodeDecodeError:
-        return data.decode("cp1252", errors="replace"), "Windows-1252, as it is no UTF-8"
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+    if re.search("[^\0-\x7f\ufffd]", data.decode("utf-8", errors="replace")):
+        raise NotATableError(f"line {number} is no UTF-8, and other lines are; save it as UTF-8")
+    text = data.decode("cp1252", errors="replace")
+    # Words of Western languages do not have so many letters beyond ASCII in a row.
+    if odd := re.search("[^\0-\x7f]{3}|\ufffd", text):
+        raise NotATableError(
+            f"line {number} is no UTF-8, and would read {odd[0]!r} in Windows-1252; save it as "
+            f"UTF-8"
+        )
+    return text, "Windows-1252, as it is no UTF-8"
 
 
-def _of_parquet(data: bytes, columns: Columns) -> tuple[list[str], list[list[str]], str]:
+def _of_parquet(data: bytes) -> tuple[list[str], list[list[str]], str]:
     from pyarrow import ArrowException, parquet, types
 
     try:
-        schema = parquet.read_schema(io.BytesIO(data))
         plain = [
-            field.name
-            for field in schema
+            field.name  # others may hold the images themselves
+            for field in parquet.read_schema(io.BytesIO(data))
             if not types.is_nested(field.type) and not types.is_binary(field.type)
         ]
-        known = {word for words in _NAMES.values() for word in words}
-        wanted = [
-            column for column in plain if _plain(column) in known | {*map(_plain, columns.values())}
-        ]
-        # Other columns may hold the images themselves; without a label, those of 0 and 1 count.
-        has_label = any(_plain(column) in _NAMES["label"] for column in wanted)
-        wanted = wanted if has_label or "label" in columns else plain
-        table = parquet.read_table(io.BytesIO(data), columns=wanted)
+        table = parquet.read_table(io.BytesIO(data), columns=plain)
     except (ArrowException, OSError, ValueError) as error:
         raise NotATableError(f"it is no Parquet file: {error}") from None
     rows = [[_text(value) for value in row.values()] for row in table.to_pylist()]
@@ -325,6 +383,8 @@ def _roles(
     plain, roles = [_plain(column) for column in header], dict[Role, int]()
     seen = ", ".join(map(repr, header[:8])) + (" ..." if len(header) > 8 else "")
     for role, words in _NAMES.items():
+        if role in columns and columns[role] is None:
+            continue
         if given := columns.get(role):
             if _plain(given) not in plain:
                 raise DataError(
@@ -346,9 +406,11 @@ def _roles(
             ] or found
         if len(found) > 1:
             both = " and ".join(repr(header[place]) for place in found)
+            is_doubled = len({plain[place] for place in found}) < len(found)
+            advice = f"Name it: ingest.columns: {{{role}: {header[found[0]]}}}."
             raise DataError(
                 f"{name} has the columns {both}, of which each may be the {role}; expected one. "
-                f"Name it: ingest.columns: {{{role}: {header[found[0]]}}}."
+                f"{'Rename one.' if is_doubled else advice}"
             )
         if found:
             roles[role] = found[0]
@@ -362,7 +424,57 @@ def _roles(
             f"its columns are {seen}, and none is known to hold labels. Name it: ingest.columns: "
             f"{{label: COLUMN}}"
         )
+    if "label" not in columns and (edges := _edges(plain)):
+        raise NotATableError(
+            f"its columns {' and '.join(edges)} say that it is a table of boxes; export it as COCO "
+            f"or Pascal VOC. If each row labels a whole image, name the column: ingest.columns: "
+            f"{{label: COLUMN}}"
+        )
     return roles
+
+
+def _edges(plain: Sequence[str]) -> list[str]:
+    """Return the columns that say where a box lies, or nothing."""
+    found = [(column, match[2]) for column in plain if (match := _EDGE.fullmatch(column))]
+    if {axis for _, axis in found} == {"x", "y"}:
+        return [column for column, _ in found]
+    if {"x", "y"} <= set(plain) and ({"w", "h"} <= set(plain) or {"width", "height"} <= set(plain)):
+        return ["x", "y"]
+    return next((list(columns) for columns in _BOXES if set(columns) <= set(plain)), [])
+
+
+def _check_unused(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    name: str,
+    roles: Mapping[Role, int],
+    columns: Columns,
+) -> list[str]:
+    """Return the names of columns that are not used.
+
+    Raises:
+        DataError: one may hold splits or groups, by its name and by values that repeat, no other
+            column does, and nobody has said that it does not.
+    """
+    unused = [place for place in range(len(header)) if place not in roles.values()]
+    for role, pattern in _MAY_BE.items():
+        if role in roles or role in columns:
+            continue
+        for place in unused:
+            column = header[place]
+            if not pattern.fullmatch(_plain(column)):
+                continue
+            values = {row[place].strip() for row in rows} - {""}
+            if 1 < len(values) < len(rows):
+                is_readable = role == "group" or _flagged(column, name)
+                words = "" if is_readable else " with the words train, validation and test in it"
+                raise DataError(
+                    f"{name} has the column {column!r}, which is called as if it held {role}s "
+                    f"(values {some(sorted(values))}) and is not used. Say what it is: "
+                    f"ingest.columns: {{{role}: {column}}}{words}, or that it is none: "
+                    f"ingest.columns: {{{role}: null}}."
+                )
+    return [header[place] for place in unused if header[place]]
 
 
 def _one_hot_columns(
