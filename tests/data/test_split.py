@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, Workspace
 from tlpipe.data import placements
-from tlpipe.data.manifest import Assignment, Entry, save_manifest
+from tlpipe.data.manifest import Assignment, Entry, load_split, save_manifest
 from tlpipe.data.split import Params, Result, _shares, assign
 from tlpipe.errors import DataError, ParamsError
 
@@ -107,17 +107,83 @@ def test_a_grown_data_set_is_split_alike_in_a_fresh_clone(empty: Workspace) -> N
     assert run(empty, entries(400)) != grown
 
 
-def test_an_image_like_two_old_ones_in_different_splits_is_left_out(empty: Workspace) -> None:
+@pytest.mark.fault("L06")
+@pytest.mark.parametrize(
+    ("one", "other"), [("train", "test"), ("validation", "test"), ("train", "validation")]
+)
+def test_an_image_like_two_old_ones_in_different_splits_tests(
+    empty: Workspace, one: str, other: str
+) -> None:
+    """Of the three that are alike then, the held-out ones stay where they are."""
     old = entries(100)
     before = run(empty, old)
-    a = next(row for row in old if before[row.path] == "train")
-    b = next(row for row in old if before[row.path] == "test" and row.label == a.label)
+    a = next(row for row in old if before[row.path] == one)
+    b = next(row for row in old if before[row.path] == other and row.label == a.label)
     bridge = a._replace(path=f"{a.label}/bridge", sha256="f" * 64, group="one")
     rows = [row._replace(group="one") if row in (a, b) else row for row in old]
     after = run(empty, [*rows, bridge])
-    assert after.pop(bridge.path) == "unused"
-    assert after == before
-    assert json.loads((empty.path / "out/report.json").read_text())["leaks"] == 1
+    assert after == {**before, bridge.path: other, a.path: "unused"}
+    report = (empty.path / "out/report.json").read_text()
+    assert json.loads(report)["leaks"] == 1
+    # What was set aside is used again where its like is gone.
+    assert run(empty, old) == before
+
+
+@pytest.mark.fault("L06")
+@pytest.mark.parametrize("folds", [None, 5])
+def test_like_images_that_two_branches_placed_apart_measure_nothing_learned(
+    empty: Workspace, folds: int | None
+) -> None:
+    """Both add the same pictures in different files, and neither knows of the other's."""
+    if folds:
+        empty.configure("split", folds=folds)
+    old, ours = entries(60), entries(30, start=100)
+    theirs = [row._replace(path=f"{row.path}-q70", sha256=row.sha256[::-1]) for row in ours]
+    run(empty, old)
+    first = [row._replace(group=row.sha256[:16]) for row in theirs]
+    merged(empty, old + ours, old + first)
+    known = placements.load(
+        empty.path / "splits.csv", f"seed=0 folds={folds}" if folds else KNOWN
+    ).places
+    rows = sorted(old + ours + theirs, key=lambda row: row.path)
+    save_manifest(empty.path / "manifest.csv", rows)
+    said = empty.call(*SPLIT).stderr
+    table = empty.rows("out/split.csv")
+    apart = [
+        pair for pair in zip(ours, theirs, strict=True) if len({known[r.sha256] for r in pair}) > 1
+    ]
+    assert len(apart) > 3
+    after = {row["sha256"]: row["split"] for row in table}
+    for pair in zip(ours, theirs, strict=True):
+        places = {known[row.sha256] for row in pair}
+        used = {after[row.sha256] for row in pair} - {"unused"}
+        assert len(used) == 1
+        if not folds:
+            assert used == {next(s for s in ("test", "validation", "train") if s in places)}
+    # Each image is where it was, or nowhere.
+    if not folds:
+        assert {known[row["sha256"]] for row in table if row["split"] == "train"} == {"train"}
+        assert all(row["split"] in (known[row["sha256"]], "unused") for row in table)
+    assert list(after.values()).count("unused") == len(apart)
+    # So the gate's rule leaks, which asks for groups, has nothing to find.
+    groups = {s: {row["group"] for row in table if row["split"] == s} for s in after.values()}
+    assert groups["test"].isdisjoint(groups["train"] | groups["validation"])
+    report = json.loads((empty.path / "out/report.json").read_text())
+    assert report["leaks"] == len(apart) == len(report["apart"])
+    assert f"{len(apart)} images are left unused, since splits.csv places images like them" in said
+    for path, was, like, place in report["apart"][:5]:
+        assert f"{path} ({was}) is like {like} ({place})" in said
+    # The same in a fresh clone, and from the run's own table, with which rebuild starts.
+    written = (empty.path / "out/split.csv").read_bytes()
+    shutil.rmtree(empty.path / "out")
+    empty.call(*SPLIT)
+    assert (empty.path / "out/split.csv").read_bytes() == written
+    drawn = f"seed=0 folds={folds}" if folds else KNOWN
+    own = placements.of_table(load_split(empty.path / "out/split.csv"))
+    placements.save(empty.path / "splits.csv", placements.Placements(drawn, own))
+    shutil.rmtree(empty.path / "out")
+    empty.call(*SPLIT)
+    assert (empty.path / "out/split.csv").read_bytes() == written
 
 
 def test_another_seed_draws_anew_and_keeps_the_earlier_rows(empty: Workspace) -> None:

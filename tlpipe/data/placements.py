@@ -7,6 +7,7 @@ depends on another, so that Git can merge two branches by the union of their lin
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,24 @@ def drawn_by(params: Mapping[str, Any]) -> str:
 
 
 def of_table(table: Iterable[Assignment]) -> dict[str, str]:
-    """Return the place of each file of a split table; those left unused have none."""
-    return {row.sha256: row.fold or row.split for row in table if row.split != UNUSED}
+    """Return the place of each file of a split table.
+
+    Those left unused get one that leaves them unused again: their fold, or else the split that
+    gives way to any other. They get none where their group stands in two splits, as in tables of
+    former versions.
+    """
+    rows = list(table)
+    used = {row.sha256: row.fold or row.split for row in rows if row.split != UNUSED}
+    groups: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.split != UNUSED:
+            groups[row.group].add(used[row.sha256])
+    unused = {
+        row.sha256: row.fold or "train"
+        for row in rows
+        if row.split == UNUSED and len(groups[row.group]) == 1
+    }
+    return {**unused, **used}
 
 
 def load(path: Path, drawn: str) -> Placements:

@@ -27,6 +27,7 @@ from tlpipe.seeds import uniform
 
 _log = logging.getLogger(__name__)
 HELD_OUT = ("test", "validation")
+_SHOWN, _LISTED = 5, 100  # examples in a message, and in the report, at most
 # A share is said to be off where it is by more than this part of it, and by more than so many
 # standard deviations of a share of single images that are drawn one by one.
 _TOLERANCE, _DEVIATIONS = 0.25, 3
@@ -95,21 +96,23 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
     ]
     shares = _shares(entries, result, params)
     save_split(split, assignments)
-    files.write_json(report, _describe(assignments, result, shares, params))
-    # Images that are gone keep their rows; what a source gives goes before a row.
-    places = {**earlier.places, **placed.of_table(assignments)}
-    placed.save(placements, replace(earlier, places=places))
+    apart = _apart(entries, result, earlier.places)
+    content = _describe(assignments, result, shares, params)
+    files.write_json(report, {**content, "apart": apart[:_LISTED]})
+    # Images that are gone or set aside keep their rows; what a source gives goes before a row.
+    aside = {entries[row].sha256 for row in result.aside}
+    new = {s: place for s, place in placed.of_table(assignments).items() if s not in aside}
+    placed.save(placements, replace(earlier, places={**earlier.places, **new}))
     counts = Counter(result.splits)
     _log.info(", ".join(f"{name} {counts[name]}" for name in (*SPLITS, UNUSED) if counts[name]))
-    if dropped := result.leaks - len(result.bridges):
+    if dropped := result.leaks - len(result.aside):
         _log.info("%s images left unused: their like stands in a held-out split", dropped)
-    if result.bridges:
+    if apart:
+        shown = [f"{path} ({was}) is like {like} ({place})" for path, was, like, place in apart]
         _log.warning(
-            "%s new images are left unused, the first is %s: old images of different splits are "
-            "like them. As they join these, the rule leaks of register.gate holds for none of "
-            "them: take them out of the source",
-            len(result.bridges),
-            entries[result.bridges[0]].path,
+            "%s images are left unused, since %s places images like them in another split, as "
+            "where branches are merged; held-out ones stay, test before validation: %s",
+            *(len(apart), placements, ", ".join(shown[:_SHOWN]) + ", ..." * (len(apart) > _SHOWN)),
         )
     for name, share in shares.items():
         if share["reason"]:
@@ -123,13 +126,13 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
 class Result:
     """For each image its split and its fold; how many were left out as leaks.
 
-    ``bridges``: rows of those among them that join images of different splits.
+    ``aside``: rows of those among them that were placed elsewhere than their like.
     """
 
     splits: list[str]
     folds: list[str]
     leaks: int
-    bridges: tuple[int, ...] = ()
+    aside: tuple[int, ...] = ()
 
 
 def assign(
@@ -140,8 +143,9 @@ def assign(
     A group is placed by the hash of the seed and its name alone, so that images added later move
     no old one; classes are about evenly spread. Only for a class so small that a split would stay
     empty is its nearest group moved there. What an earlier table says goes before all that: by it,
-    an image that joins a group, or fills a class, moves no old one either. Splits that the source
-    gives are kept; what they lack is drawn from their training images.
+    an image that joins a group, or fills a class, moves no old one either. Of a group that it
+    places apart, one split keeps its images, the test split first, and the others are left out.
+    Splits that the source gives are kept; what they lack is drawn from their training images.
 
     ``earlier``: of each image that was there before, its split, or its fold where there are folds.
 
@@ -156,10 +160,27 @@ def assign(
         )
     leaks = _leaks(entries, groups, params)
     splits, folds = _draw(entries, groups, params)
-    leaks |= groups.bridges
+    leaks |= groups.aside.keys()
     splits = [UNUSED if row in leaks else split for row, split in enumerate(splits)]
     _check_classes(entries, splits, params)
-    return Result(splits, folds, len(leaks), tuple(sorted(groups.bridges)))
+    return Result(splits, folds, len(leaks), tuple(groups.aside))
+
+
+def _apart(
+    entries: Sequence[Entry], result: Result, earlier: Mapping[str, str]
+) -> list[tuple[str, str, str, str]]:
+    """Return of each image set aside its path and place, and those of one like it that stays."""
+    stays: dict[str, int] = {}
+    for row, split in enumerate(result.splits):
+        if split != UNUSED:
+            stays.setdefault(entries[row].group, row)
+    pairs = []
+    for row in result.aside:
+        like = stays[entries[row].group]
+        place = result.folds[like] or result.splits[like]
+        was = earlier[entries[row].sha256]
+        pairs.append((entries[row].path, was, entries[like].path, place))
+    return pairs
 
 
 def _standing(entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
@@ -202,12 +223,11 @@ def _draw(
         places = {str(fold): "train" for fold in range(params.folds)}
         places[str((params.fold + 1) % params.folds)] = "validation"
         places[str(params.fold)] = "test"
-        folds = [groups.of(row, entry) for row, entry in enumerate(entries)]
+        folds = [groups.aside.get(r) or groups.place[e.group] for r, e in enumerate(entries)]
         return [places[fold] for fold in folds], folds
     groups.place_by_hash(_asked(entries, params), params, fill=fill)
     splits = [
-        entry.split if entry.split in HELD_OUT else groups.of(row, entry)
-        for row, entry in enumerate(entries)
+        entry.split if entry.split in HELD_OUT else groups.place[entry.group] for entry in entries
     ]
     return splits, [""] * len(entries)
 
@@ -240,22 +260,19 @@ class _Groups:
             elif place := earlier.get(entry.sha256):
                 before[entry.group][place] += 1
         for group, places in before.items():
-            self.place.setdefault(group, min(places, key=lambda p: (-places[p], p)))
+            # A test image stays one, whatever joins its group.
+            self.place.setdefault(
+                group, min(places, key=lambda p: (p != "test", p == "train", -places[p], p))
+            )
         self.fixed = set(self.place)
-        # New images that join two old groups of different splits: the old ones stay where they
-        # are, as they did without them, and the new ones are left out.
-        self.own: dict[int, str] = {}
-        self.bridges: set[int] = set()
-        for row, entry in enumerate(entries):
-            if len(before[entry.group]) > 1 and entry.group not in self.given:
-                if place := earlier.get(entry.sha256):
-                    self.own[row] = place
-                else:
-                    self.bridges.add(row)
-
-    def of(self, row: int, entry: Entry) -> str:
-        """Return where an image is placed."""
-        return self.own.get(row, self.place[entry.group])
+        # Rows of images that were placed elsewhere than their group, and where: they are left out.
+        self.aside = {
+            row: place
+            for row, entry in enumerate(entries)
+            if entry.split not in HELD_OUT
+            and (place := earlier.get(entry.sha256, self.place.get(entry.group)))
+            and place != self.place[entry.group]
+        }
 
     def place_by_hash(self, shares: Mapping[str, float], params: Params, *, fill: bool) -> None:
         """Place every group that has no place yet; ``fill``: then move those of small classes."""
