@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -103,7 +104,8 @@ def test_a_grown_data_set_is_split_alike_in_a_fresh_clone(empty: Workspace) -> N
     shutil.rmtree(empty.path / "out")  # in Git there is splits.csv alone
     assert run(empty, entries(400)) == grown
     assert (empty.path / "out/report.json").read_bytes() == report
-    (empty.path / "splits.csv").unlink()
+    for name in ("splits.csv", "out/split.csv"):
+        (empty.path / name).unlink()
     assert run(empty, entries(400)) != grown
 
 
@@ -377,7 +379,8 @@ def test_the_images_themselves_say_where_they_are(empty: Workspace) -> None:
     renamed = [row._replace(group=f"renamed {row.group}") for row in old]
     after = run(empty, [*renamed, *entries(20, start=40)])
     assert {path: after[path] for path in before} == before
-    (empty.path / "splits.csv").unlink()
+    for name in ("splits.csv", "out/split.csv"):
+        (empty.path / name).unlink()
     assert run(empty, renamed) != before
 
 
@@ -437,11 +440,13 @@ def merged(empty: Workspace, ours: list[Entry], theirs: list[Entry]) -> None:
     empty.run(*commit, "commit", "-qm", "main")
     for branch, rows in (("ours", ours), ("theirs", theirs)):
         empty.run("git", "checkout", "-q", "-b", branch, "main")
+        shutil.rmtree(empty.path / "out", ignore_errors=True)  # each in a clone of its own
         run(empty, rows)
         empty.run("git", "add", "splits.csv")
         empty.run(*commit, "commit", "-qm", branch)
     empty.run("git", "checkout", "-q", "ours")
     empty.run(*commit, "merge", "-q", "theirs", "-m", "both")
+    shutil.rmtree(empty.path / "out")
 
 
 @pytest.mark.fault("L01")
@@ -475,6 +480,115 @@ def test_an_image_that_two_branches_placed_differently_is_an_error(empty: Worksp
     )
     (empty.path / "splits.csv").write_text(content.replace(f"{SHA},test,{KNOWN}\n", ""))
     assert run(empty, [*old, new[0]])[new[0].path] == "train"
+
+
+@pytest.mark.fault("L07")
+@pytest.mark.parametrize("folds", [None, 5])
+def test_rows_that_were_lost_move_no_image(empty: Workspace, folds: int | None) -> None:
+    """The file was cut off at the end of a line, which leaves nothing to stumble over."""
+    drawn = KNOWN
+    if folds:
+        empty.configure("split", folds=folds)
+        drawn = f"seed=0 folds={folds}"
+    rows = entries(70)
+    drawn_now = assign(rows, Params(folds=folds))
+    given = drawn_now.folds if folds else drawn_now.splits
+    # As if each had joined a group: none stands where its hash alone would place it.
+    old = {r.sha256: p for r, p in zip(rows[::-1], given, strict=True)}
+    placements.save(empty.path / "splits.csv", placements.Placements(drawn, old))
+    before = run(empty, rows)
+    whole = (empty.path / "splits.csv").read_text()
+    table = (empty.path / "out/split.csv").read_bytes()
+    header, *lines = whole.splitlines(keepends=True)
+    (empty.path / "splits.csv").write_text(header + "".join(lines[-25:]))
+    said = empty.call(*SPLIT, code=6).stderr
+    assert re.search(
+        r"splits.csv has no row of 45 images that out/split.csv has placed, and \d+ of them would "
+        r"move, the first is ./\d+ from \w+ to \w+; expected the rows of all.*"
+        r"'git checkout -- splits.csv'.*on purpose, or after a change of branches, delete out/",
+        said,
+    )
+    assert len((empty.path / "splits.csv").read_text().splitlines()) == 26
+    assert (empty.path / "out/split.csv").read_bytes() == table
+    (empty.path / "splits.csv").write_text(whole)
+    assert run(empty, rows) == before
+    (empty.path / "splits.csv").unlink()
+    empty.call(*SPLIT, code=6)
+    (empty.path / "out/split.csv").unlink()
+    assert run(empty, rows) != before
+    # Rows of images that are gone move none, nor do those of another drawing.
+    run(empty, rows[:50])
+    empty.configure("split", seed=1)
+    run(empty, rows)
+
+
+@pytest.mark.fault("L01")
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        (lambda text: "\ufeff" + text, "line 1 of splits.csv begins with a byte order mark"),
+        (lambda text: text.replace(",", ";"), "line 1 of splits.csv has semicolons for commas"),
+        (
+            lambda text: re.sub("([^,\n]+)", r'"\1"', text),
+            "line 1 of splits.csv has quotes around its values",
+        ),
+        (lambda text: text.replace(",", "\t"), "line 1 of splits.csv has tabs for commas"),
+    ],
+)
+def test_what_a_spreadsheet_made_of_the_file_is_named(
+    empty: Workspace, changed: Callable[[str], str], found: str
+) -> None:
+    run(empty, entries(40))
+    path = empty.path / "splits.csv"
+    path.write_text(changed(path.read_text()), encoding="utf-8")
+    said = empty.call(*SPLIT, code=6).stderr
+    assert f"{found}, as a spreadsheet saves it: '" in said
+    assert "Save it as plain UTF-8 with commas and without quotes, or take" in said
+
+
+@pytest.mark.fault("D21")
+def test_a_class_that_rows_keep_out_of_a_split_is_told_why(empty: Workspace) -> None:
+    rows = entries(60)
+    before = run(empty, rows)
+    left = [row for row in rows if (row.label, before[row.path]) != ("b", "test")]
+    save_manifest(empty.path / "manifest.csv", sorted(left, key=lambda row: row.path))
+    said = empty.call(*SPLIT, code=4).stderr
+    count = sum(row.label == "b" for row in left)
+    counts = Counter(before[row.path] for row in left if row.label == "b")
+    assert f"the class 'b' has {count} images, {count} of them distinct, and none for test" in said
+    assert (
+        f"splits.csv places {count} of them (train {counts['train']}, validation "
+        f"{counts['validation']}), where they stay. Add images that it does not know; or draw "
+        f"all anew by another split.seed; or draw these anew: delete their rows there, and "
+        f"the split table of the last run" in said
+    )
+    # Each of these helps.
+    run(empty, left + entries(2, labels="b", start=900))
+    empty.configure("split", seed=1)
+    run(empty, left)
+    empty.configure("split", seed=0)
+    path, theirs = empty.path / "splits.csv", {row.sha256 for row in left if row.label == "b"}
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if line[:64] not in theirs))
+    (empty.path / "out/split.csv").unlink()
+    run(empty, left)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_found_by_check(empty: Workspace) -> None:
+    save_manifest(empty.path / "manifest.csv", sorted(entries(40), key=lambda row: row.path))
+    unprivileged: tuple[str, ...] = ()
+    if os.geteuid() == 0:  # root may write everywhere, unless it gives that up
+        dropped = "-dac_override"
+        unprivileged = ("setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}")
+    for folder, command in ((".", SPLIT), (".", ("check",)), ("artifacts", ("check",))):
+        (empty.path / folder).mkdir(exist_ok=True)
+        (empty.path / folder).chmod(0o500)
+        said = empty.run(*unprivileged, "tlpipe", *command, code=6).stderr
+        (empty.path / folder).chmod(0o700)
+        *_, line = said.splitlines()
+        assert line.startswith("tlpipe: ")
+        assert "Permission denied; expected a folder that may be read and written" in line
+        assert "Traceback" not in said
 
 
 @pytest.mark.fault("L01")

@@ -25,6 +25,13 @@ _LINE = re.compile(
     r"(?P<drawn_by>seed=\d+ (?:folds=(?P<folds>\d+)|validation=\S+ test=\S+))"
 )
 
+_SPOILED = {
+    "\ufeff": "begins with a byte order mark",
+    '"': "has quotes around its values",
+    ";": "has semicolons for commas",
+    "\t": "has tabs for commas",
+}
+
 
 @dataclass(frozen=True)
 class Placements:
@@ -90,11 +97,16 @@ def load(path: Path, drawn: str) -> Placements:
             continue
         found = _LINE.fullmatch(line)
         if found is None or not _is_place(found["place"], found["folds"]):
+            spoiled = next((what for mark, what in _SPOILED.items() if mark in line), "")
+            how = f"{spoiled}, as a spreadsheet saves it:" if spoiled else "is"
+            repair = "Take out what Git left of a merge but keep the rows of both sides"
+            if spoiled:
+                repair = "Save it as plain UTF-8 with commas and without quotes"
             raise ArtifactError(
-                f"line {number} of {path} is {line[:120]!r}; expected {HEADER}, such as "
+                f"line {number} of {path} {how} {line[:120]!r}; expected {HEADER}, such as "
                 f"{'0123456789abcdef' * 4},train,seed=0 validation=0.2 test=0.2. It says where "
-                f"images are that must stay there. Take out what Git left of a merge but keep the "
-                f"rows of both sides, or take the file from Git again: 'git checkout -- {path}'."
+                f"images are that must stay there. {repair}, or take the file from Git again: 'git "
+                f"checkout -- {path}'."
             )
         if found["drawn_by"] != drawn:
             others.add(line)

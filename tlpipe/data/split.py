@@ -19,9 +19,10 @@ from tlpipe.data.manifest import (
     Assignment,
     Entry,
     load_manifest,
+    load_split,
     save_split,
 )
-from tlpipe.errors import DataError
+from tlpipe.errors import ArtifactError, DataError
 from tlpipe.params import Section, check_effect
 from tlpipe.seeds import uniform
 
@@ -82,7 +83,7 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
     parameters, all are drawn anew.
 
     Raises:
-        ArtifactError: ``placements`` cannot be read, or has an image in two splits.
+        ArtifactError: ``placements`` cannot be read, has an image in two splits, or has lost rows.
         DataError: a class has too few distinct images for three splits, or given splits share
             images.
     """
@@ -94,6 +95,7 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
         Assignment(e.path, e.label, s, f, e.group, e.sha256, e.box)
         for e, s, f in zip(entries, result.splits, result.folds, strict=True)
     ]
+    _check_rows(assignments, earlier, placements, split, report)
     shares = _shares(entries, result, params)
     save_split(split, assignments)
     apart = _apart(entries, result, earlier.places)
@@ -162,7 +164,7 @@ def assign(
     splits, folds = _draw(entries, groups, params)
     leaks |= groups.aside.keys()
     splits = [UNUSED if row in leaks else split for row, split in enumerate(splits)]
-    _check_classes(entries, splits, params)
+    _check_classes(entries, splits, params, earlier or {})
     return Result(splits, folds, len(leaks), tuple(groups.aside))
 
 
@@ -211,6 +213,44 @@ def _say_what_is_new(
             "%s places %s images, of which %s are in the source; the other %s of it are drawn "
             "anew. Files whose bytes changed, as by another encoding, count as new ones",
             *(placements, len(earlier.places), known, len(images) - known),
+        )
+
+
+def _check_rows(
+    assignments: Sequence[Assignment],
+    earlier: placed.Placements,
+    placements: Path,
+    split: Path,
+    report: Path,
+) -> None:
+    """Check that no image moves for want of a row, as far as the last run's table lies here.
+
+    Raises:
+        ArtifactError: one would.
+    """
+    try:
+        params = files.read_json(report).get("params", {})
+        table = load_split(split) if params.keys() >= set(placed.DRAWN_BY) else []
+    except ArtifactError:
+        return  # no run before, or one of another version
+    if not table or placed.drawn_by(params) != earlier.drawn_by:
+        return
+    before = {row.sha256: row.fold or row.split for row in table if row.split != UNUSED}
+    lost = [
+        row
+        for row in assignments
+        if row.sha256 in before and row.sha256 not in earlier.places and row.split != UNUSED
+    ]
+    moved = [row for row in lost if (row.fold or row.split) != before[row.sha256]]
+    if moved:
+        first = moved[0]
+        raise ArtifactError(
+            f"{placements} has no row of {len(lost)} images that {split} has placed, and "
+            f"{len(moved)} of them would move, the first is {first.path} from "
+            f"{before[first.sha256]} to {first.fold or first.split}; expected the rows of all that "
+            f"were ever placed, since none may train that has tested. A merge or an edit may have "
+            f"lost them: 'git checkout -- {placements}' takes the file from Git again. To draw "
+            f"them anew on purpose, or after a change of branches, delete {split}."
         )
 
 
@@ -407,12 +447,17 @@ def _leaks(entries: Sequence[Entry], groups: _Groups, params: Params) -> set[int
     return leaks
 
 
-def _check_classes(entries: Sequence[Entry], splits: Sequence[str], params: Params) -> None:
+def _check_classes(
+    entries: Sequence[Entry], splits: Sequence[str], params: Params, earlier: Mapping[str, str]
+) -> None:
     found: dict[str, Counter[str]] = defaultdict(Counter)
     distinct: dict[str, set[str]] = defaultdict(set)
+    rows: dict[str, Counter[str]] = defaultdict(Counter)
     for entry, split in zip(entries, splits, strict=True):
         found[entry.label][split] += 1
         distinct[entry.label].add(entry.group)
+        if place := earlier.get(entry.sha256):
+            rows[entry.label][place] += 1
     for label, counts in sorted(found.items()):
         needed: Iterable[str] = ("train",)
         keep = ""
@@ -420,10 +465,18 @@ def _check_classes(entries: Sequence[Entry], splits: Sequence[str], params: Para
             needed = SPLITS
             keep = ", or set split.small_classes: train to keep it unmeasured"
         if missing := [split for split in needed if not counts[split]]:
+            advice = "Add images"
+            if known := rows[label]:
+                places = ", ".join(f"{place} {count}" for place, count in sorted(known.items()))
+                advice = (
+                    f"splits.csv places {known.total()} of them ({places}), where they stay. Add "
+                    f"images that it does not know; or draw all anew by another split.seed; or "
+                    f"draw these anew: delete their rows there, and the split table of the last run"
+                )
             raise DataError(
                 f"the class {label!r} has {counts.total()} images, {len(distinct[label])} of them "
                 f"distinct, and none for {', '.join(missing)}; every class must stand in "
-                f"{', '.join(needed)}. Add images, or take the class out{keep}."
+                f"{', '.join(needed)}. {advice}; or take the class out{keep}."
             )
     for split in SPLITS:
         if split not in splits:
