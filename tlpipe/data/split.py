@@ -1,7 +1,6 @@
 """Stage ``split``: say for each image whether it trains, validates or tests."""
 
 import logging
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +28,9 @@ from tlpipe.seeds import uniform
 _log = logging.getLogger(__name__)
 HELD_OUT = ("test", "validation")
 _SHOWN, _LISTED = 5, 100  # examples in a message, and in the report, at most
-# A share is said to be off where it is by more than this part of it, and by more than so many
-# standard deviations of a share of single images that are drawn one by one.
-_TOLERANCE, _DEVIATIONS = 0.25, 3
+# A share is off by more than this part of it, and by an image at least. A class whose share is off
+# by the second part, or by the first where the whole share is off too, is drawn more evenly.
+_TOLERANCE, _CLASS_TOLERANCE = 0.25, 0.5
 
 
 class Params(Section):
@@ -121,6 +120,13 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
             found, asked = f"{share['realised']:.1%}", f"{share['asked']:.1%}"
             _log.warning(
                 "%s has %s of the images instead of %s: %s", name, found, asked, share["reason"]
+            )
+        if uneven := share["classes"]:
+            worst = [f"{c['label']} {c['held_out']} of {c['images']}" for c in uneven[:_SHOWN]]
+            _log.warning(
+                "%s is off by over a quarter of %s in %s classes: it holds %s%s",
+                *(name, f"{share['asked']:.1%}", share["uneven_classes"], ", ".join(worst)),
+                ", ..." if share["uneven_classes"] > _SHOWN else "",
             )
 
 
@@ -289,6 +295,7 @@ class _Groups:
         self.labels: dict[str, set[str]] = defaultdict(set)
         self.given: set[str] = set()
         self._members: dict[str, set[str]] = defaultdict(set)
+        self._images: dict[str, Counter[str]] = defaultdict(Counter)
         before: dict[str, Counter[str]] = defaultdict(Counter)
         for entry in entries:
             self.labels[entry.group].add(entry.label)
@@ -313,6 +320,9 @@ class _Groups:
             and (place := earlier.get(entry.sha256, self.place.get(entry.group)))
             and place != self.place[entry.group]
         }
+        for row, entry in enumerate(entries):
+            if entry.split not in HELD_OUT and row not in self.aside:
+                self._images[entry.label][entry.group] += 1
 
     def place_by_hash(self, shares: Mapping[str, float], params: Params, *, fill: bool) -> None:
         """Place every group that has no place yet; ``fill``: then move those of small classes."""
@@ -324,6 +334,7 @@ class _Groups:
         for group in self.labels.keys() - self.place.keys():
             hit = (split for split, bound in bounds.items() if position[group] < bound)
             self.place[group] = next(hit, "train")
+        self._even_out(shares, position)
         if not fill:
             return
         # The rarest first: they have the least choice.
@@ -335,6 +346,35 @@ class _Groups:
         placed = {group: int(place) for group, place in self.place.items()}
         dealt = deal(self._members, folds, seed, placed, of_equal_size=True)
         self.place = {group: str(fold) for group, fold in dealt.items()}
+
+    def _even_out(self, shares: Mapping[str, float], position: Mapping[str, float]) -> None:
+        """Move groups of classes that hashes alone hold out too much or too little of.
+
+        Between train and the split, in the order of the hashes, as long as that brings the number
+        of held-out images nearer to the one asked for.
+        """
+        everything = sum(map(Counter.total, self._images.values()))
+        for split, share in shares.items():
+            counts = {
+                label: sum(n for group, n in images.items() if self.place[group] == split)
+                for label, images in self._images.items()
+            }
+            is_off = _is_off(sum(counts.values()), share * everything, _TOLERANCE)
+            tolerance = _TOLERANCE if is_off else _CLASS_TOLERANCE
+            for label, images in sorted(self._images.items()):
+                count, asked = counts[label], share * images.total()
+                if not _is_off(count, asked, tolerance):
+                    continue
+                here, there, sign = ("train", split, 1) if count < asked else (split, "train", -1)
+                for group in sorted(images, key=lambda group: (position[group], group)):
+                    after = count + sign * images[group]
+                    if (
+                        self.place[group] == here
+                        and group not in self.fixed
+                        and self.labels[group] == {label}
+                        and abs(after - asked) < abs(count - asked)
+                    ):
+                        self.place[group], count = there, after
 
     def _complete(
         self,
@@ -378,9 +418,10 @@ class _Groups:
 
 
 def _shares(entries: Sequence[Entry], result: Result, params: Params) -> dict[str, dict[str, Any]]:
-    """Return the asked and the realised share of each drawn split, and why it is off, or None.
+    """Return of each drawn split the asked and the realised share, and why that is off, or None.
 
-    All is a function of the table: what is drawn now and what stood there before give the same.
+    And in how many classes it is off, the worst first. All is a function of the table: what is
+    drawn now and what stood there before give the same.
     """
     drawn = [
         row
@@ -391,13 +432,19 @@ def _shares(entries: Sequence[Entry], result: Result, params: Params) -> dict[st
     def share(splits: Sequence[str], name: str) -> float:
         return sum(splits[row] == name for row in drawn) / len(drawn)
 
+    images = Counter(entries[row].label for row in drawn)
     shares: dict[str, dict[str, Any]] = {}
     for name, asked in _asked(entries, params).items():
 
         def is_off(splits: Sequence[str], name: str = name, asked: float = asked) -> bool:
-            difference = abs(share(splits, name) - asked)
-            chance = math.sqrt(asked * (1 - asked) / len(drawn))
-            return difference > max(_TOLERANCE * asked, _DEVIATIONS * chance)
+            return _is_off(share(splits, name) * len(drawn), asked * len(drawn), _TOLERANCE)
+
+        found = Counter(entries[row].label for row in drawn if result.splits[row] == name)
+        uneven = sorted(
+            (-abs(found[label] / count - asked), label)
+            for label, count in images.items()
+            if _is_off(found[label], asked * count, _TOLERANCE)
+        )
 
         reason = None
         if is_off(result.splits):
@@ -419,8 +466,19 @@ def _shares(entries: Sequence[Entry], result: Result, params: Params) -> dict[st
             "asked": asked,
             "realised": share(result.splits, name),
             "reason": reason,
+            "uneven_classes": len(uneven),
+            "classes": [
+                {"label": label, "held_out": found[label], "images": images[label]}
+                for _, label in uneven[:_LISTED]
+            ],
         }
     return shares
+
+
+def _is_off(found: float, asked: float, tolerance: float) -> bool:
+    """Return whether a number of images is; whole images cannot be nearer than to one."""
+    difference = abs(found - asked)
+    return difference > tolerance * asked and difference > 1 - 1e-6
 
 
 def _leaks(entries: Sequence[Entry], groups: _Groups, params: Params) -> set[int]:
