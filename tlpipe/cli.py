@@ -640,7 +640,7 @@ def check(
 ) -> None:
     """Check params.yaml and that the sources are there, before anything runs."""
     from tlpipe import files, lineage, versioning
-    from tlpipe.data import ingest
+    from tlpipe.data import ingest, overview
     from tlpipe.features import embed
     from tlpipe.metrics import answers
     from tlpipe.sources import listing
@@ -658,7 +658,7 @@ def check(
     if unknown:
         listing.check_written_out(unknown, "evaluate.unknown")
     with ingest.opened(section) as source, answers.opened(unknown) if unknown else nullcontext():
-        for note in source.notes:
+        for note in (*source.notes, *overview.describe(source.candidates())):
             print(_printable(note))
         links = list(source.storage.links_outside()) if isinstance(source.storage, Folder) else []
     if source.rejects:
