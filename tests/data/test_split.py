@@ -794,7 +794,7 @@ def test_classes_held_out_unevenly_are_said(empty: Workspace) -> None:
     lines = [line for line in said.splitlines() if "classes: it holds" in line]
     for name, line in zip(("test", "validation"), lines, strict=False):
         worst = shares(empty)[name]["classes"]
-        start = f"{name} is off by over a quarter of 20.0% in {len(worst)} classes: it holds "
+        start = f"{name} is off by over a quarter of 20.0% in {len(worst)} of 7 classes: it holds "
         assert line.startswith(start)
         assert all(f"{c['label']} {c['held_out']} of {c['images']}" in line for c in worst[:5])
         assert line.count(" of 100") <= 5

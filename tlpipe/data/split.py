@@ -96,14 +96,15 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
     ]
     _check_rows(assignments, earlier, placements, split, report)
     shares = _shares(entries, result, params)
+    # Images that are gone or set aside keep their rows; what a source gives goes before a row.
+    # They are written first: the table of a run that was killed has no image without one.
+    aside = {entries[row].sha256 for row in result.aside}
+    new = {s: place for s, place in placed.of_table(assignments).items() if s not in aside}
+    placed.save(placements, replace(earlier, places={**earlier.places, **new}))
     save_split(split, assignments)
     apart = _apart(entries, result, earlier.places)
     content = _describe(assignments, result, shares, params)
     files.write_json(report, {**content, "apart": apart[:_LISTED]})
-    # Images that are gone or set aside keep their rows; what a source gives goes before a row.
-    aside = {entries[row].sha256 for row in result.aside}
-    new = {s: place for s, place in placed.of_table(assignments).items() if s not in aside}
-    placed.save(placements, replace(earlier, places={**earlier.places, **new}))
     counts = Counter(result.splits)
     _log.info(", ".join(f"{name} {counts[name]}" for name in (*SPLITS, UNUSED) if counts[name]))
     if dropped := result.leaks - len(result.aside):
@@ -124,8 +125,9 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
         if uneven := share["classes"]:
             worst = [f"{c['label']} {c['held_out']} of {c['images']}" for c in uneven[:_SHOWN]]
             _log.warning(
-                "%s is off by over a quarter of %s in %s classes: it holds %s%s",
-                *(name, f"{share['asked']:.1%}", share["uneven_classes"], ", ".join(worst)),
+                "%s is off by over a quarter of %s in %s of %s classes: it holds %s%s",
+                *(name, f"{share['asked']:.1%}", share["uneven_classes"]),
+                *(len({entry.label for entry in entries}), ", ".join(worst)),
                 ", ..." if share["uneven_classes"] > _SHOWN else "",
             )
 
@@ -452,7 +454,7 @@ def _shares(entries: Sequence[Entry], result: Result, params: Params) -> dict[st
                 _draw(entries, _Groups(entries, {}), params, fill=fill)[0] for fill in (True, False)
             )
             largest = max(Counter(entry.group for entry in entries).values())
-            if not is_off(anew):
+            if result.aside or not is_off(anew):
                 reason = "images that were placed earlier stay where they are"
             elif not is_off(plain):
                 only_trains = params.small_classes == "train"
