@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command needs it, so that ``--help`` and refusals are quick.
 """
 
+import errno
 import importlib
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from tlpipe.errors import TlpipeError
+from tlpipe.errors import ArtifactError, TlpipeError
 
 if TYPE_CHECKING:
     from tlpipe.features.embed import Params as EmbedParams
@@ -74,6 +75,15 @@ def main() -> None:
     except TlpipeError as error:
         print(f"tlpipe: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        print(
+            f"tlpipe: {_printable(str(error.filename))}: {error.strerror}; expected a folder that "
+            f"may be read and written. Change its permissions, or work in another one.",
+            file=sys.stderr,
+        )
+        raise SystemExit(ArtifactError.exit_code) from None
 
 
 def load_params(path: Path) -> "dict[str, Section]":
@@ -649,8 +659,8 @@ def check(
     ] = False,
 ) -> None:
     """Check params.yaml and that the sources are there, before anything runs."""
-    from tlpipe import lineage, versioning
-    from tlpipe.data import ingest
+    from tlpipe import files, lineage, versioning
+    from tlpipe.data import ingest, overview
     from tlpipe.features import embed
     from tlpipe.metrics import answers
     from tlpipe.registry import changes, register
@@ -658,6 +668,8 @@ def check(
     from tlpipe.sources.storage import Folder
 
     sections = load_params(params)
+    for folder in filter(Path.is_dir, (params.parent, params.parent / "artifacts")):
+        files.check_writable(folder)
     to_fetch = embed.check_weights(cast(embed.Params, sections["embed"]))
     for said in filter(None, (to_fetch, lineage.other_versions(params.parent))):
         print(said)
@@ -670,7 +682,7 @@ def check(
     if unknown:
         listing.check_written_out(unknown, "evaluate.unknown")
     with ingest.opened(section) as source, answers.opened(unknown) if unknown else nullcontext():
-        for note in source.notes:
+        for note in (*source.notes, *overview.describe(source.candidates())):
             print(_printable(note))
         links = list(source.storage.links_outside()) if isinstance(source.storage, Folder) else []
     if source.rejects:

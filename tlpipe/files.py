@@ -124,6 +124,16 @@ def flush_folder(folder: Path) -> None:
             _flush(path)
 
 
+def check_writable(folder: Path) -> None:
+    """Make a file's place in a folder and take it away again.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with _scratch(folder / "check"):
+        pass
+
+
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Keep others out until the block ends, or the process does: the lock is the system's.

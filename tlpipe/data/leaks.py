@@ -105,7 +105,7 @@ def find(thumbnails: Thumbnails, assignments: Sequence[Assignment]) -> Found:
 
     ``thumbnails``: (N, 64, 64) gray; at most ``SAMPLE`` images of each held-out split and
     ``TRAIN_SAMPLE`` training images are looked at, taken evenly. Images without structure are
-    left out, and so are pairs of one group.
+    left out.
     """
     from threadpoolctl import threadpool_limits
 
@@ -178,14 +178,13 @@ def _nearest(
     thumbnails: Thumbnails, assignments: Sequence[Assignment], asked: Rows, trains: Rows
 ) -> tuple[list[Pair], list[float]]:
     """Return the best training image of each one asked, and the best likeness to other classes."""
-    mine, theirs = ([assignments[row] for row in rows] for rows in (asked, trains))
-    is_same_group = _equal([a.group for a in mine], [a.group for a in theirs])
-    is_same_class = _equal([a.label for a in mine], [a.label for a in theirs])
+    labels, others = (
+        np.array([assignments[row].label for row in rows]) for rows in (asked, trains)
+    )
     correlations, shifts = _correlate(thumbnails, asked, trains)
-    correlations[is_same_group] = -2
-    others = np.where(is_same_class, -2, correlations)
+    strangers = np.where(labels[:, None] == others, -2, correlations)
     results = []
-    for table, count in ((correlations, _CANDIDATES), (others, _STRANGERS)):
+    for table, count in ((correlations, _CANDIDATES), (strangers, _STRANGERS)):
         columns = np.argsort(-table, axis=1, kind="stable")[:, :count]
         likeness = np.zeros(columns.shape, np.float32)
         places = np.argwhere(np.take_along_axis(table, columns, axis=1) > -2)
@@ -202,11 +201,6 @@ def _nearest(
         for i, row in enumerate(asked)
     ]
     return pairs, of_strangers.max(axis=1).tolist()
-
-
-def _equal(mine: Sequence[str], theirs: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Return (Q, N) which texts are equal."""
-    return np.asarray(np.array(mine)[:, None] == np.array(theirs))
 
 
 def _correlate(

@@ -7,6 +7,7 @@ depends on another, so that Git can merge two branches by the union of their lin
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ _LINE = re.compile(
     r"(?P<sha256>[0-9a-f]{64}),(?P<place>[a-z]+|\d+),"
     r"(?P<drawn_by>seed=\d+ (?:folds=(?P<folds>\d+)|validation=\S+ test=\S+))"
 )
+
+_SPOILED = {
+    "\ufeff": "begins with a byte order mark",
+    '"': "has quotes around its values",
+    ";": "has semicolons for commas",
+    "\t": "has tabs for commas",
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,24 @@ def drawn_by(params: Mapping[str, Any]) -> str:
 
 
 def of_table(table: Iterable[Assignment]) -> dict[str, str]:
-    """Return the place of each file of a split table; those left unused have none."""
-    return {row.sha256: row.fold or row.split for row in table if row.split != UNUSED}
+    """Return the place of each file of a split table.
+
+    Those left unused get one that leaves them unused again: their fold, or else the split that
+    gives way to any other. They get none where their group stands in two splits, as in tables of
+    former versions.
+    """
+    rows = list(table)
+    used = {row.sha256: row.fold or row.split for row in rows if row.split != UNUSED}
+    groups: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.split != UNUSED:
+            groups[row.group].add(used[row.sha256])
+    unused = {
+        row.sha256: row.fold or "train"
+        for row in rows
+        if row.split == UNUSED and len(groups[row.group]) == 1
+    }
+    return {**unused, **used}
 
 
 def load(path: Path, drawn: str) -> Placements:
@@ -73,11 +97,16 @@ def load(path: Path, drawn: str) -> Placements:
             continue
         found = _LINE.fullmatch(line)
         if found is None or not _is_place(found["place"], found["folds"]):
+            spoiled = next((what for mark, what in _SPOILED.items() if mark in line), "")
+            how = f"{spoiled}, as a spreadsheet saves it:" if spoiled else "is"
+            repair = "Take out what Git left of a merge but keep the rows of both sides"
+            if spoiled:
+                repair = "Save it as plain UTF-8 with commas and without quotes"
             raise ArtifactError(
-                f"line {number} of {path} is {line[:120]!r}; expected {HEADER}, such as "
+                f"line {number} of {path} {how} {line[:120]!r}; expected {HEADER}, such as "
                 f"{'0123456789abcdef' * 4},train,seed=0 validation=0.2 test=0.2. It says where "
-                f"images are that must stay there. Take out what Git left of a merge but keep the "
-                f"rows of both sides, or take the file from Git again: 'git checkout -- {path}'."
+                f"images are that must stay there. {repair}, or take the file from Git again: 'git "
+                f"checkout -- {path}'."
             )
         if found["drawn_by"] != drawn:
             others.add(line)

@@ -1,7 +1,6 @@
 """Stage ``split``: say for each image whether it trains, validates or tests."""
 
 import logging
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +18,19 @@ from tlpipe.data.manifest import (
     Assignment,
     Entry,
     load_manifest,
+    load_split,
     save_split,
 )
-from tlpipe.errors import DataError
+from tlpipe.errors import ArtifactError, DataError
 from tlpipe.params import Section, check_effect
 from tlpipe.seeds import uniform
 
 _log = logging.getLogger(__name__)
 HELD_OUT = ("test", "validation")
-# A share is said to be off where it is by more than this part of it, and by more than so many
-# standard deviations of a share of single images that are drawn one by one.
-_TOLERANCE, _DEVIATIONS = 0.25, 3
+_SHOWN, _LISTED = 5, 100  # examples in a message, and in the report, at most
+# A share is off by more than this part of it, and by an image at least. A class whose share is off
+# by the second part, or by the first where the whole share is off too, is drawn more evenly.
+_TOLERANCE, _CLASS_TOLERANCE = 0.25, 0.5
 
 
 class Params(Section):
@@ -81,7 +82,7 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
     parameters, all are drawn anew.
 
     Raises:
-        ArtifactError: ``placements`` cannot be read, or has an image in two splits.
+        ArtifactError: ``placements`` cannot be read, has an image in two splits, or has lost rows.
         DataError: a class has too few distinct images for three splits, or given splits share
             images.
     """
@@ -93,23 +94,27 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
         Assignment(e.path, e.label, s, f, e.group, e.sha256, e.box)
         for e, s, f in zip(entries, result.splits, result.folds, strict=True)
     ]
+    _check_rows(assignments, earlier, placements, split, report)
     shares = _shares(entries, result, params)
+    # Images that are gone or set aside keep their rows; what a source gives goes before a row.
+    # They are written first: the table of a run that was killed has no image without one.
+    aside = {entries[row].sha256 for row in result.aside}
+    new = {s: place for s, place in placed.of_table(assignments).items() if s not in aside}
+    placed.save(placements, replace(earlier, places={**earlier.places, **new}))
     save_split(split, assignments)
-    files.write_json(report, _describe(assignments, result, shares, params))
-    # Images that are gone keep their rows; what a source gives goes before a row.
-    places = {**earlier.places, **placed.of_table(assignments)}
-    placed.save(placements, replace(earlier, places=places))
+    apart = _apart(entries, result, earlier.places)
+    content = _describe(assignments, result, shares, params)
+    files.write_json(report, {**content, "apart": apart[:_LISTED]})
     counts = Counter(result.splits)
     _log.info(", ".join(f"{name} {counts[name]}" for name in (*SPLITS, UNUSED) if counts[name]))
-    if dropped := result.leaks - len(result.bridges):
+    if dropped := result.leaks - len(result.aside):
         _log.info("%s images left unused: their like stands in a held-out split", dropped)
-    if result.bridges:
+    if apart:
+        shown = [f"{path} ({was}) is like {like} ({place})" for path, was, like, place in apart]
         _log.warning(
-            "%s new images are left unused, the first is %s: old images of different splits are "
-            "like them. As they join these, the rule leaks of register.gate holds for none of "
-            "them: take them out of the source",
-            len(result.bridges),
-            entries[result.bridges[0]].path,
+            "%s images are left unused, since %s places images like them in another split, as "
+            "where branches are merged; held-out ones stay, test before validation: %s",
+            *(len(apart), placements, ", ".join(shown[:_SHOWN]) + ", ..." * (len(apart) > _SHOWN)),
         )
     for name, share in shares.items():
         if share["reason"]:
@@ -117,19 +122,27 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
             _log.warning(
                 "%s has %s of the images instead of %s: %s", name, found, asked, share["reason"]
             )
+        if uneven := share["classes"]:
+            worst = [f"{c['label']} {c['held_out']} of {c['images']}" for c in uneven[:_SHOWN]]
+            _log.warning(
+                "%s is off by over a quarter of %s in %s of %s classes: it holds %s%s",
+                *(name, f"{share['asked']:.1%}", share["uneven_classes"]),
+                *(len({entry.label for entry in entries}), ", ".join(worst)),
+                ", ..." if share["uneven_classes"] > _SHOWN else "",
+            )
 
 
 @dataclass(frozen=True)
 class Result:
     """For each image its split and its fold; how many were left out as leaks.
 
-    ``bridges``: rows of those among them that join images of different splits.
+    ``aside``: rows of those among them that were placed elsewhere than their like.
     """
 
     splits: list[str]
     folds: list[str]
     leaks: int
-    bridges: tuple[int, ...] = ()
+    aside: tuple[int, ...] = ()
 
 
 def assign(
@@ -140,8 +153,9 @@ def assign(
     A group is placed by the hash of the seed and its name alone, so that images added later move
     no old one; classes are about evenly spread. Only for a class so small that a split would stay
     empty is its nearest group moved there. What an earlier table says goes before all that: by it,
-    an image that joins a group, or fills a class, moves no old one either. Splits that the source
-    gives are kept; what they lack is drawn from their training images.
+    an image that joins a group, or fills a class, moves no old one either. Of a group that it
+    places apart, one split keeps its images, the test split first, and the others are left out.
+    Splits that the source gives are kept; what they lack is drawn from their training images.
 
     ``earlier``: of each image that was there before, its split, or its fold where there are folds.
 
@@ -156,10 +170,27 @@ def assign(
         )
     leaks = _leaks(entries, groups, params)
     splits, folds = _draw(entries, groups, params)
-    leaks |= groups.bridges
+    leaks |= groups.aside.keys()
     splits = [UNUSED if row in leaks else split for row, split in enumerate(splits)]
-    _check_classes(entries, splits, params)
-    return Result(splits, folds, len(leaks), tuple(sorted(groups.bridges)))
+    _check_classes(entries, splits, params, earlier or {})
+    return Result(splits, folds, len(leaks), tuple(groups.aside))
+
+
+def _apart(
+    entries: Sequence[Entry], result: Result, earlier: Mapping[str, str]
+) -> list[tuple[str, str, str, str]]:
+    """Return of each image set aside its path and place, and those of one like it that stays."""
+    stays: dict[str, int] = {}
+    for row, split in enumerate(result.splits):
+        if split != UNUSED:
+            stays.setdefault(entries[row].group, row)
+    pairs = []
+    for row in result.aside:
+        like = stays[entries[row].group]
+        place = result.folds[like] or result.splits[like]
+        was = earlier[entries[row].sha256]
+        pairs.append((entries[row].path, was, entries[like].path, place))
+    return pairs
 
 
 def _standing(entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
@@ -193,6 +224,44 @@ def _say_what_is_new(
         )
 
 
+def _check_rows(
+    assignments: Sequence[Assignment],
+    earlier: placed.Placements,
+    placements: Path,
+    split: Path,
+    report: Path,
+) -> None:
+    """Check that no image moves for want of a row, as far as the last run's table lies here.
+
+    Raises:
+        ArtifactError: one would.
+    """
+    try:
+        params = files.read_json(report).get("params", {})
+        table = load_split(split) if params.keys() >= set(placed.DRAWN_BY) else []
+    except ArtifactError:
+        return  # no run before, or one of another version
+    if not table or placed.drawn_by(params) != earlier.drawn_by:
+        return
+    before = {row.sha256: row.fold or row.split for row in table if row.split != UNUSED}
+    lost = [
+        row
+        for row in assignments
+        if row.sha256 in before and row.sha256 not in earlier.places and row.split != UNUSED
+    ]
+    moved = [row for row in lost if (row.fold or row.split) != before[row.sha256]]
+    if moved:
+        first = moved[0]
+        raise ArtifactError(
+            f"{placements} has no row of {len(lost)} images that {split} has placed, and "
+            f"{len(moved)} of them would move, the first is {first.path} from "
+            f"{before[first.sha256]} to {first.fold or first.split}; expected the rows of all that "
+            f"were ever placed, since none may train that has tested. A merge or an edit may have "
+            f"lost them: 'git checkout -- {placements}' takes the file from Git again. To draw "
+            f"them anew on purpose, or after a change of branches, delete {split}."
+        )
+
+
 def _draw(
     entries: Sequence[Entry], groups: "_Groups", params: Params, *, fill: bool = True
 ) -> tuple[list[str], list[str]]:
@@ -202,12 +271,11 @@ def _draw(
         places = {str(fold): "train" for fold in range(params.folds)}
         places[str((params.fold + 1) % params.folds)] = "validation"
         places[str(params.fold)] = "test"
-        folds = [groups.of(row, entry) for row, entry in enumerate(entries)]
+        folds = [groups.aside.get(r) or groups.place[e.group] for r, e in enumerate(entries)]
         return [places[fold] for fold in folds], folds
     groups.place_by_hash(_asked(entries, params), params, fill=fill)
     splits = [
-        entry.split if entry.split in HELD_OUT else groups.of(row, entry)
-        for row, entry in enumerate(entries)
+        entry.split if entry.split in HELD_OUT else groups.place[entry.group] for entry in entries
     ]
     return splits, [""] * len(entries)
 
@@ -229,6 +297,7 @@ class _Groups:
         self.labels: dict[str, set[str]] = defaultdict(set)
         self.given: set[str] = set()
         self._members: dict[str, set[str]] = defaultdict(set)
+        self._images: dict[str, Counter[str]] = defaultdict(Counter)
         before: dict[str, Counter[str]] = defaultdict(Counter)
         for entry in entries:
             self.labels[entry.group].add(entry.label)
@@ -240,22 +309,22 @@ class _Groups:
             elif place := earlier.get(entry.sha256):
                 before[entry.group][place] += 1
         for group, places in before.items():
-            self.place.setdefault(group, min(places, key=lambda p: (-places[p], p)))
+            # A test image stays one, whatever joins its group.
+            self.place.setdefault(
+                group, min(places, key=lambda p: (p != "test", p == "train", -places[p], p))
+            )
         self.fixed = set(self.place)
-        # New images that join two old groups of different splits: the old ones stay where they
-        # are, as they did without them, and the new ones are left out.
-        self.own: dict[int, str] = {}
-        self.bridges: set[int] = set()
+        # Rows of images that were placed elsewhere than their group, and where: they are left out.
+        self.aside = {
+            row: place
+            for row, entry in enumerate(entries)
+            if entry.split not in HELD_OUT
+            and (place := earlier.get(entry.sha256, self.place.get(entry.group)))
+            and place != self.place[entry.group]
+        }
         for row, entry in enumerate(entries):
-            if len(before[entry.group]) > 1 and entry.group not in self.given:
-                if place := earlier.get(entry.sha256):
-                    self.own[row] = place
-                else:
-                    self.bridges.add(row)
-
-    def of(self, row: int, entry: Entry) -> str:
-        """Return where an image is placed."""
-        return self.own.get(row, self.place[entry.group])
+            if entry.split not in HELD_OUT and row not in self.aside:
+                self._images[entry.label][entry.group] += 1
 
     def place_by_hash(self, shares: Mapping[str, float], params: Params, *, fill: bool) -> None:
         """Place every group that has no place yet; ``fill``: then move those of small classes."""
@@ -267,6 +336,7 @@ class _Groups:
         for group in self.labels.keys() - self.place.keys():
             hit = (split for split, bound in bounds.items() if position[group] < bound)
             self.place[group] = next(hit, "train")
+        self._even_out(shares, position)
         if not fill:
             return
         # The rarest first: they have the least choice.
@@ -278,6 +348,35 @@ class _Groups:
         placed = {group: int(place) for group, place in self.place.items()}
         dealt = deal(self._members, folds, seed, placed, of_equal_size=True)
         self.place = {group: str(fold) for group, fold in dealt.items()}
+
+    def _even_out(self, shares: Mapping[str, float], position: Mapping[str, float]) -> None:
+        """Move groups of classes that hashes alone hold out too much or too little of.
+
+        Between train and the split, in the order of the hashes, as long as that brings the number
+        of held-out images nearer to the one asked for.
+        """
+        everything = sum(map(Counter.total, self._images.values()))
+        for split, share in shares.items():
+            counts = {
+                label: sum(n for group, n in images.items() if self.place[group] == split)
+                for label, images in self._images.items()
+            }
+            is_off = _is_off(sum(counts.values()), share * everything, _TOLERANCE)
+            tolerance = _TOLERANCE if is_off else _CLASS_TOLERANCE
+            for label, images in sorted(self._images.items()):
+                count, asked = counts[label], share * images.total()
+                if not _is_off(count, asked, tolerance):
+                    continue
+                here, there, sign = ("train", split, 1) if count < asked else (split, "train", -1)
+                for group in sorted(images, key=lambda group: (position[group], group)):
+                    after = count + sign * images[group]
+                    if (
+                        self.place[group] == here
+                        and group not in self.fixed
+                        and self.labels[group] == {label}
+                        and abs(after - asked) < abs(count - asked)
+                    ):
+                        self.place[group], count = there, after
 
     def _complete(
         self,
@@ -321,9 +420,10 @@ class _Groups:
 
 
 def _shares(entries: Sequence[Entry], result: Result, params: Params) -> dict[str, dict[str, Any]]:
-    """Return the asked and the realised share of each drawn split, and why it is off, or None.
+    """Return of each drawn split the asked and the realised share, and why that is off, or None.
 
-    All is a function of the table: what is drawn now and what stood there before give the same.
+    And in how many classes it is off, the worst first. All is a function of the table: what is
+    drawn now and what stood there before give the same.
     """
     drawn = [
         row
@@ -334,13 +434,19 @@ def _shares(entries: Sequence[Entry], result: Result, params: Params) -> dict[st
     def share(splits: Sequence[str], name: str) -> float:
         return sum(splits[row] == name for row in drawn) / len(drawn)
 
+    images = Counter(entries[row].label for row in drawn)
     shares: dict[str, dict[str, Any]] = {}
     for name, asked in _asked(entries, params).items():
 
         def is_off(splits: Sequence[str], name: str = name, asked: float = asked) -> bool:
-            difference = abs(share(splits, name) - asked)
-            chance = math.sqrt(asked * (1 - asked) / len(drawn))
-            return difference > max(_TOLERANCE * asked, _DEVIATIONS * chance)
+            return _is_off(share(splits, name) * len(drawn), asked * len(drawn), _TOLERANCE)
+
+        found = Counter(entries[row].label for row in drawn if result.splits[row] == name)
+        uneven = sorted(
+            (-abs(found[label] / count - asked), label)
+            for label, count in images.items()
+            if _is_off(found[label], asked * count, _TOLERANCE)
+        )
 
         reason = None
         if is_off(result.splits):
@@ -348,7 +454,7 @@ def _shares(entries: Sequence[Entry], result: Result, params: Params) -> dict[st
                 _draw(entries, _Groups(entries, {}), params, fill=fill)[0] for fill in (True, False)
             )
             largest = max(Counter(entry.group for entry in entries).values())
-            if not is_off(anew):
+            if result.aside or not is_off(anew):
                 reason = "images that were placed earlier stay where they are"
             elif not is_off(plain):
                 only_trains = params.small_classes == "train"
@@ -362,8 +468,19 @@ def _shares(entries: Sequence[Entry], result: Result, params: Params) -> dict[st
             "asked": asked,
             "realised": share(result.splits, name),
             "reason": reason,
+            "uneven_classes": len(uneven),
+            "classes": [
+                {"label": label, "held_out": found[label], "images": images[label]}
+                for _, label in uneven[:_LISTED]
+            ],
         }
     return shares
+
+
+def _is_off(found: float, asked: float, tolerance: float) -> bool:
+    """Return whether a number of images is; whole images cannot be nearer than to one."""
+    difference = abs(found - asked)
+    return difference > tolerance * asked and difference > 1 - 1e-6
 
 
 def _leaks(entries: Sequence[Entry], groups: _Groups, params: Params) -> set[int]:
@@ -390,12 +507,17 @@ def _leaks(entries: Sequence[Entry], groups: _Groups, params: Params) -> set[int
     return leaks
 
 
-def _check_classes(entries: Sequence[Entry], splits: Sequence[str], params: Params) -> None:
+def _check_classes(
+    entries: Sequence[Entry], splits: Sequence[str], params: Params, earlier: Mapping[str, str]
+) -> None:
     found: dict[str, Counter[str]] = defaultdict(Counter)
     distinct: dict[str, set[str]] = defaultdict(set)
+    rows: dict[str, Counter[str]] = defaultdict(Counter)
     for entry, split in zip(entries, splits, strict=True):
         found[entry.label][split] += 1
         distinct[entry.label].add(entry.group)
+        if place := earlier.get(entry.sha256):
+            rows[entry.label][place] += 1
     for label, counts in sorted(found.items()):
         needed: Iterable[str] = ("train",)
         keep = ""
@@ -403,10 +525,18 @@ def _check_classes(entries: Sequence[Entry], splits: Sequence[str], params: Para
             needed = SPLITS
             keep = ", or set split.small_classes: train to keep it unmeasured"
         if missing := [split for split in needed if not counts[split]]:
+            advice = "Add images"
+            if known := rows[label]:
+                places = ", ".join(f"{place} {count}" for place, count in sorted(known.items()))
+                advice = (
+                    f"splits.csv places {known.total()} of them ({places}), where they stay. Add "
+                    f"images that it does not know; or draw all anew by another split.seed; or "
+                    f"draw these anew: delete their rows there, and the split table of the last run"
+                )
             raise DataError(
                 f"the class {label!r} has {counts.total()} images, {len(distinct[label])} of them "
                 f"distinct, and none for {', '.join(missing)}; every class must stand in "
-                f"{', '.join(needed)}. Add images, or take the class out{keep}."
+                f"{', '.join(needed)}. {advice}; or take the class out{keep}."
             )
     for split in SPLITS:
         if split not in splits:
