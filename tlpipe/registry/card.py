@@ -174,7 +174,7 @@ def _data(known: Known) -> str:
         f"{_plain(data['source'])}, {data['images']:,} images ({parts}), "
         f"{sum(data['rejected'].values()):,} files rejected",
         f"images a class: {', '.join(shown + more)}",
-        f"test images that training has seen: {split['leaks']} found and left out",
+        f"images whose like lies in another split: {split['leaks']} found and left out",
         leaks.describe(known["leaks"]),
     ]
     return "\n".join(f"- {line}" for line in lines)
