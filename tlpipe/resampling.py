@@ -172,14 +172,39 @@ def paired_difference(
     }
 
 
-def detectable_loss(change: Mapping[str, float]) -> float:
-    """Return the smallest loss that would show in four of five cases, in [0, 1].
+_POWER = NormalDist().inv_cdf(0.8)  # four of five cases
 
-    ``change``: as ``paired_difference`` returns it; a loss shows where its interval ends below 0.
+
+def detectable_loss(
+    first: npt.NDArray[np.bool_],
+    second: npt.NDArray[np.bool_],
+    groups: Sequence[str],
+    confidence: float,
+) -> float:
+    """Return the smallest loss that shows in four of five cases, in [0, 1].
+
+    ``first``, ``second``, ``groups``: as of ``paired_difference``; a loss shows where its interval
+    ends below 0. As many images are gained by chance as are now changed the rarer way round, and
+    the loss is lost beside them, so the variance grows with it. Groups count as whole.
 
     Source: Bloom (1995), Minimum detectable effects, Evaluation Review 19: the standard error times
-    the sum of the quantiles for the confidence and for the power of 0.8.
+    the sum of the quantiles for confidence and power; the variance of a paired difference: Newcombe
+    (1998), as there. Effective number of groups: Kish (1965), Survey sampling, section 11.7.
     """
-    normal = NormalDist()
-    half, sure = change["value"] - change["low"], normal.inv_cdf(0.5 + change["confidence"] / 2)
-    return min(half * (1 + normal.inv_cdf(0.8) / sure), 1.0)
+    sizes = np.bincount(group_numbers(groups))
+    effective = len(first) ** 2 / float((sizes.astype(np.float64) ** 2).sum())
+    gained = min(float((second & ~first).mean()), float((first & ~second).mean()))
+    quantiles = NormalDist().inv_cdf(0.5 + confidence / 2) + _POWER
+    unit = quantiles**2 / effective  # loss^2 = unit (2 gained + loss - loss^2)
+    loss = (unit + math.sqrt(unit**2 + 8 * gained * unit * (1 + unit))) / (2 * (1 + unit))
+    return min(loss, 1.0)
+
+
+def images_to_tell(change: Mapping[str, float], images: int, loss: float) -> int:
+    """Return of how many images the interval ends above ``-loss`` in four of five cases.
+
+    ``change``: as ``paired_difference`` returns it for so many ``images``, above ``-loss`` itself.
+    """
+    sure = NormalDist().inv_cdf(0.5 + change["confidence"] / 2)
+    half = (change["value"] - change["low"]) * (1 + _POWER / sure)
+    return math.ceil(images * (half / (change["value"] + loss)) ** 2)

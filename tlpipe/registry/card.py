@@ -20,6 +20,10 @@ _HEADLINES = (
     "calibration_error",
 )
 Known = Mapping[str, Mapping[str, Any]]
+_NO_PROMISE = (
+    "No probability is known above which few answers are wrong: it was looked for among images "
+    "that training has seen copies of."
+)
 
 
 def of_model(name: str) -> str:
@@ -52,7 +56,7 @@ def write(name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str]) 
         _results(known),
         _weakest(exact),
         "## Limits",
-        limits(known["report"]),
+        limits(known["report"], known["leaks"]),
         _copies(known["leaks"]),
         "## Data",
         _data(known),
@@ -88,8 +92,8 @@ def _weakest(exact: Mapping[str, Any]) -> str:
     return f"Least often found: {', '.join(found)}. Pictures: plots/ among the artifacts."
 
 
-def limits(report: Mapping[str, Any]) -> str:
-    """Say what it does not do, by the report of ``evaluate``."""
+def limits(report: Mapping[str, Any], copies: Mapping[str, Any]) -> str:
+    """Say what it does not do, by the reports of ``evaluate`` and of copies by ``audit``."""
     abstention, unknown, robustness = report["abstention"], report["unknown"], report["robustness"]
     lines = []
     if report["generalisation"]["is_below"]:
@@ -97,7 +101,8 @@ def limits(report: Mapping[str, Any]) -> str:
             f"Test accuracy is below validation accuracy beyond chance, so other images may cost "
             f"still more: {generalisation.describe(report['generalisation'])}."
         )
-    lines += [_abstention(abstention), _others(unknown)]
+    promised = _NO_PROMISE if copies["is_above_clean"] else _abstention(abstention)
+    lines += [promised, _others(unknown)]
     kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
     worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
     lines.append(

@@ -178,6 +178,7 @@ def _judge(
         measured=measured,
         source=source,
         held_out=held,
+        copies=tracking.artifact(client, version.run_id, publishing.LEAKS),
         signature=signature,
         bounds=bounds,
     )

@@ -33,6 +33,7 @@ _DESCRIPTION = "mlflow.note.content"  # what MLflow shows on top of a run
 _MADE_BY = {"mlflow.source.name": "tlpipe register", "mlflow.source.type": "LOCAL"}
 _DIGESTS = "sha256.json"  # of every artifact, by its path
 SPLIT, SPLIT_REPORT = "data/split.csv", "data/split.json"
+LEAKS = "data/leaks.json"
 _AT_ONCE = 1000  # the most metrics that MLflow takes in one request
 
 
@@ -88,7 +89,7 @@ _PLACES = {
     "split_report": SPLIT_REPORT,
     "rejects": "data/rejects.csv",
     "suspects": "data/suspects.csv",
-    "leaks": "data/leaks.json",
+    "leaks": LEAKS,
     "data_plots": "data/plots",
     "manifest": "data/manifest.csv",
     "split": SPLIT,
