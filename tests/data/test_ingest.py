@@ -444,6 +444,33 @@ def test_a_file_without_permission_is_named(empty: Workspace, photos: Path) -> N
     assert empty.rejects() == {"dark/0.png": "unreadable"}
 
 
+@pytest.mark.fault("D74")
+def test_nearly_equal_pictures_under_two_labels_and_what_is_never_seen_are_said(
+    empty: Workspace, photos: Path
+) -> None:
+    empty.set_source(photos)
+    said = empty.ingest()
+    assert "under two labels" not in said
+    assert "middle squares" not in said
+    random = np.random.default_rng(0)
+    pattern = Image.fromarray(random.integers(0, 256, (9, 9, 3), np.uint8))
+    pattern.resize((300, 300), Image.Resampling.BICUBIC).save(photos / "light" / "same.png")
+    with Image.open(photos / "light" / "same.png") as picture:
+        picture.save(photos / "dark" / "same.jpg", quality=95)
+    for number in range(24):  # three times as wide as high
+        pixels = random.integers(0, 256, (4, 12, 3), np.uint8)
+        wide = Image.fromarray(pixels).resize((900, 300), Image.Resampling.BICUBIC)
+        wide.save(photos / "dark" / f"wide {number}.png")
+    said = empty.ingest()
+    (line,) = (line for line in said.splitlines() if "under two labels" in line)
+    assert line.startswith("1 pairs of nearly equal images")
+    assert "light/same.png (light)" in line
+    assert "dark/same.jpg (dark)" in line
+    widths = [(int(row["width"]), int(row["height"])) for row in empty.rows("out/manifest.csv")]
+    lost = 1 - sum(min(size) ** 2 for size in widths) / sum(w * h for w, h in widths)
+    assert f"{100 * lost:.0f} % of the pictures' area lies outside" in said
+
+
 @pytest.mark.fault("D32")
 def test_too_many_rejects_are_a_refusal_that_names_the_worst(
     empty: Workspace, photos: Path

@@ -47,6 +47,16 @@ def test_the_interval_is_student_s_with_the_corrected_variance() -> None:
     assert mean_with_interval([0.95] * 3, 0.5, 0.95)["half_width"] == 0.0
 
 
+@pytest.mark.fault("M01")
+def test_folds_that_agree_leave_the_interval_of_their_images() -> None:
+    folds = [fold([True] * 10, 10 * number, 1.0) for number in range(3)]
+    found = summarise(folds, [""] * 30, 0.95)["mean"]["accuracy"]
+    assert (found["value"], found["high"]) == (1.0, 1.0)
+    low = stats.binomtest(30, 30).proportion_ci(0.95, "wilson").low
+    assert found["low"] == pytest.approx(low)
+    assert found["half_width"] == pytest.approx(1 - low)
+
+
 def test_the_corrected_interval_covers_what_the_plain_one_misses() -> None:
     """Folds share what they learn from: a third of each variance is of the shared part."""
     random = np.random.default_rng(0)

@@ -177,7 +177,7 @@ def test_who_is_worse_than_a_version_of_before_fails() -> None:
     assert rule.found.endswith("the one that decides of 2 versions")
 
 
-@pytest.mark.fault("R27")
+@pytest.mark.fault("R30")
 def test_no_version_hides_what_is_seen_beside_another() -> None:
     """However few images count beside one of them, and however it did on these."""
     far = beside(200, 28, 2, version="2", rivals=2)
@@ -197,7 +197,7 @@ def test_no_version_hides_what_is_seen_beside_another() -> None:
     assert gate._change([sharp, blunt], 0.05, 20).verdict == "fails"
 
 
-@pytest.mark.fault("R28")
+@pytest.mark.fault("R28", "R30")
 def test_without_images_that_are_new_to_the_champion_nothing_can_be_told() -> None:
     older = beside(200, 0, 12, version="1", rivals=2)
     for champion in (nothing("2"), beside(10, 0, 0, version="2", rivals=2)):

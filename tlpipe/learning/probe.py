@@ -206,7 +206,7 @@ def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
             path.append(tried.step)
             if best is None or tried.step.validation_loss < best.step.validation_loss:
                 best = tried
-            _say(tried)
+            _say(tried, "accuracy" if recipe.balance == "none" else "balanced accuracy")
             if path[-_RISES:].count(best.step) == 0:
                 break
         assert best is not None
@@ -295,12 +295,12 @@ def _score(logits: Single, labels: heads.Labels, weights: heads.Floats) -> tuple
     return float(loss), float(accuracy)
 
 
-def _say(tried: CrossValidated) -> None:
+def _say(tried: CrossValidated, measure: str) -> None:
     held = int(np.count_nonzero(~np.isnan(tried.logits[:, 0])))
     _log.info(
-        "l2 %g: %s-fold loss %.4f, accuracy %.3f on %s images",
-        *(tried.l2, len(tried.fold_heads)),
-        *(tried.step.validation_loss, tried.step.validation_accuracy, held),
+        "l2 %g: %s-fold loss %.4f, %s %.3f on %s images",
+        *(tried.l2, len(tried.fold_heads), tried.step.validation_loss),
+        *(measure, tried.step.validation_accuracy, held),
     )
 
 

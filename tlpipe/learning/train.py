@@ -83,10 +83,13 @@ def run(
             f"{card.trainable_parameters:,}",
         )
         return
+    # That of the probe counts as it was fitted; epochs are measured plainly.
+    is_balanced = params.balance != "none" and learned.epoch == 0
     _log.info(
-        "trained %s parameters, left %s as they were; held-out accuracy %.4f",
+        "trained %s parameters, left %s as they were; held-out %s %.4f",
         f"{card.trainable_parameters:,}",
         f"{card.frozen_parameters:,}",
+        "balanced accuracy" if is_balanced else "accuracy",
         card.validation_accuracy,
     )
 

@@ -23,7 +23,7 @@ from tlpipe.metrics import evaluate
 from tlpipe.metrics.scores import HEADLINES, title
 from tlpipe.onnx_export.bundle import EXACT
 from tlpipe.params import Section
-from tlpipe.resampling import share_interval
+from tlpipe.resampling import share_interval, wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -201,13 +201,19 @@ def summarise(folds: Sequence[Fold], groups: Sequence[str], confidence: float) -
     fold does not have has no mean: AUROC where it tests one class, the calibration error where it
     tests one group.
     """
-    share = sum(f.images["test"] for f in folds) / sum(f.images["train"] for f in folds)
+    tested = sum(fold.images["test"] for fold in folds)
+    share = tested / sum(fold.images["train"] for fold in folds)
     means = {}
     for name in HEADLINES:
         if all(name in fold.headlines for fold in folds):
             bounds = _LOSSES if name == "log_loss" else _SHARES
             values = [fold.headlines[name] for fold in folds]
             means[name] = mean_with_interval(values, share, confidence, bounds)
+            if bounds is _SHARES and not means[name]["deviation"]:
+                # Folds that agree say nothing of what others would do; their images do.
+                low, high = wilson_interval(means[name]["value"] * tested, tested, confidence)
+                half_width = max(means[name]["value"] - low, high - means[name]["value"])
+                means[name] |= {"low": low, "high": high, "half_width": half_width}
     return {
         "precision": EXACT,
         "folds": [
