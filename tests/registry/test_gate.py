@@ -1,7 +1,9 @@
 """The rules of the gate: the change of accuracy against closed forms, and unknown numbers."""
 
+import functools
 import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -208,6 +210,19 @@ def test_without_images_that_are_new_to_the_champion_nothing_can_be_told() -> No
     assert gate._change([nothing("2"), lower], 0.05, 20).verdict == "fails"
 
 
+@functools.cache
+def fewer(artifacts: Path) -> Path:
+    """Return a split table with three of ten test images: each is answered for by each version."""
+    path = Path(tempfile.mkdtemp()) / "split.csv"
+    rows = load_split(artifacts / "split/split.csv")
+    tested = [number for number, row in enumerate(rows) if row.split == "test"]
+    for place, number in enumerate(tested):
+        if place % 10 > 2:
+            rows[number] = rows[number]._replace(split="unused")
+    save_split(path, rows)
+    return path
+
+
 def judge(
     artifacts: Path,
     manifest: Path,
@@ -221,7 +236,7 @@ def judge(
         bundles.load(artifacts / "export/bundle"),
         "2",
         rivals,
-        measured=gate.Measured(folder / "pixels", manifest, artifacts / "split/split.csv"),
+        measured=gate.Measured(folder / "pixels", manifest, fewer(artifacts)),
         source=ingest.Params(source="none"),
         held_out=artifacts / "train/model/held_out.safetensors",
         copies=copies or artifacts / "audit/leaks.json",
@@ -239,19 +254,19 @@ def rule_of(decision: gate.Decision, name: str) -> gate.Rule:
 def test_test_images_that_trained_the_other_do_not_count(main_job: Workspace) -> None:
     artifacts = main_job.path / "artifacts"
     manifest, bundle = artifacts / "ingest/manifest.csv", bundles.load(artifacts / "export/bundle")
-    rows = load_split(artifacts / "split/split.csv")
+    rows = load_split(fewer(artifacts))
     tested = [row for row in rows if row.split == "test"]
-    taken = {row.key for row in tested[:50]}
-    alike = {row.group for row in tested[:50] if row.group}
+    taken = {row.key for row in tested[:20]}
+    alike = {row.group for row in tested[:20] if row.group}
     expected = sum(row.key in taken or row.group in alike for row in tested)
 
     def against(keys: frozenset[bytes] | None) -> tuple[dict, gate.Rule]:
-        decision = judge(artifacts, manifest, [gate.Rival("1", bundle, keys)])
+        decision = judge(artifacts, manifest, [gate.Rival("1", bundle, keys)], loss=0.2)
         (found,) = decision.numbers["compared"]
         return found, rule_of(decision, "accuracy_change")
 
     found, rule = against(frozenset(taken))
-    assert found["trained_on"] == expected >= 50
+    assert found["trained_on"] == expected >= 20
     assert f"{expected} that it trained on, or their like, do not count" in rule.found
     assert found["groups"] <= len(tested) - expected
     assert rule.verdict == "holds"
@@ -259,7 +274,7 @@ def test_test_images_that_trained_the_other_do_not_count(main_job: Workspace) ->
     assert (found["trained_on"], rule.verdict) == (0, "holds")
     assert "trained" not in rule.found
     found, rule = against(None)
-    assert "whether it trained on some of them is not known" in rule.found
+    assert "whether version 1 trained on some is not known" in rule.found
     found, rule = against(frozenset(row.key for row in tested))
     assert (found["accuracy"], rule.verdict) == (None, "cannot tell")
     assert f"{len(tested)} that it trained on, or their like, do not count" in rule.found
@@ -271,7 +286,7 @@ def test_images_of_a_new_class_hide_no_loss_of_the_old_ones(main_job: Workspace)
     """The other knows nine of ten classes: what it cannot name says nothing of the rest."""
     artifacts = main_job.path / "artifacts"
     manifest, bundle = artifacts / "ingest/manifest.csv", bundles.load(artifacts / "export/bundle")
-    rows = load_split(artifacts / "split/split.csv")
+    rows = load_split(fewer(artifacts))
     new = bundle.labels[3]
     count = sum(row.split == "test" and row.label == new for row in rows)
     other = replace(bundle, labels=(*bundle.labels[:3], "gone", *bundle.labels[4:]))
@@ -298,9 +313,7 @@ def test_copies_of_training_images_keep_a_version_out(main_job: Workspace, tmp_p
 def test_a_floor_of_recall_takes_images_enough_for_one_mistake(main_job: Workspace) -> None:
     artifacts = main_job.path / "artifacts"
     manifest = artifacts / "ingest/manifest.csv"
-    tested = Counter(
-        row.label for row in load_split(artifacts / "split/split.csv") if row.split == "test"
-    )
+    tested = Counter(row.label for row in load_split(fewer(artifacts)) if row.split == "test")
     fewest = min(tested.values())
     low = judge(artifacts, manifest, recall=0.5)
     worst = min(low.numbers["recall"].values())
@@ -316,7 +329,7 @@ def test_a_floor_of_recall_takes_images_enough_for_one_mistake(main_job: Workspa
 def test_too_few_test_images_pass_nothing(main_job: Workspace) -> None:
     artifacts = main_job.path / "artifacts"
     manifest = artifacts / "ingest/manifest.csv"
-    rows = [row for row in load_split(artifacts / "split/split.csv") if row.split == "test"]
+    rows = [row for row in load_split(fewer(artifacts)) if row.split == "test"]
     groups = len({row.group or row.key for row in rows})
     assert judge(artifacts, manifest, images=groups).verdict == "holds"
     decision = judge(artifacts, manifest, images=groups + 1)
@@ -339,7 +352,7 @@ def test_an_unknown_calibration_error_is_within_no_bound(
 
     # All test images are parts of one photo.
     entries = load_manifest(artifacts / "ingest/manifest.csv")
-    tested = [row.split == "test" for row in load_split(artifacts / "split/split.csv")]
+    tested = [row.split == "test" for row in load_split(fewer(artifacts))]
     save_manifest(
         tmp_path / "manifest.csv",
         [
@@ -349,8 +362,9 @@ def test_an_unknown_calibration_error_is_within_no_bound(
     )
     refused = judge(artifacts, tmp_path / "manifest.csv", calibration_error=1.0)
     assert refused.numbers["calibration_error"] is None
-    assert refused.verdict == "cannot tell"
-    assert refused.reasons == (
+    assert rule_of(refused, "calibration_error").verdict == "cannot tell"
+    assert refused.verdict == "fails"
+    assert refused.reasons.startswith(
         f"images 1, expected at least 20; calibration_error cannot tell: {scores.UNKNOWN}, "
         f"expected at most 1.0000; test on images of two groups or more, or set "
         f"register.gate.calibration_error to null"
