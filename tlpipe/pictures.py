@@ -10,6 +10,7 @@ import numpy.typing as npt
 from tlpipe import files
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -21,6 +22,15 @@ def new_figure(width: float, height: float) -> "Figure":
 
     matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def scale_by_logarithm(axes: "Axes") -> None:
+    """Let an x axis go by powers of ten, with plain numbers on it: formulas are not drawn."""
+    from matplotlib.ticker import NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: "Figure", path: Path) -> None:

@@ -203,6 +203,12 @@ def test_training_shows_a_probe_by_its_l2(tmp_path: Path) -> None:
             "log",
         )
         assert axes.xaxis_inverted()
+    # Numbers, not the formulas that Matplotlib writes on such axes.
+    pictures.save(left.figure, tmp_path / "training.png")
+    for axes in (left, right):
+        shown = [label.get_text() for label in axes.get_xticklabels(which="both")]
+        assert {"0.01", "0.1"} & set(shown)
+        assert not [text for text in shown if "$" in text]
 
 
 def test_a_threshold_near_one_is_not_called_one() -> None:

@@ -238,7 +238,7 @@ def training(history: Path) -> "Figure":
     for axes in (left, right):
         axes.set_xlabel("l2 of the linear probe, strongest first" if is_probe else "epoch")
         if is_probe:
-            axes.set_xscale("log")
+            pictures.scale_by_logarithm(axes)
             axes.invert_xaxis()
     return figure
 
