@@ -42,6 +42,29 @@ def test_a_deleted_version_is_registered_anew_and_is_not_in_production(
 
 
 @pytest.mark.fault("R12")
+@pytest.mark.parametrize("what", ["version", "run"])
+def test_what_was_taken_out_and_deleted_goes_in_by_nobody(
+    built: Workspace, tlpipe: Tlpipe, what: str
+) -> None:
+    """Registered anew it has another number, and is the bundle that somebody rolled back."""
+    tlpipe(*REGISTER)
+    built.configure("register", promote="auto", gate={})
+    first = bundles.load(built.path / "artifacts/export/bundle")
+    change_bundle(built, provenance={**first.provenance, "l2": 0.5})
+    tlpipe(*REGISTER)
+    assert aliases(built)["champion"] == 2
+    tlpipe("rollback", "--why", "worse")
+    client = client_of(built)
+    if what == "run":
+        client.delete_run(client.get_model_version("digits", "2").run_id)
+    else:
+        client.delete_model_version("digits", "2")
+    assert tlpipe(*REGISTER).code == 0
+    assert aliases(built)["challenger"] == 3
+    assert aliases(built)["champion"] == 1
+
+
+@pytest.mark.fault("R12")
 def test_a_deleted_model_is_registered_anew_and_no_old_move_counts(
     built: Workspace, tlpipe: Tlpipe
 ) -> None:

@@ -5,6 +5,7 @@ import re
 import sqlite3
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime
@@ -278,14 +279,16 @@ def test_a_loss_once_forced_stays_in_sight_and_images_that_trained_the_other_do_
     assert refused.code == 11
     assert re.search(r"accuracy_change -0\.\d+ against version 1 \(95%", refused.refusal)
     assert "the one that decides of 2 versions" in refused.refusal
-    built.configure("register", gate={"last": 1})
+    built.configure("register", gate={"last": 1, "below_validation": 1.0})
     assert "version 3 is in production" in tlpipe("promote").printed
     # Another split: what version 3 trained on is no test of it.
     built.configure("register", gate={})
     split = built.path / "artifacts/split/split.csv"
     lines, moved = split.read_bytes().decode().splitlines(keepends=True), 0
-    for at, row in enumerate(built.rows("artifacts/split/split.csv")):
-        if row["split"] == "train" and not row["group"] and moved < 7:
+    rows = built.rows("artifacts/split/split.csv")
+    members = Counter(row["group"] for row in rows)
+    for at, row in enumerate(rows):
+        if row["split"] == "train" and members[row["group"]] == 1 and moved < 7:
             lines[at + 1] = lines[at + 1].replace(",train,", ",test,")
             moved += 1
     split.write_bytes("".join(lines).encode())

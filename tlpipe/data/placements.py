@@ -122,8 +122,8 @@ def load(path: Path, drawn: str) -> Placements:
         raise ArtifactError(
             f"{path} has {len(conflicts)} images in two splits, the first is {conflicts[0]}; "
             f"expected one row of each: two branches that were merged placed them differently. "
-            f"Delete one row of each, or take the file of one branch, 'git checkout BRANCH -- "
-            f"{path}', then run 'dvc repro' again."
+            f"Delete one row of each: that of train, and of two held-out ones that of validation, "
+            f"since none may train that has tested. Then run 'dvc repro' again."
         )
     return Placements(drawn, places, tuple(sorted(others)))
 

@@ -514,13 +514,14 @@ def _seen_by(
             if key == wanted[outcome.entry.path] and key not in places:
                 places[key] = len(places)
                 writer.append(key, outcome.square, outcome.thumbnail)
-        writer.close()
-        writer.finish(decoder="", data_sha256="", data_version="")
     except TlpipeError as error:
         raise GateError(
             f"a version that is or was in production sees images differently ({theirs}), and they "
             f"cannot be read again for it: {error}"
         ) from None
+    finally:
+        writer.close()
+    writer.finish(decoder="", data_sha256="", data_version="")
     _check_all_there(wanted, {*places, *refused}, source, theirs)
     which = [i for i, entry in enumerate(part.entries) if wanted.get(entry.path) in places]
     if which:

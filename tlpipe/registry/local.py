@@ -7,6 +7,7 @@ database compares, and rewrites all locations in one transaction where they are 
 
 import fcntl
 import logging
+import os
 import random
 import shlex
 import sqlite3
@@ -102,10 +103,18 @@ def create(workspace: Path) -> None:
             f"in the project that it comes from, to register in. Make it, or set "
             f"MLFLOW_TRACKING_URI."
         )
-    with files.replacing(home / DATABASE) as temporary:
-        temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
-        # A client would give MLflow's default experiment a place below the current folder.
-        SqlAlchemyStore(f"sqlite:///{temporary}", str(home / ARTIFACTS))  # type: ignore[no-untyped-call]
+    descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if (home / DATABASE).exists():
+            return  # somebody was faster, and may have registered already
+        with files.replacing(home / DATABASE) as temporary:
+            temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
+            # A client would give MLflow's default experiment a place below the current folder.
+            SqlAlchemyStore(f"sqlite:///{temporary}", str(home / ARTIFACTS))  # type: ignore[no-untyped-call]
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -157,10 +166,11 @@ def opened(workspace: Path, *, to_write: bool = False) -> Iterator[str]:
 def _lock(home: Path) -> Iterator[IO[str] | None]:
     """Yield an open lock file, or None where none can be had, such as in what is read-only."""
     with ExitStack() as stack:
-        lock = None
-        with suppress(OSError):
+        try:
             lock = stack.enter_context((home / f".{DATABASE}.lock").open("a"))
             fcntl.flock(lock, fcntl.LOCK_SH)
+        except OSError:  # read-only, or a file system without locks
+            lock = None
         yield lock
 
 

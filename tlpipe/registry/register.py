@@ -82,8 +82,10 @@ def run(
         tracking.challenge(client, params.name, version)
         promotion.settle(client, params.name)
         log = moves.history(client, params.name)
-        # What once was in production and is no more was taken out by somebody.
+        # What once was in production and is no more was taken out by somebody: also a bundle whose
+        # version or run was deleted since, and which has another number now.
         is_new = version not in {entry.champion for entry in log}
+        is_new &= published.bundle.digest not in {entry.bundle for entry in log}
         if not log or (params.promote == "auto" and is_new):
             try:
                 promotion.promote(
