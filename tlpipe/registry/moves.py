@@ -273,7 +273,9 @@ def _finish(client: "MlflowClient", name: str, last: Move) -> bool:
             f"tags; nothing was moved. Register what was built, and promote that."
         )
     if tail(client, name) != last:
-        return True  # somebody has finished it meanwhile, and may have moved on
+        # Somebody has finished it meanwhile and may have moved on, or has written it off.
+        entry = _version(client, name + SUFFIX, str(last.number))
+        return entry is not None and _TOOK_EFFECT in entry.tags
     aliases = client.get_registered_model(name).aliases
     if str(aliases.get(CHAMPION, "")) not in (last.champion, last.previous):
         client.set_model_version_tag(name + SUFFIX, str(last.number), _LOST, "moved by hand")
