@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Workspace, free_port
 from tests.registry.conftest import COMMAND, Said
-from tests.registry.test_local import register
+from tests.registry.test_local import register, registered
 from tests.registry.test_promotion import client_of
 from tlpipe.errors import RegistryError
 from tlpipe.registry import changes, local, moves, promotion, tracking
@@ -20,11 +20,8 @@ from tlpipe.registry import changes, local, moves, promotion, tracking
 def promoted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project's folder with one version of the model ``digits``, in production."""
     folder = tmp_path_factory.mktemp("promoted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        register(folder)
-        with tracking.connection(folder) as client:
-            moves.settle(client, "digits")
+    with registered(folder) as client:
+        moves.settle(client, "digits")
     return folder
 
 

@@ -1,9 +1,7 @@
 """The rules of the gate: the change of accuracy against closed forms, and unknown numbers."""
 
-import functools
 import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -210,11 +208,11 @@ def test_without_images_that_are_new_to_the_champion_nothing_can_be_told() -> No
     assert gate._change([nothing("2"), lower], 0.05, 20).verdict == "fails"
 
 
-@functools.cache
-def fewer(artifacts: Path) -> Path:
-    """Return a split table with three of ten test images: each is answered for by each version."""
-    path = Path(tempfile.mkdtemp()) / "split.csv"
-    rows = load_split(artifacts / "split/split.csv")
+@pytest.fixture(scope="module")
+def fewer(main_job: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A split table with three of ten test images: each is answered for by each version."""
+    path = tmp_path_factory.mktemp("fewer") / "split.csv"
+    rows = load_split(main_job.path / "artifacts/split/split.csv")
     tested = [number for number, row in enumerate(rows) if row.split == "test"]
     for place, number in enumerate(tested):
         if place % 10 > 2:
@@ -226,6 +224,7 @@ def fewer(artifacts: Path) -> Path:
 def judge(
     artifacts: Path,
     manifest: Path,
+    split: Path,
     rivals: Sequence[gate.Rival] = (),
     *,
     copies: Path | None = None,
@@ -236,7 +235,7 @@ def judge(
         bundles.load(artifacts / "export/bundle"),
         "2",
         rivals,
-        measured=gate.Measured(folder / "pixels", manifest, fewer(artifacts)),
+        measured=gate.Measured(folder / "pixels", manifest, split),
         source=ingest.Params(source="none"),
         held_out=artifacts / "train/model/held_out.safetensors",
         copies=copies or artifacts / "audit/leaks.json",
@@ -251,17 +250,17 @@ def rule_of(decision: gate.Decision, name: str) -> gate.Rule:
 
 
 @pytest.mark.fault("R28")
-def test_test_images_that_trained_the_other_do_not_count(main_job: Workspace) -> None:
+def test_test_images_that_trained_the_other_do_not_count(main_job: Workspace, fewer: Path) -> None:
     artifacts = main_job.path / "artifacts"
     manifest, bundle = artifacts / "ingest/manifest.csv", bundles.load(artifacts / "export/bundle")
-    rows = load_split(fewer(artifacts))
+    rows = load_split(fewer)
     tested = [row for row in rows if row.split == "test"]
     taken = {row.key for row in tested[:20]}
     alike = {row.group for row in tested[:20] if row.group}
     expected = sum(row.key in taken or row.group in alike for row in tested)
 
     def against(keys: frozenset[bytes] | None) -> tuple[dict, gate.Rule]:
-        decision = judge(artifacts, manifest, [gate.Rival("1", bundle, keys)], loss=0.2)
+        decision = judge(artifacts, manifest, fewer, [gate.Rival("1", bundle, keys)], loss=0.2)
         (found,) = decision.numbers["compared"]
         return found, rule_of(decision, "accuracy_change")
 
@@ -282,15 +281,19 @@ def test_test_images_that_trained_the_other_do_not_count(main_job: Workspace) ->
 
 
 @pytest.mark.fault("R27")
-def test_images_of_a_new_class_hide_no_loss_of_the_old_ones(main_job: Workspace) -> None:
+def test_images_of_a_new_class_hide_no_loss_of_the_old_ones(
+    main_job: Workspace, fewer: Path
+) -> None:
     """The other knows nine of ten classes: what it cannot name says nothing of the rest."""
     artifacts = main_job.path / "artifacts"
     manifest, bundle = artifacts / "ingest/manifest.csv", bundles.load(artifacts / "export/bundle")
-    rows = load_split(fewer(artifacts))
+    rows = load_split(fewer)
     new = bundle.labels[3]
     count = sum(row.split == "test" and row.label == new for row in rows)
     other = replace(bundle, labels=(*bundle.labels[:3], "gone", *bundle.labels[4:]))
-    decision = judge(artifacts, manifest, [gate.Rival("1", other, frozenset())], other_labels=True)
+    decision = judge(
+        artifacts, manifest, fewer, [gate.Rival("1", other, frozenset())], other_labels=True
+    )
     (found,) = decision.numbers["compared"]
     assert (found["unknown"], found["change"]["value"]) == (count, 0.0)
     rule = rule_of(decision, "accuracy_change")
@@ -298,61 +301,65 @@ def test_images_of_a_new_class_hide_no_loss_of_the_old_ones(main_job: Workspace)
 
 
 @pytest.mark.fault("L04")
-def test_copies_of_training_images_keep_a_version_out(main_job: Workspace, tmp_path: Path) -> None:
+def test_copies_of_training_images_keep_a_version_out(
+    main_job: Workspace, tmp_path: Path, fewer: Path
+) -> None:
     artifacts = main_job.path / "artifacts"
     manifest = artifacts / "ingest/manifest.csv"
     content = json.loads((artifacts / "audit/leaks.json").read_text())
-    rule = rule_of(judge(artifacts, manifest), "copies")
+    rule = rule_of(judge(artifacts, manifest, fewer), "copies")
     assert rule.verdict == "holds"
     content["is_above_clean"] = True
     (tmp_path / "leaks.json").write_text(json.dumps(content))
-    decision = judge(artifacts, manifest, copies=tmp_path / "leaks.json")
+    decision = judge(artifacts, manifest, fewer, copies=tmp_path / "leaks.json")
     assert rule_of(decision, "copies").verdict == decision.verdict == "fails"
 
 
-def test_a_floor_of_recall_takes_images_enough_for_one_mistake(main_job: Workspace) -> None:
+def test_a_floor_of_recall_takes_images_enough_for_one_mistake(
+    main_job: Workspace, fewer: Path
+) -> None:
     artifacts = main_job.path / "artifacts"
     manifest = artifacts / "ingest/manifest.csv"
-    tested = Counter(row.label for row in load_split(fewer(artifacts)) if row.split == "test")
+    tested = Counter(row.label for row in load_split(fewer) if row.split == "test")
     fewest = min(tested.values())
-    low = judge(artifacts, manifest, recall=0.5)
+    low = judge(artifacts, manifest, fewer, recall=0.5)
     worst = min(low.numbers["recall"].values())
     assert rule_of(low, "recall").verdict == "holds"
     assert worst > 0.5
     high = 1 - 1 / (fewest + 1)  # takes one image more than the smallest class has
-    rule = rule_of(judge(artifacts, manifest, recall=high), "recall")
+    rule = rule_of(judge(artifacts, manifest, fewer, recall=high), "recall")
     assert rule.verdict == ("fails" if worst < high else "cannot tell")
     assert f"fewer than {fewest + 1} test images: " in rule.found
 
 
 @pytest.mark.fault("R26")
-def test_too_few_test_images_pass_nothing(main_job: Workspace) -> None:
+def test_too_few_test_images_pass_nothing(main_job: Workspace, fewer: Path) -> None:
     artifacts = main_job.path / "artifacts"
     manifest = artifacts / "ingest/manifest.csv"
-    rows = [row for row in load_split(fewer(artifacts)) if row.split == "test"]
+    rows = [row for row in load_split(fewer) if row.split == "test"]
     groups = len({row.group or row.key for row in rows})
-    assert judge(artifacts, manifest, images=groups).verdict == "holds"
-    decision = judge(artifacts, manifest, images=groups + 1)
+    assert judge(artifacts, manifest, fewer, images=groups).verdict == "holds"
+    decision = judge(artifacts, manifest, fewer, images=groups + 1)
     assert decision.reasons == f"images {groups}, expected at least {groups + 1}"
 
 
 @pytest.mark.fault("M02")
 def test_an_unknown_calibration_error_is_within_no_bound(
-    main_job: Workspace, tmp_path: Path
+    main_job: Workspace, tmp_path: Path, fewer: Path
 ) -> None:
     artifacts = main_job.path / "artifacts"
     manifest = artifacts / "ingest/manifest.csv"
-    known = judge(artifacts, manifest, calibration_error=1.0)
+    known = judge(artifacts, manifest, fewer, calibration_error=1.0)
     error = known.numbers["calibration_error"]
     assert error >= 0
     # Noise is taken off the value: within a bound it is where its interval is.
-    unsure = judge(artifacts, manifest, calibration_error=error + 1e-6)
+    unsure = judge(artifacts, manifest, fewer, calibration_error=error + 1e-6)
     assert rule_of(unsure, "calibration_error").verdict == "cannot tell"
     assert known.verdict == "holds"
 
     # All test images are parts of one photo.
     entries = load_manifest(artifacts / "ingest/manifest.csv")
-    tested = [row.split == "test" for row in load_split(fewer(artifacts))]
+    tested = [row.split == "test" for row in load_split(fewer)]
     save_manifest(
         tmp_path / "manifest.csv",
         [
@@ -360,7 +367,7 @@ def test_an_unknown_calibration_error_is_within_no_bound(
             for entry, is_test in zip(entries, tested, strict=True)
         ],
     )
-    refused = judge(artifacts, tmp_path / "manifest.csv", calibration_error=1.0)
+    refused = judge(artifacts, tmp_path / "manifest.csv", fewer, calibration_error=1.0)
     assert refused.numbers["calibration_error"] is None
     assert rule_of(refused, "calibration_error").verdict == "cannot tell"
     assert refused.verdict == "fails"

@@ -7,8 +7,10 @@ import sqlite3
 import subprocess
 import sys
 import warnings
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,19 +70,26 @@ def mentions(workspace: Path, folder: Path) -> list[str]:
     return found
 
 
+@contextmanager
+def registered(folder: Path) -> Iterator[Any]:
+    """Register a version in a folder's own registry; yield a client of that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        register(folder)
+        with tracking.connection(folder) as client:
+            yield client
+
+
 @pytest.fixture(scope="module")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project's folder with one version and a trace: MLflow takes seconds to make a database."""
     import mlflow
 
     folder = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        register(folder)
-        with tracking.connection(folder) as client, warnings.catch_warnings(action="ignore"):
-            trace = client.start_trace("asked", experiment_id="1")
-            client.end_trace(trace.trace_id)
-            mlflow.flush_trace_async_logging()
+    with registered(folder) as client, warnings.catch_warnings(action="ignore"):
+        trace = client.start_trace("asked", experiment_id="1")
+        client.end_trace(trace.trace_id)
+        mlflow.flush_trace_async_logging()
     assert "trace_tags.value" in "".join(mentions(folder, folder))
     return folder
 

@@ -23,7 +23,7 @@ from tlpipe import files
 from tlpipe.data import ingest, leaks
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import Sampling
-from tlpipe.data.manifest import load_manifest, load_split
+from tlpipe.data.manifest import Entry, load_manifest, load_split
 from tlpipe.data.values import UNREADABLE, is_deep
 from tlpipe.errors import ArtifactError, GateError, TlpipeError
 from tlpipe.inference.predictor import Predictor
@@ -41,6 +41,7 @@ from tlpipe.resampling import (
     share_interval,
 )
 from tlpipe.sources.candidates import Reject
+from tlpipe.sources.paths import some
 
 _log = logging.getLogger(__name__)
 _CONFIDENCE = 0.95
@@ -218,13 +219,14 @@ def judge(
     """
     squares = packed.load(measured.pixels).array
     (part,) = answers.parts(("test",), candidate.labels, squares, measured.manifest, measured.split)
+    entries = list(load_manifest(measured.manifest))
     threads = candidate.provenance["origin"]["threads"]
     predictor = Predictor(candidate, threads=threads)
     given = part.ask(predictor, f"version {version}")
     recalls = _recalls(given, candidate.labels)
     accuracy = share_interval(given.hits, part.groups, _CONFIDENCE)
     guessed = max(np.bincount(part.truth)) / len(part.truth)
-    leaked = int(_in_training(part, trained(measured.split), measured).sum())
+    leaked = int(_in_training(part, trained(measured.split), entries).sum())
     groups = _count(part)
     rules = [
         Rule("images", str(groups), f"at least {bounds.images}", _holds(groups >= bounds.images)),
@@ -266,7 +268,7 @@ def judge(
         compared = []
         for rival in rivals:
             try:
-                found = _compare(rival, candidate, given.hits, part, measured, source, len(rivals))
+                found = _compare(rival, candidate, given.hits, part, entries, source, len(rivals))
             except GateError as error:
                 if rival is rivals[0]:
                     raise
@@ -312,7 +314,7 @@ def _recall(recalls: Mapping[str, float], part: Part, labels: Sequence[str], lea
     found = f"{recalls[worst]:.4f} (class {worst}, {counts[worst]} test images)"
     verdict = _holds(recalls[worst] >= least)
     if few:
-        found += f"; fewer than {needed} test images: {listed(few)}"
+        found += f"; fewer than {needed} test images: {some(few, 5)}"
         verdict = "cannot tell" if verdict == "holds" else verdict
     return Rule("recall", found, f"at least {least:.4f}, of every class", verdict)
 
@@ -351,9 +353,14 @@ def trained(split: Path) -> frozenset[bytes]:
     return frozenset(row.key for row in load_split(split) if row.split in seen)
 
 
-def _in_training(part: Part, keys: Container[bytes], measured: Measured) -> npt.NDArray[np.bool_]:
-    """Return which images are among those of the keys, or have their like there, (N,) bool."""
-    alike = {e.group for e in load_manifest(measured.manifest) if e.group and e.key in keys}
+def _in_training(
+    part: Part, keys: Container[bytes], entries: Sequence[Entry]
+) -> npt.NDArray[np.bool_]:
+    """Return which images are among those of the keys, or have their like there, (N,) bool.
+
+    ``entries``: of the whole manifest, whose groups say what is alike.
+    """
+    alike = {e.group for e in entries if e.group and e.key in keys}
     return np.array([e.key in keys or e.group in alike for e in part.entries], bool)
 
 
@@ -416,17 +423,16 @@ def _compare(
     candidate: Bundle,
     hits: Hits,
     part: Part,
-    measured: Measured,
+    entries: Sequence[Entry],
     source: ingest.Params,
     rivals: int,
 ) -> Compared:
     """Compare on the images that count; one of so many ``rivals``."""
-    is_known = np.array(
-        [candidate.labels[true] in rival.bundle.labels for true in part.truth], bool
-    )
+    known = set(rival.bundle.labels)
+    is_known = np.array([candidate.labels[true] in known for true in part.truth], bool)
     trained_on, counts = None, is_known
     if rival.trained is not None:
-        seen = _in_training(part, rival.trained, measured)
+        seen = _in_training(part, rival.trained, entries)
         trained_on, counts = int(seen.sum()), is_known & ~seen
     unknown = int((~is_known).sum())
     if not counts.any():
@@ -458,14 +464,13 @@ def _count(part: Part) -> int:
 def _hits_of(
     rival: Rival, candidate: Bundle, part: Part, source: ingest.Params
 ) -> tuple[Hits, int]:
-    """Return which of the images another version names right.
+    """Return which of the images, all of classes that it knows, another version names right.
 
     And how many it cannot read, for want of a range of values or of contrast in its own: it names
     none of them.
     """
     numbers = {label: number for number, label in enumerate(rival.bundle.labels)}
-    # A class that it does not know it cannot name.
-    truth = np.array([numbers.get(candidate.labels[true], -1) for true in part.truth], np.int64)
+    truth = np.array([numbers[candidate.labels[true]] for true in part.truth], np.int64)
     theirs, ours = (sampling_of(bundle) for bundle in (rival.bundle, candidate))
     same = replace(part, truth=truth)
     predictor = Predictor(rival.bundle, threads=candidate.provenance["origin"]["threads"])
@@ -555,8 +560,8 @@ def _change(compared: Sequence[Compared], loss: float, least: int) -> Rule:
     308). The version in production needs ``least`` images that count; without them nothing can be
     told, and one before it is left out.
     """
-    champion = compared[0]
-    taking_part = [one for one in compared if one.groups >= least or one is champion]
+    champion, *before = compared
+    taking_part = [champion, *(one for one in before if one.groups >= least)]
     worse = [one for one in taking_part if one.is_worse]
     unsure = [one for one in taking_part if one.change is None or one.change["low"] < -loss]
     verdict: Verdict = "fails" if worse else "holds"
@@ -575,8 +580,8 @@ def _change(compared: Sequence[Compared], loss: float, least: int) -> Rule:
         )
     if len(taking_part) > 1:
         parts.append(f"the one that decides of {len(taking_part)} versions")
-    if left_out := [one.version for one in compared if one not in taking_part]:
-        parts.append(f"too few test images count beside version {listed(left_out)}")
+    if left_out := [one.version for one in before if one.groups < least]:
+        parts.append(f"too few test images count beside version {some(left_out, 5)}")
     expected = f"not below 0 beyond chance, and above {-loss:+.4f} as far as can be told"
     return Rule("accuracy_change", "; ".join(parts), expected, verdict)
 
@@ -603,12 +608,7 @@ def _described(one: Compared, loss: float | None) -> str:
         parts.append(
             f"{one.unread} count as wrong for it, which cannot read them (more than 8 bits)"
         )
-    return "; ".join(parts) or f"no test images are left beside version {one.version}"
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """Return the first of the names, in words."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return "; ".join(parts)
 
 
 def label_changes(before: Iterable[str], after: Iterable[str]) -> str:

@@ -199,20 +199,23 @@ def _rivals(client: "MlflowClient", name: str, candidate: str, most: int) -> lis
             f"nothing that was in production is left to compare with: {error} To do without, say "
             f"why: --force WHY."
         ) from None
-    found = {serving.version: serving.bundle}
+    served = tracking.find_version(client, name, serving.version)
+    found = {serving.version: _rival(client, served, serving.bundle)}
     for number in reversed(moves.standing(moves.history(client, name))):
         if len(found) == most:
             break
         if number == candidate or number in found:
             continue
         try:
-            found[number] = tracking.bundle_of(client, tracking.find_version(client, name, number))
+            version = tracking.find_version(client, name, number)
+            found[number] = _rival(client, version, tracking.bundle_of(client, version))
         except (ArtifactError, RegistryError) as error:
             _log.warning("nothing is compared with %s version %s: %s", name, number, error)
-    return [
-        Rival(number, bundle, _trained(client, tracking.find_version(client, name, number), bundle))
-        for number, bundle in found.items()
-    ]
+    return list(found.values())
+
+
+def _rival(client: "MlflowClient", version: "ModelVersion", bundle: Bundle) -> Rival:
+    return Rival(str(version.version), bundle, _trained(client, version, bundle))
 
 
 def _trained(

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -62,8 +62,9 @@ def connection(
         logging.getLogger(chatty).setLevel(logging.ERROR)
     given = os.environ.get(_ADDRESS)
     with ExitStack() as stack:
+        stack.enter_context(_restored(_ADDRESS, *_ACCOUNT))
         if address is not None and urlsplit(address).netloc != urlsplit(given or "").netloc:
-            stack.enter_context(_account_of_other())
+            _set({name: os.environ.get(f"TO_{name}") for name in _ACCOUNT})
         address = address or given or local.address(workspace)
         if local.is_own(workspace, address):
             if create and not local.database(workspace).exists():
@@ -79,25 +80,24 @@ def connection(
                 f"Check that it runs; what was built is kept, and the same command goes on from "
                 f"here."
             ) from error
-        finally:
-            os.environ.pop(_ADDRESS, None)
-            if given is not None:
-                os.environ[_ADDRESS] = given
 
 
 @contextmanager
-def _account_of_other() -> Iterator[None]:
-    """Let MLflow's variables for an account hold that of another server, or nothing."""
-    kept = {name: os.environ.pop(name, None) for name in _ACCOUNT}
-    others = {name: os.environ.get(f"TO_{name}") for name in _ACCOUNT}
-    os.environ.update({name: value for name, value in others.items() if value is not None})
+def _restored(*names: str) -> Iterator[None]:
+    """Give variables of the environment the values back that they have now."""
+    kept = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:
-        for name, value in kept.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        _set(kept)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    """Set variables of the environment; take those of None away."""
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -224,9 +224,9 @@ def split_of_folders(name: str) -> str:
     return next(filter(None, map(given_split, name.split("/")[:-1])), "")
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], most: int = 3) -> str:
     """Return the first names as text, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _stem(name: str) -> str:
