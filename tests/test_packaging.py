@@ -183,6 +183,13 @@ def test_make_ui_shows_the_registry(main_job: Workspace) -> None:
             assert response.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
+def test_ui_shows_no_other_registry_than_the_one_in_use(empty: Workspace) -> None:
+    elsewhere = Workspace(empty.path, {**empty.env, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
+    said = elsewhere.run("tlpipe", "ui", code=8).stderr
+    assert "MLFLOW_TRACKING_URI names http://127.0.0.1:9, not this folder's registry" in said
+    assert not (empty.path / "mlflow.db").exists()
+
+
 def test_constraints_are_names_and_versions_only() -> None:
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         assert re.fullmatch(r"[a-z0-9-]+==[0-9a-z.+!]+( ; [^:@/]+)?", line), line

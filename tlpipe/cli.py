@@ -76,7 +76,12 @@ def main() -> None:
         print(f"tlpipe: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.filename is None or error.errno not in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+        ):
             raise
         print(
             f"tlpipe: {_printable(str(error.filename))}: {error.strerror}; expected a folder that "
@@ -567,13 +572,15 @@ def ui(
     """Show this folder's registry in the browser: MLflow's own pages."""
     from tlpipe.registry import local, tracking
 
+    tracking.check_own(Path())
     # Made or moved here first: the server would keep artifacts where the folder was before.
-    with tracking.connection(Path(), create=True, address=local.address(Path())):
+    with tracking.connection(Path(), create=True):
         pass
-    store = ("--backend-store-uri", f"sqlite:///{local.DATABASE}")
-    root = ("--default-artifact-root", f"./{local.ARTIFACTS}")
+    store = ("--backend-store-uri", local.address(Path()))
+    root = ("--default-artifact-root", local.artifacts(Path()))
     where = ("--host", "127.0.0.1", "--port", str(port))
-    os.execvp("mlflow", ["mlflow", "server", *store, *root, *where])  # noqa: S606
+    server = [sys.executable, "-m", "mlflow", "server", *store, *root, *where]
+    os.execv(sys.executable, server)  # noqa: S606
 
 
 @app.command()

@@ -64,6 +64,30 @@ def test_what_was_taken_out_and_deleted_goes_in_by_nobody(
     assert aliases(built)["champion"] == 1
 
 
+@pytest.mark.fault("R17")
+def test_where_a_hand_points_to_a_damaged_version_the_last_good_one_answers(
+    built: Workspace, tlpipe: Tlpipe
+) -> None:
+    """It is the last that was promoted, not the one before that."""
+    built.configure("register", promote="auto", gate={"images": 1})
+    tlpipe(*REGISTER)
+    first = bundles.load(built.path / "artifacts/export/bundle")
+    change_bundle(built, provenance={**first.provenance, "l2": 0.5})
+    tlpipe(*REGISTER)
+    assert aliases(built)["champion"] == 2
+    built.configure("register", promote="by-hand")
+    change_bundle(built, provenance={**first.provenance, "l2": 0.25})
+    tlpipe(*REGISTER)
+    client = client_of(built)
+    client.set_registered_model_alias("digits", "champion", "3")
+    stored = client.get_model_version("digits", "3").run_id
+    (graph,) = (built.path / "mlartifacts").glob(f"**/{stored}/artifacts/bundle/model.onnx")
+    graph.write_bytes(graph.read_bytes()[:-1] + b"\0")
+    example = str(built.path / "artifacts/evaluate/examples/0.png")
+    said = built.run("tlpipe", "predict", example).stderr
+    assert "degraded: digits version 3 cannot serve, version 2 does" in said
+
+
 @pytest.mark.fault("R12")
 def test_a_deleted_model_is_registered_anew_and_no_old_move_counts(
     built: Workspace, tlpipe: Tlpipe

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 from scipy import stats
@@ -28,7 +29,13 @@ IMAGES = 200
 
 
 def beside(
-    images: int, losses: int, gains: int, *, version: str = "1", rivals: int = 1
+    images: int,
+    losses: int,
+    gains: int,
+    *,
+    version: str = "1",
+    rivals: int = 1,
+    trained_on: int | None = 0,
 ) -> gate.Compared:
     """Compare a candidate that is wrong on so many of the other's hits, and the other way."""
     both = np.ones((2, images), bool)
@@ -43,7 +50,7 @@ def beside(
         paired_difference(*given, 0.95),
         paired_difference(*given, strict)["high"] < 0,
         detectable_loss(*given, strict),
-        0,
+        trained_on,
         0,
         0,
     )
@@ -208,6 +215,17 @@ def test_without_images_that_are_new_to_the_champion_nothing_can_be_told() -> No
     assert gate._change([nothing("2"), lower], 0.05, 20).verdict == "fails"
 
 
+@pytest.mark.fault("R28")
+def test_being_below_what_may_have_trained_on_these_images_fails_nobody() -> None:
+    like, unknown = beside(200, 0, 0, version="2"), beside(200, 30, 0, trained_on=None)
+    assert gate._change([unknown], 0.05, 20).verdict == "cannot tell"
+    assert gate._change([beside(2000, 20, 0, trained_on=None)], 0.05, 20).verdict == "cannot tell"
+    assert gate._change([beside(200, 0, 0, trained_on=None)], 0.05, 20).verdict == "holds"
+    rule = gate._change([like, unknown], 0.05, 20)
+    assert rule.verdict == "holds"
+    assert rule.found.endswith("what trained version 1 is not known, so it is left out")
+
+
 @pytest.fixture(scope="module")
 def fewer(main_job: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A split table with three of ten test images: each is answered for by each version."""
@@ -329,7 +347,40 @@ def test_a_floor_of_recall_takes_images_enough_for_one_mistake(
     high = 1 - 1 / (fewest + 1)  # takes one image more than the smallest class has
     rule = rule_of(judge(artifacts, manifest, fewer, recall=high), "recall")
     assert rule.verdict == ("fails" if worst < high else "cannot tell")
-    assert f"fewer than {fewest + 1} test images: " in rule.found
+    assert f"fewer than {fewest + 1} independent test images: " in rule.found
+
+
+def test_a_floor_of_recall_counts_the_images_of_a_group_once(
+    main_job: Workspace, fewer: Path, tmp_path: Path
+) -> None:
+    """Of photos of one thing all are right or all wrong."""
+    artifacts = main_job.path / "artifacts"
+    entries = load_manifest(artifacts / "ingest/manifest.csv")
+    manifest = tmp_path / "manifest.csv"
+    save_manifest(manifest, [e._replace(group="a" * 64) if e.label == "0" else e for e in entries])
+    found = judge(artifacts, manifest, fewer, recall=0.5)
+    rule = rule_of(found, "recall")
+    assert rule.verdict == "cannot tell"
+    assert rule.found.endswith("; fewer than 2 independent test images: 0")
+
+
+@pytest.mark.fault("R33")
+def test_a_version_that_the_installed_runtime_cannot_run_ends_no_comparison(
+    main_job: Workspace, fewer: Path, tmp_path: Path
+) -> None:
+    artifacts = main_job.path / "artifacts"
+    bundle = bundles.load(artifacts / "export/bundle")
+    graph = onnx.load(bundle.graph(bundles.EXACT))
+    for opset in graph.opset_import:
+        opset.version = 999
+    newer = replace(bundle, folder=tmp_path)
+    newer.graph(bundles.EXACT).write_bytes(graph.SerializeToString())
+    rivals = [gate.Rival("2", bundle, frozenset()), gate.Rival("1", newer, frozenset())]
+    manifest = artifacts / "ingest/manifest.csv"
+    found = judge(artifacts, manifest, fewer, rivals, loss=0.2)
+    assert found.verdict == "holds" and len(found.numbers["compared"]) == 1
+    with pytest.raises(GateError, match=r"version 1 cannot answer: ONNX Runtime .* cannot run .*"):
+        judge(artifacts, manifest, fewer, rivals[::-1], loss=0.2)
 
 
 @pytest.mark.fault("R26")

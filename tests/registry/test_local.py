@@ -194,6 +194,40 @@ def test_a_folder_behind_a_link_is_one_place(home: Path, tmp_path: Path) -> None
     assert (home / "mlflow.db").read_bytes() == before
 
 
+@pytest.mark.fault("R20")
+def test_two_folders_that_share_a_database_share_its_place(home: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mlflow.db").symlink_to(home / "mlflow.db")
+    register(other, "flowers")
+    register(home)
+    assert (texts(other, "flowers"), texts(home)) == ([TEXT] * 2, [TEXT] * 4)
+    assert mentions(home, other) == []
+    there = home.rename(tmp_path / "there")
+    (other / "mlflow.db").unlink()
+    (other / "mlflow.db").symlink_to(there / "mlflow.db")
+    assert (texts(other, "flowers"), texts(there)) == ([TEXT] * 2, [TEXT] * 4)
+
+
+@pytest.mark.fault("R20")
+@pytest.mark.parametrize("is_mounted", [True, False])
+def test_experiments_with_a_place_of_their_own_keep_it(
+    home: Path, tmp_path: Path, is_mounted: bool
+) -> None:
+    disk = tmp_path / "disk/mlartifacts"
+    with tracking.connection(home) as client:
+        client.create_experiment("large", disk.as_uri())
+    register(home, "large")
+    before = mentions(home, disk.parent)
+    assert texts(home, "large") == [TEXT, TEXT] and any("logged_models" in row for row in before)
+    there = home.rename(tmp_path / "there")
+    away = disk if is_mounted else disk.rename(tmp_path / "away")
+    assert texts(there) == [TEXT, TEXT]
+    assert mentions(there, disk.parent) == before
+    away.rename(disk)
+    assert texts(there, "large") == [TEXT, TEXT]
+
+
 @pytest.mark.parametrize("address", ["sqlite:///mlflow.db", "sqlite:///{home}/mlflow.db"])
 def test_a_registry_that_is_named_by_its_address_is_the_same(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str

@@ -396,7 +396,8 @@ def test_a_killed_promotion_leaves_the_old_or_the_new_one(built: Workspace) -> N
         f"client = mlflow.MlflowClient({address!r})\n"
         "last = promotion.settle(client, 'raced')\n"
         "if last.champion != 'VERSION':\n"
-        "    moves.move(client, 'raced', 'VERSION', after=last, kind='promotion', why='')\n"
+        "    seen = moves.seen(client, 'raced', client.get_model_version('raced', 'VERSION'))\n"
+        "    moves.move(client, 'raced', seen, after=last, kind='promotion', why='')\n"
     )
     seen = []
     for version in ("2", "3"):

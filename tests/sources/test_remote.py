@@ -250,14 +250,15 @@ def test_a_bucket_that_fails_meanwhile_is_no_source_of_bad_images(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("by", ["", "simplecache::"])
 def test_folders_made_in_the_console_of_a_bucket_are_no_images(
-    empty: Workspace, photos: Path, bucket: dict[str, str]
+    empty: Workspace, photos: Path, bucket: dict[str, str], by: str
 ) -> None:
     local = Workspace(empty.path, {**empty.env, **bucket})
     local.run("python", "-c", UPLOAD, str(photos), "photos")
     for key in ("photos/", "photos/dark/", "photos/light/"):
         client_of(bucket).put_object(Bucket="bucket", Key=key, Body=b"")
-    local.set_source("s3://bucket/photos")
+    local.set_source(f"{by}s3://bucket/photos")
     assert "24 images in 2 classes, 0 rejected" in local.run("tlpipe", *INGEST).stderr
 
 

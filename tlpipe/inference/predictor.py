@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tlpipe.data.images import Pixels, crop_middle, read_square
+from tlpipe.errors import ArtifactError
 from tlpipe.onnx_export.bundle import EXACT, IMAGES, LOGITS, PROBABILITIES, Bundle
 from tlpipe.runtime import open_session
 
@@ -34,10 +35,22 @@ class Predictor:
         lets ONNX Runtime take every core.
 
         Raises:
+            ArtifactError: the ONNX Runtime that is installed cannot run it.
             ParamsError: the bundle has no graph of that precision.
         """
         self.bundle = bundle
-        self._session = open_session(bundle.graph(precision), threads=threads)
+        graph = bundle.graph(precision)
+        try:
+            self._session = open_session(graph, threads=threads)
+        except Exception as error:  # ONNX Runtime's errors have no class in common
+            import onnxruntime
+
+            made_with = bundle.provenance["packages"].get("onnxruntime", "unknown")
+            raise ArtifactError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot run {graph}: "
+                f"{' '.join(str(error).split())[:300]}. It was made with {made_with}; install that "
+                f"or a newer one, or export the model anew."
+            ) from error
 
     @property
     def provider(self) -> str:

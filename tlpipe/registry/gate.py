@@ -309,12 +309,14 @@ def _recall(recalls: Mapping[str, float], part: Part, labels: Sequence[str], lea
     """
     worst = min(recalls, key=lambda label: recalls[label])
     counts = Counter(labels[true] for true in part.truth)
+    groups = {*zip(part.truth.tolist(), group_numbers(part.groups).tolist(), strict=True)}
+    independent = Counter(labels[true] for true, _ in groups)
     needed = math.ceil(round(1 / (1 - least), 6)) if least < 1 else 1
-    few = [label for label in labels if counts[label] < needed] if least else []
+    few = [label for label in labels if independent[label] < needed] if least else []
     found = f"{recalls[worst]:.4f} (class {worst}, {counts[worst]} test images)"
     verdict = _holds(recalls[worst] >= least)
     if few:
-        found += f"; fewer than {needed} test images: {some(few, 5)}"
+        found += f"; fewer than {needed} independent test images: {some(few, 5)}"
         verdict = "cannot tell" if verdict == "holds" else verdict
     return Rule("recall", found, f"at least {least:.4f}, of every class", verdict)
 
@@ -473,7 +475,10 @@ def _hits_of(
     truth = np.array([numbers[candidate.labels[true]] for true in part.truth], np.int64)
     theirs, ours = (sampling_of(bundle) for bundle in (rival.bundle, candidate))
     same = replace(part, truth=truth)
-    predictor = Predictor(rival.bundle, threads=candidate.provenance["origin"]["threads"])
+    try:
+        predictor = Predictor(rival.bundle, threads=candidate.provenance["origin"]["threads"])
+    except ArtifactError as error:
+        raise GateError(f"version {rival.version} cannot answer: {error}") from None
     if theirs == ours:
         return same.ask(predictor, f"version {rival.version}").hits, 0
     hits, read = np.zeros(len(same.rows), bool), np.zeros(len(same.rows), bool)
@@ -558,12 +563,19 @@ def _change(compared: Sequence[Compared], loss: float, least: int) -> Rule:
     ``loss``, the images cannot tell: the lower end of the interval is a test of non-inferiority
     (Piaggio et al. (2012), Reporting of noninferiority and equivalence randomized trials, JAMA
     308). The version in production needs ``least`` images that count; without them nothing can be
-    told, and one before it is left out.
+    told, and one before it is left out. So is one before it that may have trained on some of them;
+    where that is the one in production, being below it tells nothing.
     """
     champion, *before = compared
-    taking_part = [champion, *(one for one in before if one.groups >= least)]
-    worse = [one for one in taking_part if one.is_worse]
-    unsure = [one for one in taking_part if one.change is None or one.change["low"] < -loss]
+    few = [one.version for one in before if one.groups < least]
+    unclear = [one.version for one in before if one.trained_on is None]
+    taking_part = [champion, *(one for one in before if one.version not in {*few, *unclear})]
+    worse = [one for one in taking_part if one.is_worse and one.trained_on is not None]
+    unsure = [
+        one
+        for one in taking_part
+        if one.change is None or one.change["low"] < -loss or one.is_worse
+    ]
     verdict: Verdict = "fails" if worse else "holds"
     if not worse and (unsure or champion.groups < least):
         verdict = "cannot tell"
@@ -580,8 +592,10 @@ def _change(compared: Sequence[Compared], loss: float, least: int) -> Rule:
         )
     if len(taking_part) > 1:
         parts.append(f"the one that decides of {len(taking_part)} versions")
-    if left_out := [one.version for one in before if one.groups < least]:
-        parts.append(f"too few test images count beside version {some(left_out, 5)}")
+    if few:
+        parts.append(f"too few test images count beside version {some(few, 5)}")
+    if unclear:
+        parts.append(f"what trained version {some(unclear, 5)} is not known, so it is left out")
     expected = f"not below 0 beyond chance, and above {-loss:+.4f} as far as can be told"
     return Rule("accuracy_change", "; ".join(parts), expected, verdict)
 

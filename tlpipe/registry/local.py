@@ -60,13 +60,16 @@ def project(workspace: Path) -> Path:
 
 
 def database(workspace: Path) -> Path:
-    """Return the file of a workspace's registry, which need not exist."""
-    return project(workspace) / DATABASE
+    """Return the file of a workspace's registry, which need not exist, without links.
+
+    A link to the database of another folder makes that folder's registry this one's, too.
+    """
+    return (project(workspace) / DATABASE).resolve()
 
 
 def artifacts(workspace: Path) -> str:
     """Return the location of what a workspace registers, as MLflow writes it."""
-    return (project(workspace) / ARTIFACTS).as_uri()
+    return database(workspace).with_name(ARTIFACTS).as_uri()
 
 
 def address(workspace: Path) -> str:
@@ -77,7 +80,7 @@ def address(workspace: Path) -> str:
 def is_own(workspace: Path, address: str) -> bool:
     """Return whether an address is that of a workspace's registry, however it is written."""
     scheme, _, path = address.partition(":///")
-    own = {(workspace / DATABASE).resolve(), database(workspace).resolve()}
+    own = {(workspace / DATABASE).resolve(), database(workspace)}
     return scheme == "sqlite" and Path(path.partition("?")[0]).resolve() in own
 
 
@@ -97,7 +100,8 @@ def create(workspace: Path) -> None:
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    if not (home := project(workspace)).is_dir():
+    path = database(workspace)
+    if not (home := path.parent).is_dir():
         raise RegistryError(
             f"{workspace.resolve()} is a temporary folder of 'dvc exp run', and there is no {home} "
             f"in the project that it comes from, to register in. Make it, or set "
@@ -107,9 +111,9 @@ def create(workspace: Path) -> None:
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if (home / DATABASE).exists():
+        if path.exists():
             return  # somebody was faster, and may have registered already
-        with files.replacing(home / DATABASE) as temporary:
+        with files.replacing(path) as temporary:
             temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
             # A client would give MLflow's default experiment a place below the current folder.
             SqlAlchemyStore(f"sqlite:///{temporary}", str(home / ARTIFACTS))  # type: ignore[no-untyped-call]
@@ -128,77 +132,79 @@ def opened(workspace: Path, *, to_write: bool = False) -> Iterator[str]:
         RegistryError: there is none, artifacts were left behind, others use it under another path,
             or it is no database, or it shall be written and cannot be.
     """
-    home = project(workspace)
-    if not (home / DATABASE).exists():
+    path = database(workspace)
+    if not path.exists():
         raise RegistryError(
-            f"there is no registry yet: {home / DATABASE} is missing and MLFLOW_TRACKING_URI is "
-            f"not set. {REGISTER}"
+            f"there is no registry yet: {path} is missing and MLFLOW_TRACKING_URI is not set. "
+            f"{REGISTER}"
         )
-    if (home / DATABASE).is_symlink():  # it is that of another folder
-        yield address(workspace)
-        return
-    with _lock(home) as lock, TemporaryDirectory(prefix="tlpipe-") as name:
-        copy = Path(name, DATABASE)
+    with _lock(path) as lock, TemporaryDirectory(prefix="tlpipe-") as name:
+        copy = Path(name, path.name)
         try:
-            if _settle(home, lock):
+            if _settle(path, lock):
                 named = address(workspace)
             elif to_write:
                 raise RegistryError(
-                    f"{home / DATABASE} was made in another folder, so its locations must be "
-                    f"rewritten, and it cannot be written. Mount it so that it can be, or set "
-                    f"MLFLOW_TRACKING_URI."
+                    f"{path} was made in another folder, so its locations must be rewritten, and "
+                    f"it cannot be written. Mount it so that it can be, or set MLFLOW_TRACKING_URI."
                 )
             else:
-                with closing(_connect(home / DATABASE)) as there, closing(_connect(copy)) as here:
+                with closing(_connect(path)) as there, closing(_connect(copy)) as here:
                     there.backup(here)
-                _rewrite(copy, home)
+                _rewrite(copy, path.parent)
                 # MLflow takes an address without a driver for a path, and makes its folders.
                 named = f"sqlite+pysqlite:///file:{quote(str(copy))}?mode=ro&uri=true"
         except sqlite3.Error as error:
             raise RegistryError(
-                f"{home / DATABASE} cannot be used: {error}. Run the same command again when no "
-                f"other process is at it. A damaged one comes from a backup, or is moved away."
+                f"{path} cannot be used: {error}. Run the same command again when no other process "
+                f"is at it. A damaged one comes from a backup, or is moved away."
             ) from error
         yield named
 
 
 @contextmanager
-def _lock(home: Path) -> Iterator[IO[str] | None]:
+def _lock(path: Path) -> Iterator[IO[str] | None]:
     """Yield an open lock file, or None where none can be had, such as in what is read-only."""
+    lock = None
     with ExitStack() as stack:
-        try:
-            lock = stack.enter_context((home / f".{DATABASE}.lock").open("a"))
+        with suppress(OSError):  # read-only, or a file system without locks
+            lock = stack.enter_context(_opened_lock(path.with_name(f".{path.name}.lock")))
             fcntl.flock(lock, fcntl.LOCK_SH)
-        except OSError:  # read-only, or a file system without locks
-            lock = None
         yield lock
 
 
-def _settle(home: Path, lock: IO[str] | None) -> bool:
-    """Make all locations those of this folder, and share the lock of those who use them so.
+def _opened_lock(path: Path) -> IO[str]:
+    try:
+        return path.open("a+")
+    except PermissionError:  # another user made it
+        return path.open()
+
+
+def _settle(path: Path, lock: IO[str] | None) -> bool:
+    """Make all locations those of its folder, and share the lock of those who use them so.
 
     Return False where they are not and the database cannot be written.
 
     Raises:
         RegistryError: artifacts were left behind, or others use it under another path.
     """
-    deadline = time.monotonic() + _PATIENCE_S
+    home, deadline = path.parent, time.monotonic() + _PATIENCE_S
     while True:
         if lock is not None:
             fcntl.flock(lock, fcntl.LOCK_SH)
-        with closing(_connect(home / DATABASE)) as connection:
-            elsewhere = _homes(connection) - {home}
-        if not elsewhere:
+        with closing(_connect(path)) as connection:
+            before = _home(connection)
+        if before in (None, home):
             return True
         if time.monotonic() > deadline:
             raise RegistryError(
-                f"another process uses {home / DATABASE} as that of {min(elsewhere)}, such as one "
-                f"in a container. Wait until it has ended, and run the same command again."
+                f"another process uses {path} as that of {before}, such as one in a container. "
+                f"Wait until it has ended, and run the same command again."
             )
         try:
             if lock is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            count = _rewrite(home / DATABASE, home)
+            count = _rewrite(path, home)
         except BlockingIOError:
             if lock is not None:
                 fcntl.flock(lock, fcntl.LOCK_UN)
@@ -208,26 +214,28 @@ def _settle(home: Path, lock: IO[str] | None) -> bool:
                 raise
             return False
         else:
-            was = ", ".join(map(str, sorted(elsewhere)))
-            _log.info("the registry was that of %s: %d locations are now in %s", was, count, home)
+            _log.info("the registry was that of %s: %d locations now: %s", before, count, home)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=_PATIENCE_S, isolation_level=None)
 
 
-def _homes(connection: sqlite3.Connection) -> set[Path]:
-    """Return the folders that have experiments' artifacts beside the database, as it says."""
-    homes = set()
+def _home(connection: sqlite3.Connection) -> Path | None:
+    """Return the folder that has experiments' artifacts beside the database, as it says.
+
+    The first experiment decides, which is made with the database: others may have been given a
+    place elsewhere.
+    """
     if ("experiments",) in connection.execute("SELECT name FROM sqlite_master").fetchall():
-        known = "SELECT experiment_id, artifact_location FROM experiments"
+        known = "SELECT experiment_id, artifact_location FROM experiments ORDER BY experiment_id"
         for number, location in connection.execute(known):
             path = _path(location)
             if path is not None and path.name == str(number):  # of those made in MLflow's page
                 path = path.parent
             if path is not None and path.name == ARTIFACTS:
-                homes.add(path.parent)
-    return homes
+                return path.parent
+    return None
 
 
 def _path(location: str | None) -> Path | None:
@@ -245,7 +253,9 @@ def _rewrite(path: Path, home: Path) -> int:
     """
     with closing(_connect(path)) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        homes, count = _homes(connection) | {home}, 0
+        count, old = 0, _home(connection)
+        if old in (None, home):  # others were faster
+            return 0
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
         for table, column, rows in _LOCATIONS:
             if table not in tables:  # other versions of MLflow have others
@@ -253,20 +263,17 @@ def _rewrite(path: Path, home: Path) -> int:
             known = f"SELECT rowid, {column} FROM {table} {rows}"  # noqa: S608
             for row, location in connection.execute(known).fetchall():
                 before = _path(location)
-                within = [folder for folder in homes if before and before.is_relative_to(folder)]
-                old = max(within, key=lambda folder: len(folder.parts), default=home)
-                if before is None or old == home:
+                if before is None or not before.is_relative_to(old / ARTIFACTS):
                     continue
                 after = home / before.relative_to(old)
                 # Runs need not have artifacts, models do.
                 is_expected = table == "logged_models" and not (home / ARTIFACTS).exists()
                 is_there = table != "experiments" and before.exists()
                 if not after.exists() and (is_expected or is_there):
-                    left = shlex.quote(str(old / ARTIFACTS))
                     raise RegistryError(
-                        f"{home / DATABASE} was made in {old}, and artifacts that it names do not "
-                        f"lie in {home / ARTIFACTS}. Bring them along: 'cp -rn {left} "
-                        f"{shlex.quote(str(home))}'."
+                        f"{path} was made in {old}, and artifacts that it names do not lie in "
+                        f"{home / ARTIFACTS}. Bring them along: 'cp -rn "
+                        f"{shlex.quote(str(old / ARTIFACTS))} {shlex.quote(str(home))}'."
                     )
                 new = after.as_uri() if location.startswith("file:") else str(after)
                 connection.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (new, row))  # noqa: S608

@@ -6,19 +6,23 @@ number. So the log is a registered model of its own, ``NAME-history``: each of i
 move, and says which move it ``follows``. Of all moves that follow the same one, the first counts;
 whoever wrote another is told who won.
 
-A move is written in three steps: its entry, the aliases ``champion`` and ``previous``, and a mark
-on the entry that it took effect. A move without that mark was killed on the way, and is finished by
-whoever finds the alias where it was before. Any other alias that differs from the log was set by
-hand, and is written down as a move of that kind: nobody sets it back.
+A move is written in steps: its entry, a mark that it began, the aliases ``champion`` and
+``previous``, and a mark that it took effect. A move without the last mark was killed on the way. It
+is finished by whoever finds the alias where the move puts it, or not begun. Begun and with the
+alias as before, it was killed just there or taken back by hand: it is written off, since a hand
+must not be undone. Any other alias that differs from the log was set by hand, and is written down
+as a move of that kind: nobody sets it back.
 
-Entries carry the digest of the bundle and when the registered model was created. Those of a model
-that was deleted and made again under its name count for nothing.
+Entries carry the digest of the bundle and when the registered model was created, both as whoever
+chose the version has seen them. Those of a model that was deleted and made again under its name
+count for nothing.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -32,16 +36,37 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
+_log = logging.getLogger(__name__)
 CHAMPION, PREVIOUS = "champion", "previous"
 PROMOTION, ROLLBACK, ADOPTION, BY_HAND = "promotion", "rollback", "adoption", "by-hand"
 BUNDLE_TAG = "tlpipe.bundle"  # of a version: the digest of its bundle
 SUFFIX = "-history"
 LONGEST = 5000  # characters of a version's description that MLflow keeps
 _TAG = "tlpipe.move."
-_TOOK_EFFECT, _LOST = _TAG + "took_effect", _TAG + "lost"
+_BEGAN, _TOOK_EFFECT, _LOST = (_TAG + mark for mark in ("began", "took_effect", "lost"))
 _BORN = "tlpipe.born"  # of a log: when the model it is of was created
 _PAGE = 16
 _TRIES = 20
+_A_STEP_S = 1.0  # so long somebody may take from one step of a move to the next
+
+
+class Overtaken(RegistryError):  # noqa: N818  as it reads
+    """Somebody else has moved meanwhile."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A version as somebody has looked at it.
+
+    Attributes:
+        version: its number; empty for none.
+        bundle: digest of its bundle; empty where tlpipe has not registered it.
+        born: when its model was created, which another one of the name was not.
+    """
+
+    version: str
+    bundle: str
+    born: str
 
 
 @dataclass(frozen=True)
@@ -60,6 +85,7 @@ class Move:
         token: tells who wrote it: a request whose answer is lost may have been repeated.
         bundle: digest of the champion's bundle; empty where tlpipe has not registered it.
         took_effect: whether the aliases were set.
+        began: whether somebody was about to set them.
     """
 
     number: int
@@ -73,6 +99,7 @@ class Move:
     token: str
     bundle: str = ""
     took_effect: bool = True
+    began: bool = field(default=True, compare=False)
 
 
 def tail(client: "MlflowClient", name: str) -> Move | None:
@@ -121,37 +148,48 @@ def standing(moves: list[Move]) -> list[str]:
     return steps
 
 
+def seen(client: "MlflowClient", name: str, version: "ModelVersion | None") -> Seen:
+    """Return what a move to a version, or to none, is to be held to."""
+    born = _born(client, name)
+    if version is None:
+        return Seen("", "", born)
+    return Seen(str(version.version), version.tags.get(BUNDLE_TAG, ""), born)
+
+
 def move(
-    client: "MlflowClient", name: str, champion: str, *, after: Move | None, kind: str, why: str
+    client: "MlflowClient", name: str, to: Seen, *, after: Move | None, kind: str, why: str
 ) -> Move:
     """Put a version in production, if ``after`` is still the last move; set the aliases.
 
     Raises:
-        RegistryError: somebody else has moved since.
+        Overtaken: somebody else has moved since.
+        RegistryError: the version is no longer what was looked at.
     """
-    token, number = _append(client, name, champion, after=after, kind=kind, why=why)
+    token, number = _append(client, name, to, after=after, kind=kind, why=why)
     follows = after.number if after else 0
     later = takewhile(lambda move: move.number > follows, _newest_first(client, name))
     raced = [move for move in later if move.follows == follows]
     if not raced:
-        raise RegistryError(
+        raise Overtaken(
             f"entry {number} of {name + SUFFIX}, just written, is gone: somebody deletes from it "
-            f"in MLflow. Version {champion} was not put in production; run the same command again."
+            f"in MLflow. Version {to.version} was not put in production; run the same command "
+            f"again."
         )
     winner = min(raced, key=lambda move: move.number)
     if winner.token != token:
-        client.set_model_version_tag(name + SUFFIX, number, _LOST, str(winner.number))
-        raise RegistryError(
+        _write_off(client, name, number, str(winner.number))
+        raise Overtaken(
             f"{winner.by} has put {name} version {winner.champion} in production "
             f"({winner.kind}, {winner.at:%Y-%m-%d %H:%M:%S} UTC) since version "
-            f"{after.champion if after else 'none'} was looked at; version {champion} was not. "
+            f"{after.champion if after else 'none'} was looked at; version {to.version} was not. "
             f"Compare it with the new one: run the same command again."
         )
     if not _finish(client, name, winner):
-        raise RegistryError(
+        raise Overtaken(
             f"somebody has set or taken away the alias {CHAMPION} of {name} in MLflow since "
-            f"version {after.champion if after else 'none'} was looked at; version {champion} was "
-            f"not put in production. Compare it with the new one: run the same command again."
+            f"version {after.champion if after else 'none'} was looked at, or took this command "
+            f"for killed; version {to.version} was not put in production. Compare it with what is: "
+            f"run the same command again."
         )
     return replace(winner, took_effect=True)
 
@@ -163,6 +201,7 @@ def settle(client: "MlflowClient", name: str) -> Move | None:
         RegistryError: the model was renamed without its history, or what was promoted is not what
             the registry holds.
     """
+    doubted = None
     for _ in range(_TRIES):
         last = tail(client, name)
         # Read after the log: an alias that somebody has moved since has an entry that comes first.
@@ -175,13 +214,22 @@ def settle(client: "MlflowClient", name: str) -> Move | None:
         elif last.took_effect and champion == last.champion:
             return last
         elif not last.took_effect and champion in (last.champion, last.previous):
-            _finish(client, name, last)
+            if champion == last.champion or not last.began:
+                _finish(client, name, last)
+            elif doubted != last:  # somebody may be between the two steps just now
+                doubted = last
+                time.sleep(_A_STEP_S)
+            else:
+                why = f"stopped, or version {champion or 'none'} was put back by hand"
+                _log.warning("the %s of %s version %s: %s", last.kind, name, last.champion, why)
+                _write_off(client, name, str(last.number), why)
             continue
         else:
             kind = BY_HAND
             why = f"the alias {CHAMPION} was {'set' if champion else 'taken away'} in MLflow"
-        with suppress(RegistryError):  # others have written it down first
-            return move(client, name, champion, after=last, kind=kind, why=why)
+        to = seen(client, name, _version(client, name, champion) if champion else None)
+        with suppress(Overtaken):  # others have written it down first
+            return move(client, name, to, after=last, kind=kind, why=why)
     raise RegistryError(f"others move {name} all the time; try again.")
 
 
@@ -258,7 +306,8 @@ def _at(milliseconds: int) -> datetime:
 def _finish(client: "MlflowClient", name: str, last: Move) -> bool:
     """Set the aliases as a move says, and mark that it took effect.
 
-    False where somebody has moved the alias by hand since: the move counts for nothing then.
+    False where somebody has moved the alias by hand since, or has written the move off, which
+    counts for nothing then.
 
     Raises:
         RegistryError: the version holds another bundle than the one that was to be moved; the move
@@ -266,19 +315,20 @@ def _finish(client: "MlflowClient", name: str, last: Move) -> bool:
     """
     version = _version(client, name, last.champion) if last.champion else None
     if version is not None and (found := version.tags.get(BUNDLE_TAG, "")) != last.bundle:
-        client.set_model_version_tag(name + SUFFIX, str(last.number), _LOST, "another bundle")
+        _write_off(client, name, str(last.number), "another bundle")
         raise RegistryError(
             f"{name} version {last.champion} has the bundle {found[:16] or 'none'}; what was to go "
             f"into production has {last.bundle[:16] or 'none'}. Somebody changed the version's "
             f"tags; nothing was moved. Register what was built, and promote that."
         )
+    client.set_model_version_tag(name + SUFFIX, str(last.number), _BEGAN, "yes")
     if tail(client, name) != last:
         # Somebody has finished it meanwhile and may have moved on, or has written it off.
         entry = _version(client, name + SUFFIX, str(last.number))
         return entry is not None and _TOOK_EFFECT in entry.tags
     aliases = client.get_registered_model(name).aliases
     if str(aliases.get(CHAMPION, "")) not in (last.champion, last.previous):
-        client.set_model_version_tag(name + SUFFIX, str(last.number), _LOST, "moved by hand")
+        _write_off(client, name, str(last.number), "moved by hand")
         return False
     previous = _version(client, name, last.previous) if last.previous else None
     for alias, there in ((CHAMPION, version), (PREVIOUS, previous)):
@@ -291,6 +341,11 @@ def _finish(client: "MlflowClient", name: str, last: Move) -> bool:
         client.set_model_version_tag(name, last.champion, key, text[:LONGEST])
     client.set_model_version_tag(name + SUFFIX, str(last.number), _TOOK_EFFECT, "yes")
     return True
+
+
+def _write_off(client: "MlflowClient", name: str, number: str, why: str) -> None:
+    """Let an entry count for nothing."""
+    client.set_model_version_tag(name + SUFFIX, number, _LOST, why)
 
 
 def _version(client: "MlflowClient", name: str, number: str) -> "ModelVersion | None":
@@ -310,13 +365,21 @@ def _born(client: "MlflowClient", name: str) -> str:
 
 
 def _append(
-    client: "MlflowClient", name: str, champion: str, *, after: Move | None, kind: str, why: str
+    client: "MlflowClient", name: str, to: Seen, *, after: Move | None, kind: str, why: str
 ) -> tuple[str, str]:
-    """Write an entry, whole or not at all; return its token and number."""
+    """Write an entry, whole or not at all; return its token and number.
+
+    Raises:
+        RegistryError: the model was made again since the version was looked at.
+    """
     from mlflow.exceptions import MlflowException
 
-    previous, born = after.champion if after else "", _born(client, name)
-    version = client.get_model_version(name, champion) if champion else None
+    if _born(client, name) != to.born:
+        raise RegistryError(
+            f"the model {name} was deleted in MLflow and made again since version "
+            f"{to.version or 'none'} was looked at; nothing was moved. {local.REGISTER}"
+        )
+    champion, previous = to.version, after.champion if after else ""
     parts = {
         "follows": str(after.number if after else 0),
         "champion": champion,
@@ -325,11 +388,11 @@ def _append(
         "why": why,
         "by": user(),
         "token": uuid4().hex,
-        "bundle": version.tags.get(BUNDLE_TAG, "") if version else "",
-        "born": born,
+        "bundle": to.bundle,
+        "born": to.born,
     }
     if after is None:
-        _create_log(client, name, born)
+        _create_log(client, name, to.born)
     for attempt in range(_TRIES):
         try:
             entry = client.create_model_version(
@@ -344,7 +407,7 @@ def _append(
             )
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                _create_log(client, name, born)
+                _create_log(client, name, to.born)
             # Others took the number meanwhile.
             elif attempt + 1 == _TRIES or "Giving up after" not in str(error):
                 raise
@@ -417,4 +480,5 @@ def _move(client: "MlflowClient", version: "ModelVersion", born: str) -> Move | 
         token=tags["token"],
         bundle=tags["bundle"],
         took_effect=_TOOK_EFFECT in version.tags,
+        began=_BEGAN in version.tags,
     )

@@ -68,6 +68,7 @@ def promote(
             version.
     """
     version = tracking.find_version(client, name, which)
+    seen = moves.seen(client, name, version)
     last = settle(client, name)
     if last is not None and last.champion == str(version.version):
         raise RegistryError(
@@ -96,7 +97,7 @@ def promote(
             f"{advice}: --force WHY."
         )
     why = force or _summary(decision)
-    return moves.move(client, name, str(version.version), after=last, kind=PROMOTION, why=why)
+    return moves.move(client, name, seen, after=last, kind=PROMOTION, why=why)
 
 
 def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> Move:
@@ -130,7 +131,8 @@ def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> 
             f"before ({', '.join(known) or 'none'}). To put in a new one: 'tlpipe promote'."
         )
     tracking.bundle_of(client, version)
-    return moves.move(client, name, target, after=last, kind=ROLLBACK, why=why)
+    seen = moves.seen(client, name, version)
+    return moves.move(client, name, seen, after=last, kind=ROLLBACK, why=why)
 
 
 def period(text: str) -> tuple[datetime, datetime]:

@@ -120,6 +120,20 @@ def is_there(workspace: Path) -> bool:
     return _ADDRESS in os.environ or local.database(workspace).exists()
 
 
+def check_own(workspace: Path) -> None:
+    """Check that the registry in use is the workspace's own.
+
+    Raises:
+        RegistryError: MLFLOW_TRACKING_URI names another one.
+    """
+    given = os.environ.get(_ADDRESS)
+    if given and not local.is_own(workspace, given):
+        raise RegistryError(
+            f"{_ADDRESS} names {without_credentials(given)}, not this folder's registry. Open that "
+            f"address in the browser, or unset {_ADDRESS} to see what is registered here."
+        )
+
+
 def experiment(client: "MlflowClient", name: str, workspace: Path) -> str:
     """Return the id of the experiment, created where it does not exist.
 
@@ -226,6 +240,7 @@ def fetch(client: "MlflowClient", name: str, which: str) -> Fetched:
         ArtifactError: its files are damaged.
         RegistryError: there is no such version, or its stored bundle is not the registered one.
     """
+    version = None
     try:
         version = find_version(client, name, which)
         if which == CHAMPION:
@@ -238,12 +253,13 @@ def fetch(client: "MlflowClient", name: str, which: str) -> Fetched:
     log = moves.history(client, name)
     # First those that nobody has taken out.
     known = [*reversed(moves.standing(log)), *(move.champion for move in reversed(log))]
-    for number in list(dict.fromkeys(known))[1:]:
+    bad = str(version.version) if version else next(iter(known), "")
+    for number in dict.fromkeys(known):
+        if number == bad:
+            continue
         with suppress(ArtifactError, RegistryError):
             found = bundle_of(client, find_version(client, name, number))
-            degraded = (
-                f"{name} version {log[-1].champion} cannot serve, version {number} does: {wrong}"
-            )
+            degraded = f"{name} version {bad} cannot serve, version {number} does: {wrong}"
             _log.warning("degraded: %s", degraded)
             return Fetched(found, number, degraded)
     raise wrong

@@ -78,7 +78,10 @@ class Remote(Listed):
         if not tag:
             return bytes(self._filesystem.cat_file(path)), ""
         with self._filesystem.open(path, "rb") as file:
-            return bytes(file.read()), str(file.details["ETag"])
+            data = bytes(file.read())
+            # What opens a copy, such as simplecache, knows only of the file itself.
+            details = getattr(file, "details", None) or self._filesystem.info(path)
+        return data, str(details.get("ETag") or "")
 
 
 def open_remote(address: str) -> Storage:
