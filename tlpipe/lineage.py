@@ -124,9 +124,15 @@ def _stages(lock: Path) -> dict[str, Any]:
 
 
 def _has_changes(workspace: Path) -> bool:
-    """Return whether a tracked file is not as committed, but for what every run may change."""
+    """Return whether a tracked file is not as committed, but for what every run may change.
+
+    That is ``dvc.lock``, and rows that ``split`` has appended to its table.
+    """
     status = ("status", "--porcelain", "--untracked-files=no")
-    return bool(_git(workspace, *status, "--", ".", ":!dvc.lock", f":!{PLACEMENTS}"))
+    if _git(workspace, *status, "--", ".", ":!dvc.lock", f":!{PLACEMENTS}"):
+        return True
+    rows = _git(workspace, "diff", "--numstat", "HEAD", "--", PLACEMENTS)  # added, taken away, name
+    return bool(rows) and rows.split()[1] != "0"
 
 
 def _git(workspace: Path, *arguments: str) -> str:

@@ -290,6 +290,16 @@ def test_the_summary_shows_the_last_run_and_what_comes_next(main_job: Workspace)
         assert text in table
 
 
+def test_a_receipt_of_another_version_is_one_line(main_job: Workspace, empty: Workspace) -> None:
+    content = json.loads((main_job.path / "artifacts/register/receipt.json").read_text())
+    del content["generalisation"]
+    (empty.path / "receipt.json").write_text(json.dumps(content))
+    error = empty.run("tlpipe", "summary", "receipt.json", code=6).stderr
+    assert (
+        "receipt.json was written by another version of tlpipe. Write it anew: 'dvc repro" in error
+    )
+
+
 @pytest.mark.fault("L04")
 @pytest.mark.slow
 def test_the_summary_offers_no_champion_where_there_is_none(built: Workspace) -> None:

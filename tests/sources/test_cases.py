@@ -618,6 +618,16 @@ def test_a_missing_file_that_is_called_nearly_so_is_named(
     assert reject.detail.startswith("row 8 of labels.csv names it; images/")
 
 
+def test_an_address_in_a_table_is_not_fetched_and_said_to_be_one(tmp_path: Path) -> None:
+    rows = flat(tmp_path / "images")
+    put(tmp_path / "labels.csv", table(rows[1:]) + "https://example.org/IMG_000.jpg,ant\n")
+    with listing.opened(str(tmp_path)) as source:
+        (reject,) = source.rejects
+    assert reject.detail.endswith(
+        "that is an address, nothing is fetched from it: download the image"
+    )
+
+
 def test_a_file_of_another_folder_is_not_called_nearly_so(tmp_path: Path) -> None:
     rows = flat(tmp_path / "images")
     put(tmp_path / "labels.csv", table(rows[1:]) + "photos/IMG_000.jpg,ant\n")

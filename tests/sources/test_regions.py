@@ -142,6 +142,17 @@ def test_a_damaged_number_or_object_is_one_reject(tmp_path: Path, name: str) -> 
     assert message in next(iter(rejects.values()))
 
 
+def test_boxes_in_shares_of_the_sides_are_said_to_be_that(tmp_path: Path) -> None:
+    content = coco(pictures(tmp_path, "images"))
+    content["annotations"][3]["bbox"] = [0.1, 0.1, 0.5, 0.4]
+    write(tmp_path / "images" / "all.json", content)
+    _, rejects, _ = read(tmp_path)
+    assert list(rejects.values()) == [
+        "degenerate_box: bee: 0.1, 0.1, 0.6, 0.5 has no area; if these are shares of the photo's "
+        "sides, export them in pixels"
+    ]
+
+
 @pytest.mark.fault("D30")
 @pytest.mark.parametrize(
     "size",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tlpipe import files
-from tlpipe.errors import RegistryError
+from tlpipe.errors import ArtifactError, RegistryError
 from tlpipe.registry import moves, tracking
 
 
@@ -13,10 +13,15 @@ def run(*, receipt: Path, workspace: Path) -> tuple[list[tuple[str, str]], str]:
     """Return the rows of the table, what it is called and what it is; and what comes next.
 
     Raises:
-        ArtifactError: nothing was registered from this workspace yet.
+        ArtifactError: nothing was registered from this workspace yet, or by another version.
         RegistryError: the registry does not know the version of the receipt.
     """
     content = files.read_json(receipt)
+    if "generalisation" not in content:
+        raise ArtifactError(
+            f"{receipt} was written by another version of tlpipe. Write it anew: 'dvc repro "
+            f"--force --single-item register'."
+        )
     mine, in_production = _aliases(content, workspace)
     aliases = f"alias {', '.join(mine)}" if mine else "no alias"
     accuracy = content["accuracy"]

@@ -32,9 +32,12 @@ class Match(NamedTuple):
         """Return the reject of a path that means no file; ``by``: what names it."""
         other = f"; {self.elsewhere} lies elsewhere than its other images" if self.elsewhere else ""
         near = f"; {self.near}" if self.near else ""
+        if _ADDRESS.match(stated):
+            near = "; that is an address, nothing is fetched from it: download the image"
         return Reject(stated, "missing", f"{by} names it{other}{near}")
 
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _LOOKED_AT = 50  # files of one name that a missing one may be
 _BESIDE, _FROM_SOURCE, _BELOW, _ABSOLUTE = range(4)
 

@@ -127,8 +127,10 @@ def _sound(photo: Photo, rejects: list[Reject]) -> Iterator[tuple[str, str, Edge
             continue
         left, upper, right, lower = box
         if not all(map(math.isfinite, box)) or right - left < 1 or lower - upper < 1:
-            shown = ", ".join(f"{edge:g}" for edge in box)
-            rejects.append(Reject(name, "degenerate_box", f"{label}: {shown} has no area"))
+            text = f"{label}: {', '.join(f'{edge:g}' for edge in box)} has no area"
+            if all(-1 <= edge <= 1 for edge in box):
+                text += "; if these are shares of the photo's sides, export them in pixels"
+            rejects.append(Reject(name, "degenerate_box", text))
         elif name not in seen:
             seen[name] = (label, box)
             yield name, label, box
