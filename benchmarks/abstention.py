@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tlpipe.data.manifest import load_split
-from tlpipe.learning import probe
-from tlpipe.learning.recipe import Recipe
-from tlpipe.metrics import curves
-from tlpipe.metrics.scores import softmax
-from tlpipe.onnx_export import temperature
+from tlpipe.evaluation import curves
+from tlpipe.evaluation.scores import softmax
+from tlpipe.export import temperature
+from tlpipe.training import probe
+from tlpipe.training.recipe import Recipe
 
 CASES = [
     Case("hymenoptera", "all", 0),

@@ -29,11 +29,11 @@ from rich.table import Table
 from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import load_split
-from tlpipe.learning import dataset as datasets
-from tlpipe.learning import loop, probe, tuning
-from tlpipe.learning.dataset import Dataset, Examples
-from tlpipe.learning.recipe import Recipe
-from tlpipe.learning.task import evaluate
+from tlpipe.training import dataset as datasets
+from tlpipe.training import loop, probe, tuning
+from tlpipe.training.dataset import Dataset, Examples
+from tlpipe.training.recipe import Recipe
+from tlpipe.training.task import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 # Student's t for 95 %, by the number of seeds.

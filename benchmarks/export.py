@@ -38,9 +38,9 @@ from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import crop_middle
 from tlpipe.data.manifest import evenly, load_split
-from tlpipe.metrics import answers, corruptions, evaluate, speed
-from tlpipe.onnx_export import bundle as bundles
-from tlpipe.onnx_export.bundle import ANY_SIZE, EXACT, Bundle
+from tlpipe.evaluation import answers, corruptions, evaluate, speed
+from tlpipe.export import bundle as bundles
+from tlpipe.export.bundle import ANY_SIZE, EXACT, Bundle
 
 STAGES = {
     name: shlex.split(stage["cmd"])[1:]

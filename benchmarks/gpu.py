@@ -35,15 +35,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from tlpipe.backbones.backbone import describe
+from tlpipe.backbones.device import training_device
+from tlpipe.backbones.forward import open_forward
+from tlpipe.backbones.weights import Weights
 from tlpipe.data import pixels as packed
-from tlpipe.features.backbone import describe
-from tlpipe.features.device import training_device
-from tlpipe.features.forward import open_forward
-from tlpipe.features.weights import Weights
-from tlpipe.learning import dataset as datasets
-from tlpipe.learning import loop, tuning
-from tlpipe.learning.batches import batches
-from tlpipe.learning.recipe import Recipe
+from tlpipe.training import dataset as datasets
+from tlpipe.training import loop, tuning
+from tlpipe.training.batches import batches
+from tlpipe.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10

@@ -32,10 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 
 MODULES = {
-    "learning": "loop optimiser schedule batches checkpoint head probe norms",
-    "features": "embed activations forward frozen stages freeze augment",
-    "onnx_export": "graph precisions parity any_size temperature int8 fp16",
-    "metrics": "scores curves generalisation slices corruptions",
+    "training": "loop optimiser schedule batches checkpoint head probe norms",
+    "backbones": "embed activations forward frozen stages freeze augment",
+    "export": "graph precisions parity any_size temperature int8 fp16",
+    "evaluation": "scores curves generalisation slices corruptions",
     "data": "chunks folds split placements images duplicates manifest",
     "registry": "moves gate promotion",
     "": "resampling files held_out code_digest",
@@ -43,26 +43,26 @@ MODULES = {
 # Beside tests/ROOM/test_MODULE.py: files whose tests of a module are quick and thorough.
 ALSO = {
     "data/duplicates": ["data/test_ingest.py"],
-    "data/folds": ["learning/test_probe.py", "data/test_split.py"],
+    "data/folds": ["training/test_probe.py", "data/test_split.py"],
     "data/chunks": ["data/test_ingest.py"],
     "data/placements": ["data/test_split.py"],
     "data/manifest": ["data/test_ingest.py", "data/test_split.py"],
-    "features/activations": ["features/test_cache.py", "features/test_embed.py"],
-    "features/embed": ["features/test_cache.py"],
-    "features/freeze": ["features/test_stages.py", "test_params.py"],
-    "features/stages": ["onnx_export/test_families.py"],
-    "learning/head": ["learning/test_probe.py"],
-    "learning/probe": ["learning/test_head.py"],
-    "learning/loop": ["learning/test_processes.py"],
-    "learning/optimiser": ["learning/test_loop.py"],
-    "metrics/slices": ["metrics/test_evaluate.py"],
-    "metrics/corruptions": ["metrics/test_evaluate.py"],
-    "features/forward": ["features/test_embed.py"],
-    "onnx_export/any_size": ["onnx_export/test_export.py"],
-    "onnx_export/graph": ["onnx_export/test_export.py"],
-    "onnx_export/parity": ["onnx_export/test_export.py"],
+    "backbones/activations": ["backbones/test_cache.py", "backbones/test_embed.py"],
+    "backbones/embed": ["backbones/test_cache.py"],
+    "backbones/freeze": ["backbones/test_stages.py", "test_params.py"],
+    "backbones/stages": ["export/test_families.py"],
+    "training/head": ["training/test_probe.py"],
+    "training/probe": ["training/test_head.py"],
+    "training/loop": ["training/test_processes.py"],
+    "training/optimiser": ["training/test_loop.py"],
+    "evaluation/slices": ["evaluation/test_evaluate.py"],
+    "evaluation/corruptions": ["evaluation/test_evaluate.py"],
+    "backbones/forward": ["backbones/test_embed.py"],
+    "export/any_size": ["export/test_export.py"],
+    "export/graph": ["export/test_export.py"],
+    "export/parity": ["export/test_export.py"],
     "registry/gate": ["registry/test_promotion.py"],
-    "resampling": ["metrics/test_scores.py"],
+    "resampling": ["evaluation/test_scores.py"],
 }
 # What differs in these does not differ in what is computed.
 SAYING = re.compile(r"^(_?log(ger|ging)?\.|warnings\.|print\(|track\()")
@@ -387,7 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=80, help="how many mutations")
-    parser.add_argument("--module", action="append", help="such as learning/head; may be repeated")
+    parser.add_argument("--module", action="append", help="such as training/head; may be repeated")
     parser.add_argument("--minutes", type=float, default=600, help="begin none after so long")
     parser.add_argument("--results", type=Path, default=ROOT / ".mutation_cache" / "results.jsonl")
     parser.add_argument("--list", action="store_true", help="print the mutations and end")

@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 
-from tlpipe.learning import head as heads
-from tlpipe.learning import probe
-from tlpipe.learning.dataset import Dataset, Examples
-from tlpipe.learning.recipe import Recipe
-from tlpipe.onnx_export import temperature
+from tlpipe.export import temperature
+from tlpipe.training import head as heads
+from tlpipe.training import probe
+from tlpipe.training.dataset import Dataset, Examples
+from tlpipe.training.recipe import Recipe
 
 Floats = npt.NDArray[np.float64]
 IMAGES = (5, 10, 50, 200, None)

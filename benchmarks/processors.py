@@ -16,8 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tlpipe.onnx_export import bundle as bundles
-from tlpipe.onnx_export.bundle import ANY_SIZE
+from tlpipe.export import bundle as bundles
+from tlpipe.export.bundle import ANY_SIZE
 
 ANSWER = """
 import sys

@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tlpipe import files
+from tlpipe.backbones import activations as stored
+from tlpipe.backbones.activations import Origin
+from tlpipe.backbones.backbone import describe
 from tlpipe.data.manifest import Assignment, image_key, load_split, save_split
-from tlpipe.features import activations as stored
-from tlpipe.features.activations import Origin
-from tlpipe.features.backbone import describe
-from tlpipe.learning import dataset as datasets
-from tlpipe.learning import model as models
+from tlpipe.training import dataset as datasets
+from tlpipe.training import model as models
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -48,9 +48,9 @@ finally:
 STEPS = """
 import sys, time
 from pathlib import Path
-from tlpipe.learning import dataset, loop, tuning
-from tlpipe.learning.batches import batches
-from tlpipe.learning.recipe import Recipe
+from tlpipe.training import dataset, loop, tuning
+from tlpipe.training.batches import batches
+from tlpipe.training.recipe import Recipe
 root, count = Path(sys.argv[1]), int(sys.argv[2])
 recipe = Recipe()
 data = dataset.load(root / "embed/activations", root / "split.csv")

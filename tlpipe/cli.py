@@ -17,20 +17,20 @@ import typer
 from tlpipe.errors import ArtifactError, TlpipeError
 
 if TYPE_CHECKING:
-    from tlpipe.features.embed import Params as EmbedParams
-    from tlpipe.metrics.evaluate import Params as EvaluateParams
-    from tlpipe.onnx_export.bundle import Bundle
+    from tlpipe.backbones.embed import Params as EmbedParams
+    from tlpipe.evaluation.evaluate import Params as EvaluateParams
+    from tlpipe.export.bundle import Bundle
     from tlpipe.params import Section
 
 # The stages in the graph's order, each with the module that holds its ``Params`` and ``run``.
 STAGES = {
     "ingest": "tlpipe.data.ingest",
     "split": "tlpipe.data.split",
-    "embed": "tlpipe.features.embed",
-    "audit": "tlpipe.learning.audit",
-    "train": "tlpipe.learning.train",
-    "export": "tlpipe.onnx_export.export",
-    "evaluate": "tlpipe.metrics.evaluate",
+    "embed": "tlpipe.backbones.embed",
+    "audit": "tlpipe.training.audit",
+    "train": "tlpipe.training.train",
+    "export": "tlpipe.export.export",
+    "evaluate": "tlpipe.evaluation.evaluate",
     "register": "tlpipe.registry.register",
 }
 
@@ -106,10 +106,10 @@ def _read_params(path: Path) -> "dict[str, Section]":
 
 
 def _check_together(sections: "dict[str, Section]") -> None:
+    from tlpipe.backbones import embed
     from tlpipe.data import ingest
     from tlpipe.data.images import Sampling
-    from tlpipe.features import embed
-    from tlpipe.learning import train
+    from tlpipe.training import train
 
     read = cast(ingest.Params, sections["ingest"])
     sampling = Sampling(short_side_px=read.short_side_px, interpolation=read.interpolation)
@@ -171,7 +171,7 @@ def split(
 @app.command(rich_help_panel=STAGE_PANEL)
 def embed(manifest: In, pixels: In, activations: Out, params: ParamsFile = PARAMS_FILE) -> None:
     """Run the pretrained network once over every image."""
-    from tlpipe.features import embed, weights
+    from tlpipe.backbones import embed, weights
 
     section = cast(embed.Params, load_params(params)["embed"])
     if section.weights.startswith(weights.REGISTERED):
@@ -207,8 +207,8 @@ def train(
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Fit what is not frozen."""
-    from tlpipe.learning import train
     from tlpipe.registry import register, tracking
+    from tlpipe.training import train
 
     sections = load_params(params)
     name = cast(register.Params, sections["register"]).name
@@ -235,7 +235,7 @@ def lr_find(
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Raise the learning rates step by step and suggest those where the loss falls fastest."""
-    from tlpipe.learning import lr_find, train
+    from tlpipe.training import lr_find, train
     from tlpipe.versioning import stage_paths
 
     section = cast(train.Params, load_params(params)["train"])
@@ -259,7 +259,7 @@ def cross_validate(
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Train and test once for each fold; give each number's mean over folds with its interval."""
-    from tlpipe.metrics import cross_validation
+    from tlpipe.evaluation import cross_validation
     from tlpipe.versioning import stage_paths
 
     sections = load_params(params)
@@ -305,7 +305,7 @@ def evaluate(
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Measure the bundle on the test split."""
-    from tlpipe.metrics import evaluate
+    from tlpipe.evaluation import evaluate
 
     images = {"pixels": pixels, "manifest": manifest, "split": split}
     trained = {"bundle": bundle, "held_out": held_out, "history": history}
@@ -615,8 +615,8 @@ def verify(
     signature: SignatureOption = None,
 ) -> None:
     """Check every file of a bundle by its hash, and its signature where a key is given."""
-    from tlpipe.onnx_export import bundle as bundles
-    from tlpipe.onnx_export import signing
+    from tlpipe.export import bundle as bundles
+    from tlpipe.export import signing
 
     if _is_registered(bundle):
         from tlpipe.registry import signatures
@@ -638,8 +638,8 @@ def sign(
     signature: SignatureOption = None,
 ) -> None:
     """Sign a bundle, so that others can check who made it."""
-    from tlpipe.onnx_export import bundle as bundles
-    from tlpipe.onnx_export import signing
+    from tlpipe.export import bundle as bundles
+    from tlpipe.export import signing
 
     if _is_registered(bundle):
         from tlpipe.registry import signatures
@@ -667,9 +667,9 @@ def check(
 ) -> None:
     """Check params.yaml and that the sources are there, before anything runs."""
     from tlpipe import files, lineage, versioning
+    from tlpipe.backbones import embed
     from tlpipe.data import ingest, overview
-    from tlpipe.features import embed
-    from tlpipe.metrics import answers
+    from tlpipe.evaluation import answers
     from tlpipe.registry import changes, register
     from tlpipe.sources import listing
     from tlpipe.sources.storage import Folder
@@ -720,8 +720,8 @@ def backbones(
     from rich.console import Console
     from rich.table import Table
 
+    from tlpipe.backbones import backbone, weights
     from tlpipe.errors import WeightsError
-    from tlpipe.features import backbone, weights
     from tlpipe.progress import track
 
     console = Console()
@@ -764,7 +764,7 @@ def _with_unknown_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
     How often a classifier of tumours answers for brick says nothing about it.
     """
     from tlpipe.data import ingest
-    from tlpipe.metrics import evaluate
+    from tlpipe.evaluation import evaluate
     from tlpipe.sources.listing import is_builtin
 
     section = cast(evaluate.Params, sections["evaluate"])
@@ -782,8 +782,8 @@ def _with_unknown_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
 def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":
     """Fetch the weights of a registered model, and pin what was found."""
     from tlpipe.errors import WeightsError
-    from tlpipe.learning import registered
     from tlpipe.registry import tracking
+    from tlpipe.training import registered
 
     folder = tracking.fetch_model(Path(), section.weights)
     sha256 = registered.keep_weights(folder, section.backbone)
@@ -809,7 +809,7 @@ def _say_what_changed(split: Path, workspace: Path, name: str) -> None:
 
 def _bundle(model: str | None, params: Path) -> "tuple[Bundle, str]":
     """Load a bundle from a folder, or fetch it from the registry; and why it is an older one."""
-    from tlpipe.onnx_export import bundle
+    from tlpipe.export import bundle
 
     if model is not None and not _is_registered(model):
         return bundle.load(Path(model)), ""
@@ -850,8 +850,8 @@ def _print_folds(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tlpipe.metrics.evaluate import describe
-    from tlpipe.metrics.scores import title
+    from tlpipe.evaluation.evaluate import describe
+    from tlpipe.evaluation.scores import title
 
     names = [name for name in report["mean"] if not name.startswith("top_")]
     table = Table("split.\nfold", *(title(name).replace(" ", "\n") for name in names))

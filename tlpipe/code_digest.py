@@ -19,7 +19,7 @@ def of_modules(*names: str) -> str:
 
     It does not depend on comments, docstrings, formatting, the order of ``names``, the folder of
     the installation or the version of Python. ``names``: whole names such as
-    ``tlpipe.features.augment``; the modules need not be imported, and what they import is not part
+    ``tlpipe.backbones.augment``; the modules need not be imported, and what they import is not part
     of it.
 
     Raises:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from answering import Images, Logits, answer
 
-from tlpipe.features.backbone import describe
-from tlpipe.learning import model as models
-from tlpipe.learning.classifier import whole
+from tlpipe.backbones.backbone import describe
+from tlpipe.training import model as models
+from tlpipe.training.classifier import whole
 
 model, images, threads, answers, *options = sys.argv[1:]
 torch.set_num_threads(int(threads))

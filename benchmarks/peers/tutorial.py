@@ -29,8 +29,8 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torchvision import datasets, transforms  # noqa: E402
 
-from tlpipe.features.backbone import describe, load_network  # noqa: E402
-from tlpipe.features.weights import IMAGENET, find  # noqa: E402
+from tlpipe.backbones.backbone import describe, load_network  # noqa: E402
+from tlpipe.backbones.weights import IMAGENET, find  # noqa: E402
 
 torch.set_num_threads(2)
 torch.manual_seed(0)

@@ -15,8 +15,8 @@ from tests.conftest import Workspace
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import Sampling, read_square
 from tlpipe.errors import ImageError
+from tlpipe.export.bundle import load
 from tlpipe.inference.predictor import Predictor
-from tlpipe.onnx_export.bundle import load
 from tlpipe.registry.gate import sampling_of
 from tlpipe.sources import storage
 

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.conftest import Workspace
 from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import load_split
+from tlpipe.export.bundle import Bundle, load, save
 from tlpipe.inference.predictor import Predictor
-from tlpipe.onnx_export.bundle import Bundle, load, save
 
 
 @pytest.mark.parametrize("model", [[], ["--model", "artifacts/export/bundle"]])

@@ -21,7 +21,7 @@ from tests.conftest import PATIENCE_S, ROOT, Workspace, free_port, server
 from tlpipe import files
 from tlpipe.cli import app
 from tlpipe.errors import TlpipeError
-from tlpipe.onnx_export import bundle as bundles
+from tlpipe.export import bundle as bundles
 
 COMMAND = shlex.split(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["register"]["cmd"])
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tlpipe.metrics import generalisation
-from tlpipe.onnx_export import bundle as bundles
+from tlpipe.evaluation import generalisation
+from tlpipe.export import bundle as bundles
 from tlpipe.registry import card
 
 NONE = {"threshold": None, "coverage": None, "accuracy": None}

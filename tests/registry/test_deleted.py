@@ -10,7 +10,7 @@ from tests.conftest import Workspace
 from tests.proxy import DROP, proxy
 from tests.registry.conftest import COMMAND, Said, change_bundle, mlflow_server
 from tests.registry.test_promotion import aliases, client_of
-from tlpipe.onnx_export import bundle as bundles
+from tlpipe.export import bundle as bundles
 
 pytestmark = pytest.mark.slow
 Tlpipe = Callable[..., Said]

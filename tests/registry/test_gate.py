@@ -19,9 +19,9 @@ from tlpipe.data import ingest
 from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import Assignment, load_manifest, load_split, save_manifest, save_split
 from tlpipe.errors import GateError
+from tlpipe.evaluation import answers, scores
+from tlpipe.export import bundle as bundles
 from tlpipe.inference.predictor import Predictor
-from tlpipe.metrics import answers, scores
-from tlpipe.onnx_export import bundle as bundles
 from tlpipe.registry import gate
 from tlpipe.resampling import detectable_loss, paired_difference
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Workspace, copy_repository, free_port, server
-from tlpipe.features.backbone import describe, load_network
-from tlpipe.features.weights import IMAGENET, find
+from tlpipe.backbones.backbone import describe, load_network
+from tlpipe.backbones.weights import IMAGENET, find
 
 
 @pytest.mark.slow

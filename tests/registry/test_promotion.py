@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from tests.conftest import PATIENCE_S, Workspace, wait_until
 from tests.registry.conftest import COMMAND, Said, change_bundle, killed_after_each_write
 from tlpipe import files
-from tlpipe.onnx_export import bundle as bundles
+from tlpipe.export import bundle as bundles
 
 Tlpipe = Callable[..., Said]
 REGISTER = COMMAND[1:]

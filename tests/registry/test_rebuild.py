@@ -11,7 +11,7 @@ from tests.conftest import Workspace
 from tests.test_versioning import commit
 from tlpipe.data.manifest import load_manifest, load_split
 from tlpipe.data.split import Params, assign
-from tlpipe.onnx_export import bundle as bundles
+from tlpipe.export import bundle as bundles
 
 pytestmark = pytest.mark.slow
 

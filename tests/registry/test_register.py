@@ -260,7 +260,7 @@ def test_a_model_swapped_in_the_store_is_not_loaded(built: Workspace, artifacts:
     error = built.run("tlpipe", "predict", example, code=6).stderr
     assert "model.onnx has the sha256" in error
     # Also where the swap brought its own seal along.
-    from tlpipe.onnx_export import bundle as bundles
+    from tlpipe.export import bundle as bundles
 
     old = bundles.load(artifacts / "export/bundle")
     bundles.save(

@@ -12,7 +12,7 @@ import yaml
 from tests.conftest import ROOT, Workspace, free_port, server
 from tests.registry.conftest import COMMAND, Said, change_bundle, postgres
 from tlpipe.errors import UnreachableError
-from tlpipe.onnx_export import bundle as bundles
+from tlpipe.export import bundle as bundles
 from tlpipe.registry import tracking
 
 COMPOSED = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["mlflow"]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.conftest import PATIENCE_S, Workspace, free_port, server, wait_until
-from tlpipe.onnx_export.bundle import load
+from tlpipe.export.bundle import load
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tlpipe.errors import ImageError
+from tlpipe.export.bundle import EXACT, Bundle
 from tlpipe.inference.predictor import Predictor
-from tlpipe.onnx_export.bundle import EXACT, Bundle
 
 
 def run(*, bundle: Bundle, images: Sequence[Path], precision: str = EXACT) -> list[dict[str, Any]]:

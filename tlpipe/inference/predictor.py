@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from tlpipe.data.images import Pixels, crop_middle, read_square
 from tlpipe.errors import ArtifactError
-from tlpipe.onnx_export.bundle import EXACT, IMAGES, LOGITS, PROBABILITIES, Bundle
+from tlpipe.export.bundle import EXACT, IMAGES, LOGITS, PROBABILITIES, Bundle
 from tlpipe.runtime import open_session
 
 Scores = npt.NDArray[np.float32]

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tlpipe.data import leaks
-from tlpipe.metrics import generalisation
-from tlpipe.metrics.scores import UNKNOWN, title
-from tlpipe.onnx_export.bundle import EXACT, Bundle
+from tlpipe.evaluation import generalisation
+from tlpipe.evaluation.scores import UNKNOWN, title
+from tlpipe.export.bundle import EXACT, Bundle
 from tlpipe.registry.moves import LONGEST, SUFFIX
 
 _LISTED = 12

@@ -26,12 +26,12 @@ from tlpipe.data.images import Sampling
 from tlpipe.data.manifest import Entry, load_manifest, load_split
 from tlpipe.data.values import UNREADABLE, is_deep
 from tlpipe.errors import ArtifactError, GateError, TlpipeError
+from tlpipe.evaluation import answers, generalisation, scores, speed
+from tlpipe.evaluation.answers import Answers, Part
+from tlpipe.evaluation.curves import Hits
+from tlpipe.export import signing
+from tlpipe.export.bundle import EXACT, Bundle
 from tlpipe.inference.predictor import Predictor
-from tlpipe.metrics import answers, generalisation, scores, speed
-from tlpipe.metrics.answers import Answers, Part
-from tlpipe.metrics.curves import Hits
-from tlpipe.onnx_export import signing
-from tlpipe.onnx_export.bundle import EXACT, Bundle
 from tlpipe.params import Section
 from tlpipe.resampling import (
     detectable_loss,

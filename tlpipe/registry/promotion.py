@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from tlpipe import files, held_out
 from tlpipe.data import ingest
 from tlpipe.errors import ArtifactError, GateError, RegistryError
+from tlpipe.export import signing
+from tlpipe.export.bundle import Bundle
 from tlpipe.lineage import user
-from tlpipe.onnx_export import signing
-from tlpipe.onnx_export.bundle import Bundle
 from tlpipe.registry import gate, moves, publishing, tracking
 from tlpipe.registry.gate import Bounds, Decision, Measured, Rival, Rule
 from tlpipe.registry.moves import PROMOTION, ROLLBACK, Move

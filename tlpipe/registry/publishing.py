@@ -19,9 +19,9 @@ from PIL import Image
 from tlpipe import files
 from tlpipe.data.images import crop_middle
 from tlpipe.errors import ArtifactError, RegistryError
+from tlpipe.export import bundle as bundles
+from tlpipe.export.bundle import EXACT, Bundle
 from tlpipe.lineage import user
-from tlpipe.onnx_export import bundle as bundles
-from tlpipe.onnx_export.bundle import EXACT, Bundle
 from tlpipe.registry import card, moves, tracking
 
 if TYPE_CHECKING:

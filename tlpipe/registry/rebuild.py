@@ -21,8 +21,8 @@ from tlpipe.data import placements as placed
 from tlpipe.data.manifest import Assignment, load_split
 from tlpipe.data.placements import Placements
 from tlpipe.errors import ArtifactError, RegistryError
-from tlpipe.onnx_export import bundle as bundles
-from tlpipe.onnx_export.bundle import Bundle
+from tlpipe.export import bundle as bundles
+from tlpipe.export.bundle import Bundle
 from tlpipe.registry import moves, publishing, tracking
 from tlpipe.versioning import stage_paths
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from tlpipe import files, lineage
 from tlpipe.data import ingest, leaks
 from tlpipe.errors import GateError, RegistryError
-from tlpipe.onnx_export.bundle import EXACT, digest
+from tlpipe.export.bundle import EXACT, digest
 from tlpipe.params import Section
 from tlpipe.registry import card, local, moves, promotion, publishing, tracking
 from tlpipe.registry.gate import Bounds, Measured

@@ -4,8 +4,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tlpipe.errors import ArtifactError
-from tlpipe.onnx_export import signing
-from tlpipe.onnx_export.bundle import Bundle
+from tlpipe.export import signing
+from tlpipe.export.bundle import Bundle
 from tlpipe.registry import tracking
 
 

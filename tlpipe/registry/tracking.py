@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from tlpipe.errors import ArtifactError, Interrupted, RegistryError, UnreachableError
+from tlpipe.export.bundle import LABELS, Bundle, digest, load
 from tlpipe.lineage import without_credentials
-from tlpipe.onnx_export.bundle import LABELS, Bundle, digest, load
 from tlpipe.registry import local, moves
 from tlpipe.registry.moves import BUNDLE_TAG, CHAMPION
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
     from mlflow.entities.model_registry import ModelVersion
 
-    from tlpipe.learning.head import Step
+    from tlpipe.training.head import Step
 
 _log = logging.getLogger(__name__)
 CHALLENGER = "challenger"

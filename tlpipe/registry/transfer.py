@@ -4,8 +4,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tlpipe.errors import RegistryError
+from tlpipe.export import signing
 from tlpipe.lineage import without_credentials
-from tlpipe.onnx_export import signing
 from tlpipe.registry import publishing, tracking
 from tlpipe.registry.publishing import Content
 

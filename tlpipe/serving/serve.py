@@ -6,8 +6,8 @@ import socket
 import uvicorn
 
 from tlpipe.errors import ServingError
+from tlpipe.export.bundle import EXACT, Bundle
 from tlpipe.inference.predictor import Predictor
-from tlpipe.onnx_export.bundle import EXACT, Bundle
 from tlpipe.serving import app
 
 _log = logging.getLogger(__name__)

@@ -1,0 +1,32 @@
+"""What is said where memory is short, by the errors that torch itself raises."""
+
+import pytest
+import torch
+
+from tlpipe.errors import TrainingError
+from tlpipe.training.endings import explained
+from tlpipe.training.recipe import Recipe
+
+
+@pytest.mark.fault("T08")
+@pytest.mark.parametrize(
+    ("recipe", "advice"),
+    [
+        (Recipe(), r"Lower train\.batch, now 32, or freeze more in embed\.freeze\."),
+        (Recipe(batch=7), r"Lower train\.batch, now 7, or freeze more in embed\.freeze\."),
+        (Recipe(batch=1), r"kept\. Freeze more in embed\.freeze\."),
+    ],
+)
+def test_short_memory_is_explained(recipe: Recipe, advice: str) -> None:
+    said = r"^there is not enough memory to train \(.*can't allocate memory.*\); the last check.*"
+    with pytest.raises(TrainingError, match=said + advice), explained(recipe):
+        torch.empty(2**50, dtype=torch.uint8)  # a pebibyte
+    with pytest.raises(TrainingError, match=advice), explained(recipe):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(TrainingError, match=advice), explained(recipe):
+        bytearray(2**60)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), explained(Recipe()):
+        torch.ones(2, 3) @ torch.ones(2, 3)

@@ -1,0 +1,274 @@
+"""The linear probe against scikit-learn, on the features of a small data set made here."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
+
+from tlpipe.data.folds import ALWAYS_TRAINS, held_out_folds
+from tlpipe.training import head as heads
+from tlpipe.training import probe
+from tlpipe.training.dataset import Examples
+from tlpipe.training.recipe import Recipe
+
+WIDTH, CLASSES = 12, 3
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a probe needs of a data set: 240 images in pairs that must stay together."""
+
+    train: Examples
+    validation: Examples
+    groups: tuple[str, ...]
+    labels: tuple[str, ...] = ("a", "b", "c")
+    labelled = property(
+        lambda self: Examples(
+            np.concatenate([self.train.rows, self.validation.rows]),
+            np.concatenate([self.train.labels, self.validation.labels]),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def features() -> heads.Floats:
+    """(240, 2, 12): 240 images in two views, the first one plain, as float16 stores them."""
+    random = np.random.default_rng(0)
+    labels = np.arange(240) // 2 % CLASSES
+    plain = random.normal(size=(CLASSES, WIDTH))[labels] + 1.3 * random.normal(size=(240, WIDTH))
+    views = np.stack([plain, plain + 0.3 * random.normal(size=plain.shape)], axis=1)
+    return views.astype(np.float16).astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    labels = np.arange(240) // 2 % CLASSES
+    groups = tuple(f"g{i // 2}" for i in range(240))
+    train, validation = np.arange(180), np.arange(180, 240)
+    return Data(Examples(train, labels[train]), Examples(validation, labels[validation]), groups)
+
+
+def reader(features: heads.Floats, block: int = 1000) -> probe.Read:
+    def read(rows, every_view):  # type: ignore[no-untyped-def]
+        views = 2 if every_view else 1
+        for start in range(0, len(rows), block):
+            yield features[rows[start : start + block], :views].reshape(-1, WIDTH)
+
+    return read
+
+
+def plain(features: heads.Floats) -> probe.Read:
+    """Return what reads the plain view alone, whatever is asked for."""
+    return lambda rows, every_view: iter([features[rows, 0]])
+
+
+def reference(l2: float, weights: heads.Floats) -> LogisticRegression:
+    return LogisticRegression(C=1 / (l2 * weights.sum()), max_iter=20000, tol=1e-10)
+
+
+RECIPE = Recipe(penalties=(1.0, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003))
+
+
+def test_the_l2_and_the_held_out_predictions_are_those_of_cross_validation(
+    features: heads.Floats, data: Data
+) -> None:
+    found = probe.fit(plain(features), data, data.labelled, RECIPE)
+    standard = found.standard.apply(features[:, 0])
+    labels = data.labelled.labels
+    losses = {}
+    for l2 in RECIPE.penalties:
+        model = reference(l2, np.ones(180))  # 3 of 4 folds
+        expected = cross_val_predict(
+            model, standard, labels, cv=PredefinedSplit(found.folds), method="predict_proba"
+        )
+        losses[l2] = log_loss(labels, expected)
+        if l2 == found.best.l2:
+            logits = found.best.logits.astype(np.float64)
+            assert np.abs(np.exp(heads.log_softmax(logits)) - expected).max() < 0.02
+    assert found.best.l2 == min(losses, key=losses.get)  # type: ignore[arg-type]
+    assert 0.001 < found.best.l2 < 1.0  # a choice that the ends of the grid would not make
+    tried = sorted(RECIPE.penalties, reverse=True)[: len(found.path)]
+    for l2, step in zip(tried, found.path, strict=True):
+        assert step.validation_loss == pytest.approx(losses[l2], abs=2e-3)
+
+
+def test_the_head_is_fitted_on_training_and_validation_or_on_training_alone(
+    features: heads.Floats, data: Data
+) -> None:
+    labels = data.labelled.labels
+    for train in (data.labelled, data.train):
+        found = probe.fit(plain(features), data, train, RECIPE)
+        count = len(train)
+        expected = heads.standardisation([features[:count, 0]])
+        assert found.standard.mean == pytest.approx(expected.mean)
+        standard = found.standard.apply(features[:count, 0])
+        model = reference(found.best.l2, np.ones(count)).fit(standard, labels[:count])
+        assert np.abs(found.head.weight - model.coef_).max() < 1e-4
+        # The head for features as they are gives the same logits.
+        weight, bias = found.raw(found.head)
+        assert weight.dtype == bias.dtype == np.float32
+        ours = features[:, 0] @ weight.T + bias
+        assert ours == pytest.approx(
+            found.head.logits(found.standard.apply(features[:, 0])), abs=1e-4
+        )
+
+
+def test_views_train_and_only_the_plain_image_is_held_out(
+    features: heads.Floats, data: Data
+) -> None:
+    found = probe.fit(reader(features, block=50), data, data.labelled, RECIPE)
+    every = found.standard.apply(features.reshape(-1, WIDTH))
+    targets, folds = np.repeat(data.labelled.labels, 2), np.repeat(found.folds, 2)
+    held = found.held_out(data.labelled)
+    probabilities = np.exp(heads.log_softmax(found.best.logits.astype(np.float64)))
+    for fold in range(4):
+        model = reference(found.best.l2, np.ones(360))
+        model.fit(every[folds != fold], targets[folds != fold])
+        inside = found.folds == fold
+        expected = model.predict_proba(found.standard.apply(features[inside, 0]))
+        assert np.abs(probabilities[inside] - expected).max() < 0.02
+        # The fold's head for features as they are, as export uses it.
+        weight, bias = held.heads[fold]
+        again = features[inside, 0] @ weight.T + bias
+        assert again == pytest.approx(held.logits[inside], abs=1e-3)
+
+
+def test_blocks_from_a_file_give_what_one_block_gives(features: heads.Floats, data: Data) -> None:
+    one = probe.fit(reader(features), data, data.labelled, RECIPE)
+    several = probe.fit(reader(features, block=7), data, data.labelled, RECIPE)
+    assert np.abs(one.head.weight - several.head.weight).max() < 1e-5
+    assert np.abs(one.best.logits - several.best.logits).max() < 1e-3
+
+
+@pytest.mark.fault("T20")
+def test_the_number_of_cores_changes_no_bit(features: heads.Floats, data: Data) -> None:
+    """Folds that run side by side read one file at the same time."""
+    recipe, cores = Recipe(penalties=(0.1, 0.03)), os.sched_getaffinity(0)
+    alike = []
+    try:
+        for given in ({min(cores)}, cores):
+            os.sched_setaffinity(0, given)
+            found = probe.fit(reader(features, block=7), data, data.labelled, recipe)
+            alike.append((found.best.logits.tobytes(), found.head.weight.tobytes()))
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert alike[0] == alike[1]
+
+
+@pytest.mark.parametrize("balance", ["loss", "sampling"])
+@pytest.mark.fault("T15")
+def test_balance_weighs_images_by_their_class(features: heads.Floats, balance: str) -> None:
+    labels = np.array([0] * 100 + [1] * 10 + [2] * 10)
+    examples = Examples(np.arange(120), labels)
+    nobody = Examples(np.empty(0, np.int64), np.empty(0, np.int64))
+    data = Data(examples, nobody, tuple(f"g{i}" for i in range(240)))
+    recipe = Recipe(penalties=(0.1,), balance=balance)  # type: ignore[arg-type]
+    found = probe.fit(plain(features), data, examples, recipe)
+    model = LogisticRegression(
+        C=1 / (0.1 * 120), max_iter=20000, tol=1e-10, class_weight="balanced"
+    )
+    model.fit(found.standard.apply(features[:120, 0]), labels)
+    assert np.abs(found.head.weight - model.coef_).max() < 1e-4
+    weights = 120 / (3 * np.bincount(labels)[labels])
+    probabilities = np.exp(heads.log_softmax(found.best.logits.astype(np.float64)))
+    assert found.best.step.validation_loss == pytest.approx(
+        log_loss(labels, probabilities, sample_weight=weights), abs=1e-6
+    )
+
+
+def test_what_is_held_out_is_as_wide_as_what_ships(features: heads.Floats, data: Data) -> None:
+    found = probe.fit(plain(features), data, data.labelled, RECIPE)
+    held = found.held_out(data.labelled)
+    norms = [np.linalg.norm(head.weight) for head in found.best.fold_heads]
+    wider = np.linalg.norm(found.head.weight) / np.mean(norms)
+    assert abs(wider - 1) > 0.01
+    assert held.logits == pytest.approx(wider * found.best.logits, rel=1e-5)
+
+
+def test_images_that_are_all_alike_are_answered_by_the_shares_of_classes(data: Data) -> None:
+    alike = np.ones((240, 2, WIDTH))
+    found = probe.fit(plain(alike), data, data.labelled, Recipe(penalties=(0.1,)))
+    assert not found.head.weight.any()
+    held = found.held_out(data.labelled)
+    assert np.exp(heads.log_softmax(held.logits.astype(np.float64))) == pytest.approx(
+        np.full((240, 3), 1 / 3), abs=0.02
+    )
+
+
+def test_folds_of_classes_of_few_groups_hold_out_every_class() -> None:
+    """Two classes of two groups: a fold with half of one and none of the other would be tilted."""
+    for groups in (2, 3, 5):
+        labels = [label for label in "abc" for _ in range(groups)]
+        folds = held_out_folds(labels, [str(i) for i in range(3 * groups)], 4)
+        for fold in range(min(groups, 4)):
+            inside = [label for label, own in zip(labels, folds, strict=True) if own == fold]
+            assert {inside.count(label) for label in "abc"} == {-(-(groups - fold) // 4)}
+
+
+def test_features_that_tell_nothing_are_said(data: Data, caplog: pytest.LogCaptureFixture) -> None:
+    noise = np.random.default_rng(5).normal(size=(240, 2, WIDTH))
+    with caplog.at_level(logging.WARNING):
+        probe.fit(plain(noise), data, data.labelled, Recipe(penalties=(0.001,)))
+    assert any("shares of the classes alone, whose loss is 1.0986" in m for m in caplog.messages)
+
+
+def test_groups_stay_in_one_fold_and_classes_are_spread() -> None:
+    labels = ["a"] * 40 + ["b"] * 9 + ["c"] * 4 + ["d"]
+    groups = [f"g{i // 2}" for i in range(40)] + [f"h{i}" for i in range(9)]
+    groups += ["i0", "i0", "i1", "i1", "j0"]
+    folds = held_out_folds(labels, groups, 4)
+    for group in set(groups):
+        assert len({f for f, g in zip(folds, groups, strict=True) if g == group}) == 1
+    inside = [[np.sum(folds[np.array(labels) == c] == f) for f in range(4)] for c in "abc"]
+    counts = np.array(inside)
+    assert sorted(counts[0]) == [10, 10, 10, 10]
+    assert sorted(counts[1]) == [2, 2, 2, 3]
+    assert sorted(counts[2]) == [0, 0, 2, 2]
+    assert folds[-1] == ALWAYS_TRAINS  # without it, nothing would know the class d
+
+
+def test_a_class_whose_groups_share_a_fold_is_never_held_out() -> None:
+    """Both photos of class b also show class a, and nothing else keeps them in two folds."""
+    labels = ["b", "a", "a", "a", "a"]
+    groups = ["x", "x", "y", "z", "w"]
+    folds = held_out_folds(labels, groups, 2)
+    assert folds[0] == folds[1] == ALWAYS_TRAINS
+    assert {*folds[2:]} == {0, 1}
+
+
+def test_classes_of_three_images_are_cross_validated_with_two_folds(
+    features: heads.Floats,
+) -> None:
+    """One image each for training and validation: every class has two groups in all."""
+    labels = np.arange(3)
+    train, validation = Examples(np.arange(3) * 2, labels), Examples(np.arange(3) * 2 + 1, labels)
+    data = Data(train, validation, tuple(f"g{i}" for i in range(240)))
+    found = probe.fit(plain(features), data, train, RECIPE)
+    assert len(found.best.fold_heads) >= 2
+    held = found.held_out(data.labelled)
+    assert len(held.rows) == 6 and np.isfinite(held.logits).all()
+
+
+def test_what_was_chosen_is_said_with_its_reason(
+    features: heads.Floats, data: Data, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        found = probe.fit(plain(features), data, data.labelled, RECIPE)
+    step = found.best.step
+    assert caplog.messages[len(found.path) :] == [
+        f"chosen: l2 {found.best.l2:g}, which has the least loss; "
+        f"{len(RECIPE.penalties) - len(found.path)} weaker ones were left out"
+    ]
+    assert (
+        f"l2 {found.best.l2:g}: 4-fold loss {step.validation_loss:.4f}, accuracy "
+        f"{step.validation_accuracy:.3f} on 240 images"
+    ) in caplog.messages
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        probe.fit(plain(features), data, data.labelled, Recipe(penalties=(0.01, 3.0, 10.0)))
+    assert any("at the end of train.penalties" in text for text in caplog.messages)

@@ -1,0 +1,180 @@
+"""The activations of every image: a folder of chunks and an index, written last.
+
+::
+
+    features/    (N, D) float16: what the whole pretrained network gives
+    boundary/    (N, 1 + K, ...) float16: what the last frozen stage gives, for the image as it is
+                 and for K augmented views; only where that is not the same as features
+    keys.npy     (N,) uint64: which image a row is of
+    index.json   the shapes, the origin, and the digest of every file
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from tlpipe import files
+from tlpipe.backbones.augment import Augmentation
+from tlpipe.data import chunks
+from tlpipe.data.images import Preprocessing
+from tlpipe.errors import ArtifactError
+
+_INDEX, _KEYS, _FEATURES, _BOUNDARY = "index.json", "keys.npy", "features", "boundary"
+
+
+class Origin(BaseModel):
+    """What the activations were computed from; every later artifact carries it on.
+
+    ``boundary`` is the last frozen stage, or empty; ``graph`` names all that the frozen part
+    depends on. ``decoder`` names what turned files into pixels, ``code`` is the digest of the code
+    that computed, ``packages`` are the versions of the libraries that did; models from before these
+    were recorded have none. ``provider`` is the device. ``data_sha256`` is of the manifest,
+    ``data_version`` DVC's hash of the source; ``threads`` is the number that tlpipe, here and in
+    every later stage, computes with, since another number may round differently.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: str
+    weights: str
+    weights_sha256: str
+    graph: str
+    freeze: str | int
+    boundary: str
+    views: int
+    augmentation: Augmentation
+    preprocessing: Preprocessing
+    data_sha256: str
+    data_version: str
+    provider: str
+    threads: int
+    decoder: str = ""
+    code: str = ""
+    packages: dict[str, str] = {}
+
+    @property
+    def computation(self) -> dict[str, object]:
+        """Everything that determines an image's row beside the bytes of the image."""
+        return self.model_dump(exclude={"freeze", "weights", "data_sha256", "data_version"})
+
+
+@dataclass(frozen=True)
+class Activations:
+    """``boundary``: None where nothing is frozen, or where features are all that there is."""
+
+    features: chunks.Chunks
+    boundary: chunks.Chunks | None
+    keys: npt.NDArray[np.uint64]
+    origin: Origin
+
+    def intact(self) -> npt.NDArray[np.bool_]:
+        """Return (N,) which rows are as they were written; reads every byte."""
+        found = self.features.intact()
+        return found if self.boundary is None else found & self.boundary.intact()
+
+
+class Writer:
+    """Appends images to a folder; memory does not grow with their number."""
+
+    def __init__(
+        self,
+        folder: Path,
+        origin: Origin,
+        *,
+        width: int,
+        boundary: tuple[int, ...] | None,
+        known: Activations | None,
+    ) -> None:
+        """Write rows of ``width`` features, and of the shape ``boundary`` where that is given.
+
+        ``known``: activations whose intact rows may be taken over.
+        """
+        self._folder, self._origin = folder, origin
+        self._keys: list[bytes] = []
+        self._parts: dict[str, tuple[chunks.Writer, tuple[int, ...]]] = {}
+        rows = {_FEATURES: (width,), _BOUNDARY: boundary}
+        for name, row in rows.items():
+            if row is not None:
+                (folder / name).mkdir()
+                old = getattr(known, name) if known else None
+                self._parts[name] = (chunks.Writer(folder / name, row, "<f2", old), row)
+
+    def append(
+        self,
+        key: bytes,
+        features: npt.NDArray[np.float16] | int,
+        boundary: npt.NDArray[np.float16] | int,
+    ) -> None:
+        """Write one image: its rows, or the number that it has among the known ones."""
+        self._keys.append(key)
+        self._parts[_FEATURES][0].append(key, features)
+        if _BOUNDARY in self._parts:
+            self._parts[_BOUNDARY][0].append(key, boundary)
+
+    def finish(self) -> None:
+        """Complete the files and write the index, which says that the folder is complete."""
+        index: dict[str, object] = {"origin": self._origin.model_dump(), _KEYS: self._save_keys()}
+        for name, (writer, row) in self._parts.items():
+            writer.close()
+            index[name] = {"chunks": writer.names, "row": row}
+        files.write_json(self._folder / _INDEX, index)
+
+    def _save_keys(self) -> str:
+        """Write which image each row is of; return the file's digest."""
+        path = self._folder / _KEYS
+        np.save(path, np.frombuffer(b"".join(self._keys), ">u8").astype("<u8"))
+        return files.sha256(path)
+
+
+def load(folder: Path) -> Activations:
+    """Map activations into memory.
+
+    Raises:
+        ArtifactError: the folder is missing or incomplete.
+    """
+    files.finish_folder(folder)
+    index = files.read_json(folder / _INDEX)
+
+    def part(name: str) -> chunks.Chunks | None:
+        if name not in index:
+            return None
+        names = tuple((str(chunk), int(count)) for chunk, count in index[name]["chunks"])
+        return chunks.Chunks(folder / name, names, tuple(index[name]["row"]), "<f2")
+
+    features = part(_FEATURES)
+    assert features is not None
+    keys: npt.NDArray[np.uint64] = chunks.load_mapped(folder / _KEYS)
+    return Activations(features, part(_BOUNDARY), keys, Origin(**index["origin"]))
+
+
+def load_kept(folder: Path, origin: Origin) -> tuple[Activations, npt.NDArray[np.bool_]] | None:
+    """Return what ``keep`` left, if computed in the same way, and (N,) which rows are intact.
+
+    Nothing else watches over this folder: what is taken from it is checked byte by byte.
+    """
+    try:
+        kept = load(folder)
+        keys_sha256 = files.read_json(folder / _INDEX)[_KEYS]
+    except (ArtifactError, ValueError, KeyError):
+        return None
+    if kept.origin.computation != origin.computation:
+        return None
+    if files.sha256(folder / _KEYS) != keys_sha256:
+        return None
+    return kept, kept.intact()
+
+
+def digest(folder: Path) -> str:
+    """Return a hash of the whole content: the index names every file by a digest of its bytes."""
+    return files.sha256(folder / _INDEX)
+
+
+def keep(folder: Path, target: Path) -> None:
+    """Keep a folder's files a second time, without copying where links can be made."""
+    files.flush_folder(folder)
+    with files.replacing_folder(target) as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True, copy_function=files.link_or_copy)

@@ -1,0 +1,316 @@
+"""Stage ``evaluate``: judge the bundle on the test split, through the predictor that serves it."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from PIL import Image
+from pydantic import AfterValidator, Field, field_validator
+
+from tlpipe import files
+from tlpipe.data import pixels as packed
+from tlpipe.data.chunks import Chunks
+from tlpipe.data.manifest import Entry
+from tlpipe.evaluation import answers, corruptions, curves, generalisation, scores, slices
+from tlpipe.evaluation import plots as drawn
+from tlpipe.evaluation import speed as speeds
+from tlpipe.evaluation.answers import Answers, Part, Shown
+from tlpipe.export import bundle as bundles
+from tlpipe.export.bundle import ANY_SIZE, EXACT
+from tlpipe.inference.predictor import Predictor
+from tlpipe.params import Section, distinct
+from tlpipe.resampling import group_numbers, paired_difference, share_interval
+
+_log = logging.getLogger(__name__)
+PREDICTIONS = ("path", "label", "predicted", "probability", "true_probability")
+COVERAGE = ("coverage", "accuracy", "threshold")
+CONFUSION = ("true", "predicted", "images")
+_MOST_CONFUSED = 20
+RELIABILITY = ("confidence", "accuracy", "images")
+
+
+class Params(Section):
+    """What is measured beside accuracy, and how the result is stated."""
+
+    confidence: float = Field(
+        default=0.95, gt=0.5, lt=1, description="Confidence level of the intervals."
+    )
+    error_rate: float = Field(
+        default=0.02,
+        gt=0,
+        lt=1,
+        description="Share of wrong answers, at most, where unsure ones are not given.",
+    )
+    columns: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
+        default=("format",),
+        strict=False,
+        description="Columns of the manifest to part the test images by.",
+    )
+    corrupted: int = Field(
+        default=64, ge=1, description="Test images to blur, darken and so on, at most."
+    )
+    unknown: str = Field(
+        default="data/textures.yaml",
+        min_length=1,
+        description="Images of none of the classes, as the classifier may meet them: a folder, "
+        "archive or address of images, whose labels count for nothing. A built-in set is an "
+        "example for built-in sets, and left out for others.",
+    )
+    unknown_images: int = Field(default=64, ge=1, description="How many of them, at most.")
+    mistakes: int = Field(default=18, ge=0, le=120, description="Images in each gallery, at most.")
+
+    @field_validator("columns")
+    @classmethod
+    def _are_in_the_manifest(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(columns) - set(Entry._fields)):
+            known = ", ".join(Entry._fields)
+            raise ValueError(f"the manifest has no column {unknown[0]}; it has {known}")
+        return columns
+
+
+def run(
+    *,
+    bundle: Path,
+    pixels: Path,
+    manifest: Path,
+    split: Path,
+    held_out: Path,
+    history: Path,
+    report: Path,
+    speed: Path,
+    predictions: Path,
+    tables: Path,
+    plots: Path,
+    examples: Path,
+    params: Params,
+) -> None:
+    """Write the report, how fast it is, the predictions, tables and plots, an example per class.
+
+    ``held_out``: predictions for images that did not train, which the abstention threshold goes by
+    and the test accuracy is compared with.
+
+    Raises:
+        ArtifactError: the bundle is damaged, or knows other classes than the split table.
+        DataError: there are no unknown images where they should be.
+    """
+    shipped = bundles.load(bundle)
+    squares = packed.load(pixels).array
+    (test,) = answers.parts(("test",), shipped.labels, squares, manifest, split)
+    threads = shipped.provenance["origin"]["threads"]
+    predictors = {
+        name: Predictor(shipped, precision=name, threads=threads)
+        for name in shipped.graphs
+        if name != ANY_SIZE
+    }
+    found = {name: test.ask(predictor, name) for name, predictor in predictors.items()}
+    exact, answered = predictors[EXACT], found[EXACT]
+    calibrated, groups = answers.of_held_out(held_out, shipped, split)
+    abstention = selective_prediction(answered, test.groups, calibrated, groups, params)
+    threshold = abstention["threshold"]
+    if threshold is None:
+        _log.info(
+            "no threshold is known to keep errors at %s: of %s independent images held out "
+            "too many are wrong, or they are too few (%s at least)",
+            f"{params.error_rate:.1%}",
+            abstention["images"],
+            abstention["images_needed"],
+        )
+    general = generalisation.compare(
+        calibrated.hits, groups, answered.hits, test.groups, params.confidence
+    )
+    content = {
+        "bundle": shipped.digest,
+        "images": len(test.rows),
+        "labels": list(shipped.labels),
+        "precisions": {
+            name: _measured(test, given, answered, shipped.labels, params.confidence)
+            | {"megabytes": shipped.graphs[name].stat().st_size / 1e6}
+            for name, given in found.items()
+        },
+        "generalisation": general,
+        "temperature": shipped.provenance["temperature"],
+        "abstention": abstention,
+        "unknown": _unknown(exact, answered, threshold, params),
+        "slices": slices.measure(
+            test.entries, test.brightness(), answered.hits, params.columns, params.confidence
+        ),
+        "robustness": _robustness(exact, test.evenly(params.corrupted), params.confidence),
+    }
+    files.write_json(report, content)
+    files.write_json(speed, {name: speeds.measure(p, squares) for name, p in predictors.items()})
+    shown = [
+        Shown(entry, row, exact.name(line), float(line[number]))
+        for entry, row, number, line in zip(
+            test.entries, test.rows, test.truth, answered.probabilities, strict=True
+        )
+    ]
+    _save_predictions(predictions, shown)
+    _save_examples(examples, squares, shown, shipped.labels)
+    _save_tables(tables, answered, shipped.labels)
+    with files.replacing_folder(plots) as folder:
+        drawn.draw(folder, content, answered, history)
+        drawn.galleries(folder, squares, shown, params.mistakes)
+    accuracy = content["precisions"][EXACT]["accuracy"]
+    _log.info("test accuracy %s on %s images", describe(accuracy), len(test.rows))
+    if general["is_below"]:
+        _log.warning(
+            "test accuracy is below validation accuracy beyond chance: %s. Test images differ from "
+            "those that training was tuned by, or validation was overfitted",
+            generalisation.describe(general),
+        )
+
+
+def describe(accuracy: Mapping[str, float]) -> str:
+    """Return an accuracy of the report with its interval, for people."""
+    return (
+        f"{accuracy['value']:.4f} ({accuracy['confidence']:.0%} interval "
+        f"{accuracy['low']:.4f} to {accuracy['high']:.4f})"
+    )
+
+
+def _measured(
+    part: Part, given: Answers, exact: Answers, labels: Sequence[str], confidence: float
+) -> dict[str, Any]:
+    """Return the numbers of one precision, compared with the exact one on the same images."""
+    measured = scores.measure(given.probabilities, part.truth, part.groups, confidence)
+    measured["per_class"] = dict(zip(labels, measured["per_class"], strict=True))
+    change = paired_difference(exact.hits, given.hits, part.groups, confidence)
+    uncalibrated = scores.calibration_error(
+        scores.softmax(given.logits), part.truth, part.groups, confidence
+    )
+    pairs = scores.confusion_pairs(given.truth, given.predicted)
+    wrong = pairs[pairs[:, 0] != pairs[:, 1]][:_MOST_CONFUSED]
+    return measured | {
+        "most_confused": [
+            {"true": labels[true], "predicted": labels[predicted], "images": images}
+            for true, predicted, images in wrong.tolist()
+        ],
+        "accuracy_change": change,
+        "calibration_error_before": uncalibrated["value"] if uncalibrated else None,
+    }
+
+
+def selective_prediction(
+    given: Answers,
+    groups: Sequence[str],
+    held_out: Answers,
+    held_out_groups: Sequence[str],
+    params: Params,
+) -> dict[str, Any]:
+    """Return the thresholds that ``held_out`` gives, and what they do on the images ``given``.
+
+    ``threshold`` keeps errors at the error rate with the probability ``confidence``;
+    ``observed`` kept them there on the images held out, which promises nothing. Either is None
+    where there is none. ``images`` counts independent images held out: those of a group are one;
+    ``images_needed`` is the least number of them that a threshold can be known from.
+    """
+    rate, certainty = params.error_rate, params.confidence
+    sure, hits, place = held_out.confidence, held_out.hits, group_numbers(groups)
+    observed = curves.observed_threshold(curves.coverage(sure, hits), rate)
+    proven = curves.threshold_for(sure, hits, held_out_groups, rate, certainty)
+
+    def applied(threshold: float) -> dict[str, Any]:
+        if math.isinf(threshold):
+            return {"threshold": None, "coverage": None, "accuracy": None}
+        answered = given.confidence >= threshold
+        accuracy = None
+        if answered.any():
+            inside = place[answered]
+            accuracy = share_interval(given.hits[answered], inside, certainty)
+        return {
+            "threshold": threshold,
+            "coverage": float(answered.mean()),
+            "accuracy": accuracy,
+        }
+
+    return {
+        "error_rate": rate,
+        "confidence": certainty,
+        "images": int(group_numbers(held_out_groups).max()) + 1,
+        "images_needed": curves.images_needed(rate, certainty),
+        **applied(proven),
+        "observed": applied(observed),
+    }
+
+
+def _unknown(
+    predictor: Predictor, given: Answers, threshold: float | None, params: Params
+) -> dict[str, Any] | None:
+    """Return how images of none of the classes are answered; None where there are none."""
+    if not params.unknown:
+        return None
+    sampling = predictor.bundle.preprocessing
+    found = answers.of_others(predictor, params.unknown, sampling, params.unknown_images)
+    return {
+        "source": Path(params.unknown).name,
+        "images": len(found),
+        "auroc": curves.separation(given.confidence, found),
+        "answered": None if threshold is None else float((found >= threshold).mean()),
+    }
+
+
+def _robustness(predictor: Predictor, part: Part, confidence: float) -> dict[str, Any]:
+    """Return the accuracy on changed images, by kind, from mild to strong."""
+
+    def measure(given: Answers) -> dict[str, float]:
+        found = share_interval(given.hits, part.groups, confidence)
+        return {"accuracy": found["value"], "low": found["low"], "high": found["high"]}
+
+    kinds: dict[str, list[dict[str, float]]] = {}
+    for kind, strengths in corruptions.STRENGTHS.items():
+        for strength in strengths:
+            change = partial(corruptions.corrupt, kind=kind, strength=strength)
+            found = measure(part.ask(predictor, kind, change))
+            kinds.setdefault(kind, []).append({"strength": strength} | found)
+    return {"images": len(part.rows), "clean": measure(part.ask(predictor, "clean")), **kinds}
+
+
+def _save_predictions(path: Path, shown: Sequence[Shown]) -> None:
+    table = [
+        (
+            answer.entry.path,
+            answer.entry.label,
+            answer.prediction.label,
+            f"{answer.prediction.probability:.6f}",
+            f"{answer.true_probability:.6f}",
+        )
+        for answer in shown
+    ]
+    files.write_csv(path, PREDICTIONS, table)
+
+
+def _save_examples(
+    folder: Path, squares: Chunks, shown: Sequence[Shown], labels: Sequence[str]
+) -> None:
+    """Write the first test image of each class as a file, to try the classifier on.
+
+    Files are named by the number of the class: a label may hold a slash, or be longer than a name.
+    """
+    first: dict[str, Shown] = {}
+    for answer in shown:
+        first.setdefault(answer.entry.label, answer)
+    with files.replacing_folder(folder) as target:
+        for number, label in enumerate(labels):
+            if label in first:
+                Image.fromarray(squares[first[label].row]).save(target / f"{number}.png")
+
+
+def _save_tables(folder: Path, given: Answers, labels: Sequence[str]) -> None:
+    """Write the curves that DVC draws and compares between versions, and the confusion.
+
+    Of the confusion matrix the cells that are not zero: no more than there are images.
+    """
+    curve = curves.coverage(given.confidence, given.hits)
+    points = zip(curve.coverage, curve.accuracy, curve.threshold, strict=True)
+    bins = curves.reliability(given.probabilities, given.truth)
+    with files.replacing_folder(folder) as target:
+        rows = [tuple(f"{value:.6f}" for value in point) for point in points]
+        files.write_csv(target / "coverage.csv", COVERAGE, rows)
+        rows = [(f"{b.confidence:.6f}", f"{b.accuracy:.6f}", str(b.images)) for b in bins]
+        files.write_csv(target / "reliability.csv", RELIABILITY, rows)
+        pairs = scores.confusion_pairs(given.truth, given.predicted).tolist()
+        named = [(labels[true], labels[predicted], str(n)) for true, predicted, n in pairs]
+        files.write_csv(target / "confusion.csv", CONFUSION, named)

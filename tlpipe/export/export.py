@@ -1,0 +1,265 @@
+"""Stage ``export``: write the bundle, after its graphs have proven equal to the trained model."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, Field, model_validator
+
+from tlpipe import files, lineage
+from tlpipe import held_out as held_outs
+from tlpipe.backbones.backbone import describe
+from tlpipe.data import pixels as packed
+from tlpipe.data.chunks import Chunks
+from tlpipe.data.manifest import SPLITS, Assignment, load_split
+from tlpipe.export import bundle as bundles
+from tlpipe.export.bundle import ANY_SIZE, EXACT
+from tlpipe.held_out import HeldOut
+from tlpipe.params import Section, check_effect, distinct
+from tlpipe.training import model as models
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from tlpipe.export.parity import Logits, Sample
+
+_log = logging.getLogger(__name__)
+_PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "scipy", "pillow")
+_ANY_SIZE_IMAGES = 8
+_FITTED = 4  # times the calibration images: what fits the last layer of int8
+
+
+class Params(Section):
+    """Which graphs are written, and how exact they must be.
+
+    ``precisions`` is int8 alone by default. fp16 is for those who serve on a GPU: on a CPU it is no
+    faster than fp32, it adds half of fp32's bytes to every bundle, and checking it takes a second
+    pass over the held-out images. Whoever has GPUs asks for it; a machine that happens to have one
+    changes nothing, so that equal inputs give an equal choice of graphs everywhere.
+    """
+
+    parity_images: int = Field(
+        default=256, ge=1, description="Test images to compare with torch, at most."
+    )
+    parity_tolerance: float = Field(
+        default=1e-4,
+        gt=0,
+        le=0.1,
+        description="Largest difference of a logit; of the logits' spread, where that exceeds 1.",
+    )
+    precisions: Annotated[tuple[Literal["fp16", "int8"], ...], AfterValidator(distinct)] = Field(
+        default=("int8",),
+        strict=False,
+        description="Graphs beside fp32; fp16 is for GPUs, and made on any machine.",
+    )
+    calibration_images: int = Field(
+        default=128,
+        ge=1,
+        description="Training images that set the ranges of int8; four times as many fit its "
+        "last layer, at most.",
+    )
+    accuracy_loss: float = Field(
+        default=0.01, ge=0, lt=1, description="Of a lower precision, on validation, at most."
+    )
+
+    @model_validator(mode="after")
+    def _all_have_an_effect(self) -> "Params":
+        if "int8" not in self.precisions:
+            of_int8 = ("calibration_images",) if "fp16" not in self.precisions else ()
+            reason = f"export.precisions is {list(self.precisions)}"
+            none = () if self.precisions else ("accuracy_loss",)
+            check_effect("export", self, (*of_int8, *none), reason)
+        return self
+
+
+def run(
+    *,
+    model: Path,
+    pixels: Path,
+    split: Path,
+    bundle: Path,
+    parity: Path,
+    workspace: Path,
+    params: Params,
+) -> None:
+    """Write the bundle and the parity report.
+
+    Raises:
+        ParityError: a graph and the model differ on real images, or int8 could saturate; nothing is
+            written.
+    """
+    from tlpipe.export import any_size, graph, temperature
+    from tlpipe.export import parity as parities
+
+    trained = models.load(model)
+    origin = trained.card.origin
+    backbone = describe(origin.backbone)
+    weights = backbone.find_weights(origin.weights, origin.weights_sha256)
+    assignments = load_split(split)
+    sample = partial(_sample, packed.load(pixels).array, assignments, trained.card)
+    in_onnx = partial(parities.in_onnx, threads=origin.threads)
+
+    whole = graph.classifier(backbone, weights, trained)
+    held = held_outs.load(model / held_outs.NAME)
+    divisor = temperature.fit(held.logits, held.labels)
+    provenance = _provenance(trained.card, divisor, workspace)
+    metadata = bundles.metadata(trained.card.labels, origin.preprocessing, provenance)
+    finish = partial(graph.finished, temperature=divisor, metadata=metadata)
+
+    exact = finish(whole)
+    train, validation, test = (_rows(assignments, part) for part in SPLITS)
+    tested = sample(test).first(params.parity_images)
+    in_torch = parities.logits(parities.in_torch(trained, backbone, weights), tested, "torch")
+    measured = parities.compare(in_torch, parities.logits(in_onnx(exact), tested, "ONNX Runtime"))
+    parities.check(measured, params.parity_tolerance)
+
+    checked = held.only(validation)
+    others, checks = _lower_precisions(
+        whole,
+        exact,
+        finish,
+        checked,
+        images=sample(checked.rows.tolist()),
+        fitted=sample(train).first(_FITTED * params.calibration_images),
+        threads=origin.threads,
+        params=params,
+    )
+    resizing = finish(any_size.with_any_size(whole, origin.preprocessing))
+    any_size.check(
+        resizing,
+        in_onnx(exact),
+        tested.first(_ANY_SIZE_IMAGES),
+        origin.preprocessing,
+        tolerance=params.parity_tolerance,
+        threads=origin.threads,
+    )
+    bundles.save(
+        bundle,
+        graphs={EXACT: exact, **others, ANY_SIZE: resizing},
+        labels=trained.card.labels,
+        preprocessing=origin.preprocessing,
+        provenance=provenance,
+    )
+    files.write_json(parity, {**asdict(measured), "temperature": divisor, "precisions": checks})
+    _log.info(
+        "%.1f MB of ONNX; differs from torch by at most %.1e on %s images",
+        len(exact) / 1e6,
+        measured.max_difference,
+        measured.images,
+    )
+
+
+def _rows(assignments: Sequence[Assignment], part: str) -> list[int]:
+    return [row for row, assignment in enumerate(assignments) if assignment.split == part]
+
+
+def _sample(
+    squares: Chunks, assignments: Sequence[Assignment], card: models.Card, rows: Sequence[int]
+) -> "Sample":
+    from tlpipe.export.parity import Sample
+
+    numbers = {label: number for number, label in enumerate(card.labels)}
+    chosen = [assignments[row] for row in rows]
+    truth = np.array([numbers[row.label] for row in chosen], np.int64)
+    groups = [row.group for row in chosen]
+    return Sample(squares, card.origin.preprocessing.crop_px, rows, truth, groups)
+
+
+def _lower_precisions(
+    whole: "ModelProto",
+    exact: bytes,
+    finish: Callable[["ModelProto"], bytes],
+    held: HeldOut,
+    *,
+    images: "Sample",
+    fitted: "Sample",
+    threads: int,
+    params: Params,
+) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
+    """Return the graphs beside fp32 that are good enough to ship, and what was found of each."""
+    from tlpipe.export import graph, precisions
+
+    shipped, checks = {}, {}
+    head = graph.last_layer_bytes(whole)
+    for name, candidate in _candidates(whole, fitted, params, threads):
+        content = finish(candidate)
+        verdict = precisions.judge(
+            name,
+            held.logits,
+            _held_out_logits(name, content, exact, held, images, fitted, threads),
+            held.labels,
+            images.groups,
+            size=(len(content) - head) / (len(exact) - head),
+            loss=params.accuracy_loss,
+        )
+        checks[name] = asdict(verdict)
+        if verdict.refused:
+            _log.warning("%s does not ship: %s", name, verdict.refused)
+        else:
+            _log.info("%s ships: %s", name, verdict)
+            shipped[name] = content
+    return shipped, checks
+
+
+def _candidates(
+    whole: "ModelProto", fitted: "Sample", params: Params, threads: int
+) -> Iterator[tuple[str, "ModelProto"]]:
+    """Yield the graph in each precision that was asked for, whatever this machine has."""
+    from tlpipe.export import fp16, int8
+
+    count = params.calibration_images
+    if "fp16" in params.precisions:
+        yield "fp16", fp16.to_fp16(whole, fitted.first(count), threads)
+    if "int8" in params.precisions:
+        yield "int8", int8.to_int8(whole, fitted, threads, calibration_images=count)
+
+
+def _held_out_logits(
+    name: str,
+    content: bytes,
+    exact: bytes,
+    held: HeldOut,
+    images: "Sample",
+    fitted: "Sample",
+    threads: int,
+) -> "Logits":
+    """Return what a graph, as it would ship, answers for images held out.
+
+    A linear probe has trained on them, so the heads of its folds answer, on what the graph makes of
+    the images up to its last layer.
+    """
+    import onnx
+
+    from tlpipe.export import int8, precisions
+    from tlpipe.export import parity as parities
+
+    if name == "int8":
+        int8.check_no_saturation(content)
+    if not held.heads:
+        return parities.logits(parities.in_onnx(content, threads), images, name)
+    graph = onnx.load_from_string(content)
+    correct = None
+    if name == "int8":
+        graphs = (onnx.load_from_string(exact), graph)
+        known = [parities.features(each, fitted, threads) for each in graphs]
+        correct = partial(int8.corrected, exact=known[0], seen=known[1])
+    taken = parities.features(graph, images, threads)
+    return precisions.out_of_fold_logits(held, taken, correct)
+
+
+def _provenance(card: models.Card, divisor: float, workspace: Path) -> dict[str, Any]:
+    """Return what the model was made of: no times, no paths of this machine."""
+    import onnxruntime
+
+    return {
+        **card.model_dump(exclude={"labels"}),
+        **lineage.of_inputs(workspace),
+        "temperature": divisor,
+        "packages": {package: version(package) for package in _PACKAGES}
+        | {"onnxruntime": onnxruntime.__version__},  # by this name with and without a GPU
+    }

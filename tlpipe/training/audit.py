@@ -1,0 +1,216 @@
+"""Stage ``audit``: show the data set, label issues, and held-out images with copies in train.
+
+Each image is judged by a head that has not seen it, nor anything of its group; where that head is
+sure of another class, confident learning calls the label suspicious. Copies that bytes cannot show
+are looked for by ``tlpipe.data.leaks``. Nothing is changed by either.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from tlpipe import files, pictures
+from tlpipe.backbones import activations as stored
+from tlpipe.data import charts, leaks
+from tlpipe.data import pixels as packed
+from tlpipe.data.chunks import Chunks
+from tlpipe.data.folds import ALWAYS_TRAINS, held_out_folds
+from tlpipe.data.manifest import Assignment, Entry, evenly, load_manifest, load_split
+from tlpipe.errors import ArtifactError
+from tlpipe.params import Section
+from tlpipe.training import head as heads
+from tlpipe.training import probe
+
+_log = logging.getLogger(__name__)
+SUSPECTS = ("path", "label", "suggested", "label_probability", "suggested_probability")
+_MOST_SHEETS = 100
+_PAIRS = 12  # of a held-out and a training image, drawn
+
+
+class Params(Section):
+    """How closely to look."""
+
+    folds: int = Field(
+        default=3, ge=2, le=20, description="Heads to judge with, each for the images it missed."
+    )
+    penalty: float = Field(
+        default=0.01, gt=0, le=100, description="Strength of the weight penalty of these heads."
+    )
+    suspects: int = Field(
+        default=24, ge=0, le=240, description="Most suspicious labels to draw, at most."
+    )
+    sheet_images: int = Field(
+        default=24, ge=1, le=240, description="Images on each class's contact sheet, at most."
+    )
+
+
+def run(
+    *,
+    manifest: Path,
+    pixels: Path,
+    split: Path,
+    activations: Path,
+    data_report: Path,
+    suspects: Path,
+    leaks_report: Path,
+    plots: Path,
+    params: Params,
+) -> None:
+    """Write the table of suspicious labels, the report of leaks, and pictures of the data set.
+
+    Raises:
+        ArtifactError: manifest, pixels, split and activations are of different data.
+    """
+    entries = list(load_manifest(manifest))
+    images = packed.load(pixels)
+    squares = images.array
+    features = stored.load(activations).features
+    assignments = load_split(split)
+    if not len(entries) == len(squares) == len(features) == len(assignments):
+        raise ArtifactError(
+            f"{manifest} holds {len(entries)} images, {pixels} {len(squares)}, {split} "
+            f"{len(assignments)} and {activations} {len(features)}; expected the same. Run "
+            f"'dvc repro'."
+        )
+    found = find_suspects(entries, features, params)
+    files.write_csv(
+        suspects,
+        SUSPECTS,
+        [
+            (
+                entries[s.row].path,
+                entries[s.row].label,
+                s.suggested,
+                f"{s.label_probability:.6f}",
+                f"{s.suggested_probability:.6f}",
+            )
+            for s in found
+        ],
+    )
+    copies = leaks.find(images.thumbnails, assignments)
+    content = copies.content(assignments)
+    files.write_json(leaks_report, content)
+    report = files.read_json(data_report)
+    with files.replacing_folder(plots) as folder:
+        charts.classes(folder / "classes.png", assignments)
+        charts.sizes(folder / "sizes.png", entries)
+        charts.rejects(folder / "rejects.png", report["rejected"], report["duplicates"])
+        _draw_suspects(folder / "suspects.png", entries, squares, found, params.suspects)
+        _draw_copies(folder / "copies.png", assignments, squares, copies)
+        _draw_sheets(folder, entries, squares, params.sheet_images)
+    _log.info("%s of %s labels are suspicious: %s", len(found), len(entries), suspects)
+    if content["is_above_clean"]:
+        _log.warning("%s See %s and %s.", leaks.warning(content), leaks_report, plots)
+    else:
+        _log.info("%s", leaks.describe(content))
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An image that looks like another class, and how sure of both the head is."""
+
+    row: int
+    suggested: str
+    label_probability: float
+    suggested_probability: float
+
+
+def find_suspects(entries: Sequence[Entry], features: Chunks, params: Params) -> list[Suspect]:
+    """Return the suspicious labels, the worst first. ``features``: (N, D).
+
+    A class of fewer groups than folds is left out: no head has seen enough of it.
+
+    Source: Northcutt, Jiang and Chuang (2021), Confident learning, JAIR 70.
+    """
+    from cleanlab.filter import find_label_issues
+
+    groups: dict[str, set[str]] = {}
+    for entry in entries:
+        groups.setdefault(entry.label, set()).add(entry.group)
+    labels = sorted(label for label, members in groups.items() if len(members) >= params.folds)
+    rows = [row for row, entry in enumerate(entries) if entry.label in set(labels)]
+    if len(labels) < 2:
+        return []
+    number = {label: position for position, label in enumerate(labels)}
+    targets = np.array([number[entries[row].label] for row in rows], dtype=np.int64)
+    chosen = [entries[row] for row in rows]
+    folds = held_out_folds([e.label for e in chosen], [e.group for e in chosen], params.folds)
+    held = folds != ALWAYS_TRAINS
+    probabilities = _out_of_fold(features, np.array(rows), targets, folds, params.penalty)[held]
+    rows, targets = list(np.array(rows)[held]), targets[held]
+    _log.info(
+        "heads that had not seen them name %.1f %% of %s images right: the fewer, the more of the "
+        "suspicious labels are right ones of hard images",
+        *(100 * (probabilities.argmax(axis=1) == targets).mean(), len(targets)),
+    )
+    issues = find_label_issues(
+        targets, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1
+    )
+    return [
+        Suspect(
+            row=rows[i],
+            suggested=labels[int(probabilities[i].argmax())],
+            label_probability=float(probabilities[i, targets[i]]),
+            suggested_probability=float(probabilities[i].max()),
+        )
+        for i in issues
+    ]
+
+
+def _out_of_fold(
+    features: Chunks, rows: heads.Labels, targets: heads.Labels, folds: heads.Labels, l2: float
+) -> heads.Floats:
+    """Return (N, C) probabilities of each image by a head that has not seen its fold."""
+    known = features[rows].astype(np.float64)
+    standard = heads.standardisation([known])
+    table = probe.Table(iter([standard.apply(known)]), targets)
+    weights, classes = np.ones(len(rows)), int(targets.max()) + 1
+    found = probe.cross_validate(table, weights, folds, classes, l2, max_iterations=100)
+    return np.exp(heads.log_softmax(found.logits.astype(np.float64)))
+
+
+def _draw_suspects(
+    path: Path,
+    entries: Sequence[Entry],
+    squares: Chunks,
+    found: Sequence[Suspect],
+    most: int,
+) -> None:
+    shown = found[:most]
+    captions = [f"{entries[s.row].label}, or {s.suggested}?" for s in shown]
+    title = f"Most suspicious labels: {len(shown)} of {len(found)}"
+    pictures.gallery(path, [squares[s.row] for s in shown], captions, title=title)
+
+
+def _draw_copies(
+    path: Path, assignments: Sequence[Assignment], squares: Chunks, found: leaks.Found
+) -> None:
+    """Draw the held-out images that are most like a training image, each beside it."""
+    pairs = sorted(
+        (pair for some in found.pairs.values() for pair in some if pair.likeness > 0),
+        key=lambda pair: (-pair.likeness, pair.row),
+    )[:_PAIRS]
+    shown, captions = [], []
+    for pair in pairs:
+        verdict = "copy" if pair.likeness >= found.threshold else "no copy"
+        shown += [squares[pair.row], squares[pair.other]]
+        captions += [assignments[pair.row].split, f"train, {pair.likeness:.2f}: {verdict}"]
+    title = "Held-out images and the training images most like them"
+    pictures.gallery(path, shown, captions, title=title)
+
+
+def _draw_sheets(folder: Path, entries: Sequence[Entry], squares: Chunks, most: int) -> None:
+    """Draw a sheet of each class, its images taken evenly from the whole class."""
+    rows: dict[str, list[int]] = {}
+    for row, entry in enumerate(entries):
+        rows.setdefault(entry.label, []).append(row)
+    for number, label in enumerate(sorted(rows)[:_MOST_SHEETS]):
+        shown = evenly(rows[label], most)
+        captions = [Path(entries[row].path).name[-24:] for row in shown]
+        title = f"{label}: {len(shown)} of {len(rows[label])} images"
+        path = folder / f"sheet-{number:03d}.png"
+        pictures.gallery(path, [squares[row] for row in shown], captions, title=title)

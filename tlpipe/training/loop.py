@@ -1,0 +1,349 @@
+"""Fine-tuning, step by step, in plain torch.
+
+What is drawn depends on the seed, the epoch and the step alone, so that a training that was stopped
+goes on as if it had not been.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tlpipe.backbones import augment
+from tlpipe.backbones.device import pays_to_compile
+from tlpipe.errors import Interrupted, TrainingError
+from tlpipe.progress import Meter, meter
+from tlpipe.seeds import generator
+from tlpipe.training import processes
+from tlpipe.training.batches import batches, mixed, soft
+from tlpipe.training.checkpoint import Checkpoint, Checkpoints
+from tlpipe.training.classifier import Classifier
+from tlpipe.training.dataset import Numbers
+from tlpipe.training.endings import Stop, stop_requests
+from tlpipe.training.optimiser import (
+    ema_decay,
+    is_token_normalised,
+    make_optimiser,
+    restore_optimiser,
+    update_ema,
+)
+from tlpipe.training.recipe import Recipe, class_weights
+from tlpipe.training.schedule import lr_factor, open_stages, opening_epoch
+from tlpipe.training.task import Measured, Task, autocast, evaluate
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The state after an epoch, 0 before the first, where there is no training loss (nats)."""
+
+    epoch: int
+    train_loss: float | None
+    validation: Measured
+
+
+@dataclass
+class _State:
+    """What changes while training goes on, beside weights and the optimiser."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    images: int = 0
+    best: int = 0
+    history: list[Epoch] = field(default_factory=list)
+
+
+def fine_tune(
+    task: Task,
+    recipe: Recipe,
+    checkpoints: Checkpoints | None,
+    note: Callable[[list[Epoch]], None],
+) -> list[Epoch]:
+    """Train, and leave the classifier with the weights of the best epoch; return every epoch.
+
+    ``checkpoints``: where to go on from, or None; ``note``: is given all epochs so far after each.
+
+    Raises:
+        Interrupted: somebody asked to stop; the next call goes on from there.
+        TrainingError: a loss is not finite, or a checkpoint cannot be written.
+    """
+    with stop_requests() as stop:
+        training = Training(task, recipe, checkpoints)
+        training.begin()
+        while not training.is_over:
+            training.train_epoch(stop)
+            training.end_epoch()
+            if task.rank == 0:
+                note(training.state.history)
+        return training.finish()
+
+
+def best_of(epochs: Sequence[Epoch], recipe: Recipe) -> Epoch:
+    """Return the best epoch by the metric; of equal ones the one of least loss."""
+    metric = recipe.selection_metric
+
+    def objective(epoch: Epoch) -> tuple[float, float]:
+        found = epoch.validation
+        return 0.0 if metric == "loss" else -getattr(found, metric), found.loss
+
+    return min(epochs, key=objective)
+
+
+def losses(
+    logits: Tensor, targets: Tensor, class_weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """Return the loss of each image (B,): its smoothed cross-entropy times the image's weight.
+
+    ``logits``, ``targets``: (B, C), targets before smoothing, rows of mixed images shared out;
+    ``class_weight``: (C,). The weight of an image is that of its classes, in the shares that it
+    has of them. It must not be a weight of the columns, as in ``functional.cross_entropy``: with
+    smoothed labels that would teach the rare class to every image, p_c ~ w_c * t_c.
+    """
+    each = functional.cross_entropy(
+        logits, targets, label_smoothing=label_smoothing, reduction="none"
+    )
+    return each if class_weight is None else each * (targets @ class_weight)
+
+
+class Training:
+    """One training: weights, their average, the best so far, and the optimiser."""
+
+    def __init__(self, task: Task, recipe: Recipe, checkpoints: Checkpoints | None) -> None:
+        self.task, self.recipe, self.checkpoints = task, recipe, checkpoints
+        self.state = _State()
+        self.model = task.classifier
+        self.steps = -(-len(task.train) // recipe.batch_size(len(task.train)))  # of an epoch
+        compiles = pays_to_compile(task.device, recipe.epochs * self.steps)
+        self.forward = torch.compile(self.model) if compiles else self.model
+        self.average = copy.deepcopy(task.classifier) if recipe.average else None
+        self.best: dict[str, Tensor] = {}
+        is_delicate = is_token_normalised(self.model.stages)
+        self.rates = recipe.rates(is_token_normalised=is_delicate)
+        self.optimiser = make_optimiser(self.model, self.rates, recipe, task.device)
+        rare = class_weights(task.train.labels, task.classes)
+        self.class_weight: Tensor | None = None
+        if recipe.balance == "loss":
+            dtype = self.model.mean.dtype
+            self.class_weight = torch.tensor(rare, dtype=dtype, device=task.device)
+        self.image_chances: npt.NDArray[np.float64] | None = None
+        if recipe.balance == "sampling":
+            self.image_chances = rare[task.train.labels] / rare[task.train.labels].sum()
+
+    @property
+    def eval_model(self) -> Classifier:
+        """The weights that are evaluated and kept: the EMA where there is one."""
+        return self.average or self.model
+
+    @property
+    def is_over(self) -> bool:
+        """True once all epochs are done or early stopping triggers."""
+        state, patience = self.state, self.recipe.patience
+        tired = patience is not None and state.epoch - state.best >= patience
+        return state.epoch >= self.recipe.epochs or tired
+
+    def begin(self) -> None:
+        """Resume from the newest checkpoint, or evaluate the initial weights.
+
+        Of several processes the first one decides; the others need no checkpoint on their disks.
+        """
+        is_first = self.task.rank == 0
+        checkpoint = self.checkpoints.newest() if self.checkpoints and is_first else None
+        if self.task.processes > 1:
+            checkpoint = _from_first(checkpoint)
+            processes.copy_from_first(self.model.state_dict().values())
+            if self.average is not None:
+                self.average.load_state_dict(self.model.state_dict())
+        if checkpoint is not None:
+            self._restore(checkpoint)
+            place = f"epoch {self.state.epoch + 1}, step {self.state.step + 1}"
+            _log.info("going on from a checkpoint at %s", place)
+            return
+        self._record(train_loss=None)
+
+    def train_epoch(self, stop: Stop) -> None:
+        """Take every step of the current epoch that is still to be taken."""
+        task, recipe, state = self.task, self.recipe, self.state
+        stages = len(self.model.stages)
+        opened = open_stages(state.epoch, stages, recipe.unfreeze_epochs)
+        self.model.open_last(opened)
+        order = batches(
+            task.train,
+            size=recipe.batch_size(len(task.train)),
+            seed=recipe.seed,
+            epoch=state.epoch,
+            weights=self.image_chances,
+        )
+        steps, saved = len(order), time.monotonic()
+        assert steps == self.steps
+        title = f"epoch {state.epoch + 1} of {recipe.epochs}"
+        with meter(title, total=len(task.train), done=state.images) as shown:
+            for step in range(state.step, steps):
+                self.schedule_rates(state.epoch * steps + step)
+                loss = self.take_step(order[step], step)
+                state.loss_sum += loss * len(order[step])
+                state.images += len(order[step])
+                state.step = step + 1
+                self._show(shown, len(order[step]))
+                # Processes that are asked one after the other stop behind the same step.
+                if float(processes.add_up(torch.tensor(float(stop.requested)))):
+                    self._save()
+                    raise Interrupted(
+                        f"stopped in epoch {state.epoch + 1} of {recipe.epochs} after step "
+                        f"{state.step} of {steps}; everything is kept. Run 'dvc repro' to go on."
+                    )
+                if time.monotonic() - saved > 60 * recipe.checkpoint_minutes:
+                    self._save()
+                    saved = time.monotonic()
+
+    def set_rates(self, factor: float) -> None:
+        """Let every part learn at this share of its peak learning rate."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["rate"] * factor
+
+    def schedule_rates(self, step: int) -> None:
+        """Set the learning rates of a step, counted from 0 over all epochs."""
+        recipe = self.recipe
+        for group in self.optimiser.param_groups:
+            opened = self.steps * opening_epoch(group["depth"], recipe.unfreeze_epochs)
+            # What is closed has no gradient, and its rate no effect.
+            factor = lr_factor(step, recipe.epochs * self.steps, recipe.warmup, min(opened, step))
+            group["lr"] = group["rate"] * factor
+
+    def end_epoch(self) -> None:
+        """Measure, keep the best, save."""
+        state = self.state
+        train_loss = state.loss_sum / state.images
+        state.epoch, state.step, state.loss_sum, state.images = state.epoch + 1, 0, 0.0, 0
+        self._record(train_loss)
+        self._save()
+
+    def finish(self) -> list[Epoch]:
+        """Leave the best weights in the classifier."""
+        self.model.load_state_dict(self.best)
+        return self.state.history
+
+    def take_step(self, places: Numbers, step: int) -> float:
+        """Take one step on this process's share of a batch; return the loss of the whole.
+
+        The loss is divided by the number of images, not by the sum of their weights: class weights
+        are 1 on average over the training images, and a rare image counts the same in every batch.
+        """
+        task, recipe, epoch = self.task, self.recipe, self.state.epoch
+        random = generator(recipe.seed, f"step {epoch} {step}")
+        # Dropout and stochastic depth draw other masks in every process.
+        torch.manual_seed(int(random.integers(2**62)) + task.rank)
+        chances = random.random((len(places), augment.CHANCES))
+        own = np.array_split(np.arange(len(places)), task.processes)[task.rank]
+        mine = places[own]
+        inputs = task.feed.varied(task.train.rows[mine], chances[own])
+        labels = torch.from_numpy(task.train.labels[mine]).to(task.device)
+        inputs, targets = mixed(
+            recipe.mix, inputs, soft(labels, task.classes), recipe.mix_alpha, random
+        )
+        with autocast(task.device):
+            logits = self.forward(inputs)
+        logits = logits.to(self.model.mean.dtype)
+        each = losses(logits, targets.to(logits.dtype), self.class_weight, recipe.label_smoothing)
+        loss = each.sum() / len(places)
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        total = float(processes.add_up(loss.detach()))
+        if not np.isfinite(total):
+            raise TrainingError(
+                f"the loss is {total} in epoch {epoch + 1}, step {step + 1}; expected a number. No "
+                f"model was written. Lower train.stage_rate and train.head_rate, now "
+                f"{self.rates.stages:g} and {self.rates.head:g}, or look at the images."
+            )
+        if task.processes > 1:
+            processes.add_up_gradients(self.model)
+        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        self.optimiser.step()
+        if self.average is not None:
+            updates = epoch * self.steps + step + 1
+            update_ema(self.average, self.model, ema_decay(updates, recipe.average))
+        return total
+
+    def _record(self, train_loss: float | None) -> None:
+        """Evaluate, add to the history, and keep the weights if they are the best so far."""
+        state = self.state
+        found = evaluate(self.task, self.eval_model, self.task.validation)
+        now = Epoch(state.epoch, train_loss, found)
+        metric = self.recipe.selection_metric
+        state.history.append(now)
+        if best_of(state.history, self.recipe) is now:
+            state.best = state.epoch
+            self.best = {n: t.detach().clone() for n, t in self.eval_model.state_dict().items()}
+        _log.info(
+            "epoch %s of %s: %svalidation loss %.4f, accuracy %.4f%s%s",
+            *(now.epoch, self.recipe.epochs),
+            "" if train_loss is None else f"train loss {train_loss:.4f}, ",
+            *(found.loss, found.accuracy),
+            "" if metric in ("loss", "accuracy") else f", {metric} {getattr(found, metric):.4f}",
+            " <- best" if state.best == state.epoch else "",
+        )
+
+    def _show(self, shown: Meter, images: int) -> None:
+        state = self.state
+        last = state.history[-1].validation
+        shown.advance(
+            images,
+            f"loss {state.loss_sum / state.images:.3f}, last validation {last.loss:.3f}, "
+            f"accuracy {last.accuracy:.3f}",
+        )
+
+    def _save(self) -> None:
+        if self.task.rank or self.checkpoints is None:
+            return
+        tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
+        tensors |= {f"best.{n}": t for n, t in self.best.items()}
+        if self.average is not None:
+            tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
+        for number, values in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{n}": t for n, t in values.items()}
+        self.checkpoints.save(Checkpoint(asdict(self.state), tensors))
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        history = [
+            Epoch(past["epoch"], past["train_loss"], Measured(**past["validation"]))
+            for past in checkpoint.notes["history"]
+        ]
+        self.state = _State(**checkpoint.notes | {"history": history})
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in checkpoint.tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.best = {n: t.to(self.task.device) for n, t in parts["best"].items()}
+        if self.average is not None:
+            self.average.load_state_dict(parts["average"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts.get("optimiser", {}).items():
+            number, _, what = name.partition(".")
+            state.setdefault(int(number), {})[what] = tensor
+        restore_optimiser(self.optimiser, state)
+
+
+def _from_first(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Return the first process's checkpoint in every process."""
+    known = None
+    if checkpoint is not None:
+        shapes = {name: (t.shape, t.dtype) for name, t in checkpoint.tensors.items()}
+        known = (checkpoint.notes, shapes)
+    known = processes.from_first(known)
+    if known is None:
+        return None
+    notes, shapes = known
+    if checkpoint is None:
+        tensors = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in shapes.items()}
+        checkpoint = Checkpoint(notes, tensors)
+    processes.copy_from_first(checkpoint.tensors.values())
+    return checkpoint

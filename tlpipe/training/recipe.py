@@ -1,0 +1,151 @@
+"""How a classifier is trained: what users may set, and what is good where they do not."""
+
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+
+from tlpipe.params import Section, distinct
+from tlpipe.training.schedule import Rates, default_rates
+
+_BATCH = 32  # where nothing is set
+
+
+class Recipe(Section):
+    """How the head is solved; then, where a stage is open or the head has hidden units, tuned."""
+
+    penalties: Annotated[tuple[PositiveFloat, ...], AfterValidator(distinct)] = Field(
+        default=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        min_length=1,
+        strict=False,
+        description="l2 of the linear probe to try; four-fold cross-validation picks one.",
+    )
+    max_iterations: int = Field(
+        default=1000, ge=1, description="Upper bound on the solver's iterations for one l2."
+    )
+    epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
+    batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most images in one step, over all processes together; by default 32. An "
+        "epoch is split evenly: 33 images are steps of 17 and 16.",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="Seed of the order of images, augmentation, mixing and dropout.",
+    )
+    hidden: tuple[PositiveInt, ...] = Field(
+        default=(), strict=False, description="Units of the head's hidden layers."
+    )
+    reinitialise: int = Field(
+        default=0, ge=0, description="How many of the last stages start from random weights."
+    )
+    optimiser: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="SGD goes with momentum 0.9."
+    )
+    head_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Peak learning rate of the head; by default what suits the network.",
+    )
+    stage_rate: float | None = Field(
+        default=None, ge=0, description="Peak learning rate of the last stage."
+    )
+    stage_decay: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Layer-wise learning-rate decay: the factor from each stage to the one before.",
+    )
+    batch_norm: Literal["auto", "pretrained", "batch"] = Field(
+        default="auto",
+        description="Statistics of open BatchNorm layers: kept, of batches, or as images differ.",
+    )
+    warmup: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Linear warm-up of the learning rates, as a share of all steps.",
+    )
+    weight_decay: float = Field(
+        default=0.01,
+        ge=0,
+        description="Weight decay; not on biases, normalisation layers and position embeddings.",
+    )
+    clip: float = Field(default=1.0, gt=0, description="Maximum global gradient norm.")
+    label_smoothing: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Label smoothing: share of each label spread over all classes.",
+    )
+    mix: Literal["none", "mixup", "cutmix"] = Field(
+        default="none", description="Train on mixed pairs of images and labels."
+    )
+    mix_alpha: float = Field(
+        default=0.2, gt=0, description="Both parameters of the Beta distribution of mixing shares."
+    )
+    balance: Literal["none", "loss", "sampling"] = Field(
+        default="none", description="Class balancing: weight the loss, or oversample rare classes."
+    )
+    average: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Decay of the exponential moving average (EMA) of weights, reached after a "
+        "warm-up; 0: no average.",
+    )
+    metric: Literal["auto", "loss", "accuracy", "balanced_accuracy", "macro_f1"] = Field(
+        default="auto",
+        description="On validation; picks the epoch that is kept. 'auto': balanced_accuracy where "
+        "balance is set, else accuracy.",
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Early stopping: epochs without a better one."
+    )
+    unfreeze_epochs: int = Field(
+        default=0,
+        ge=0,
+        description="Gradual unfreezing: open one more stage after so many epochs; 0: all at once.",
+    )
+    checkpoint_minutes: float = Field(
+        default=10.0, gt=0, description="Save at least so often, beside every epoch's end."
+    )
+
+    def batch_size(self, images: int) -> int:
+        """Return how many of ``images`` training images one step has at most."""
+        return self.batch or min(_BATCH, images)
+
+    @property
+    def selection_metric(self) -> str:
+        """The metric that picks the epoch: a field of ``Measured``.
+
+        Where rare classes are to count as much as others, plain accuracy would keep an epoch that
+        ignores them.
+        """
+        if self.metric != "auto":
+            return self.metric
+        return "accuracy" if self.balance == "none" else "balanced_accuracy"
+
+    def rates(self, *, is_token_normalised: bool) -> Rates:
+        """Return the learning rates that were set, and what suits the network for the rest."""
+        default = default_rates(is_token_normalised=is_token_normalised, optimiser=self.optimiser)
+        given = Rates(self.head_rate, self.stage_rate, self.stage_decay)  # type: ignore[arg-type]
+        chosen = (
+            known if value is None else value for value, known in zip(given, default, strict=True)
+        )
+        return Rates(*chosen)
+
+
+def class_weights(labels: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float64]:
+    """Return the weight of each class (C,) under which all classes count the same.
+
+    N / (C * n_c) of n_c images: the mean over the N images is 1. ``labels``: (N,) in [0, C).
+
+    Source: King and Zeng (2001), Logistic regression in rare events data, section 4.2; this is
+    scikit-learn's ``class_weight="balanced"``.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    return len(labels) / (classes * np.maximum(counts, 1.0))

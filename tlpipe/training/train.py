@@ -1,0 +1,218 @@
+"""Stage ``train``: fit a linear probe on the features; where more is open, fine-tune from there."""
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+from tlpipe import files
+from tlpipe.backbones.freeze import AUTO
+from tlpipe.errors import ParamsError
+from tlpipe.params import check_effect, without_effect
+from tlpipe.training import dataset as datasets
+from tlpipe.training import model as models
+from tlpipe.training import probe
+from tlpipe.training.dataset import Dataset
+from tlpipe.training.head import Step
+from tlpipe.training.recipe import Recipe
+
+_log = logging.getLogger(__name__)
+HISTORY = ("step", "train_loss", "validation_loss", "validation_accuracy", "l2")
+_CHECKPOINTS, _LOCK = ".checkpoints", ".lock"
+_OF_SOLVER = ("penalties", "max_iterations")
+_OF_STAGES = ("stage_rate", "stage_decay", "batch_norm", "unfreeze_epochs")
+# What is not here counts where the head is solved, too.
+_STEPWISE = (
+    *("epochs", "batch", "optimiser", "head_rate", *_OF_STAGES, "warmup", "weight_decay", "clip"),
+    *("label_smoothing", "mix", "mix_alpha", "average", "metric", "patience"),
+    *("checkpoint_minutes", "seed"),
+)
+
+
+class Params(Recipe):
+    """How the head is solved, and how what is open is fine-tuned."""
+
+
+def run(
+    *,
+    activations: Path,
+    pixels: Path,
+    split: Path,
+    model: Path,
+    history: Path,
+    params: Params,
+    is_first: bool = True,
+    live: Callable[[Sequence[Step]], None] | None = None,
+) -> None:
+    """Write the model and its history.
+
+    Where a linear probe is all that is trained, it is fitted on the training and the validation
+    split, and the history has a step for each l2, strongest first, with the losses of its
+    cross-validation; elsewhere steps are epochs, 0 the start. ``is_first``: of processes that train
+    together, this one writes. ``live`` is given all epochs so far after each of them.
+
+    Raises:
+        ArtifactError: activations and split table are of different data.
+        ParamsError: more is asked for than is open, or an option can have no effect.
+        TrainingError: another training runs in this folder, or this one cannot go on.
+        Interrupted: somebody asked to stop; the same command goes on from there.
+    """
+    data = datasets.load(activations, split)
+    check_open(data, params)
+
+    def note(steps: Sequence[Step]) -> None:
+        _save_history(history, steps, first=0)
+        if live is not None:
+            live(steps)
+
+    if not is_first:
+        _learn(data, pixels, model.parent / _CHECKPOINTS, params, lambda _: None)
+        return
+    with files.locked(model.parent / _LOCK, "a training"):
+        learned = _learn(data, pixels, model.parent / _CHECKPOINTS, params, note)
+        card = _card(data, learned)
+        models.save(model, models.Model(card, learned.stages, learned.head), learned.held_out)
+        _save_history(history, learned.steps, first=learned.first)
+        shutil.rmtree(model.parent / _CHECKPOINTS, ignore_errors=True)
+    if data.open_stages and learned.epoch == 0:
+        _log.warning(
+            "no epoch of fine-tuning was better on validation than the linear probe it starts "
+            "from, which is kept: %s open parameters stay as they were. Take smaller learning "
+            "rates ('tlpipe lr-find' suggests some), freeze more, or add images",
+            f"{card.trainable_parameters:,}",
+        )
+        return
+    # That of the probe counts as it was fitted; epochs are measured plainly.
+    is_balanced = params.balance != "none" and learned.epoch == 0
+    _log.info(
+        "trained %s parameters, left %s as they were; held-out %s %.4f",
+        f"{card.trainable_parameters:,}",
+        f"{card.frozen_parameters:,}",
+        "balanced accuracy" if is_balanced else "accuracy",
+        card.validation_accuracy,
+    )
+
+
+def check_open(data: Dataset, params: Recipe) -> None:
+    """Check that every option that is set can have its effect on what is open.
+
+    Raises:
+        ParamsError: an option has none, frozen weights are to be drawn anew, parts of what is no
+            image mixed, or a batch is larger than the data.
+    """
+    origin = data.activations.origin
+    check_effects(params, origin.freeze, data.open_stages)
+    if params.batch is not None and params.batch > len(data.train):
+        raise ParamsError(
+            f"train.batch is {params.batch}; there are {len(data.train)} training images. Lower it "
+            f"in params.yaml."
+        )
+    if params.mix == "cutmix" and origin.boundary:
+        from tlpipe.training.batches import spatial_axes
+
+        stored = data.activations.boundary
+        if stored is None or spatial_axes(stored.shape[2:]) is None:
+            raise ParamsError(
+                f"train.mix is cutmix; what {origin.boundary} gives has no height and width to "
+                f"cut. Use mixup, or freeze less, in params.yaml."
+            )
+
+
+def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
+    """Check that no option is set that can have no effect.
+
+    Where ``embed.freeze`` is ``auto``, what depends on it is only said: more images may open a
+    stage.
+
+    Raises:
+        ParamsError: one is, or frozen weights are to be drawn anew.
+    """
+    if params.reinitialise > open_stages:
+        raise ParamsError(
+            f"train.reinitialise is {params.reinitialise}; {open_stages} stages are open, since "
+            f"embed.freeze is {freeze}; expected at most so many. Open more, or lower it."
+        )
+    is_solved = not open_stages and not params.hidden
+    by_freeze = (
+        f"embed.freeze is {freeze}, which leaves no stage open, and train.hidden is empty, so the "
+        f"head is solved at once",
+        f"embed.freeze is {freeze}, which leaves no stage open",
+        f"embed.freeze is {freeze}, which leaves a single stage open",
+    )
+    reasons: list[tuple[bool, str, tuple[str, ...]]] = [
+        (is_solved, by_freeze[0], _STEPWISE),
+        (open_stages == 0 and not is_solved, by_freeze[1], _OF_STAGES),
+        (open_stages == 1, by_freeze[2], ("stage_decay",)),
+        (bool(params.hidden), "a head with train.hidden units is not solved", _OF_SOLVER),
+        (params.stage_rate == 0, "train.stage_rate is 0", ("stage_decay", "unfreeze_epochs")),
+        (params.mix == "none", "train.mix is none", ("mix_alpha",)),
+        (params.batch == 1, "train.batch is 1, so there are no pairs", ("mix", "mix_alpha")),
+        (
+            params.patience is not None and params.patience >= params.epochs,
+            f"train.epochs is {params.epochs}, which ends training first",
+            ("patience",),
+        ),
+        (
+            params.unfreeze_epochs >= params.epochs,
+            f"train.epochs is {params.epochs}, which ends training before a stage is opened",
+            ("unfreeze_epochs",),
+        ),
+    ]
+    for holds, reason, names in reasons:
+        if not holds:
+            continue
+        if freeze != AUTO or reason not in by_freeze:
+            check_effect("train", params, names, reason)
+        elif said := without_effect("train", params, names, reason):
+            _log.warning("%s", said)
+
+
+def _learn(
+    data: Dataset,
+    pixels: Path,
+    checkpoints: Path,
+    params: Params,
+    note: Callable[[Sequence[Step]], None],
+) -> models.Learned:
+    if data.open_stages or params.hidden:
+        from tlpipe.training import tuning
+
+        return tuning.tune(data, pixels, checkpoints, params, note)
+    found = probe.fit(probe.stored(data), data, data.labelled, params)
+    return models.Learned(
+        stages={},
+        head=(found.raw(found.head),),
+        l2=found.best.l2,
+        epoch=0,
+        first=1,
+        steps=found.path,
+        kept=found.best.step,
+        held_out=found.held_out(data.labelled),
+    )
+
+
+def _card(data: Dataset, learned: models.Learned) -> models.Card:
+    stages = data.backbone.stages
+    open_parameters = sum(stage.parameters for stage in stages[len(stages) - data.open_stages :])
+    head = sum(weight.size + bias.size for weight, bias in learned.head)
+    return models.Card(
+        labels=data.labels,
+        origin=data.activations.origin,
+        split_sha256=data.split_sha256,
+        trainable_parameters=open_parameters + head,
+        frozen_parameters=data.backbone.parameters - open_parameters,
+        l2=learned.l2,
+        epoch=learned.epoch,
+        validation_accuracy=learned.kept.validation_accuracy,
+        validation_loss=learned.kept.validation_loss,
+    )
+
+
+def _save_history(path: Path, steps: Sequence[Step], *, first: int) -> None:
+    """Write the history; what nobody has computed stays empty."""
+    rows = [
+        (number, *("" if value is None else f"{value:.6f}" for value in astuple(step)))
+        for number, step in enumerate(steps, start=first)
+    ]
+    files.write_csv(path, HISTORY, rows)
