@@ -1,6 +1,6 @@
 """Command ``cross-validate``: train and test once for each fold, and put the folds together.
 
-The stages come from the command line, since nothing in ``metrics`` may reach training.
+The stages come from the command line, since nothing in ``evaluation`` may reach training.
 """
 
 import logging
