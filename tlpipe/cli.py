@@ -579,7 +579,7 @@ def ui(
     store = ("--backend-store-uri", local.address(Path()))
     root = ("--default-artifact-root", local.artifacts(Path()))
     where = ("--host", "127.0.0.1", "--port", str(port))
-    server = [sys.executable, "-m", "mlflow", "server", *store, *root, *where]
+    server = [sys.executable, "-P", "-m", "mlflow", "server", *store, *root, *where]
     os.execv(sys.executable, server)  # noqa: S606
 
 

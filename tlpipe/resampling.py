@@ -157,7 +157,8 @@ def paired_difference(
         for change, share in zip(changes, (up, down), strict=True)
     ]
     size = math.sqrt(float((apart[0] ** 2).sum() * (apart[1] ** 2).sum()))
-    correlation = float(apart[0] @ apart[1]) / size if size else 0.0
+    # Of a single group nothing is known but rounding.
+    correlation = float(apart[0] @ apart[1]) / size if size and len(apart[0]) > 1 else 0.0
 
     def width(one: float, other: float) -> float:
         return math.sqrt(max(one**2 + other**2 - 2 * correlation * one * other, 0.0))

@@ -9,8 +9,10 @@ import pytest
 from tests.conftest import Workspace
 from tests.proxy import DROP, proxy
 from tests.registry.conftest import COMMAND, Said, change_bundle, mlflow_server
+from tests.registry.test_moves import Dying, Killed
 from tests.registry.test_promotion import aliases, client_of
 from tlpipe.export import bundle as bundles
+from tlpipe.registry import moves
 
 pytestmark = pytest.mark.slow
 Tlpipe = Callable[..., Said]
@@ -62,6 +64,30 @@ def test_what_was_taken_out_and_deleted_goes_in_by_nobody(
     assert tlpipe(*REGISTER).code == 0
     assert aliases(built)["challenger"] == 3
     assert aliases(built)["champion"] == 1
+
+
+@pytest.mark.fault("R34")
+def test_a_killed_promotion_that_a_hand_took_back_is_not_promoted_again_by_itself(
+    built: Workspace, tlpipe: Tlpipe
+) -> None:
+    tlpipe(*REGISTER)
+    first = bundles.load(built.path / "artifacts/export/bundle")
+    change_bundle(built, provenance={**first.provenance, "l2": 0.5})
+    tlpipe(*REGISTER)
+    client = client_of(built)
+    judged = moves.seen(client, "digits", client.get_model_version("digits", "2"))
+    with pytest.raises(Killed):
+        after = moves.tail(client, "digits")
+        dying: Any = Dying(client, 3)
+        moves.move(dying, "digits", judged, after=after, kind=moves.PROMOTION, why="")
+    assert aliases(built)["champion"] == 2
+    client.set_registered_model_alias("digits", "champion", "1")
+    built.configure("register", promote="auto", gate={"images": 1})
+    for _ in range(2):
+        assert tlpipe(*REGISTER).code == 0
+        assert aliases(built)["champion"] == 1
+    assert tlpipe("promote", "2").code == 0
+    assert aliases(built)["champion"] == 2
 
 
 @pytest.mark.fault("R17")

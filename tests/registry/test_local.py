@@ -1,5 +1,7 @@
 """The registry in a project's folder that is moved, copied or mounted elsewhere."""
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -228,6 +230,31 @@ def test_experiments_with_a_place_of_their_own_keep_it(
     assert texts(there, "large") == [TEXT, TEXT]
 
 
+@pytest.mark.fault("R20")
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_without_the_first_experiment_artifacts_beside_the_database_decide(
+    home: Path, tmp_path: Path, is_ours: bool
+) -> None:
+    """As in a database that a server made, or that 'mlflow gc' has cleaned."""
+    disk = tmp_path / "disk"
+    there = home.rename(tmp_path / "there")
+    with closing(sqlite3.connect(there / "mlflow.db")) as database, database:
+        database.execute(
+            "UPDATE experiments SET artifact_location = 'mlflow-artifacts:/0' "
+            "WHERE experiment_id = 0"
+        )
+        if not is_ours:
+            database.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 1",
+                ((disk / "mlartifacts").as_uri(),),
+            )
+            database.execute("UPDATE runs SET experiment_id = 0")
+    with local.opened(there):
+        pass
+    assert bool(mentions(there, disk)) is not is_ours
+    assert bool(mentions(there, home)) is not is_ours
+
+
 @pytest.mark.parametrize("address", ["sqlite:///mlflow.db", "sqlite:///{home}/mlflow.db"])
 def test_a_registry_that_is_named_by_its_address_is_the_same(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
@@ -347,6 +374,38 @@ def test_of_several_that_open_a_moved_folder_at_once_all_may(home: Path, tmp_pat
     ends = [process.communicate("") for process in processes]
     assert [out.strip() for out, _ in ends] == [local.address(there)] * 6, ends
     assert texts(there) == [TEXT, TEXT]
+
+
+@pytest.mark.fault("R20")
+def test_a_file_system_without_locks_is_used_without(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    there = home.rename(tmp_path / "there")
+    assert texts(there) == [TEXT, TEXT]
+    register(there)
+    assert texts(there) == [TEXT] * 4
+
+
+@pytest.mark.fault("R35")
+def test_another_address_of_the_registry_alone_counts_for_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.db"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{other}")
+    register(home)
+    assert texts(home) == [TEXT] * 4
+    assert not other.exists()
+    assert os.environ["MLFLOW_REGISTRY_URI"] == f"sqlite:///{other}"
+
+
+def test_an_address_of_nothing_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a variable that compose.yaml passes on and nobody has set."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert not tracking.is_there(tmp_path)
 
 
 @pytest.mark.fault("R22")

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from tests.conftest import PATIENCE_S
 from tests.registry.conftest import mlflow_server, postgres
 from tlpipe.errors import RegistryError
-from tlpipe.registry import moves
+from tlpipe.registry import gate, moves, promotion, tracking
 
 NAME = "raced"
 RACERS, ROUNDS = 8, 12
@@ -282,6 +283,11 @@ def test_an_entry_that_is_deleted_as_soon_as_it_is_written_is_a_refusal(local: A
     assert aliases(local) == {"champion": "1"}
 
 
+@pytest.fixture(autouse=True)
+def _short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moves, "_A_STEP_S", 0.2)
+
+
 class Killed(BaseException):
     """Nobody catches it."""
 
@@ -462,6 +468,121 @@ def test_a_version_whose_digest_was_changed_does_not_go_into_production(local: A
         moves.settle(local, NAME)
     assert aliases(local) == {"champion": "1"}
     assert moves.settle(local, NAME) == first
+
+
+class Slow:
+    """A client that stands still before it sets an alias, while somebody else does something."""
+
+    def __init__(self, client: Any, meanwhile: Callable[[], object]) -> None:
+        self._client, self._meanwhile, self._stood_still = client, meanwhile, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        if alias == "champion" and not self._stood_still:
+            self._stood_still = True
+            self._meanwhile()
+        self._client.set_registered_model_alias(name, alias, version)
+
+
+@pytest.mark.fault("R34")
+@pytest.mark.parametrize("other", ["settles", "promotes", "rolls back"])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_who_stood_still_before_the_alias_gives_it_back(
+    local: Any, other: str, is_first: bool
+) -> None:
+    """Whoever came meanwhile took the promotion for killed, and may have moved on."""
+    first = None if is_first else promote(local, "1", None)
+    if is_first and other == "rolls back":
+        pytest.skip("there is nothing to go back to")
+    seen_by_others: list[moves.Move | None] = []
+
+    def meanwhile() -> None:
+        last = moves.settle(local, NAME)
+        if other == "promotes":
+            last = promote(local, "3", last)
+        elif other == "rolls back":
+            third = promote(local, "3", last)
+            last = promote(local, "1", third, moves.ROLLBACK)
+        seen_by_others.append(last)
+
+    with pytest.raises(RegistryError, match="took this command for killed"):
+        promote(Slow(local, meanwhile), "2", first)
+    (last,) = seen_by_others
+    assert aliases(local).get("champion") == (last.champion if last else None)
+    assert moves.settle(local, NAME) == last
+    assert "2" not in {champion for _, champion in kinds(local)}
+
+
+def test_a_version_that_is_deleted_before_its_alias_is_not_said_to_be_in_production(
+    local: Any,
+) -> None:
+    first = promote(local, "1", None)
+    client = Pausing(local, 1, lambda: local.delete_model_version(NAME, "2"))
+    with pytest.raises(RegistryError, match="version 2 was not put in production"):
+        promote(client, "2", first)
+    assert moves.settle(local, NAME) == first
+
+
+@pytest.mark.fault("R34")
+def test_what_a_hand_may_have_taken_back_is_remembered(local: Any) -> None:
+    for version in ("1", "2"):
+        local.set_model_version_tag(NAME, version, "tlpipe.bundle", version * 64)
+    first = promote(local, "1", None)
+    with pytest.raises(RegistryError, match="has put raced version 1 in production"):
+        promote(local, "3", None)  # who lost a race has lost nothing but that
+    with pytest.raises(Killed):
+        promote(Dying(local, 3), "2", first)
+    local.set_registered_model_alias(NAME, "champion", "1")
+    moves.settle(local, NAME)
+    assert [(m.champion, m.bundle) for m in moves.taken_back(local, NAME)] == [("2", "2" * 64)]
+    assert kinds(local) == [("promotion", "1")]
+
+
+@pytest.mark.fault("R17")
+def test_a_version_that_is_no_longer_what_was_in_production_neither_serves_nor_comes_back(
+    local: Any,
+) -> None:
+    for version in ("1", "2"):
+        local.set_model_version_tag(NAME, version, "tlpipe.bundle", version * 64)
+    promote(local, "2", promote(local, "1", None))
+    for version in ("1", "2"):
+        local.set_model_version_tag(NAME, version, "tlpipe.bundle", "f" * 64)
+        expected = rf"version {version} is not what was put in production: .* expected {version}"
+        with pytest.raises(RegistryError, match=expected):
+            tracking.check_promoted(local, local.get_model_version(NAME, version))
+    with pytest.raises(RegistryError, match="version 1 is not what was put in production"):
+        promotion.rollback(local, NAME, None, "worse")
+    with pytest.raises(RegistryError, match="version 2 is not what was put in production"):
+        tracking.fetch(local, NAME, "champion")
+    assert aliases(local)["champion"] == "2"
+
+
+def test_a_challenger_never_moves_back(local: Any) -> None:
+    for version, expected in (("2", "2"), ("1", "2"), ("3", "3")):
+        tracking.challenge(local, NAME, version)
+        assert aliases(local) == {"challenger": expected}
+
+
+@pytest.mark.fault("R31")
+def test_promote_moves_what_it_has_judged(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate takes minutes; the version's tag changes meanwhile."""
+    local.set_model_version_tag(NAME, "2", "tlpipe.bundle", "2" * 64)
+    decision = gate.Decision("2", None, (), {})
+
+    def judge(*_: object) -> gate.Decision:
+        local.set_model_version_tag(NAME, "2", "tlpipe.bundle", "f" * 64)
+        return decision
+
+    monkeypatch.setattr(promotion, "_judge", judge)
+    monkeypatch.setattr(promotion, "_record", lambda *_: None)
+    monkeypatch.setattr(tracking, "bundle_of", lambda *_: None)
+    given: dict[str, Any] = {"source": None, "bounds": None}
+    measured: Any = SimpleNamespace(check=lambda _: None)
+    with pytest.raises(RegistryError, match=r"has the bundle f{16}; .* has 2{16}"):
+        promotion.promote(local, NAME, "2", measured=measured, **given)
+    assert aliases(local) == {}
 
 
 @pytest.mark.fault("R31")

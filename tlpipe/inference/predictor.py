@@ -45,7 +45,7 @@ class Predictor:
         except Exception as error:  # ONNX Runtime's errors have no class in common
             import onnxruntime
 
-            made_with = bundle.provenance["packages"].get("onnxruntime", "unknown")
+            made_with = bundle.provenance.get("packages", {}).get("onnxruntime", "unknown")
             raise ArtifactError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot run {graph}: "
                 f"{' '.join(str(error).split())[:300]}. It was made with {made_with}; install that "

@@ -5,6 +5,7 @@ mounted elsewhere would go on reading and writing the place that it had before. 
 database compares, and rewrites all locations in one transaction where they are of another folder.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -102,6 +103,9 @@ def create(workspace: Path) -> None:
 
     path = database(workspace)
     if not (home := path.parent).is_dir():
+        link = project(workspace) / DATABASE
+        if link.is_symlink():
+            raise RegistryError(f"{link} leads to {path}, whose folder is missing. Mount it.")
         raise RegistryError(
             f"{workspace.resolve()} is a temporary folder of 'dvc exp run', and there is no {home} "
             f"in the project that it comes from, to register in. Make it, or set "
@@ -168,8 +172,9 @@ def _lock(path: Path) -> Iterator[IO[str] | None]:
     lock = None
     with ExitStack() as stack:
         with suppress(OSError):  # read-only, or a file system without locks
-            lock = stack.enter_context(_opened_lock(path.with_name(f".{path.name}.lock")))
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            found = stack.enter_context(_opened_lock(path.with_name(f".{path.name}.lock")))
+            fcntl.flock(found, fcntl.LOCK_SH)
+            lock = found
         yield lock
 
 
@@ -193,7 +198,7 @@ def _settle(path: Path, lock: IO[str] | None) -> bool:
         if lock is not None:
             fcntl.flock(lock, fcntl.LOCK_SH)
         with closing(_connect(path)) as connection:
-            before = _home(connection)
+            before = _home(connection, home)
         if before in (None, home):
             return True
         if time.monotonic() > deadline:
@@ -209,6 +214,10 @@ def _settle(path: Path, lock: IO[str] | None) -> bool:
             if lock is not None:
                 fcntl.flock(lock, fcntl.LOCK_UN)
             time.sleep(random.uniform(0.05, 0.2))  # noqa: S311 - two who wait go out of step
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            lock = None  # of another user on NFS, which locks for writing what may be written
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF not in _CANNOT_BE_WRITTEN:
                 raise
@@ -221,11 +230,11 @@ def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=_PATIENCE_S, isolation_level=None)
 
 
-def _home(connection: sqlite3.Connection) -> Path | None:
+def _home(connection: sqlite3.Connection, here: Path) -> Path | None:
     """Return the folder that has experiments' artifacts beside the database, as it says.
 
-    The first experiment decides, which is made with the database: others may have been given a
-    place elsewhere.
+    The first experiment decides, which is made with the database. Others may have been given a
+    place elsewhere: they count where artifacts of theirs lie ``here`` now.
     """
     if ("experiments",) in connection.execute("SELECT name FROM sqlite_master").fetchall():
         known = "SELECT experiment_id, artifact_location FROM experiments ORDER BY experiment_id"
@@ -233,9 +242,17 @@ def _home(connection: sqlite3.Connection) -> Path | None:
             path = _path(location)
             if path is not None and path.name == str(number):  # of those made in MLflow's page
                 path = path.parent
-            if path is not None and path.name == ARTIFACTS:
+            if path is None or path.name != ARTIFACTS:
+                continue
+            if number == 0 or path.parent == here or _has_artifacts(connection, number, here):
                 return path.parent
     return None
+
+
+def _has_artifacts(connection: sqlite3.Connection, experiment: int, folder: Path) -> bool:
+    runs = "SELECT run_uuid FROM runs WHERE experiment_id = ?"
+    known = (run for (run,) in connection.execute(runs, (experiment,)))
+    return any((folder / ARTIFACTS / run).is_dir() for run in known)
 
 
 def _path(location: str | None) -> Path | None:
@@ -253,7 +270,7 @@ def _rewrite(path: Path, home: Path) -> int:
     """
     with closing(_connect(path)) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        count, old = 0, _home(connection)
+        count, old = 0, _home(connection, home)
         if old in (None, home):  # others were faster
             return 0
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}

@@ -47,7 +47,7 @@ _BEGAN, _TOOK_EFFECT, _LOST = (_TAG + mark for mark in ("began", "took_effect", 
 _BORN = "tlpipe.born"  # of a log: when the model it is of was created
 _PAGE = 16
 _TRIES = 20
-_A_STEP_S = 1.0  # so long somebody may take from one step of a move to the next
+_A_STEP_S = 10.0  # so long somebody may take from one step of a move to the next
 
 
 class Overtaken(RegistryError):  # noqa: N818  as it reads
@@ -124,6 +124,11 @@ def history(client: "MlflowClient", name: str) -> list[Move]:
     """Return every move that took effect, the oldest first; write nothing."""
     found = {move.number: move for move in _newest_first(client, name) if move.took_effect}
     return [found[number] for number in sorted(found)]
+
+
+def taken_back(client: "MlflowClient", name: str) -> list[Move]:
+    """Return the moves that began and count for nothing: a hand has undone them, or may have."""
+    return [move for move in _newest_first(client, name, lost=True) if move.began]
 
 
 def during(moves: list[Move], begin: datetime, end: datetime) -> list[Move]:
@@ -313,7 +318,15 @@ def _finish(client: "MlflowClient", name: str, last: Move) -> bool:
         RegistryError: the version holds another bundle than the one that was to be moved; the move
             counts for nothing then.
     """
+    client.set_model_version_tag(name + SUFFIX, str(last.number), _BEGAN, "yes")
+    if tail(client, name) != last:
+        # Somebody has finished it meanwhile and may have moved on, or has written it off.
+        entry = _version(client, name + SUFFIX, str(last.number))
+        return entry is not None and _TOOK_EFFECT in entry.tags
     version = _version(client, name, last.champion) if last.champion else None
+    if version is None and last.champion:
+        _write_off(client, name, str(last.number), "the version was deleted")
+        return False
     if version is not None and (found := version.tags.get(BUNDLE_TAG, "")) != last.bundle:
         _write_off(client, name, str(last.number), "another bundle")
         raise RegistryError(
@@ -321,11 +334,6 @@ def _finish(client: "MlflowClient", name: str, last: Move) -> bool:
             f"into production has {last.bundle[:16] or 'none'}. Somebody changed the version's "
             f"tags; nothing was moved. Register what was built, and promote that."
         )
-    client.set_model_version_tag(name + SUFFIX, str(last.number), _BEGAN, "yes")
-    if tail(client, name) != last:
-        # Somebody has finished it meanwhile and may have moved on, or has written it off.
-        entry = _version(client, name + SUFFIX, str(last.number))
-        return entry is not None and _TOOK_EFFECT in entry.tags
     aliases = client.get_registered_model(name).aliases
     if str(aliases.get(CHAMPION, "")) not in (last.champion, last.previous):
         _write_off(client, name, str(last.number), "moved by hand")
@@ -335,12 +343,28 @@ def _finish(client: "MlflowClient", name: str, last: Move) -> bool:
         # Whoever deletes a version takes it out of production, whatever the log says.
         if there and str(aliases.get(alias)) != str(there.version):
             client.set_registered_model_alias(name, alias, str(there.version))
+    entry = _version(client, name + SUFFIX, str(last.number))
+    if entry is None or _LOST in entry.tags:
+        _give_back(client, name, last, tail(client, name))
+        return False
     if version is not None:  # also where the log will be deleted
         text = f"{last.kind}, {last.at:%Y-%m-%d %H:%M:%S} UTC, by {last.by}: {last.why}"
         key = f"{_TAG}{last.number}"
         client.set_model_version_tag(name, last.champion, key, text[:LONGEST])
     client.set_model_version_tag(name + SUFFIX, str(last.number), _TOOK_EFFECT, "yes")
     return True
+
+
+def _give_back(client: "MlflowClient", name: str, late: Move, now: Move | None) -> None:
+    """Set the aliases as the last move says: another was written off while it set them."""
+    if champion_alias(client, name) != late.champion:
+        return
+    given = ((CHAMPION, now.champion), (PREVIOUS, now.previous)) if now else ((CHAMPION, ""),)
+    for alias, number in given:
+        if number:
+            client.set_registered_model_alias(name, alias, number)
+        else:
+            client.delete_registered_model_alias(name, alias)
 
 
 def _write_off(client: "MlflowClient", name: str, number: str, why: str) -> None:
@@ -434,10 +458,11 @@ def _create_log(client: "MlflowClient", name: str, born: str) -> None:
         client.set_registered_model_tag(name + SUFFIX, _BORN, born)
 
 
-def _newest_first(client: "MlflowClient", name: str) -> Iterator[Move]:
+def _newest_first(client: "MlflowClient", name: str, *, lost: bool = False) -> Iterator[Move]:
     """Yield the entries of this model; one may come twice where others are written meanwhile.
 
-    Those that lost are left out, and those of another model that had the name before.
+    Those that count for nothing are left out, or are what is yielded (``lost``); those of another
+    model that had the name before are left out.
     """
     from mlflow.exceptions import MlflowException
 
@@ -455,18 +480,18 @@ def _newest_first(client: "MlflowClient", name: str) -> Iterator[Move]:
             order_by=["version_number DESC"],
             page_token=token,
         )
-        yield from (move for version in page if (move := _move(client, version, born)))
+        yield from (move for version in page if (move := _move(client, version, born, lost)))
         if not (token := page.token):
             return
 
 
-def _move(client: "MlflowClient", version: "ModelVersion", born: str) -> Move | None:
-    """Return the move that an entry is; None for one that counts for nothing."""
+def _move(client: "MlflowClient", version: "ModelVersion", born: str, lost: bool) -> Move | None:
+    """Return the move that an entry is; None for one that is not asked for."""
     if not version.tags:
         # MLflow asks for tags after versions: what others pushed off the page meanwhile has none.
         version = client.get_model_version(version.name, version.version)
     tags = {key.removeprefix(_TAG): value for key, value in version.tags.items()}
-    if tags.get("born") != born or _LOST in version.tags:
+    if tags.get("born") != born or (_LOST in version.tags) != lost:
         return None
     return Move(
         number=int(version.version),

@@ -107,7 +107,8 @@ def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> 
 
     Raises:
         ArtifactError: its bundle is damaged.
-        RegistryError: there is nothing to go back to, or somebody else was faster.
+        RegistryError: there is nothing to go back to, it is not what was in production, or somebody
+            else was faster.
     """
     settle(client, name)
     log = moves.history(client, name)
@@ -130,6 +131,7 @@ def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> 
             f"{name} version {target} cannot be gone back to: expected one that was in production "
             f"before ({', '.join(known) or 'none'}). To put in a new one: 'tlpipe promote'."
         )
+    tracking.check_promoted(client, version)
     tracking.bundle_of(client, version)
     seen = moves.seen(client, name, version)
     return moves.move(client, name, seen, after=last, kind=ROLLBACK, why=why)

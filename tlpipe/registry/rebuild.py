@@ -191,6 +191,8 @@ def _check_out(origin: _Origin, clone: Path) -> Path:
             f"the commit {origin.commit} has no folder {origin.folder!r}, or it leads out of the "
             f"repository; expected the one that the version was made in."
         )
+    if (inside / ".dvc").is_symlink():  # its content would be changed
+        raise RegistryError(f".dvc is a link in the commit {origin.commit}; expected a folder.")
     return inside
 
 

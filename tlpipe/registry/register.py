@@ -84,9 +84,10 @@ def run(
         log = moves.history(client, params.name)
         # What once was in production and is no more was taken out by somebody: also a bundle whose
         # version or run was deleted since, and which has another number now.
-        is_new = version not in {entry.champion for entry in log}
-        is_new &= published.bundle.digest not in {entry.bundle for entry in log}
-        if not log or (params.promote == "auto" and is_new):
+        known = [*log, *moves.taken_back(client, params.name)]
+        is_new = version not in {entry.champion for entry in known}
+        is_new &= published.bundle.digest not in {entry.bundle for entry in known}
+        if is_new and (not log or params.promote == "auto"):
             try:
                 promotion.promote(
                     client,

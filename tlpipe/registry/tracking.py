@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 CHALLENGER = "challenger"
 _DIGEST = re.compile("[0-9a-f]{64}")
 _ADDRESS = "MLFLOW_TRACKING_URI"
+_REGISTRY = "MLFLOW_REGISTRY_URI"
 _ACCOUNT = tuple(f"MLFLOW_TRACKING_{part}" for part in ("USERNAME", "PASSWORD", "TOKEN"))
 _TRAINING = {"tlpipe.kind": "training"}
 BUNDLE_FOLDER, MODEL_FOLDER = "bundle", "trained"
@@ -62,7 +63,8 @@ def connection(
         logging.getLogger(chatty).setLevel(logging.ERROR)
     given = os.environ.get(_ADDRESS)
     with ExitStack() as stack:
-        stack.enter_context(_restored(_ADDRESS, *_ACCOUNT))
+        stack.enter_context(_restored(_ADDRESS, _REGISTRY, *_ACCOUNT))
+        _set({_REGISTRY: None})  # MLflow would prefer it, also to the address of another server
         if address is not None and urlsplit(address).netloc != urlsplit(given or "").netloc:
             _set({name: os.environ.get(f"TO_{name}") for name in _ACCOUNT})
         address = address or given or local.address(workspace)
@@ -117,7 +119,7 @@ def _errors() -> tuple[type[Exception], ...]:
 
 def is_there(workspace: Path) -> bool:
     """Return whether there may be a registry: one that is named, or the project's own."""
-    return _ADDRESS in os.environ or local.database(workspace).exists()
+    return bool(os.environ.get(_ADDRESS)) or local.database(workspace).exists()
 
 
 def check_own(workspace: Path) -> None:
@@ -244,7 +246,7 @@ def fetch(client: "MlflowClient", name: str, which: str) -> Fetched:
     try:
         version = find_version(client, name, which)
         if which == CHAMPION:
-            _check_promoted(client, version)
+            check_promoted(client, version)
         return Fetched(bundle_of(client, version), str(version.version))
     except (ArtifactError, RegistryError) as error:
         if which != CHAMPION:
@@ -258,22 +260,26 @@ def fetch(client: "MlflowClient", name: str, which: str) -> Fetched:
         if number == bad:
             continue
         with suppress(ArtifactError, RegistryError):
-            found = bundle_of(client, find_version(client, name, number))
+            older = find_version(client, name, number)
+            check_promoted(client, older)
+            found = bundle_of(client, older)
             degraded = f"{name} version {bad} cannot serve, version {number} does: {wrong}"
             _log.warning("degraded: %s", degraded)
             return Fetched(found, number, degraded)
     raise wrong
 
 
-def _check_promoted(client: "MlflowClient", version: "ModelVersion") -> None:
-    """Check that the champion is still what was promoted, by the digest in its last move.
+def check_promoted(client: "MlflowClient", version: "ModelVersion") -> None:
+    """Check that a version is still what was put in production, by the digest in its last move.
 
     Raises:
         RegistryError: somebody has changed the version's tags since, and maybe its files.
     """
     last = moves.tail(client, version.name)
-    found = version.tags.get(BUNDLE_TAG, "")
-    if last is not None and last.champion == str(version.version) and last.bundle != found:
+    log = [*moves.history(client, version.name), *([last] if last else [])]
+    found, number = version.tags.get(BUNDLE_TAG, ""), str(version.version)
+    last = next((move for move in reversed(log) if move.champion == number), None)
+    if last is not None and last.bundle != found:
         raise RegistryError(
             f"{version.name} version {version.version} is not what was put in production: its tag "
             f"{BUNDLE_TAG} is {found[:16] or 'missing'}, expected {last.bundle[:16]}. Nothing was "
