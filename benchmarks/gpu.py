@@ -204,7 +204,7 @@ def with_tlpipe(given: Given, batch_norm: str) -> Step:
     task, _ = tuning.prepare(data, given.work / "pixels", recipe)
     training = loop.Training(task, recipe, None)
     training.model.open_last(len(training.model.stages))
-    training.set_rates(0.01)
+    training.set_learning_rates(0.01)
 
     def orders() -> Iterator[np.ndarray]:
         for epoch in count():

@@ -57,7 +57,7 @@ data = dataset.load(root / "embed/activations", root / "split.csv")
 task, _ = tuning.prepare(data, root / "pixels", recipe)
 training = loop.Training(task, recipe, None)
 training.model.open_last(len(training.model.stages))
-training.set_rates(0.1)
+training.set_learning_rates(0.1)
 order = batches(task.train, size=32, seed=0, epoch=0, weights=None)
 for step in range(2):
     training.take_step(order[step], step)

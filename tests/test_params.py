@@ -51,8 +51,8 @@ def changed(section: str, key: str, value: object) -> str:
         ("audit", "suspects", 241, "audit.suspects is 241; it must be less than or equal to 240"),
         ("audit", "sheet_images", 0, "audit.sheet_images is 0; it must be greater than or equal"),
         ("embed", "threads", 0, "embed.threads is 0; it must be greater than or equal to 1"),
-        ("train", "penalties", [0.1, -1], "train.penalties.1 is -1; it must be greater than 0"),
-        ("train", "penalties", [], r"train.penalties is \[\]; .*at least 1 item"),
+        ("train", "l2", [0.1, -1], "train.l2.1 is -1; it must be greater than 0"),
+        ("train", "l2", [], r"train.l2 is \[\]; .*at least 1 item"),
         ("register", "name", "a/b", "register.name is 'a/b'"),
         ("register", "name", "a?b", "register.name is 'a\\?b'"),
         (
@@ -130,7 +130,7 @@ def test_messages_name_keys_that_exist(empty: Workspace) -> None:
     assert line.startswith("train.hidden is 64; it must be a list. Change it in")
     for section, key, twice in (
         ("export", "precisions", "int8"),
-        ("train", "penalties", 0.1),
+        ("train", "l2", 0.1),
         ("evaluate", "columns", "format"),
     ):
         line = refused(empty, changed(section, key, [twice, twice]))

@@ -242,12 +242,12 @@ def lr_find(
     given = stage_paths("train", params.parent)
     known = {name: given[name] for name in ("activations", "pixels", "split")}
     found = lr_find.run(**known, plot=plot, params=section)
-    if found.rates is None:
+    if found.learning_rates is None:
         print(f"the loss never falls: {plot}")
     else:
-        print(f"train.head_rate: {found.rates.head:.2g}")
+        print(f"train.head_lr: {found.learning_rates.head:.2g}")
         if found.open_stages:
-            print(f"train.stage_rate: {found.rates.stages:.2g}")
+            print(f"train.backbone_lr: {found.learning_rates.backbone:.2g}")
         print(f"see {plot}")
 
 

@@ -26,7 +26,7 @@ def test_curves_are_live_and_the_model_can_be_begun_from(
     workspace = copy_repository(tmp_path / "copy", env)
     workspace.set_source(photos)
     workspace.configure("embed", freeze="blocks5")
-    workspace.configure("train", epochs=2, batch=8, reinitialise=1)
+    workspace.configure("train", epochs=2, batch_size=8, reinitialise=1)
     command = ("mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db")
     where = ("--default-artifact-root", str(tmp_path / "mlartifacts"), "--port", str(port))
     with server(workspace, *command, *where, ready=f"{address}/health"):

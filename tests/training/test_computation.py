@@ -55,7 +55,7 @@ def test_all_that_changes_weights_changes_the_digest(monkeypatch: pytest.MonkeyP
     plain = digest()
     assert digest() == plain
     assert digest(recipe=Recipe(checkpoint_minutes=1.0)) == plain
-    others = [digest("other"), digest(recipe=Recipe(seed=1)), digest(recipe=Recipe(average=0.9))]
+    others = [digest("other"), digest(recipe=Recipe(seed=1)), digest(recipe=Recipe(ema_decay=0.9))]
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "of_modules", lambda *_: "other code")
         others.append(digest())

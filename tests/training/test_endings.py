@@ -12,9 +12,12 @@ from tlpipe.training.recipe import Recipe
 @pytest.mark.parametrize(
     ("recipe", "advice"),
     [
-        (Recipe(), r"Lower train\.batch, now 32, or freeze more in embed\.freeze\."),
-        (Recipe(batch=7), r"Lower train\.batch, now 7, or freeze more in embed\.freeze\."),
-        (Recipe(batch=1), r"kept\. Freeze more in embed\.freeze\."),
+        (Recipe(), r"Lower train\.batch_size, now 32, or freeze more in embed\.freeze\."),
+        (
+            Recipe(batch_size=7),
+            r"Lower train\.batch_size, now 7, or freeze more in embed\.freeze\.",
+        ),
+        (Recipe(batch_size=1), r"kept\. Freeze more in embed\.freeze\."),
     ],
 )
 def test_short_memory_is_explained(recipe: Recipe, advice: str) -> None:

@@ -80,7 +80,7 @@ def test_freezing_freezes_exactly_those_stages(name: str) -> None:
     given = task(build_network(name), side, count=4)
     given.classifier.trains_by_batch = True
     before = {n: t.clone() for n, t in given.classifier.state_dict().items()}
-    _, after = run(given, Recipe(epochs=4, batch=2, unfreeze_epochs=1))
+    _, after = run(given, Recipe(epochs=4, batch_size=2, unfreeze_epochs=1))
     names = [stage for stage, _ in given.classifier.stages.named_children()]
     opened = tuple(f"stages.{stage}." for stage in names[-3:])
     is_open = {n: n.startswith(opened) or n.startswith("head.") for n in before}
@@ -100,7 +100,7 @@ def _is_statistic(name: str) -> bool:
 def test_kept_statistics_stay_and_weights_move() -> None:
     given = tiny.task([0, 1] * 6)
     before = {n: t.clone() for n, t in given.classifier.state_dict().items()}
-    _, after = run(given, Recipe(epochs=1, batch=4))
+    _, after = run(given, Recipe(epochs=1, batch_size=4))
     for n, tensor in after.items():
         is_fixed = n in dict(given.classifier.named_buffers())
         assert torch.equal(tensor, before[n]) == is_fixed, n
@@ -109,7 +109,7 @@ def test_kept_statistics_stay_and_weights_move() -> None:
 def test_gradual_unfreezing_opens_one_stage_more_each_period() -> None:
     """Two epochs for the head alone, two with the last stage, and so on."""
     given = tiny.task([0, 1] * 6)
-    training = loop.Training(given, Recipe(epochs=8, batch=6, unfreeze_epochs=2), None)
+    training = loop.Training(given, Recipe(epochs=8, batch_size=6, unfreeze_epochs=2), None)
     training.begin()
     moved = []
     for _ in range(8):
@@ -125,7 +125,7 @@ def test_gradual_unfreezing_opens_one_stage_more_each_period() -> None:
 def test_training_fits_its_images_and_keeps_the_best_epoch() -> None:
     given = tiny.task([0, 1] * 8)
     recipe = Recipe(
-        epochs=10, batch=4, head_rate=0.05, stage_rate=0.02, label_smoothing=0.0, metric="loss"
+        epochs=10, batch_size=4, head_lr=0.05, backbone_lr=0.02, label_smoothing=0.0, metric="loss"
     )
     epochs, _ = run(given, recipe)
     assert [e.epoch for e in epochs] == list(range(11))
@@ -135,11 +135,11 @@ def test_training_fits_its_images_and_keeps_the_best_epoch() -> None:
 
 
 def test_the_weights_of_the_best_epoch_are_kept_not_the_last() -> None:
-    """Rates that destroy what was there: the best epoch is the one before the first step."""
+    """With learning rates that destroy all, the best epoch is that before the first step."""
     given = tiny.task([0, 1] * 8)
-    run(given, Recipe(epochs=3, batch=4, metric="loss"))
+    run(given, Recipe(epochs=3, batch_size=4, metric="loss"))
     start = {n: t.clone() for n, t in given.classifier.state_dict().items()}
-    recipe = Recipe(epochs=2, batch=4, head_rate=50, stage_rate=50, metric="loss", warmup=0.0)
+    recipe = Recipe(epochs=2, batch_size=4, head_lr=50, backbone_lr=50, metric="loss", warmup=0.0)
     epochs, last = run(given, recipe)
     assert loop.best_of(epochs, recipe).epoch == 0
     kept = given.classifier.state_dict()
@@ -148,8 +148,8 @@ def test_the_weights_of_the_best_epoch_are_kept_not_the_last() -> None:
 
 
 def test_patience_ends_training_so_many_epochs_after_the_best() -> None:
-    """At rates of 1e-12 no metric moves: the start stays the best."""
-    recipe = Recipe(epochs=50, batch=6, stage_rate=1e-12, head_rate=1e-12, patience=3)
+    """At learning rates of 1e-12 no metric moves: the start stays the best."""
+    recipe = Recipe(epochs=50, batch_size=6, backbone_lr=1e-12, head_lr=1e-12, patience=3)
     epochs, _ = run(tiny.task([0, 1] * 6), recipe)
     assert len({epoch.validation.accuracy for epoch in epochs}) == 1
     best = loop.best_of(epochs, recipe).epoch
@@ -194,7 +194,7 @@ def test_weighing_classes_teaches_no_image_another_class() -> None:
     """
     labels = [0] * COMMON + [1] * RARE
     given = tiny.linear_task(soft(torch.tensor(labels), 2).double(), labels)
-    found = optimum(given, Recipe(balance="loss", batch=1000, weight_decay=0.0))
+    found = optimum(given, Recipe(balance="loss", batch_size=1000, weight_decay=0.0))
     assert found[0] == pytest.approx([0.95, 0.05], abs=1e-3)
     assert found[-1] == pytest.approx([0.05, 0.95], abs=1e-3)
 
@@ -205,7 +205,7 @@ def test_where_nothing_tells_images_apart_weights_are_the_prior(balance: Any, ra
     """The optimum is the weighted mean of the smoothed targets."""
     labels = [0] * COMMON + [1] * RARE
     given = tiny.linear_task(torch.ones(1000, 1, dtype=torch.float64), labels)
-    found = optimum(given, Recipe(balance=balance, batch=1000, weight_decay=0.0))
+    found = optimum(given, Recipe(balance=balance, batch_size=1000, weight_decay=0.0))
     assert found[0][1] == pytest.approx(0.9 * rare + 0.05, abs=1e-3)
 
 
@@ -214,7 +214,7 @@ def optimum(given: Task, recipe: Recipe) -> Floats:
     training = loop.Training(given, recipe, None)
     training.model.open_last(0)
     for rate in (50, 5):
-        training.set_rates(rate)
+        training.set_learning_rates(rate)
         for _ in range(150):
             training.take_step(given.train.rows, 0)
     with torch.no_grad():
@@ -250,8 +250,8 @@ def test_class_weights_are_those_of_scikit_learn() -> None:
         {"label_smoothing": 0.0},
         {"label_smoothing": 0.3},
         {"weight_decay": 0.5},
-        {"clip": 0.01},
-        {"clip": 0.01, "weight_decay": 0.5},
+        {"max_grad_norm": 0.01},
+        {"max_grad_norm": 0.01, "weight_decay": 0.5},
         {"balance": "loss"},
         {"optimiser": "adamw"},
         {"optimiser": "adamw", "weight_decay": 0.5},
@@ -260,14 +260,14 @@ def test_class_weights_are_those_of_scikit_learn() -> None:
 )
 def test_two_steps_are_those_of_the_formulas(options: dict[str, Any]) -> None:
     """Multinomial logistic regression, whose gradient is written down here."""
-    recipe = Recipe(**{"optimiser": "sgd", "head_rate": 0.2, "batch": 9} | options)
+    recipe = Recipe(**{"optimiser": "sgd", "head_lr": 0.2, "batch_size": 9} | options)
     labels = [0] * 6 + [1] * 2 + [2]
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(9, 4, generator=generator, dtype=torch.float64)
     given = tiny.linear_task(features, labels)
     training = loop.Training(given, recipe, None)
     training.model.open_last(0)
-    training.set_rates(0.5)
+    training.set_learning_rates(0.5)
     losses = [training.take_step(given.train.rows, step) for step in range(2)]
 
     x, y = features.numpy(), np.eye(3)[labels]
@@ -284,7 +284,7 @@ def test_two_steps_are_those_of_the_formulas(options: dict[str, Any]) -> None:
         residual = images[:, None] * (softmax(logits, 1) - targets) / 9
         gradients = [residual.T @ x, residual.sum(0)]
         length = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
-        gradients = [g * min(1, recipe.clip / (length + 1e-6)) for g in gradients]
+        gradients = [g * min(1, recipe.max_grad_norm / (length + 1e-6)) for g in gradients]
         moved = []
         for i, old in enumerate((weight, bias)):
             decay = 0 if i else recipe.weight_decay
@@ -305,16 +305,16 @@ def test_two_steps_are_those_of_the_formulas(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("by_batch", [False, True])
 def test_two_steps_of_open_stages_are_those_of_plain_torch(by_batch: bool) -> None:
     """With statistics of each batch, which are averaged, and with pretrained ones, which stay."""
-    still = {"label_smoothing": 0.0, "weight_decay": 0.0, "stage_decay": 1.0}
-    rates = {"optimiser": "sgd", "stage_rate": 0.2, "head_rate": 0.2, "batch": 6}
-    recipe = Recipe(**still, **rates)  # type: ignore[arg-type]
+    still = {"label_smoothing": 0.0, "weight_decay": 0.0, "layer_decay": 1.0}
+    learning_rates = {"optimiser": "sgd", "backbone_lr": 0.2, "head_lr": 0.2, "batch_size": 6}
+    recipe = Recipe(**still, **learning_rates)  # type: ignore[arg-type]
     given = tiny.task([0, 1, 2] * 2, dtype=torch.float64, by_batch=by_batch)
     plain = nn.Sequential(tiny.stages(), nn.Linear(8, 3)).double()
     plain[0].load_state_dict(given.classifier.stages.state_dict())
     plain[1].load_state_dict(given.classifier.layers[0].state_dict())
     training = loop.Training(given, recipe, None)
     training.model.open_last(3)
-    training.set_rates(0.5)
+    training.set_learning_rates(0.5)
 
     for module in plain.modules():
         module.train(by_batch or not isinstance(module, nn.BatchNorm2d))
@@ -324,7 +324,7 @@ def test_two_steps_of_open_stages_are_those_of_plain_torch(by_batch: bool) -> No
         optimiser.zero_grad()
         loss = nn.functional.cross_entropy(plain(images), labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), recipe.clip)
+        nn.utils.clip_grad_norm_(plain.parameters(), recipe.max_grad_norm)
         optimiser.step()
         assert training.take_step(given.train.rows, step) == pytest.approx(loss.item())
     found = training.model.state_dict()
@@ -348,10 +348,10 @@ def test_images_and_labels_of_a_step_are_mixed_alike(kind: Any) -> None:
     torch.nn.init.eye_(given.classifier.layers[0].weight)
     seen: list[Tensor] = []
     given.classifier.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
-    recipe = Recipe(batch=6, mix=kind, mix_alpha=1.0, label_smoothing=0.0)
+    recipe = Recipe(batch_size=6, mixup=kind, mixup_alpha=1.0, label_smoothing=0.0)
     training = loop.Training(given, recipe, None)
     training.model.open_last(0)
-    training.set_rates(0.0)
+    training.set_learning_rates(0.0)
     mixed = 0
     for step in range(10):
         loss = training.take_step(given.train.rows, step)
@@ -364,7 +364,7 @@ def test_images_and_labels_of_a_step_are_mixed_alike(kind: Any) -> None:
 
 def test_sampling_draws_all_classes_alike() -> None:
     given = tiny.task([0] * 90 + [1] * 10)
-    training = loop.Training(given, Recipe(balance="sampling", epochs=8, batch=25), None)
+    training = loop.Training(given, Recipe(balance="sampling", epochs=8, batch_size=25), None)
     training.begin()
     for _ in range(8):
         training.train_epoch(Stop())
@@ -383,13 +383,17 @@ def test_rates_follow_warm_up_and_cosine_and_rise_anew_for_what_opens_late(
     unfreeze_epochs: int,
 ) -> None:
     given = tiny.task([0, 1] * 6)
-    recipe = Recipe(epochs=8, batch=3, warmup=0.125, head_rate=0.1, unfreeze_epochs=unfreeze_epochs)
-    rates: list[dict[int, float]] = []
+    recipe = Recipe(
+        epochs=8, batch_size=3, warmup=0.125, head_lr=0.1, unfreeze_epochs=unfreeze_epochs
+    )
+    learning_rates: list[dict[int, float]] = []
 
     class Recorder(tiny.Rows):
         def varied(self, rows: Numbers, chances: Chances) -> Tensor:
             groups = training.optimiser.param_groups
-            rates.append({group["depth"]: group["lr"] / group["rate"] for group in groups})
+            learning_rates.append(
+                {group["depth"]: group["lr"] / group["peak_lr"] for group in groups}
+            )
             return super().varied(rows, chances)
 
     given = replace(given, feed=Recorder(given.feed.inputs))  # type: ignore[attr-defined]
@@ -399,7 +403,7 @@ def test_rates_follow_warm_up_and_cosine_and_rise_anew_for_what_opens_late(
         training.train_epoch(Stop())
         training.end_epoch()
     steps, rise = 32, 4
-    assert len(rates) == steps
+    assert len(learning_rates) == steps
     for depth in range(4):
         opened = depth * unfreeze_epochs * 4
         for step in range(opened, steps):
@@ -407,16 +411,16 @@ def test_rates_follow_warm_up_and_cosine_and_rise_anew_for_what_opens_late(
             if step >= rise:
                 cosine = 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
             expected = cosine * min(1, (step - opened + 1) / rise)
-            assert rates[step][depth] == pytest.approx(expected), (depth, step)
+            assert learning_rates[step][depth] == pytest.approx(expected), (depth, step)
 
 
 @pytest.mark.fault("T07")
 def test_a_loss_that_is_no_number_stops_training() -> None:
     expected = (
         r"the loss is (nan|inf) in epoch \d, step \d; expected a number. No model was written. "
-        r"Lower train.stage_rate and train.head_rate, now 1e\+30 and 1e\+30"
+        r"Lower train.backbone_lr and train.head_lr, now 1e\+30 and 1e\+30"
     )
-    recipe = Recipe(epochs=3, batch=4, head_rate=1e30, stage_rate=1e30, stage_decay=1.0)
+    recipe = Recipe(epochs=3, batch_size=4, head_lr=1e30, backbone_lr=1e30, layer_decay=1.0)
     with pytest.raises(TrainingError, match=expected):
         run(tiny.task([0, 1] * 6), recipe)
 
@@ -424,7 +428,12 @@ def test_a_loss_that_is_no_number_stops_training() -> None:
 RESUMED = [
     {"optimiser": optimiser, **more}
     for optimiser in ("adamw", "sgd")
-    for more in ({}, {"average": 0.9}, {"unfreeze_epochs": 1}, {"mix": "mixup", "balance": "loss"})
+    for more in (
+        {},
+        {"ema_decay": 0.9},
+        {"unfreeze_epochs": 1},
+        {"mixup": "mixup", "balance": "loss"},
+    )
 ]
 
 
@@ -434,7 +443,7 @@ def test_a_resumed_training_has_every_bit_of_the_undisturbed_one(
     options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """3x3 convolutions, BatchNorm by batches, dropout; stopped in the middle of the third epoch."""
-    recipe = Recipe(epochs=4, batch=4, **options)
+    recipe = Recipe(epochs=4, batch_size=4, **options)
     stop = Stop()
 
     class Stopping(tiny.Rows):
@@ -478,8 +487,8 @@ def finish(training: loop.Training, stop: Stop) -> None:
 def every_tensor(training: loop.Training) -> dict[str, Tensor]:
     """Return all that changes: weights, their average, the optimiser's statistics."""
     tensors = {f"model.{n}": t for n, t in training.model.state_dict().items()}
-    if training.average is not None:
-        tensors |= {f"average.{n}": t for n, t in training.average.state_dict().items()}
+    if training.ema is not None:
+        tensors |= {f"ema.{n}": t for n, t in training.ema.state_dict().items()}
     for number, state in training.optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{number}.{n}": t for n, t in state.items() if t is not None}
     return tensors

@@ -71,7 +71,7 @@ def reference(l2: float, weights: heads.Floats) -> LogisticRegression:
     return LogisticRegression(C=1 / (l2 * weights.sum()), max_iter=20000, tol=1e-10)
 
 
-RECIPE = Recipe(penalties=(1.0, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003))
+RECIPE = Recipe(l2=(1.0, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003))
 
 
 def test_the_l2_and_the_held_out_predictions_are_those_of_cross_validation(
@@ -81,7 +81,7 @@ def test_the_l2_and_the_held_out_predictions_are_those_of_cross_validation(
     standard = found.standard.apply(features[:, 0])
     labels = data.labelled.labels
     losses = {}
-    for l2 in RECIPE.penalties:
+    for l2 in RECIPE.l2:
         model = reference(l2, np.ones(180))  # 3 of 4 folds
         expected = cross_val_predict(
             model, standard, labels, cv=PredefinedSplit(found.folds), method="predict_proba"
@@ -92,7 +92,7 @@ def test_the_l2_and_the_held_out_predictions_are_those_of_cross_validation(
             assert np.abs(np.exp(heads.log_softmax(logits)) - expected).max() < 0.02
     assert found.best.l2 == min(losses, key=losses.get)  # type: ignore[arg-type]
     assert 0.001 < found.best.l2 < 1.0  # a choice that the ends of the grid would not make
-    tried = sorted(RECIPE.penalties, reverse=True)[: len(found.path)]
+    tried = sorted(RECIPE.l2, reverse=True)[: len(found.path)]
     for l2, step in zip(tried, found.path, strict=True):
         assert step.validation_loss == pytest.approx(losses[l2], abs=2e-3)
 
@@ -148,7 +148,7 @@ def test_blocks_from_a_file_give_what_one_block_gives(features: heads.Floats, da
 @pytest.mark.fault("T20")
 def test_the_number_of_cores_changes_no_bit(features: heads.Floats, data: Data) -> None:
     """Folds that run side by side read one file at the same time."""
-    recipe, cores = Recipe(penalties=(0.1, 0.03)), os.sched_getaffinity(0)
+    recipe, cores = Recipe(l2=(0.1, 0.03)), os.sched_getaffinity(0)
     alike = []
     try:
         for given in ({min(cores)}, cores):
@@ -167,7 +167,7 @@ def test_balance_weighs_images_by_their_class(features: heads.Floats, balance: s
     examples = Examples(np.arange(120), labels)
     nobody = Examples(np.empty(0, np.int64), np.empty(0, np.int64))
     data = Data(examples, nobody, tuple(f"g{i}" for i in range(240)))
-    recipe = Recipe(penalties=(0.1,), balance=balance)  # type: ignore[arg-type]
+    recipe = Recipe(l2=(0.1,), balance=balance)  # type: ignore[arg-type]
     found = probe.fit(plain(features), data, examples, recipe)
     model = LogisticRegression(
         C=1 / (0.1 * 120), max_iter=20000, tol=1e-10, class_weight="balanced"
@@ -192,7 +192,7 @@ def test_what_is_held_out_is_as_wide_as_what_ships(features: heads.Floats, data:
 
 def test_images_that_are_all_alike_are_answered_by_the_shares_of_classes(data: Data) -> None:
     alike = np.ones((240, 2, WIDTH))
-    found = probe.fit(plain(alike), data, data.labelled, Recipe(penalties=(0.1,)))
+    found = probe.fit(plain(alike), data, data.labelled, Recipe(l2=(0.1,)))
     assert not found.head.weight.any()
     held = found.held_out(data.labelled)
     assert np.exp(heads.log_softmax(held.logits.astype(np.float64))) == pytest.approx(
@@ -213,7 +213,7 @@ def test_folds_of_classes_of_few_groups_hold_out_every_class() -> None:
 def test_features_that_tell_nothing_are_said(data: Data, caplog: pytest.LogCaptureFixture) -> None:
     noise = np.random.default_rng(5).normal(size=(240, 2, WIDTH))
     with caplog.at_level(logging.WARNING):
-        probe.fit(plain(noise), data, data.labelled, Recipe(penalties=(0.001,)))
+        probe.fit(plain(noise), data, data.labelled, Recipe(l2=(0.001,)))
     assert any("shares of the classes alone, whose loss is 1.0986" in m for m in caplog.messages)
 
 
@@ -262,7 +262,7 @@ def test_what_was_chosen_is_said_with_its_reason(
     step = found.best.step
     assert caplog.messages[len(found.path) :] == [
         f"chosen: l2 {found.best.l2:g}, which has the least loss; "
-        f"{len(RECIPE.penalties) - len(found.path)} weaker ones were left out"
+        f"{len(RECIPE.l2) - len(found.path)} weaker ones were left out"
     ]
     assert (
         f"l2 {found.best.l2:g}: 4-fold loss {step.validation_loss:.4f}, accuracy "
@@ -270,5 +270,5 @@ def test_what_was_chosen_is_said_with_its_reason(
     ) in caplog.messages
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        probe.fit(plain(features), data, data.labelled, Recipe(penalties=(0.01, 3.0, 10.0)))
-    assert any("at the end of train.penalties" in text for text in caplog.messages)
+        probe.fit(plain(features), data, data.labelled, Recipe(l2=(0.01, 3.0, 10.0)))
+    assert any("at the end of train.l2" in text for text in caplog.messages)

@@ -72,7 +72,9 @@ def trained(
     task = Task(
         **{name: getattr(given, name) for name in Task.__dataclass_fields__} | {"feed": feed}
     )
-    recipe = Recipe(**{"epochs": 3, "batch": 5, "stage_rate": 0.01, "head_rate": 0.01} | options)
+    recipe = Recipe(
+        **{"epochs": 3, "batch_size": 5, "backbone_lr": 0.01, "head_lr": 0.01} | options
+    )
     training = loop.Training(task, recipe, Checkpoints(folder / f"disk {rank}", "digest"))
     training.begin()
     try:
@@ -82,8 +84,8 @@ def trained(
     except Interrupted:
         assert stop_in or count > 1
     tensors = {f"model.{n}": t for n, t in training.model.state_dict().items()}
-    if training.average is not None:
-        tensors |= {f"average.{n}": t for n, t in training.average.state_dict().items()}
+    if training.ema is not None:
+        tensors |= {f"ema.{n}": t for n, t in training.ema.state_dict().items()}
     for number, state in training.optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{number}.{n}": t for n, t in state.items() if t is not None}
     losses = [epoch.validation.loss for epoch in training.state.history]
@@ -116,8 +118,8 @@ def together(
     "options",
     [
         {"optimiser": "sgd"},
-        {"optimiser": "sgd", "by_batch": True, "clip": 0.01},
-        {"by_batch": True, "average": 0.9, "balance": "loss", "weight_decay": 0.1},
+        {"optimiser": "sgd", "by_batch": True, "max_grad_norm": 0.01},
+        {"by_batch": True, "ema_decay": 0.9, "balance": "loss", "weight_decay": 0.1},
         {"unfreeze_epochs": 1, "balance": "sampling", "label_smoothing": 0.0},
     ],
     ids=str,
@@ -139,9 +141,9 @@ def test_two_processes_learn_what_one_does(options: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.fault("T20")
-@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
-def test_both_processes_have_one_model_where_shares_are_mixed(mix: str, tmp_path: Path) -> None:
-    first, second = together(tmp_path, {"mix": mix, "by_batch": True, "average": 0.9})
+@pytest.mark.parametrize("mixup", ["mixup", "cutmix"])
+def test_both_processes_have_one_model_where_shares_are_mixed(mixup: str, tmp_path: Path) -> None:
+    first, second = together(tmp_path, {"mixup": mixup, "by_batch": True, "ema_decay": 0.9})
     for name in first.keys() - {"drawn"}:
         assert torch.equal(first[name], second[name]), name
 
@@ -150,7 +152,7 @@ def test_both_processes_have_one_model_where_shares_are_mixed(mix: str, tmp_path
 @pytest.mark.parametrize("other_disk", ["nothing", "an older checkpoint"])
 def test_the_first_process_s_checkpoint_is_resumed_by_all(other_disk: str, tmp_path: Path) -> None:
     """Without a shared file system; asked to stop is the second process alone."""
-    options = {"by_batch": True, "average": 0.9, "mix": "mixup"}
+    options = {"by_batch": True, "ema_decay": 0.9, "mixup": "mixup"}
     undisturbed = together(tmp_path / "undisturbed", options)
     stopped = together(tmp_path / "resumed", options, stops=(0, 5))
     assert [int(found["steps"]) for found in stopped] == [5, 5]
@@ -253,7 +255,7 @@ def test_torchrun_trains_what_one_process_trains(prepared: Workspace, tmp_path: 
     workspace = Workspace(tmp_path, prepared.env)
     (tmp_path / "artifacts").symlink_to(prepared.path / "artifacts")
     shutil.copyfile(prepared.path / "params.yaml", tmp_path / "params.yaml")
-    workspace.configure("train", epochs=1, batch=6, optimiser="sgd", batch_norm="batch")
+    workspace.configure("train", epochs=1, batch_size=6, optimiser="sgd", batch_norm="batch")
     _, *alone = arguments(tmp_path / "one")
     workspace.run("tlpipe", *alone)
     _, *both = arguments(tmp_path / "two")

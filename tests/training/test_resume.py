@@ -25,9 +25,9 @@ from tlpipe.training import model as models
 
 RECIPE: dict[str, Any] = {
     "epochs": 3,
-    "batch": 4,
-    "mix": "mixup",
-    "average": 0.8,
+    "batch_size": 4,
+    "mixup": "mixup",
+    "ema_decay": 0.8,
     "batch_norm": "batch",
     "checkpoint_minutes": 1e-6,
 }
@@ -273,4 +273,4 @@ def test_too_little_memory_is_said_at_once(prepared: Workspace, tmp_path: Path) 
     """There are no loader workers that could die: a step reads its own rows."""
     result = prepared.run(sys.executable, "-c", STARVED, str(tmp_path), ".", code=1)
     assert "TrainingError: there is not enough memory to train" in result.stderr
-    assert "Lower train.batch, now 4, or freeze more" in result.stderr
+    assert "Lower train.batch_size, now 4, or freeze more" in result.stderr

@@ -40,7 +40,7 @@ def test_the_history_is_the_path_of_l2_and_the_least_loss_is_chosen(main_job: Wo
     card = json.loads((main_job.path / "artifacts/train/model/model.json").read_text())
     assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
     losses = [float(row["validation_loss"]) for row in rows]
-    l2s = sorted(Recipe().penalties, reverse=True)
+    l2s = sorted(Recipe().l2, reverse=True)
     assert [float(row["l2"]) for row in rows] == pytest.approx(l2s[: len(rows)])
     assert card["l2"] == l2s[int(np.argmin(losses))]
     assert card["validation_loss"] == pytest.approx(min(losses), abs=1e-6)
@@ -100,7 +100,7 @@ def pipeline(workspace: Workspace, photos: Path, freeze: str, **train: object) -
 
 @pytest.mark.slow
 def test_nothing_frozen_trains_the_whole_network(workspace: Workspace, photos: Path) -> None:
-    card = pipeline(workspace, photos, "none", epochs=1, batch=8, batch_norm="pretrained")
+    card = pipeline(workspace, photos, "none", epochs=1, batch_size=8, batch_norm="pretrained")
     assert card["origin"]["boundary"] == ""
     assert (card["trainable_parameters"], card["frozen_parameters"]) == (3_371_008 + 2 * 1281, 0)
     assert [row["step"] for row in workspace.rows("artifacts/train/history.csv")] == ["0", "1"]
@@ -110,7 +110,7 @@ def test_nothing_frozen_trains_the_whole_network(workspace: Workspace, photos: P
 
 @pytest.mark.slow
 def test_last_stages_forgotten_and_hidden_units(workspace: Workspace, photos: Path) -> None:
-    options = {"epochs": 4, "batch": 8, "hidden": [16], "reinitialise": 1, "metric": "loss"}
+    options = {"epochs": 4, "batch_size": 8, "hidden": [16], "reinitialise": 1, "metric": "loss"}
     card = pipeline(workspace, photos, "blocks5", **options)
     assert card["l2"] is None
     assert card["trainable_parameters"] + card["frozen_parameters"] == 3_371_008 + 20_530
@@ -129,19 +129,19 @@ WITHOUT_EFFECT: list[tuple[int, dict[str, Any], str]] = [
         (0, {name: value}, f"train.{name}: {value} has no effect: embed.freeze is all, which")
         for name, value in {
             "epochs": 20,
-            "batch": 8,
+            "batch_size": 8,
             "optimiser": "sgd",
-            "head_rate": 0.1,
-            "stage_rate": 0.1,
-            "stage_decay": 0.5,
+            "head_lr": 0.1,
+            "backbone_lr": 0.1,
+            "layer_decay": 0.5,
             "batch_norm": "batch",
             "warmup": 0.2,
             "weight_decay": 0.0,
-            "clip": 5.0,
+            "max_grad_norm": 5.0,
             "label_smoothing": 0.0,
-            "mix": "mixup",
-            "mix_alpha": 0.5,
-            "average": 0.9,
+            "mixup": "mixup",
+            "mixup_alpha": 0.5,
+            "ema_decay": 0.9,
             "metric": "loss",
             "patience": 3,
             "unfreeze_epochs": 1,
@@ -149,19 +149,27 @@ WITHOUT_EFFECT: list[tuple[int, dict[str, Any], str]] = [
             "seed": 3,
         }.items()
     ),
-    (0, {"average": 0.9, "epochs": 20}, "train.epochs: 20, train.average: 0.9 have no effect: emb"),
-    (0, {"hidden": (8,), "stage_rate": 0.1}, "train.stage_rate: 0.1 has no effect: embed.freeze"),
+    (
+        0,
+        {"ema_decay": 0.9, "epochs": 20},
+        "train.epochs: 20, train.ema_decay: 0.9 have no effect: emb",
+    ),
+    (0, {"hidden": (8,), "backbone_lr": 0.1}, "train.backbone_lr: 0.1 has no effect: embed.freeze"),
     (0, {"hidden": (8,), "batch_norm": "batch"}, "train.batch_norm: batch has no effect: embed.f"),
     (1, {"hidden": (8,), "max_iterations": 9}, "train.max_iterations: 9 has no effect: a head wi"),
-    (1, {"hidden": (8,), "penalties": (0.5,)}, r"train.penalties: \[0.5\] has no effect: a head"),
+    (1, {"hidden": (8,), "l2": (0.5,)}, r"train.l2: \[0.5\] has no effect: a head"),
     (
         1,
-        {"stage_decay": 0.5},
-        "train.stage_decay: 0.5 has no effect: embed.freeze is none, wh",
+        {"layer_decay": 0.5},
+        "train.layer_decay: 0.5 has no effect: embed.freeze is none, wh",
     ),
-    (2, {"stage_decay": 0.5, "stage_rate": 0}, "train.stage_decay: 0.5 has no effect: train.stag"),
-    (2, {"mix_alpha": 0.5}, "train.mix_alpha: 0.5 has no effect: train.mix is none"),
-    (2, {"mix": "mixup", "batch": 1}, "train.mix: mixup has no effect: train.batch is 1, so there"),
+    (2, {"layer_decay": 0.5, "backbone_lr": 0}, "train.layer_decay: 0.5 has no effect: train.back"),
+    (2, {"mixup_alpha": 0.5}, "train.mixup_alpha: 0.5 has no effect: train.mixup is none"),
+    (
+        2,
+        {"mixup": "mixup", "batch_size": 1},
+        "train.mixup: mixup has no effect: train.batch_size is 1, so there",
+    ),
     (2, {"patience": 10}, "train.patience: 10 has no effect: train.epochs is 10, which ends"),
     (2, {"unfreeze_epochs": 10}, "train.unfreeze_epochs: 10 has no effect: train.epochs is 10, w"),
 ]
@@ -181,11 +189,11 @@ def test_an_option_that_can_have_no_effect_is_named(
     ("open_stages", "options"),
     [
         (0, {}),
-        (0, {"balance": "loss", "penalties": (0.5,), "max_iterations": 9}),
+        (0, {"balance": "loss", "l2": (0.5,), "max_iterations": 9}),
         (0, {"balance": "sampling", "epochs": 10, "label_smoothing": 0.1}),  # the defaults
-        (0, {"hidden": (8,), "epochs": 20, "patience": 3, "mix": "mixup", "mix_alpha": 1.0}),
-        (1, {"stage_rate": 0.1, "penalties": (0.5,), "unfreeze_epochs": 9}),
-        (2, {"stage_decay": 0.5, "patience": 9, "metric": "loss", "batch_norm": "batch"}),
+        (0, {"hidden": (8,), "epochs": 20, "patience": 3, "mixup": "mixup", "mixup_alpha": 1.0}),
+        (1, {"backbone_lr": 0.1, "l2": (0.5,), "unfreeze_epochs": 9}),
+        (2, {"layer_decay": 0.5, "patience": 9, "metric": "loss", "batch_norm": "batch"}),
     ],
     ids=str,
 )
@@ -201,14 +209,16 @@ def test_where_images_decide_what_is_open_an_option_without_effect_is_only_said(
     (line,) = caplog.messages
     assert line.startswith("train.label_smoothing: 0.0 has no effect: embed.freeze is auto, which")
     # What the freeze level does not decide stays an error.
-    with pytest.raises(ParamsError, match=r"train.mix_alpha: 0.5 has no effect: train.mix is none"):
-        check_effects(Recipe(mix_alpha=0.5), "auto", 2)
+    with pytest.raises(
+        ParamsError, match=r"train.mixup_alpha: 0.5 has no effect: train.mixup is none"
+    ):
+        check_effects(Recipe(mixup_alpha=0.5), "auto", 2)
 
 
 def test_every_option_is_known_to_the_refusals() -> None:
     """A new option belongs in one of both lists."""
     without = {name for stages, options, _ in WITHOUT_EFFECT if not stages for name in options}
-    with_effect = {"penalties", "max_iterations", "balance", "hidden", "reinitialise"}
+    with_effect = {"l2", "max_iterations", "balance", "hidden", "reinitialise"}
     assert without | with_effect == set(Recipe.model_fields)
 
 
@@ -228,19 +238,19 @@ def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace
     command = ("tlpipe", "train", *known, *split, "--model", "m", "--history", "h.csv")
     said = empty.run(*command, code=3).stderr
     assert "train.reinitialise is 1; 0 stages are open, since embed.freeze is all; expe" in said
-    empty.configure("train", reinitialise=0, batch=597, hidden=[8])
+    empty.configure("train", reinitialise=0, batch_size=597, hidden=[8])
     said = empty.run(*command, code=3).stderr
-    assert "train.batch is 597; there are 596 training images." in said
-    empty.configure("train", batch=8, mix="cutmix")
+    assert "train.batch_size is 597; there are 596 training images." in said
+    empty.configure("train", batch_size=8, mixup="cutmix")
     said = empty.run(*command, code=3).stderr
-    assert "train.mix is cutmix; what features gives has no height and width to cut" in said
+    assert "train.mixup is cutmix; what features gives has no height and width to cut" in said
 
 
 @pytest.mark.fault("T16")
 def test_options_without_effect_are_refused_before_any_work(empty: Workspace) -> None:
-    empty.configure("train", epochs=20, mix="mixup")
+    empty.configure("train", epochs=20, mixup="mixup")
     said = empty.run("tlpipe", "check", code=3).stderr
-    assert "train.epochs: 20, train.mix: mixup have no effect: embed.freeze is all, which" in said
+    assert "train.epochs: 20, train.mixup: mixup have no effect: embed.freeze is all, which" in said
     empty.configure("embed", freeze="auto")  # the number of images decides: nobody knows as yet
     assert "no effect" not in empty.run("tlpipe", "check", code=None).stderr
     empty.configure("embed", freeze="none", views=8)

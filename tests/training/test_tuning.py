@@ -112,7 +112,7 @@ def test_fine_tuning_starts_from_a_head_that_has_not_seen_validation() -> None:
         validation=validation,
         groups=tuple(map(str, rows)),
     )
-    recipe = Recipe(reinitialise=1, penalties=(0.1,))
+    recipe = Recipe(reinitialise=1, l2=(0.1,))
     assert tuning._solve_head(given.classifier, given.feed, data, recipe) == 0.1
     with torch.inference_mode():
         features = given.classifier.stages(given.feed.plain(train.rows)).double().numpy()
@@ -138,12 +138,14 @@ def test_statistics_of_layers_that_are_not_there_are_refused(chosen: Any) -> Non
 
 @pytest.mark.parametrize(
     ("images", "recipe", "count", "least"),
-    [(33, Recipe(batch=2), 4, "steps of 1"), (5, Recipe(batch=4), 3, "steps of 2")],
+    [(33, Recipe(batch_size=2), 4, "steps of 1"), (5, Recipe(batch_size=4), 3, "steps of 2")],
 )
 def test_steps_without_an_image_for_each_process_are_refused(
     images: int, recipe: Recipe, count: int, least: str
 ) -> None:
-    with pytest.raises(ParamsError, match=rf"train\.batch is {recipe.batch}; {images} .* {least}"):
+    with pytest.raises(
+        ParamsError, match=rf"train\.batch_size is {recipe.batch_size}; {images} .* {least}"
+    ):
         tuning._check_shares(images, recipe, count)
     tuning._check_shares(images, recipe, 1)
-    tuning._check_shares(16, Recipe(batch=8), 8)
+    tuning._check_shares(16, Recipe(batch_size=8), 8)

@@ -49,8 +49,8 @@ def explained(recipe: Recipe) -> Iterator[None]:
         line = " ".join(str(error).split())[:160]
         if isinstance(error, RuntimeError) and not _MEMORY.search(line):
             raise
-        batch = recipe.batch_size(10**9)
-        smaller = f"Lower train.batch, now {batch}, or freeze" if batch > 1 else "Freeze"
+        size = recipe.batch_size_for(10**9)
+        smaller = f"Lower train.batch_size, now {size}, or freeze" if size > 1 else "Freeze"
         raise TrainingError(
             f"there is not enough memory to train ({line}); the last checkpoint is kept. {smaller} "
             f"more in embed.freeze."

@@ -28,11 +28,11 @@ from tlpipe.training.classifier import Classifier
 from tlpipe.training.dataset import Numbers
 from tlpipe.training.endings import Stop, stop_requests
 from tlpipe.training.optimiser import (
-    ema_decay,
     is_token_normalised,
     make_optimiser,
     restore_optimiser,
     update_ema,
+    warmed_up_ema_decay,
 )
 from tlpipe.training.recipe import Recipe, class_weights
 from tlpipe.training.schedule import lr_factor, open_stages, opening_epoch
@@ -115,20 +115,21 @@ def losses(
 
 
 class Training:
-    """One training: weights, their average, the best so far, and the optimiser."""
+    """One training: weights, their EMA, the best so far, and the optimiser."""
 
     def __init__(self, task: Task, recipe: Recipe, checkpoints: Checkpoints | None) -> None:
         self.task, self.recipe, self.checkpoints = task, recipe, checkpoints
         self.state = _State()
         self.model = task.classifier
-        self.steps = -(-len(task.train) // recipe.batch_size(len(task.train)))  # of an epoch
+        self.steps = -(-len(task.train) // recipe.batch_size_for(len(task.train)))  # of an epoch
         compiles = pays_to_compile(task.device, recipe.epochs * self.steps)
         self.forward = torch.compile(self.model) if compiles else self.model
-        self.average = copy.deepcopy(task.classifier) if recipe.average else None
+        self.ema = copy.deepcopy(task.classifier) if recipe.ema_decay else None
         self.best: dict[str, Tensor] = {}
-        is_delicate = is_token_normalised(self.model.stages)
-        self.rates = recipe.rates(is_token_normalised=is_delicate)
-        self.optimiser = make_optimiser(self.model, self.rates, recipe, task.device)
+        self.learning_rates = recipe.learning_rates(
+            is_token_normalised=is_token_normalised(self.model.stages)
+        )
+        self.optimiser = make_optimiser(self.model, self.learning_rates, recipe, task.device)
         rare = class_weights(task.train.labels, task.classes)
         self.class_weight: Tensor | None = None
         if recipe.balance == "loss":
@@ -141,14 +142,14 @@ class Training:
     @property
     def eval_model(self) -> Classifier:
         """The weights that are evaluated and kept: the EMA where there is one."""
-        return self.average or self.model
+        return self.ema or self.model
 
     @property
     def is_over(self) -> bool:
         """True once all epochs are done or early stopping triggers."""
         state, patience = self.state, self.recipe.patience
-        tired = patience is not None and state.epoch - state.best >= patience
-        return state.epoch >= self.recipe.epochs or tired
+        is_stopped_early = patience is not None and state.epoch - state.best >= patience
+        return state.epoch >= self.recipe.epochs or is_stopped_early
 
     def begin(self) -> None:
         """Resume from the newest checkpoint, or evaluate the initial weights.
@@ -160,8 +161,8 @@ class Training:
         if self.task.processes > 1:
             checkpoint = _from_first(checkpoint)
             processes.copy_from_first(self.model.state_dict().values())
-            if self.average is not None:
-                self.average.load_state_dict(self.model.state_dict())
+            if self.ema is not None:
+                self.ema.load_state_dict(self.model.state_dict())
         if checkpoint is not None:
             self._restore(checkpoint)
             place = f"epoch {self.state.epoch + 1}, step {self.state.step + 1}"
@@ -177,7 +178,7 @@ class Training:
         self.model.open_last(opened)
         order = batches(
             task.train,
-            size=recipe.batch_size(len(task.train)),
+            size=recipe.batch_size_for(len(task.train)),
             seed=recipe.seed,
             epoch=state.epoch,
             weights=self.image_chances,
@@ -187,7 +188,7 @@ class Training:
         title = f"epoch {state.epoch + 1} of {recipe.epochs}"
         with meter(title, total=len(task.train), done=state.images) as shown:
             for step in range(state.step, steps):
-                self.schedule_rates(state.epoch * steps + step)
+                self.schedule_learning_rates(state.epoch * steps + step)
                 loss = self.take_step(order[step], step)
                 state.loss_sum += loss * len(order[step])
                 state.images += len(order[step])
@@ -204,19 +205,19 @@ class Training:
                     self._save()
                     saved = time.monotonic()
 
-    def set_rates(self, factor: float) -> None:
+    def set_learning_rates(self, factor: float) -> None:
         """Let every part learn at this share of its peak learning rate."""
         for group in self.optimiser.param_groups:
-            group["lr"] = group["rate"] * factor
+            group["lr"] = group["peak_lr"] * factor
 
-    def schedule_rates(self, step: int) -> None:
+    def schedule_learning_rates(self, step: int) -> None:
         """Set the learning rates of a step, counted from 0 over all epochs."""
         recipe = self.recipe
         for group in self.optimiser.param_groups:
             opened = self.steps * opening_epoch(group["depth"], recipe.unfreeze_epochs)
-            # What is closed has no gradient, and its rate no effect.
+            # What is closed has no gradient, and its learning rate no effect.
             factor = lr_factor(step, recipe.epochs * self.steps, recipe.warmup, min(opened, step))
-            group["lr"] = group["rate"] * factor
+            group["lr"] = group["peak_lr"] * factor
 
     def end_epoch(self) -> None:
         """Measure, keep the best, save."""
@@ -247,7 +248,7 @@ class Training:
         inputs = task.feed.varied(task.train.rows[mine], chances[own])
         labels = torch.from_numpy(task.train.labels[mine]).to(task.device)
         inputs, targets = mixed(
-            recipe.mix, inputs, soft(labels, task.classes), recipe.mix_alpha, random
+            recipe.mixup, inputs, soft(labels, task.classes), recipe.mixup_alpha, random
         )
         with autocast(task.device):
             logits = self.forward(inputs)
@@ -260,16 +261,17 @@ class Training:
         if not np.isfinite(total):
             raise TrainingError(
                 f"the loss is {total} in epoch {epoch + 1}, step {step + 1}; expected a number. No "
-                f"model was written. Lower train.stage_rate and train.head_rate, now "
-                f"{self.rates.stages:g} and {self.rates.head:g}, or look at the images."
+                f"model was written. Lower train.backbone_lr and train.head_lr, now "
+                f"{self.learning_rates.backbone:g} and {self.learning_rates.head:g}, or look at "
+                f"the images."
             )
         if task.processes > 1:
             processes.add_up_gradients(self.model)
-        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
         self.optimiser.step()
-        if self.average is not None:
+        if self.ema is not None:
             updates = epoch * self.steps + step + 1
-            update_ema(self.average, self.model, ema_decay(updates, recipe.average))
+            update_ema(self.ema, self.model, warmed_up_ema_decay(updates, recipe.ema_decay))
         return total
 
     def _record(self, train_loss: float | None) -> None:
@@ -305,8 +307,8 @@ class Training:
             return
         tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best.items()}
-        if self.average is not None:
-            tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{n}": t for n, t in self.ema.state_dict().items()}
         for number, values in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{n}": t for n, t in values.items()}
         self.checkpoints.save(Checkpoint(asdict(self.state), tensors))
@@ -323,8 +325,8 @@ class Training:
             parts.setdefault(part, {})[rest] = tensor
         self.model.load_state_dict(parts["model"])
         self.best = {n: t.to(self.task.device) for n, t in parts["best"].items()}
-        if self.average is not None:
-            self.average.load_state_dict(parts["average"])
+        if self.ema is not None:
+            self.ema.load_state_dict(parts["ema"])
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts.get("optimiser", {}).items():
             number, _, what = name.partition(".")

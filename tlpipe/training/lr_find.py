@@ -16,34 +16,34 @@ from tlpipe.errors import ParamsError, TrainingError
 from tlpipe.progress import track
 from tlpipe.training import dataset as datasets
 from tlpipe.training.recipe import Recipe
-from tlpipe.training.schedule import Rates
+from tlpipe.training.schedule import LearningRates
 from tlpipe.training.train import check_open
 
 if TYPE_CHECKING:
     from tlpipe.training.loop import Training
 
 _STEPS = 100
-_FACTORS = np.geomspace(1e-3, 1e3, _STEPS)  # of the rates that are set
+_FACTORS = np.geomspace(1e-3, 1e3, _STEPS)  # of the learning rates that are set
 _SMOOTHING, _DIVERGED = 0.9, 4.0
 
 
 @dataclass(frozen=True)
 class Found:
-    """``factors`` of the rates that were tried and the smoothed ``losses`` there, in nats.
+    """``factors`` of the learning rates that were tried, and the smoothed ``losses`` in nats.
 
-    ``best``: the place in them where the loss fell fastest, and ``rates`` there; None where it
-    never fell. ``open_stages``: how many stages have a rate of their own.
+    ``best``: the place in them where the loss fell fastest, and the ``learning_rates`` there; None
+    where it never fell. ``open_stages``: how many stages have a learning rate of their own.
     """
 
     factors: npt.NDArray[np.float64]
     losses: npt.NDArray[np.float64]
     best: int | None
-    rates: Rates | None
+    learning_rates: LearningRates | None
     open_stages: int = 0
 
 
 def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Recipe) -> Found:
-    """Try rates on the training images and draw what came out; nothing else is written.
+    """Try learning rates on the training images and plot the losses; nothing else is written.
 
     Raises:
         ArtifactError: activations and split table are of different data.
@@ -60,14 +60,14 @@ def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Rec
 
     task, _ = tuning.prepare(data, pixels, params)
     training = loop.Training(task, params, None)
-    losses = try_rates(training)
-    found = choose(_FACTORS[: len(losses)], smoothed(losses), training.rates)
+    losses = try_learning_rates(training)
+    found = choose(_FACTORS[: len(losses)], smoothed(losses), training.learning_rates)
     found = replace(found, open_stages=data.open_stages)
     _draw(plot, found)
     return found
 
 
-def try_rates(training: "Training") -> npt.NDArray[np.float64]:
+def try_learning_rates(training: "Training") -> npt.NDArray[np.float64]:
     """Take a step at each of the factors, and return the losses until they explode.
 
     Raises:
@@ -82,7 +82,7 @@ def try_rates(training: "Training") -> npt.NDArray[np.float64]:
         for epoch in count()
         for places in batches(
             task.train,
-            size=recipe.batch_size(len(task.train)),
+            size=recipe.batch_size_for(len(task.train)),
             seed=recipe.seed,
             epoch=epoch,
             weights=training.image_chances,
@@ -90,7 +90,7 @@ def try_rates(training: "Training") -> npt.NDArray[np.float64]:
     )
     losses = np.empty(0)
     for step, factor in track(enumerate(_FACTORS), total=_STEPS, description="lr-find"):
-        training.set_rates(factor)
+        training.set_learning_rates(factor)
         try:
             losses = np.append(losses, training.take_step(next(order), step))
         except TrainingError:
@@ -121,16 +121,17 @@ def has_diverged(losses: npt.NDArray[np.float64], classes: int) -> bool:
 
 
 def choose(
-    factors: npt.NDArray[np.float64], losses: npt.NDArray[np.float64], rates: Rates
+    factors: npt.NDArray[np.float64], losses: npt.NDArray[np.float64], learning_rates: LearningRates
 ) -> Found:
-    """Pick the factor where the smoothed loss falls fastest over the logarithm of the rate."""
+    """Pick the factor where the smoothed loss falls fastest over the logarithm of factors."""
     lowest = int(losses.argmin())
     if lowest < 2:
         return Found(factors, losses, None, None)
     slope = np.gradient(losses[: lowest + 1], np.log(factors[: lowest + 1]))
     best = int(slope.argmin())
     factor = float(factors[best])
-    chosen = rates._replace(head=rates.head * factor, stages=rates.stages * factor)
+    head, backbone, layer_decay = learning_rates
+    chosen = LearningRates(head * factor, backbone * factor, layer_decay)
     return Found(factors, losses, best, chosen)
 
 

@@ -1,4 +1,4 @@
-"""What moves the weights: optimisers with a learning rate for each depth, and the EMA."""
+"""Optimisers with a learning rate and weight decay for each depth, and the EMA of the weights."""
 
 import math
 from typing import Any
@@ -11,23 +11,25 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tlpipe.training.classifier import Classifier
 from tlpipe.training.norms import ReplacedNorm
 from tlpipe.training.recipe import Recipe
-from tlpipe.training.schedule import Rates
+from tlpipe.training.schedule import LearningRates
 
 _MOMENTUM = 0.9
 _EMA_WARMUP_POWER = 2 / 3
 
 
 def make_optimiser(
-    model: Classifier, rates: Rates, recipe: Recipe, device: torch.device
+    model: Classifier, learning_rates: LearningRates, recipe: Recipe, device: torch.device
 ) -> torch.optim.Optimizer:
     """Return an optimiser with a group for each depth, once with and once without weight decay.
 
-    Beside what torch knows, a group has ``depth`` (0 the head, 1 the last stage ...) and ``rate``,
-    its peak learning rate.
+    Beside what torch knows, a group has ``depth`` (0 the head, 1 the last stage ...) and
+    ``peak_lr``.
     """
     groups: list[dict[str, Any]] = []
     for depth, part in model.parts_by_depth():
-        rate = rates.head if depth == 0 else rates.stages * rates.decay ** (depth - 1)
+        peak_lr = learning_rates.head
+        if depth > 0:
+            peak_lr = learning_rates.backbone * learning_rates.layer_decay ** (depth - 1)
         spared: frozenset[str] = getattr(part, "no_weight_decay", frozenset())
         split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in part.named_parameters():
@@ -36,7 +38,12 @@ def make_optimiser(
         for decays, chosen in split.items():
             if chosen:
                 decay = recipe.weight_decay if decays else 0.0
-                group = {"params": chosen, "rate": rate, "depth": depth, "weight_decay": decay}
+                group = {
+                    "params": chosen,
+                    "peak_lr": peak_lr,
+                    "depth": depth,
+                    "weight_decay": decay,
+                }
                 groups.append(group)
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=1.0, momentum=_MOMENTUM, fused=device.type != "mps")
@@ -66,7 +73,7 @@ def is_token_normalised(network: nn.Module) -> bool:
     return by_token > by_image if by_token or by_image else linear > convolutions
 
 
-def ema_decay(updates: int, decay: float) -> float:
+def warmed_up_ema_decay(updates: int, decay: float) -> float:
     """Return the EMA's decay at one of the optimiser's updates, counted from 1.
 
     It grows from 0, so that a short training is not averaged with the weights it started from.
@@ -76,9 +83,9 @@ def ema_decay(updates: int, decay: float) -> float:
     return min(1 - math.pow(updates, -_EMA_WARMUP_POWER), decay)
 
 
-def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Update the EMA weights in place; integer buffers (``num_batches_tracked``) are copied."""
-    ours, theirs = average.state_dict(), model.state_dict()
+    ours, theirs = ema.state_dict(), model.state_dict()
     averaged = [name for name, tensor in ours.items() if tensor.is_floating_point()]
     with torch.no_grad():
         for name in ours.keys() - set(averaged):

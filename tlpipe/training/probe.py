@@ -187,7 +187,7 @@ def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
     from threadpoolctl import threadpool_limits
 
     examples, classes = data.labelled, len(data.labels)
-    l2s, max_iterations = recipe.penalties, recipe.max_iterations
+    l2s, max_iterations = recipe.l2, recipe.max_iterations
     is_fitted = np.arange(len(examples)) < len(train)
     standard = heads.standardisation(read(train.rows, True))
     blocks = (standard.apply(block) for block in read(examples.rows, True))
@@ -310,7 +310,7 @@ def _say_why(
     left = f"; {len(l2s) - tried} weaker ones were left out" if tried < len(l2s) else ""
     _log.info("chosen: l2 %g, which has the least loss%s", best.l2, left)
     if len(l2s) > 1 and best.l2 in (min(l2s), max(l2s)):
-        _log.info("it is at the end of train.penalties; one beyond it may be better")
+        _log.info("it is at the end of train.l2; one beyond it may be better")
     if not solution.converged:
         _log.warning(
             "the head did not converge in %s iterations; raise train.max_iterations",

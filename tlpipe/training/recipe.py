@@ -7,7 +7,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from tlpipe.params import Section, distinct
-from tlpipe.training.schedule import Rates, default_rates
+from tlpipe.training.schedule import LearningRates, default_learning_rates
 
 _BATCH = 32  # where nothing is set
 
@@ -15,17 +15,18 @@ _BATCH = 32  # where nothing is set
 class Recipe(Section):
     """How the head is solved; then, where a stage is open or the head has hidden units, tuned."""
 
-    penalties: Annotated[tuple[PositiveFloat, ...], AfterValidator(distinct)] = Field(
+    l2: Annotated[tuple[PositiveFloat, ...], AfterValidator(distinct)] = Field(
         default=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
         min_length=1,
         strict=False,
-        description="l2 of the linear probe to try; four-fold cross-validation picks one.",
+        description="Strengths of the linear probe's l2 penalty to try; four-fold "
+        "cross-validation picks one.",
     )
     max_iterations: int = Field(
         default=1000, ge=1, description="Upper bound on the solver's iterations for one l2."
     )
     epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
-    batch: int | None = Field(
+    batch_size: int | None = Field(
         default=None,
         ge=1,
         description="Most images in one step, over all processes together; by default 32. An "
@@ -34,7 +35,7 @@ class Recipe(Section):
     seed: int = Field(
         default=0,
         ge=0,
-        description="Seed of the order of images, augmentation, mixing and dropout.",
+        description="Seed of the order of images, augmentation, mixup and dropout.",
     )
     hidden: tuple[PositiveInt, ...] = Field(
         default=(), strict=False, description="Units of the head's hidden layers."
@@ -45,15 +46,15 @@ class Recipe(Section):
     optimiser: Literal["adamw", "sgd"] = Field(
         default="adamw", description="SGD goes with momentum 0.9."
     )
-    head_rate: float | None = Field(
+    head_lr: float | None = Field(
         default=None,
         gt=0,
         description="Peak learning rate of the head; by default what suits the network.",
     )
-    stage_rate: float | None = Field(
+    backbone_lr: float | None = Field(
         default=None, ge=0, description="Peak learning rate of the last stage."
     )
-    stage_decay: float | None = Field(
+    layer_decay: float | None = Field(
         default=None,
         gt=0,
         le=1,
@@ -74,28 +75,30 @@ class Recipe(Section):
         ge=0,
         description="Weight decay; not on biases, normalisation layers and position embeddings.",
     )
-    clip: float = Field(default=1.0, gt=0, description="Maximum global gradient norm.")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Gradient clipping: the largest global gradient norm."
+    )
     label_smoothing: float = Field(
         default=0.1,
         ge=0,
         lt=1,
         description="Label smoothing: share of each label spread over all classes.",
     )
-    mix: Literal["none", "mixup", "cutmix"] = Field(
-        default="none", description="Train on mixed pairs of images and labels."
+    mixup: Literal["none", "mixup", "cutmix"] = Field(
+        default="none", description="Train on mixed pairs of images and labels: mixup or CutMix."
     )
-    mix_alpha: float = Field(
+    mixup_alpha: float = Field(
         default=0.2, gt=0, description="Both parameters of the Beta distribution of mixing shares."
     )
     balance: Literal["none", "loss", "sampling"] = Field(
         default="none", description="Class balancing: weight the loss, or oversample rare classes."
     )
-    average: float = Field(
+    ema_decay: float = Field(
         default=0.0,
         ge=0,
         lt=1,
         description="Decay of the exponential moving average (EMA) of weights, reached after a "
-        "warm-up; 0: no average.",
+        "warm-up; 0: no EMA.",
     )
     metric: Literal["auto", "loss", "accuracy", "balanced_accuracy", "macro_f1"] = Field(
         default="auto",
@@ -114,9 +117,9 @@ class Recipe(Section):
         default=10.0, gt=0, description="Save at least so often, beside every epoch's end."
     )
 
-    def batch_size(self, images: int) -> int:
+    def batch_size_for(self, images: int) -> int:
         """Return how many of ``images`` training images one step has at most."""
-        return self.batch or min(_BATCH, images)
+        return self.batch_size or min(_BATCH, images)
 
     @property
     def selection_metric(self) -> str:
@@ -129,14 +132,16 @@ class Recipe(Section):
             return self.metric
         return "accuracy" if self.balance == "none" else "balanced_accuracy"
 
-    def rates(self, *, is_token_normalised: bool) -> Rates:
+    def learning_rates(self, *, is_token_normalised: bool) -> LearningRates:
         """Return the learning rates that were set, and what suits the network for the rest."""
-        default = default_rates(is_token_normalised=is_token_normalised, optimiser=self.optimiser)
-        given = Rates(self.head_rate, self.stage_rate, self.stage_decay)  # type: ignore[arg-type]
+        default = default_learning_rates(
+            is_token_normalised=is_token_normalised, optimiser=self.optimiser
+        )
+        given = LearningRates(self.head_lr, self.backbone_lr, self.layer_decay)  # type: ignore[arg-type]
         chosen = (
             known if value is None else value for value, known in zip(given, default, strict=True)
         )
-        return Rates(*chosen)
+        return LearningRates(*chosen)
 
 
 def class_weights(labels: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float64]:

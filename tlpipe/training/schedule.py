@@ -1,29 +1,30 @@
-"""How fast each part of the network learns, and when: pure functions of depth and step."""
+"""Learning rates over depth and time: layer-wise decay, warm-up, cosine, gradual unfreezing."""
 
 import math
 from typing import NamedTuple
 
 
-class Rates(NamedTuple):
-    """Largest learning rates of the head and of the last stage, and how they fall with depth.
+class LearningRates(NamedTuple):
+    """Peak learning rates of the head and of the last stage, and the layer-wise decay.
 
-    ``decay``: the share of its rate that each stage hands to the one before it.
+    ``layer_decay``: the factor from the learning rate of each stage to that of the one before it.
     """
 
     head: float
-    stages: float
-    decay: float
+    backbone: float
+    layer_decay: float
 
 
-def default_rates(*, is_token_normalised: bool, optimiser: str) -> Rates:
+def default_learning_rates(*, is_token_normalised: bool, optimiser: str) -> LearningRates:
     """Return peak learning rates that suit a kind of network.
 
     Networks that normalise each token or pixel (LayerNorm: transformers, MLP-Mixers, ConvNeXt)
-    forget what they were trained for at rates that networks with BatchNorm need.
+    forget what they were trained for at learning rates that networks with BatchNorm need.
     """
-    rates = Rates(1e-3, 5e-5, 0.75) if is_token_normalised else Rates(1e-3, 1e-3, 0.8)
-    # SGD moves by the gradient itself, AdamW by its sign.
-    return rates._replace(head=0.05, stages=rates.stages * 20) if optimiser == "sgd" else rates
+    backbone, layer_decay = (5e-5, 0.75) if is_token_normalised else (1e-3, 0.8)
+    if optimiser == "sgd":  # it moves by the gradient itself, AdamW by its sign
+        return LearningRates(0.05, backbone * 20, layer_decay)
+    return LearningRates(1e-3, backbone, layer_decay)
 
 
 def lr_factor(step: int, steps: int, warmup: float, opened: int = 0) -> float:

@@ -20,13 +20,13 @@ from tlpipe.training.recipe import Recipe
 _log = logging.getLogger(__name__)
 HISTORY = ("step", "train_loss", "validation_loss", "validation_accuracy", "l2")
 _CHECKPOINTS, _LOCK = ".checkpoints", ".lock"
-_OF_SOLVER = ("penalties", "max_iterations")
-_OF_STAGES = ("stage_rate", "stage_decay", "batch_norm", "unfreeze_epochs")
+_OF_SOLVER = ("l2", "max_iterations")
+_OF_STAGES = ("backbone_lr", "layer_decay", "batch_norm", "unfreeze_epochs")
 # What is not here counts where the head is solved, too.
 _STEPWISE = (
-    *("epochs", "batch", "optimiser", "head_rate", *_OF_STAGES, "warmup", "weight_decay", "clip"),
-    *("label_smoothing", "mix", "mix_alpha", "average", "metric", "patience"),
-    *("checkpoint_minutes", "seed"),
+    *("epochs", "batch_size", "optimiser", "head_lr", *_OF_STAGES, "warmup", "weight_decay"),
+    *("max_grad_norm", "label_smoothing", "mixup", "mixup_alpha", "ema_decay", "metric"),
+    *("patience", "checkpoint_minutes", "seed"),
 )
 
 
@@ -103,18 +103,18 @@ def check_open(data: Dataset, params: Recipe) -> None:
     """
     origin = data.activations.origin
     check_effects(params, origin.freeze, data.open_stages)
-    if params.batch is not None and params.batch > len(data.train):
+    if params.batch_size is not None and params.batch_size > len(data.train):
         raise ParamsError(
-            f"train.batch is {params.batch}; there are {len(data.train)} training images. Lower it "
-            f"in params.yaml."
+            f"train.batch_size is {params.batch_size}; there are {len(data.train)} training "
+            f"images. Lower it in params.yaml."
         )
-    if params.mix == "cutmix" and origin.boundary:
+    if params.mixup == "cutmix" and origin.boundary:
         from tlpipe.training.batches import spatial_axes
 
         stored = data.activations.boundary
         if stored is None or spatial_axes(stored.shape[2:]) is None:
             raise ParamsError(
-                f"train.mix is cutmix; what {origin.boundary} gives has no height and width to "
+                f"train.mixup is cutmix; what {origin.boundary} gives has no height and width to "
                 f"cut. Use mixup, or freeze less, in params.yaml."
             )
 
@@ -143,11 +143,15 @@ def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
     reasons: list[tuple[bool, str, tuple[str, ...]]] = [
         (is_solved, by_freeze[0], _STEPWISE),
         (open_stages == 0 and not is_solved, by_freeze[1], _OF_STAGES),
-        (open_stages == 1, by_freeze[2], ("stage_decay",)),
+        (open_stages == 1, by_freeze[2], ("layer_decay",)),
         (bool(params.hidden), "a head with train.hidden units is not solved", _OF_SOLVER),
-        (params.stage_rate == 0, "train.stage_rate is 0", ("stage_decay", "unfreeze_epochs")),
-        (params.mix == "none", "train.mix is none", ("mix_alpha",)),
-        (params.batch == 1, "train.batch is 1, so there are no pairs", ("mix", "mix_alpha")),
+        (params.backbone_lr == 0, "train.backbone_lr is 0", ("layer_decay", "unfreeze_epochs")),
+        (params.mixup == "none", "train.mixup is none", ("mixup_alpha",)),
+        (
+            params.batch_size == 1,
+            "train.batch_size is 1, so there are no pairs",
+            ("mixup", "mixup_alpha"),
+        ),
         (
             params.patience is not None and params.patience >= params.epochs,
             f"train.epochs is {params.epochs}, which ends training first",

@@ -109,11 +109,11 @@ def _check_shares(images: int, recipe: Recipe, count: int) -> None:
     Raises:
         ParamsError: steps are too small.
     """
-    size = recipe.batch_size(images)
+    size = recipe.batch_size_for(images)
     if (least := images // -(-images // size)) < count:
         raise ParamsError(
-            f"train.batch is {size}; {images} training images are steps of {least} and more, too "
-            f"few for {count} processes. Raise it to at least {2 * count}, or start fewer."
+            f"train.batch_size is {size}; {images} training images are steps of {least} and more, "
+            f"too few for {count} processes. Raise it to at least {2 * count}, or start fewer."
         )
 
 
