@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from accuracy import ROOT, Case, prepare
-from probe import features
+from linear_probe import features
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +22,7 @@ from tlpipe.data.manifest import load_split
 from tlpipe.evaluation import curves
 from tlpipe.evaluation.scores import softmax
 from tlpipe.export import temperature
-from tlpipe.training import probe
+from tlpipe.training import linear_probe
 from tlpipe.training.recipe import Recipe
 
 CASES = [
@@ -55,7 +55,7 @@ def main() -> None:
             found: dict[float, list[list[tuple[float, float]]]] = {rate: [] for rate in RATES}
             for seed in range(given.seeds):
                 data, test = prepare(folder, source, case, seed)
-                fitted = probe.fit(probe.stored(data), data, data.labelled, Recipe())
+                fitted = linear_probe.fit(linear_probe.stored(data), data, data.labelled, Recipe())
                 held = fitted.held_out(data.labelled)
                 divisor = temperature.fit(held.logits, held.labels)
                 seen = softmax(held.logits / np.float32(divisor))

@@ -30,7 +30,7 @@ from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import load_split
 from tlpipe.training import dataset as datasets
-from tlpipe.training import loop, probe, tuning
+from tlpipe.training import linear_probe, loop, tuning
 from tlpipe.training.dataset import Dataset, Examples
 from tlpipe.training.recipe import Recipe
 from tlpipe.training.task import evaluate
@@ -70,7 +70,7 @@ def few(freeze: str) -> Case:
 
 
 # A mirrored digit is none.
-UPRIGHT = {"mirror": False, "least_area": 0.8, "rotation_degrees": 10.0}
+UPRIGHT = {"horizontal_flip": False, "min_crop_area": 0.8, "rotation_degrees": 10.0}
 CASES = [
     Case("hymenoptera", "all", 10, goal=0.94),
     Case("hymenoptera", "all", 10, goal=0.95, views=8),
@@ -158,8 +158,8 @@ def accuracy(folder: Path, source: Path, case: Case, seed: int) -> float:
     data, test = prepare(folder, source, case, seed)
     recipe = Recipe(epochs=case.epochs, seed=seed)
     if not data.open_stages:
-        found = probe.fit(probe.stored(data), data, data.labelled, recipe)
-        features = np.concatenate(list(probe.stored(data)(test.rows, False)))
+        found = linear_probe.fit(linear_probe.stored(data), data, data.labelled, recipe)
+        features = np.concatenate(list(linear_probe.stored(data)(test.rows, False)))
         logits = found.head.logits(found.standard.apply(features))
         return float((logits.argmax(axis=1) == test.labels).mean())
     task, _ = tuning.prepare(data, folder / "pixels", recipe)

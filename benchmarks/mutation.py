@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 
 MODULES = {
-    "training": "loop optimiser schedule batches checkpoint head probe norms",
+    "training": "loop optimiser schedule batches checkpoint head linear_probe batchnorm",
     "backbones": "embed activations forward frozen stages freeze augment",
     "export": "graph precisions parity any_size temperature int8 fp16",
     "evaluation": "scores curves generalisation slices corruptions",
@@ -43,7 +43,7 @@ MODULES = {
 # Beside tests/ROOM/test_MODULE.py: files whose tests of a module are quick and thorough.
 ALSO = {
     "data/duplicates": ["data/test_ingest.py"],
-    "data/folds": ["training/test_probe.py", "data/test_split.py"],
+    "data/folds": ["training/test_linear_probe.py", "data/test_split.py"],
     "data/chunks": ["data/test_ingest.py"],
     "data/placements": ["data/test_split.py"],
     "data/manifest": ["data/test_ingest.py", "data/test_split.py"],
@@ -51,9 +51,9 @@ ALSO = {
     "backbones/embed": ["backbones/test_cache.py"],
     "backbones/freeze": ["backbones/test_stages.py", "test_params.py"],
     "backbones/stages": ["export/test_families.py"],
-    "training/head": ["training/test_probe.py"],
-    "training/probe": ["training/test_head.py"],
-    "training/loop": ["training/test_processes.py"],
+    "training/head": ["training/test_linear_probe.py"],
+    "training/linear_probe": ["training/test_head.py"],
+    "training/loop": ["training/test_distributed.py"],
     "training/optimiser": ["training/test_loop.py"],
     "evaluation/slices": ["evaluation/test_evaluate.py"],
     "evaluation/corruptions": ["evaluation/test_evaluate.py"],

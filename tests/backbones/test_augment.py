@@ -2,13 +2,13 @@ import numpy as np
 import torch
 
 from tlpipe.backbones import augment
-from tlpipe.backbones.augment import CHANCES, Augmentation, apply, draw
+from tlpipe.backbones.augment import UNIFORMS, Augmentation, apply, sample
 
-PLAIN = Augmentation(mirror=False, least_area=1.0, light=0.0)
+PLAIN = Augmentation(horizontal_flip=False, min_crop_area=1.0, colour_jitter=0.0)
 
 
-def chances(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).random((count, CHANCES))
+def uniforms(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((count, UNIFORMS))
 
 
 def squares(count: int) -> torch.Tensor:
@@ -20,18 +20,18 @@ def squares(count: int) -> torch.Tensor:
 
 def done(augmentation: Augmentation, drawn: np.ndarray, crop_px: int = 64) -> torch.Tensor:
     images = squares(len(drawn))
-    return apply(images, torch.from_numpy(draw(augmentation, drawn)), crop_px)
+    return apply(images, torch.from_numpy(sample(augmentation, drawn)), crop_px)
 
 
 def test_nothing_is_changed_where_nothing_may_vary() -> None:
-    result = done(PLAIN, chances(4))
+    result = done(PLAIN, uniforms(4))
     assert result.dtype == torch.float32 and result.shape == (4, 3, 64, 64)
     assert (result - squares(4).permute(0, 3, 1, 2)).abs().max() < 0.01
 
 
 def test_every_other_image_is_mirrored() -> None:
-    drawn = chances(200)
-    result = done(PLAIN.model_copy(update={"mirror": True}), drawn)
+    drawn = uniforms(200)
+    result = done(PLAIN.model_copy(update={"horizontal_flip": True}), drawn)
     images = squares(200).permute(0, 3, 1, 2).float()
     as_it_is = (result - images).abs().amax((1, 2, 3)) < 0.01
     mirrored = (result - images.flip(3)).abs().amax((1, 2, 3)) < 0.01
@@ -40,7 +40,7 @@ def test_every_other_image_is_mirrored() -> None:
 
 
 def test_a_crop_shows_the_allowed_share() -> None:
-    drawn = draw(PLAIN.model_copy(update={"least_area": 0.5}), chances(500))
+    drawn = sample(PLAIN.model_copy(update={"min_crop_area": 0.5}), uniforms(500))
     width, height = np.abs(drawn[:, 0]), np.abs(drawn[:, 4])
     assert 0.5 <= (width * height).min() + 1e-6 < 0.6
     assert (width * height).max() > 0.9
@@ -49,7 +49,7 @@ def test_a_crop_shows_the_allowed_share() -> None:
 
 
 def test_a_quarter_turn_is_one() -> None:
-    drawn = chances(1)
+    drawn = uniforms(1)
     drawn[0, 4] = 1.0
     result = done(PLAIN.model_copy(update={"rotation_degrees": 90.0}), drawn)
     images = squares(1).permute(0, 3, 1, 2).float()
@@ -58,7 +58,7 @@ def test_a_quarter_turn_is_one() -> None:
 
 
 def test_light_changes_within_its_share() -> None:
-    result = done(PLAIN.model_copy(update={"light": 0.2}), chances(100))
+    result = done(PLAIN.model_copy(update={"colour_jitter": 0.2}), uniforms(100))
     images = squares(100).permute(0, 3, 1, 2).float()
     ratio = result.mean((1, 2, 3)) / images.mean((1, 2, 3))
     assert 0.77 < ratio.min() < 0.87 and 1.13 < ratio.max() < 1.23
@@ -66,7 +66,7 @@ def test_light_changes_within_its_share() -> None:
 
 
 def test_the_same_chances_give_the_same_views() -> None:
-    one, two = (draw(Augmentation(), chances(5)) for _ in range(2))
+    one, two = (sample(Augmentation(), uniforms(5)) for _ in range(2))
     assert (one == two).all()
-    assert draw(Augmentation(), chances(5, seed=1)).shape == (5, augment.CHANCES)
-    assert (one[:3] == draw(Augmentation(), chances(5)[:3])).all()
+    assert sample(Augmentation(), uniforms(5, seed=1)).shape == (5, augment.UNIFORMS)
+    assert (one[:3] == sample(Augmentation(), uniforms(5)[:3])).all()

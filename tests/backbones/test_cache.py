@@ -190,7 +190,7 @@ def test_another_pillow_decodes_and_computes_anew(case: Case) -> None:
 @pytest.mark.parametrize(
     "update",
     [
-        {"augmentation": Augmentation(light=0.3)},
+        {"augmentation": Augmentation(colour_jitter=0.3)},
         {"views": 2},
         {"boundary": "blocks4"},
         {"threads": 1},

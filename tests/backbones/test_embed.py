@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.conftest import Workspace
 from tlpipe.backbones import activations as stored
-from tlpipe.backbones.augment import CHANCES, Augmentation, apply, draw
+from tlpipe.backbones.augment import UNIFORMS, Augmentation, apply, sample
 from tlpipe.backbones.backbone import describe, load_network
 from tlpipe.backbones.embed import Params, check_effects
 from tlpipe.backbones.freeze import frozen_stages
@@ -106,14 +106,14 @@ def test_activations_are_those_of_torch_at_every_boundary(noisy: Workspace) -> N
 
 @pytest.mark.slow
 def test_views_at_a_boundary_are_those_of_torch(noisy: Workspace) -> None:
-    augmentation = Augmentation(light=0.3, rotation_degrees=10)
+    augmentation = Augmentation(colour_jitter=0.3, rotation_degrees=10)
     found = embedded(noisy, freeze="blocks5", views=2, augmentation=augmentation.model_dump())
     assert found.boundary is not None
     squares = packed.load(noisy.path / "out" / "pixels").array[:6]
     for view in range(2):
         for row in (0, 5):  # alone, where the stage has batches of eight
             key = int(found.keys[row]).to_bytes(8).hex()
-            drawn = draw(augmentation, generator(view, f"view {key}").random((1, CHANCES)))
+            drawn = sample(augmentation, generator(view, f"view {key}").random((1, UNIFORMS)))
             seen = apply(torch.from_numpy(squares[row : row + 1]), torch.from_numpy(drawn), 224)
             shown = seen.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             assert_rounded(found.boundary[row][1 + view], in_torch(shown)["blocks5"][0])

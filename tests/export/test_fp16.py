@@ -27,17 +27,17 @@ def test_the_shipped_graph_answers_as_fp32_does(every_precision: Path, artifacts
     images = np.ascontiguousarray(
         crop_middle(packed.load(artifacts / "ingest/pixels").array[:32], 224)
     )
-    (found, chances), (expected, wanted) = (
+    (found, probabilities), (expected, wanted) = (
         open_session(shipped.graphs[name], threads=2).run(
             ["logits", "probabilities"], {"images": images}
         )
         for name in ("fp16", "fp32")
     )
-    assert found.dtype == chances.dtype == np.float32
+    assert found.dtype == probabilities.dtype == np.float32
     # 11 bits of mantissa in some fifty layers.
     assert np.abs(found - expected).max() < 0.03 * expected.std()
-    assert np.abs(chances - wanted).max() < 0.02
-    assert chances.sum(axis=1) == pytest.approx(np.ones(32), abs=1e-5)
+    assert np.abs(probabilities - wanted).max() < 0.02
+    assert probabilities.sum(axis=1) == pytest.approx(np.ones(32), abs=1e-5)
 
 
 @pytest.mark.fault("E08")
@@ -131,9 +131,9 @@ def test_a_normalisation_does_not_overflow(gain: float, dimmed: int, square: str
     expected, wanted = ReferenceEvaluator(
         onnx.load_from_string(graph.finished(exact, 1.5, {}))
     ).run(None, {"images": images})
-    found, chances = ReferenceEvaluator(half).run(None, {"images": images})
+    found, probabilities = ReferenceEvaluator(half).run(None, {"images": images})
     assert np.abs(found - expected).max() < 0.005 * expected.std()
-    assert np.abs(chances - wanted).max() < 0.005
+    assert np.abs(probabilities - wanted).max() < 0.005
 
 
 @pytest.mark.fault("E08")

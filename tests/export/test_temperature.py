@@ -9,8 +9,8 @@ def drawn(factor: float, images: int = 4000) -> tuple[np.ndarray, np.ndarray]:
     """Logits of a classifier that is too sure by a factor, and labels drawn as it should be."""
     random = np.random.default_rng(0)
     logits = random.normal(0, 2, (images, 5))
-    chances = softmax(logits, axis=1)
-    labels = np.array([random.choice(5, p=row) for row in chances])
+    probabilities = softmax(logits, axis=1)
+    labels = np.array([random.choice(5, p=row) for row in probabilities])
     return (factor * logits).astype(np.float32), labels
 
 

@@ -105,15 +105,15 @@ def test_the_precision_that_was_named_answers(doubled: Bundle, artifacts: Path) 
     workspace = Workspace(doubled.folder.parent)
     predict = ("tlpipe", "predict", "--model", "bundle", "--json", str(image))
 
-    def chances(*options: str) -> np.ndarray:
+    def probabilities(*options: str) -> np.ndarray:
         (answer,) = json.loads(workspace.run(*predict, *options).stdout)
         return np.array([answer["probabilities"][label] for label in doubled.labels])
 
-    exact = chances()
-    assert np.array_equal(chances("--precision", "fp32"), exact)
+    exact = probabilities()
+    assert np.array_equal(probabilities("--precision", "fp32"), exact)
     # The softmax of half the logits: roots of the probabilities, made to sum to 1.
     roots = np.sqrt(exact)
-    assert chances("--precision", "int8") == pytest.approx(roots / roots.sum(), rel=1e-4)
+    assert probabilities("--precision", "int8") == pytest.approx(roots / roots.sum(), rel=1e-4)
     error = workspace.run(*predict, "--precision", "fp16", code=3).stderr
     assert "the bundle bundle has no graph of the precision fp16; it has fp32, int8." in error
     served = ("tlpipe", "serve", "--model", "bundle", "--precision", "fp16")
@@ -125,8 +125,8 @@ def test_batches_and_threads_do_not_change_answers(artifacts: Path) -> None:
     bundle = load(artifacts / "export" / "bundle")
     squares = packed.load(artifacts / "ingest" / "pixels").array[:6]
     alone, shared = Predictor(bundle, threads=1), Predictor(bundle, threads=2)
-    logits, chances = shared.scores(squares)
-    assert logits.shape == chances.shape == (6, len(bundle.labels))
+    logits, probabilities = shared.scores(squares)
+    assert logits.shape == probabilities.shape == (6, len(bundle.labels))
     for predictor in (alone, shared):
         singles = np.concatenate([predictor.scores(squares[i : i + 1])[0] for i in range(6)])
         assert singles == pytest.approx(logits, abs=1e-4)

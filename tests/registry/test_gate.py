@@ -112,10 +112,10 @@ def shares(images: int, lost: float, won: float, loss: float) -> Counter[str]:
     counts = np.stack(np.meshgrid(*[np.arange(images + 1)] * 2, indexing="ij"), -1).reshape(-1, 2)
     rest = images - counts.sum(axis=1)
     counts, rest = counts[rest >= 0], rest[rest >= 0]
-    chances = stats.multinomial.pmf(
+    probabilities = stats.multinomial.pmf(
         np.column_stack([counts, rest]), images, [lost, won, 1 - lost - won]
     )
-    for (losses, gains), chance in zip(counts.tolist(), chances, strict=True):
+    for (losses, gains), chance in zip(counts.tolist(), probabilities, strict=True):
         if chance > 1e-5:
             found[decided(images, losses, gains, loss).verdict] += chance
     assert found.total() > 0.98

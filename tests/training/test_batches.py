@@ -41,8 +41,8 @@ def test_an_epoch_has_every_image_once_in_batches_of_about_one_size() -> None:
 
 def test_drawing_by_chance_evens_out_classes() -> None:
     given = examples((900, 100))
-    chances = np.where(given.labels == 0, 1 / 900, 1 / 100)
-    found = batches(given, size=100, seed=0, epoch=0, weights=chances / chances.sum())
+    probabilities = np.where(given.labels == 0, 1 / 900, 1 / 100)
+    found = batches(given, size=100, seed=0, epoch=0, weights=probabilities / probabilities.sum())
     rare = (given.labels[np.concatenate(found)] == 1).mean()
     assert 0.45 < rare < 0.55
 
@@ -141,7 +141,7 @@ def test_activations_keep_their_order_and_lie_in_memory_with_channels_last(tmp_p
         found = feed.plain(rows)
         assert np.array_equal(found.numpy(), values[:, 0])
         assert found.dtype == torch.float32
-        assert np.array_equal(feed.varied(rows, np.zeros((3, 9))).numpy(), values[:, 1])
+        assert np.array_equal(feed.augmented(rows, np.zeros((3, 9))).numpy(), values[:, 1])
         is_last = found.permute(0, 2, 3, 1).is_contiguous() if name == "chw" else True
         assert is_last and (name == "chw" or found.is_contiguous())
 

@@ -26,8 +26,8 @@ def newest(checkpoints: Checkpoints) -> int | None:
     found = checkpoints.newest()
     if found is None:
         return None
-    assert (found.tensors["weight"] == found.notes["number"]).all()
-    return int(found.notes["number"])
+    assert (found.tensors["weight"] == found.state["number"]).all()
+    return int(found.state["number"])
 
 
 def test_the_last_two_are_kept(filled: Checkpoints, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_without_room_the_old_one_stays(filled: Checkpoints, tmp_path: Path) -> 
         [sys.executable, "-c", FULL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert "TrainingError" in result.stderr and "cannot be written" in result.stderr
-    assert "The one before it is whole" in result.stderr
+    assert "The one before it is intact" in result.stderr
     assert newest(filled) == 4
     names = [f"{n:06d}{suffix}" for n in (3, 4) for suffix in (".json", ".safetensors")]
     assert sorted(path.name for path in tmp_path.iterdir()) == names

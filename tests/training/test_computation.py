@@ -13,7 +13,7 @@ from tlpipe.training.dataset import Dataset, Examples
 from tlpipe.training.recipe import Recipe
 
 # These have no part in any weight: what they do to a training is compared (checkpoint), asked for
-# (endings), decided before (libtiff, values: which images are usable, and their pixels), taken from
+# (signals), decided before (libtiff, values: which images are usable, and their pixels), taken from
 # elsewhere by digest
 # (activations, frozen), or recorded (device).
 WITHOUT_PART = {
@@ -29,7 +29,7 @@ WITHOUT_PART = {
     "tlpipe.files",
     "tlpipe.held_out",
     "tlpipe.training.checkpoint",
-    "tlpipe.training.endings",
+    "tlpipe.training.signals",
     "tlpipe.training.model",
     "tlpipe.params",
     "tlpipe.progress",

@@ -20,12 +20,12 @@ from tests.training import tiny
 from tlpipe.backbones.stages import cut
 from tlpipe.errors import Interrupted, TrainingError
 from tlpipe.training import loop
-from tlpipe.training.batches import Chances, soft
+from tlpipe.training.batches import soft
 from tlpipe.training.checkpoint import Checkpoints
 from tlpipe.training.classifier import build
-from tlpipe.training.dataset import Examples, Numbers
-from tlpipe.training.endings import Stop
+from tlpipe.training.dataset import Examples
 from tlpipe.training.recipe import Recipe, class_weights
+from tlpipe.training.signals import Stop
 from tlpipe.training.task import Measured, Task, evaluate, measured
 
 Floats = npt.NDArray[np.float64]
@@ -47,10 +47,10 @@ def run(given: Task, recipe: Recipe) -> tuple[list[loop.Epoch], dict[str, Tensor
     """Train; return the epochs, and the weights after the last one, best or not."""
     last: dict[str, Tensor] = {}
 
-    def note(epochs: list[loop.Epoch]) -> None:
+    def record(epochs: list[loop.Epoch]) -> None:
         last.update({n: t.clone() for n, t in given.classifier.state_dict().items()})
 
-    return loop.fine_tune(given, recipe, None, note), last
+    return loop.fine_tune(given, recipe, None, record), last
 
 
 def build_network(name: str) -> torch.nn.Module:
@@ -78,7 +78,7 @@ def test_freezing_freezes_exactly_those_stages(name: str) -> None:
     has_one_side = "vit" in name or "swin" in name
     side = 299 if name == "inception_v3" else 224 if has_one_side else 64
     given = task(build_network(name), side, count=4)
-    given.classifier.trains_by_batch = True
+    given.classifier.uses_batch_stats = True
     before = {n: t.clone() for n, t in given.classifier.state_dict().items()}
     _, after = run(given, Recipe(epochs=4, batch_size=2, unfreeze_epochs=1))
     names = [stage for stage, _ in given.classifier.stages.named_children()]
@@ -302,13 +302,13 @@ def test_two_steps_are_those_of_the_formulas(options: dict[str, Any]) -> None:
     assert layer.bias.detach().numpy() == pytest.approx(bias, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("by_batch", [False, True])
-def test_two_steps_of_open_stages_are_those_of_plain_torch(by_batch: bool) -> None:
+@pytest.mark.parametrize("batch_stats", [False, True])
+def test_two_steps_of_open_stages_are_those_of_plain_torch(batch_stats: bool) -> None:
     """With statistics of each batch, which are averaged, and with pretrained ones, which stay."""
     still = {"label_smoothing": 0.0, "weight_decay": 0.0, "layer_decay": 1.0}
     learning_rates = {"optimiser": "sgd", "backbone_lr": 0.2, "head_lr": 0.2, "batch_size": 6}
     recipe = Recipe(**still, **learning_rates)  # type: ignore[arg-type]
-    given = tiny.task([0, 1, 2] * 2, dtype=torch.float64, by_batch=by_batch)
+    given = tiny.task([0, 1, 2] * 2, dtype=torch.float64, batch_stats=batch_stats)
     plain = nn.Sequential(tiny.stages(), nn.Linear(8, 3)).double()
     plain[0].load_state_dict(given.classifier.stages.state_dict())
     plain[1].load_state_dict(given.classifier.layers[0].state_dict())
@@ -317,7 +317,7 @@ def test_two_steps_of_open_stages_are_those_of_plain_torch(by_batch: bool) -> No
     training.set_learning_rates(0.5)
 
     for module in plain.modules():
-        module.train(by_batch or not isinstance(module, nn.BatchNorm2d))
+        module.train(batch_stats or not isinstance(module, nn.BatchNorm2d))
     optimiser = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     images, labels = given.feed.plain(given.train.rows), torch.tensor(given.train.labels)
     for step in range(2):
@@ -333,7 +333,7 @@ def test_two_steps_of_open_stages_are_those_of_plain_torch(by_batch: bool) -> No
         ours = found[name.replace("0.", "stages.", 1) if name[0] == "0" else f"head.0{name[1:]}"]
         assert torch.allclose(ours.to(tensor), tensor, rtol=1e-9, atol=1e-12), name
         moved += "running_var" in name and not torch.equal(tensor, torch.ones_like(tensor))
-    assert moved == (3 if by_batch else 0)
+    assert moved == (3 if batch_stats else 0)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
@@ -389,12 +389,14 @@ def test_rates_follow_warm_up_and_cosine_and_rise_anew_for_what_opens_late(
     learning_rates: list[dict[int, float]] = []
 
     class Recorder(tiny.Rows):
-        def varied(self, rows: Numbers, chances: Chances) -> Tensor:
+        def augmented(
+            self, rows: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]
+        ) -> Tensor:
             groups = training.optimiser.param_groups
             learning_rates.append(
                 {group["depth"]: group["lr"] / group["peak_lr"] for group in groups}
             )
-            return super().varied(rows, chances)
+            return super().augmented(rows, uniforms)
 
     given = replace(given, feed=Recorder(given.feed.inputs))  # type: ignore[attr-defined]
     training = loop.Training(given, recipe, None)
@@ -447,12 +449,14 @@ def test_a_resumed_training_has_every_bit_of_the_undisturbed_one(
     stop = Stop()
 
     class Stopping(tiny.Rows):
-        def varied(self, rows: Numbers, chances: Chances) -> Tensor:
+        def augmented(
+            self, rows: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]
+        ) -> Tensor:
             stop.requested = len(self.trained) == 9
-            return super().varied(rows, chances)
+            return super().augmented(rows, uniforms)
 
     def make(feed: type[tiny.Rows], folder: Path) -> loop.Training:
-        given = tiny.task([0, 0, 0, 1] * 4, dropout=0.2, by_batch=True)
+        given = tiny.task([0, 0, 0, 1] * 4, dropout=0.2, batch_stats=True)
         given = replace(given, feed=feed(given.feed.inputs))  # type: ignore[attr-defined]
         training = loop.Training(given, recipe, Checkpoints(folder, "digest"))
         training.begin()
@@ -465,7 +469,7 @@ def test_a_resumed_training_has_every_bit_of_the_undisturbed_one(
     caplog.clear()
     caplog.set_level("INFO")
     resumed = make(tiny.Rows, tmp_path / "two")
-    assert "going on from a checkpoint at epoch 3, step 3" in caplog.text
+    assert "resumed from the checkpoint at epoch 3, step 3" in caplog.text
     finish(resumed, Stop())
     assert isinstance(resumed.task.feed, tiny.Rows)
     assert len(resumed.task.feed.trained) == 2 + 4  # and no step more

@@ -132,7 +132,7 @@ def test_rates_follow_the_network_and_what_is_set_wins() -> None:
 
 def test_the_average_is_timm_s() -> None:
     """Weights, running statistics and the integer that counts batches, with the warm-up."""
-    given = tiny.task([0, 1] * 6, by_batch=True)
+    given = tiny.task([0, 1] * 6, batch_stats=True)
     reference = ModelEmaV3(given.classifier, decay=0.6, use_warmup=True)
     training = loop.Training(given, Recipe(batch_size=4, ema_decay=0.6), None)
     training.model.open_last(3)

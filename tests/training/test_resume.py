@@ -166,7 +166,7 @@ def test_a_killed_training_ends_in_the_same_bytes(
     finished(start(disturbed))
     assert result(disturbed) == result(undisturbed)
     said = (disturbed / "log.txt").read_text()
-    resumed = re.findall(r"going on from a checkpoint at (epoch \d, step \d)", said)
+    resumed = re.findall(r"resumed from the checkpoint at (epoch \d, step \d)", said)
     assert resumed == [place for _, place in KILLS]
     assert "going on" not in (undisturbed / "log.txt").read_text()
 
@@ -252,7 +252,7 @@ def test_who_is_asked_to_stop_says_how_to_go_on_and_does(
         assert not (tmp_path / "out" / "model").exists()
 
     stop_by(signal.SIGINT, "epoch 0 of 500: validation loss")
-    stop_by(signal.SIGTERM, "going on from a checkpoint at epoch")
+    stop_by(signal.SIGTERM, "resumed from the checkpoint at epoch")
 
 
 STARVED = """

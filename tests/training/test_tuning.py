@@ -24,7 +24,7 @@ def pretrained(spread: float) -> Task:
     """A network whose statistics are those of its images, spreads ``spread`` times as large."""
     given = tiny.task([0, 1] * 64)
     given.classifier.adapt(given.feed.plain(given.train.rows[i : i + 64]) for i in (0, 64))
-    given.classifier.trains_by_batch = False
+    given.classifier.uses_batch_stats = False
     for layer in given.classifier.batch_norms:
         assert layer.running_var is not None
         layer.running_var.mul_(spread**2)
@@ -40,7 +40,7 @@ def test_adapting_gives_the_means_over_batches_and_how_far_spreads_were_off() ->
         halves = [convolution(half) for half in (images[:64], images[64:])]
     assert torch.allclose(norm.running_mean, sum(h.mean((0, 2, 3)) for h in halves) / 2, atol=1e-6)
     assert torch.allclose(norm.running_var, sum(h.var((0, 2, 3)) for h in halves) / 2, rtol=1e-5)
-    assert given.classifier.trains_by_batch and norm.momentum == 0.1 and not norm.training
+    assert given.classifier.uses_batch_stats and norm.momentum == 0.1 and not norm.training
     # Before, every variance was 1.
     logs = [torch.log(layer.running_var + layer.eps) for layer in given.classifier.batch_norms]
     one = np.log1p(1e-5)
@@ -49,7 +49,7 @@ def test_adapting_gives_the_means_over_batches_and_how_far_spreads_were_off() ->
 
 
 @pytest.mark.parametrize(
-    ("batch_norm", "spread", "by_batch"),
+    ("batch_norm", "spread", "batch_stats"),
     [
         ("auto", 1.05, False),  # e^0.05
         ("auto", 1.3, True),  # e^0.26
@@ -59,17 +59,17 @@ def test_adapting_gives_the_means_over_batches_and_how_far_spreads_were_off() ->
     ],
 )
 def test_statistics_are_kept_where_the_images_are_like_those_before(
-    batch_norm: Any, spread: float, by_batch: bool
+    batch_norm: Any, spread: float, batch_stats: bool
 ) -> None:
     given = pretrained(spread)
     before = {n: t.clone() for n, t in given.classifier.state_dict().items()}
     recipe = Recipe(batch_norm=batch_norm)
-    tuning.settle_batch_norm(given.classifier, given.feed, given.train, recipe)
-    assert given.classifier.trains_by_batch == by_batch
+    tuning.choose_batch_stats(given.classifier, given.feed, given.train, recipe)
+    assert given.classifier.uses_batch_stats == batch_stats
     after = given.classifier.state_dict()
     own = pretrained(1.0).classifier.state_dict()
     for name, tensor in after.items():
-        if by_batch and "running" in name:  # those of the images, over other batches of 64
+        if batch_stats and "running" in name:  # those of the images, over other batches of 64
             assert torch.allclose(tensor, own[name], rtol=0.05, atol=0.05), name
         elif "num_batches" not in name:
             assert torch.equal(tensor, before[name]), name
@@ -130,10 +130,10 @@ def test_statistics_of_layers_that_are_not_there_are_refused(chosen: Any) -> Non
     given = tiny.linear_task(torch.ones(2, 3), [0, 1])
     expected = rf"train\.batch_norm is {chosen}; no open stage has a BatchNorm layer"
     with pytest.raises(ParamsError, match=expected):
-        tuning.settle_batch_norm(
+        tuning.choose_batch_stats(
             given.classifier, given.feed, given.train, Recipe(batch_norm=chosen)
         )
-    tuning.settle_batch_norm(given.classifier, given.feed, given.train, Recipe())
+    tuning.choose_batch_stats(given.classifier, given.feed, given.train, Recipe())
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 from collections import OrderedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tlpipe.training.batches import Chances
 from tlpipe.training.classifier import Classifier, build
-from tlpipe.training.dataset import Examples, Numbers
+from tlpipe.training.dataset import Examples
 from tlpipe.training.task import Task
 
 CPU = torch.device("cpu")
@@ -19,13 +19,13 @@ class Rows:
 
     def __init__(self, inputs: Tensor) -> None:
         self.inputs = inputs
-        self.trained: list[Numbers] = []
+        self.trained: list[npt.NDArray[np.int64]] = []
 
-    def varied(self, rows: Numbers, chances: Chances) -> Tensor:
+    def augmented(self, rows: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]) -> Tensor:
         self.trained.append(rows)
         return self.plain(rows)
 
-    def plain(self, rows: Numbers) -> Tensor:
+    def plain(self, rows: npt.NDArray[np.int64]) -> Tensor:
         return self.inputs[torch.from_numpy(rows)]
 
 
@@ -46,9 +46,9 @@ def task(
     *,
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
-    by_batch: bool = False,
+    batch_stats: bool = False,
     rank: int = 0,
-    processes: int = 1,
+    world_size: int = 1,
 ) -> Task:
     """Train the network on pictures of noise, those of higher classes brighter."""
     targets = np.array(labels)
@@ -58,10 +58,10 @@ def task(
     classes = int(targets.max()) + 1
     classifier = build(stages(dropout), 8, (), classes, seed=0).to(dtype).eval()
     classifier.to(memory_format=torch.channels_last)
-    classifier.trains_by_batch = by_batch
+    classifier.uses_batch_stats = batch_stats
     examples = Examples(np.arange(len(labels)), targets)
     feed = Rows(images.contiguous(memory_format=torch.channels_last))
-    return Task(classifier, feed, examples, examples, classes, CPU, rank, processes)
+    return Task(classifier, feed, examples, examples, classes, CPU, rank, world_size)
 
 
 def linear_task(features: Tensor, labels: list[int]) -> Task:

@@ -124,9 +124,9 @@ def _augmented(
     """Return a view of each image: the same for the same image, whatever stands beside it."""
     import torch
 
-    chances = [generator(view, f"view {key}").random(augment.CHANCES) for key in keys]
-    draws = augment.draw(augmentation, np.stack(chances))
-    seen = augment.apply(torch.from_numpy(images), torch.from_numpy(draws), crop_px)
+    uniforms = [generator(view, f"view {key}").random(augment.UNIFORMS) for key in keys]
+    parameters = augment.sample(augmentation, np.stack(uniforms))
+    seen = augment.apply(torch.from_numpy(images), torch.from_numpy(parameters), crop_px)
     pixels: Pixels = seen.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     return pixels
 

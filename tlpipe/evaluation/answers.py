@@ -13,7 +13,6 @@ from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import Pixels, Sampling, read_square
 from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split
 from tlpipe.errors import ArtifactError, DataError, ImageError
-from tlpipe.evaluation.curves import Exact, Hits
 from tlpipe.evaluation.scores import Floats, Labels, softmax
 from tlpipe.export.bundle import Bundle
 from tlpipe.inference.predictor import Prediction, Predictor
@@ -33,7 +32,7 @@ class Answers:
     truth: Labels
 
     @property
-    def confidence(self) -> Exact:
+    def confidence(self) -> npt.NDArray[np.float64]:
         """The largest probability of each image."""
         return sureness(self.probabilities)
 
@@ -44,9 +43,9 @@ class Answers:
         return found
 
     @property
-    def hits(self) -> Hits:
+    def hits(self) -> npt.NDArray[np.bool_]:
         """Which answers are right."""
-        right: Hits = self.predicted == self.truth
+        right: npt.NDArray[np.bool_] = self.predicted == self.truth
         return right
 
 
@@ -163,7 +162,9 @@ def of_held_out(path: Path, shipped: Bundle, split: Path) -> tuple[Answers, list
     return Answers(held.logits, probabilities, held.labels), groups
 
 
-def of_others(predictor: Predictor, source: str, sampling: Sampling, most: int) -> Exact:
+def of_others(
+    predictor: Predictor, source: str, sampling: Sampling, most: int
+) -> npt.NDArray[np.float64]:
     """Return the confidence in answers for images of none of the classes, (N,).
 
     ``source``: as ``listing.unlabelled`` opens it.
@@ -200,7 +201,7 @@ def opened(source: str) -> Iterator[tuple[Storage, list[str]]]:
         raise DataError(str(error).replace("ingest.source", "evaluate.unknown")) from None
 
 
-def sureness(probabilities: Floats) -> Exact:
+def sureness(probabilities: Floats) -> npt.NDArray[np.float64]:
     """Return the largest probability of each image."""
-    largest: Exact = probabilities.max(axis=1).astype(np.float64)
+    largest: npt.NDArray[np.float64] = probabilities.max(axis=1).astype(np.float64)
     return largest

@@ -11,9 +11,6 @@ import numpy.typing as npt
 from tlpipe.evaluation.scores import BINS, Floats, Labels, bin_numbers, placements
 from tlpipe.resampling import group_numbers
 
-Exact = npt.NDArray[np.float64]
-Hits = npt.NDArray[np.bool_]
-
 
 class Bin(NamedTuple):
     """Images whose confidence lies in one bin: how sure the classifier is, and how often right."""
@@ -45,12 +42,12 @@ class Coverage:
     All (K,), from the highest threshold to the lowest; the last one answers for every image.
     """
 
-    threshold: Exact
-    coverage: Exact
-    accuracy: Exact
+    threshold: npt.NDArray[np.float64]
+    coverage: npt.NDArray[np.float64]
+    accuracy: npt.NDArray[np.float64]
 
 
-def coverage(confidence: Exact, hits: Hits) -> Coverage:
+def coverage(confidence: npt.NDArray[np.float64], hits: npt.NDArray[np.bool_]) -> Coverage:
     """Return the coverage-accuracy curve, a point for each distinct confidence.
 
     Source: El-Yaniv and Wiener (2010), On the foundations of noise-free selective classification.
@@ -73,7 +70,11 @@ def observed_threshold(curve: Coverage, error_rate: float) -> float:
 
 
 def threshold_for(
-    confidence: Exact, hits: Hits, groups: Sequence[str], error_rate: float, certainty: float
+    confidence: npt.NDArray[np.float64],
+    hits: npt.NDArray[np.bool_],
+    groups: Sequence[str],
+    error_rate: float,
+    certainty: float,
 ) -> float:
     """Return a threshold whose answers are wrong at most so often on other images too.
 
@@ -115,12 +116,12 @@ def images_needed(error_rate: float, certainty: float) -> int:
 class Ranked(NamedTuple):
     """Of one class against the others, by falling threshold: rates in [0, 1], all (K,)."""
 
-    false_positives: Exact
-    recall: Exact
-    precision: Exact
+    false_positives: npt.NDArray[np.float64]
+    recall: npt.NDArray[np.float64]
+    precision: npt.NDArray[np.float64]
 
 
-def ranked(scores: Floats, positive: Hits) -> Ranked:
+def ranked(scores: Floats, positive: npt.NDArray[np.bool_]) -> Ranked:
     """Return the points of the ROC and of the precision-recall curve."""
     order = np.argsort(-scores, kind="stable")
     inside = positive[order]
@@ -133,6 +134,6 @@ def ranked(scores: Floats, positive: Hits) -> Ranked:
     )
 
 
-def separation(known: Exact, unknown: Exact) -> float:
+def separation(known: npt.NDArray[np.float64], unknown: npt.NDArray[np.float64]) -> float:
     """Return the chance that a known image scores above an unknown one, with halves for ties."""
     return float(placements(known, unknown).mean())

@@ -8,14 +8,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tlpipe.evaluation.curves import Hits
+import numpy as np
+import numpy.typing as npt
+
 from tlpipe.resampling import share_interval
 
 
 def compare(
-    validation: Hits,
+    validation: npt.NDArray[np.bool_],
     validation_groups: Sequence[str],
-    test: Hits,
+    test: npt.NDArray[np.bool_],
     test_groups: Sequence[str],
     confidence: float,
 ) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from tlpipe.data.values import UNREADABLE, is_deep
 from tlpipe.errors import ArtifactError, GateError, TlpipeError
 from tlpipe.evaluation import answers, generalisation, scores, speed
 from tlpipe.evaluation.answers import Answers, Part
-from tlpipe.evaluation.curves import Hits
 from tlpipe.export import signing
 from tlpipe.export.bundle import EXACT, Bundle
 from tlpipe.inference.predictor import Predictor
@@ -423,7 +422,7 @@ class Compared:
 def _compare(
     rival: Rival,
     candidate: Bundle,
-    hits: Hits,
+    hits: npt.NDArray[np.bool_],
     part: Part,
     entries: Sequence[Entry],
     source: ingest.Params,
@@ -465,7 +464,7 @@ def _count(part: Part) -> int:
 
 def _hits_of(
     rival: Rival, candidate: Bundle, part: Part, source: ingest.Params
-) -> tuple[Hits, int]:
+) -> tuple[npt.NDArray[np.bool_], int]:
     """Return which of the images, all of classes that it knows, another version names right.
 
     And how many it cannot read, for want of a range of values or of contrast in its own: it names

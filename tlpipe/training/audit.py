@@ -23,7 +23,7 @@ from tlpipe.data.manifest import Assignment, Entry, evenly, load_manifest, load_
 from tlpipe.errors import ArtifactError
 from tlpipe.params import Section
 from tlpipe.training import head as heads
-from tlpipe.training import probe
+from tlpipe.training import linear_probe
 
 _log = logging.getLogger(__name__)
 SUSPECTS = ("path", "label", "suggested", "label_probability", "suggested_probability")
@@ -167,9 +167,9 @@ def _out_of_fold(
     """Return (N, C) probabilities of each image by a head that has not seen its fold."""
     known = features[rows].astype(np.float64)
     standard = heads.standardisation([known])
-    table = probe.Table(iter([standard.apply(known)]), targets)
+    table = linear_probe.Table(iter([standard.apply(known)]), targets)
     weights, classes = np.ones(len(rows)), int(targets.max()) + 1
-    found = probe.cross_validate(table, weights, folds, classes, l2, max_iterations=100)
+    found = linear_probe.cross_validate(table, weights, folds, classes, l2, max_iterations=100)
     return np.exp(heads.log_softmax(found.logits.astype(np.float64)))
 
 

@@ -1,4 +1,4 @@
-"""What goes into a step: rows in a drawn order, as tensors on the device, varied and mixed."""
+"""What goes into a step: rows in a drawn order, as tensors on the device, augmented and mixed."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -14,10 +14,9 @@ from tlpipe.backbones.augment import Augmentation
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import Preprocessing
 from tlpipe.seeds import generator
-from tlpipe.training.dataset import Examples, Numbers
+from tlpipe.training.dataset import Examples
 
-Chances = npt.NDArray[np.float64]
-# Mapped rows count as memory until they are let go, and the pages around them too.
+# Mapped rows count as memory until they are unmapped, and the pages around them too.
 _MAPPED_BYTES = 2**24
 _SHARE_OF_GPU = 0.5
 
@@ -25,13 +24,13 @@ _SHARE_OF_GPU = 0.5
 class Feed(Protocol):
     """Gives what the first open stage takes, (B, ...) float32."""
 
-    def varied(self, rows: Numbers, chances: Chances) -> Tensor:
+    def augmented(self, rows: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]) -> Tensor:
         """Return these images as they are seen in training.
 
-        ``chances``: (B, ``augment.CHANCES``) uniform in [0, 1).
+        ``uniforms``: (B, ``augment.UNIFORMS``) uniform in [0, 1).
         """
 
-    def plain(self, rows: Numbers) -> Tensor:
+    def plain(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """Return these images as they are."""
 
 
@@ -48,7 +47,7 @@ class _Store:
             if len(chunks) * self._row_bytes < _SHARE_OF_GPU * free:
                 self._resident = self.load_all()
 
-    def pick(self, rows: Numbers) -> Tensor:
+    def pick(self, rows: npt.NDArray[np.int64]) -> Tensor:
         if self._resident is not None:
             return self._resident[torch.from_numpy(rows).to(self._device)]
         return self._load(rows)
@@ -62,7 +61,7 @@ class _Store:
             rows[start:end] = self._load(range(start, end))
         return rows
 
-    def _load(self, rows: Sequence[int] | Numbers) -> Tensor:
+    def _load(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
         picked = torch.from_numpy(self._chunks[rows])
         self._read += len(rows) * self._row_bytes
         if self._read > _MAPPED_BYTES:
@@ -80,15 +79,15 @@ class StoredActivations:
         self._has_views = has_views
         self._views = chunks.shape[1] if has_views else 1
 
-    def varied(self, rows: Numbers, chances: Chances) -> Tensor:
+    def augmented(self, rows: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]) -> Tensor:
         """Return one of the views of each image, where there are any."""
         if self._views == 1:
             return self.plain(rows)
-        views = torch.from_numpy(1 + (chances[:, 0] * (self._views - 1)).astype(np.int64))
+        views = torch.from_numpy(1 + (uniforms[:, 0] * (self._views - 1)).astype(np.int64))
         picked = self._store.pick(rows)
         return _ready(picked[torch.arange(len(rows)), views])
 
-    def plain(self, rows: Numbers) -> Tensor:
+    def plain(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """Return these images as they are."""
         picked = self._store.pick(rows)
         return _ready(picked[:, 0] if self._has_views else picked)
@@ -111,14 +110,16 @@ class Photos:
         self._mean = torch.tensor(preprocessing.mean, device=device).reshape(3, 1, 1) * 255
         self._std = torch.tensor(preprocessing.std, device=device).reshape(3, 1, 1) * 255
 
-    def varied(self, rows: Numbers, chances: Chances) -> Tensor:
+    def augmented(self, rows: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]) -> Tensor:
         """Return these images augmented."""
         squares = self._store.pick(rows)
-        draws = augment.draw(self._augmentation, chances)
-        images = augment.apply(squares, torch.from_numpy(draws).to(squares.device), self._crop_px)
+        parameters = augment.sample(self._augmentation, uniforms)
+        images = augment.apply(
+            squares, torch.from_numpy(parameters).to(squares.device), self._crop_px
+        )
         return _ready(images.sub_(self._mean).div_(self._std))
 
-    def plain(self, rows: Numbers) -> Tensor:
+    def plain(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """Return the middle of these images."""
         squares = self._store.pick(rows)
         side = self._crop_px
@@ -129,7 +130,7 @@ class Photos:
 
 def batches(
     examples: Examples, *, size: int, seed: int, epoch: int, weights: npt.NDArray[np.float64] | None
-) -> list[Numbers]:
+) -> list[npt.NDArray[np.int64]]:
     """Return the places in ``examples`` of each batch of an epoch.
 
     Batches are as few as ``size`` allows, and even: they differ by one image at most.

@@ -1,7 +1,7 @@
-"""Checkpoints of a training, beside its outputs: written whole, the last two kept, checked by hash.
+"""Checkpoints of a training: written atomically, verified by sha256, the last two are kept.
 
-A checkpoint is ``NUMBER.safetensors`` and then ``NUMBER.json``, whose presence says that it is
-whole. Numbers count up; no clock is asked. What it belongs to is named by a digest.
+A checkpoint is ``NUMBER.safetensors`` and then ``NUMBER.json``, whose presence says that
+it is complete. Numbers count up; no clock is asked. What it belongs to is named by a digest.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ _KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``notes``: what JSON holds of it; ``tensors``: the rest."""
+    """``state``: what JSON holds of it; ``tensors``: the rest."""
 
-    notes: dict[str, Any]
+    state: dict[str, Any]
     tensors: "dict[str, Tensor]"
 
 
@@ -54,14 +54,15 @@ class Checkpoints:
                 save_file({n: t.detach().contiguous() for n, t in checkpoint.tensors.items()}, path)
             index = {
                 "digest": self._digest,
-                "notes": checkpoint.notes,
-                "sha256": _seal(checkpoint.notes, tensors.read_bytes()),
+                "state": checkpoint.state,
+                "sha256": _sha256(checkpoint.state, tensors.read_bytes()),
             }
             files.write_json(tensors.with_suffix(".json"), index)
         except (OSError, SafetensorError) as error:
             tensors.unlink(missing_ok=True)
             raise TrainingError(
-                f"the checkpoint {tensors} cannot be written: {error}. The one before it is whole: "
+                f"the checkpoint {tensors} cannot be written: {error}. The one before it is "
+                f"intact: "
                 f"make room, then run 'dvc repro' to go on from there."
             ) from None
         for old in numbers[_KEPT - 1 :]:
@@ -69,7 +70,7 @@ class Checkpoints:
                 (self._folder / f"{old:06d}{suffix}").unlink(missing_ok=True)
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest one that is whole and belongs to this training, or none.
+        """Return the newest one that is intact and belongs to this training, or none.
 
         What is damaged, or of another training, is said and left aside.
         """
@@ -88,7 +89,7 @@ class Checkpoints:
             except OSError as error:  # damage is known by its bytes
                 raise TrainingError(
                     f"the checkpoint {path} cannot be read: {error.strerror}; expected a disk that "
-                    f"answers. Mend that and run again, or delete {self._folder} to begin anew."
+                    f"answers. Fix that and run again, or delete {self._folder} to begin anew."
                 ) from None
             except (ValueError, KeyError, TypeError) as error:
                 _log.warning(
@@ -116,14 +117,14 @@ class Checkpoints:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        if (found := _seal(index["notes"], content)) != index["sha256"]:
+        if (found := _sha256(index["state"], content)) != index["sha256"]:
             raise ValueError(f"its sha256 is {found[:16]}..., not {index['sha256'][:16]}...")
         try:
-            return Checkpoint(index["notes"], load(content))
+            return Checkpoint(index["state"], load(content))
         except SafetensorError as error:
             raise ValueError(str(error)) from None
 
 
-def _seal(notes: dict[str, Any], tensors: bytes) -> str:
+def _sha256(state: dict[str, Any], tensors: bytes) -> str:
     """Return a hash of both parts of a checkpoint."""
-    return hashlib.sha256(files.json_bytes(notes) + tensors).hexdigest()
+    return hashlib.sha256(files.json_bytes(state) + tensors).hexdigest()

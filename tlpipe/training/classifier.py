@@ -30,7 +30,7 @@ class Classifier(nn.Module):
         self.register_buffer("scale", torch.ones(layers[0].in_features))
         between = [module for layer in layers for module in (layer, nn.ReLU())]
         self.head = nn.Sequential(*between[:-1])
-        self.trains_by_batch = False
+        self.uses_batch_stats = False
         for module in stages.modules():
             if isinstance(module, nn.Hardtanh):  # and ReLU6: in place, torch copies it all before
                 module.inplace = False
@@ -67,7 +67,7 @@ class Classifier(nn.Module):
         Source: Li et al. (2018), Adaptive batch normalization for practical domain adaptation,
         Pattern Recognition 80, algorithm 1.
         """
-        self.trains_by_batch = True
+        self.uses_batch_stats = True
         layers = self.batch_norms
         momenta = [layer.momentum for layer in layers]
         before = [_log_variance(layer) for layer in layers]
@@ -99,7 +99,7 @@ class Classifier(nn.Module):
             is_open = number >= len(self.stages) - count
             stage.train(is_open)
             stage.requires_grad_(is_open)
-        if not self.trains_by_batch:
+        if not self.uses_batch_stats:
             for layer in self.batch_norms:
                 layer.eval()
 

@@ -12,15 +12,13 @@ from tlpipe.backbones.backbone import Backbone, describe
 from tlpipe.data.manifest import load_split
 from tlpipe.errors import ArtifactError
 
-Numbers = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class Examples:
     """The images of one split: their rows, and their label numbers, both (N,)."""
 
-    rows: Numbers
-    labels: Numbers
+    rows: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -21,12 +21,10 @@ from tlpipe.backbones.device import pays_to_compile
 from tlpipe.errors import Interrupted, TrainingError
 from tlpipe.progress import Meter, meter
 from tlpipe.seeds import generator
-from tlpipe.training import processes
+from tlpipe.training import distributed
 from tlpipe.training.batches import batches, mixed, soft
 from tlpipe.training.checkpoint import Checkpoint, Checkpoints
 from tlpipe.training.classifier import Classifier
-from tlpipe.training.dataset import Numbers
-from tlpipe.training.endings import Stop, stop_requests
 from tlpipe.training.optimiser import (
     is_token_normalised,
     make_optimiser,
@@ -36,6 +34,7 @@ from tlpipe.training.optimiser import (
 )
 from tlpipe.training.recipe import Recipe, class_weights
 from tlpipe.training.schedule import lr_factor, open_stages, opening_epoch
+from tlpipe.training.signals import Stop, stop_requests
 from tlpipe.training.task import Measured, Task, autocast, evaluate
 
 _log = logging.getLogger(__name__)
@@ -66,11 +65,11 @@ def fine_tune(
     task: Task,
     recipe: Recipe,
     checkpoints: Checkpoints | None,
-    note: Callable[[list[Epoch]], None],
+    record: Callable[[list[Epoch]], None],
 ) -> list[Epoch]:
     """Train, and leave the classifier with the weights of the best epoch; return every epoch.
 
-    ``checkpoints``: where to go on from, or None; ``note``: is given all epochs so far after each.
+    ``checkpoints``: to resume from, or None; ``record``: is given all epochs so far after each.
 
     Raises:
         Interrupted: somebody asked to stop; the next call goes on from there.
@@ -83,7 +82,7 @@ def fine_tune(
             training.train_epoch(stop)
             training.end_epoch()
             if task.rank == 0:
-                note(training.state.history)
+                record(training.state.history)
         return training.finish()
 
 
@@ -135,9 +134,9 @@ class Training:
         if recipe.balance == "loss":
             dtype = self.model.mean.dtype
             self.class_weight = torch.tensor(rare, dtype=dtype, device=task.device)
-        self.image_chances: npt.NDArray[np.float64] | None = None
+        self.sampling_probabilities: npt.NDArray[np.float64] | None = None
         if recipe.balance == "sampling":
-            self.image_chances = rare[task.train.labels] / rare[task.train.labels].sum()
+            self.sampling_probabilities = rare[task.train.labels] / rare[task.train.labels].sum()
 
     @property
     def eval_model(self) -> Classifier:
@@ -158,15 +157,15 @@ class Training:
         """
         is_first = self.task.rank == 0
         checkpoint = self.checkpoints.newest() if self.checkpoints and is_first else None
-        if self.task.processes > 1:
+        if self.task.world_size > 1:
             checkpoint = _from_first(checkpoint)
-            processes.copy_from_first(self.model.state_dict().values())
+            distributed.broadcast_tensors(self.model.state_dict().values())
             if self.ema is not None:
                 self.ema.load_state_dict(self.model.state_dict())
         if checkpoint is not None:
             self._restore(checkpoint)
             place = f"epoch {self.state.epoch + 1}, step {self.state.step + 1}"
-            _log.info("going on from a checkpoint at %s", place)
+            _log.info("resumed from the checkpoint at %s", place)
             return
         self._record(train_loss=None)
 
@@ -181,7 +180,7 @@ class Training:
             size=recipe.batch_size_for(len(task.train)),
             seed=recipe.seed,
             epoch=state.epoch,
-            weights=self.image_chances,
+            weights=self.sampling_probabilities,
         )
         steps, saved = len(order), time.monotonic()
         assert steps == self.steps
@@ -195,7 +194,7 @@ class Training:
                 state.step = step + 1
                 self._show(shown, len(order[step]))
                 # Processes that are asked one after the other stop behind the same step.
-                if float(processes.add_up(torch.tensor(float(stop.requested)))):
+                if float(distributed.all_reduce(torch.tensor(float(stop.requested)))):
                     self._save()
                     raise Interrupted(
                         f"stopped in epoch {state.epoch + 1} of {recipe.epochs} after step "
@@ -232,7 +231,7 @@ class Training:
         self.model.load_state_dict(self.best)
         return self.state.history
 
-    def take_step(self, places: Numbers, step: int) -> float:
+    def take_step(self, places: npt.NDArray[np.int64], step: int) -> float:
         """Take one step on this process's share of a batch; return the loss of the whole.
 
         The loss is divided by the number of images, not by the sum of their weights: class weights
@@ -242,10 +241,10 @@ class Training:
         random = generator(recipe.seed, f"step {epoch} {step}")
         # Dropout and stochastic depth draw other masks in every process.
         torch.manual_seed(int(random.integers(2**62)) + task.rank)
-        chances = random.random((len(places), augment.CHANCES))
-        own = np.array_split(np.arange(len(places)), task.processes)[task.rank]
+        uniforms = random.random((len(places), augment.UNIFORMS))
+        own = np.array_split(np.arange(len(places)), task.world_size)[task.rank]
         mine = places[own]
-        inputs = task.feed.varied(task.train.rows[mine], chances[own])
+        inputs = task.feed.augmented(task.train.rows[mine], uniforms[own])
         labels = torch.from_numpy(task.train.labels[mine]).to(task.device)
         inputs, targets = mixed(
             recipe.mixup, inputs, soft(labels, task.classes), recipe.mixup_alpha, random
@@ -257,7 +256,7 @@ class Training:
         loss = each.sum() / len(places)
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        total = float(processes.add_up(loss.detach()))
+        total = float(distributed.all_reduce(loss.detach()))
         if not np.isfinite(total):
             raise TrainingError(
                 f"the loss is {total} in epoch {epoch + 1}, step {step + 1}; expected a number. No "
@@ -265,8 +264,8 @@ class Training:
                 f"{self.learning_rates.backbone:g} and {self.learning_rates.head:g}, or look at "
                 f"the images."
             )
-        if task.processes > 1:
-            processes.add_up_gradients(self.model)
+        if task.world_size > 1:
+            distributed.all_reduce_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
         self.optimiser.step()
         if self.ema is not None:
@@ -316,9 +315,9 @@ class Training:
     def _restore(self, checkpoint: Checkpoint) -> None:
         history = [
             Epoch(past["epoch"], past["train_loss"], Measured(**past["validation"]))
-            for past in checkpoint.notes["history"]
+            for past in checkpoint.state["history"]
         ]
-        self.state = _State(**checkpoint.notes | {"history": history})
+        self.state = _State(**checkpoint.state | {"history": history})
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in checkpoint.tensors.items():
             part, _, rest = name.partition(".")
@@ -339,13 +338,13 @@ def _from_first(checkpoint: Checkpoint | None) -> Checkpoint | None:
     known = None
     if checkpoint is not None:
         shapes = {name: (t.shape, t.dtype) for name, t in checkpoint.tensors.items()}
-        known = (checkpoint.notes, shapes)
-    known = processes.from_first(known)
+        known = (checkpoint.state, shapes)
+    known = distributed.broadcast(known)
     if known is None:
         return None
-    notes, shapes = known
+    state, shapes = known
     if checkpoint is None:
         tensors = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in shapes.items()}
-        checkpoint = Checkpoint(notes, tensors)
-    processes.copy_from_first(checkpoint.tensors.values())
+        checkpoint = Checkpoint(state, tensors)
+    distributed.broadcast_tensors(checkpoint.tensors.values())
     return checkpoint

@@ -85,7 +85,7 @@ def try_learning_rates(training: "Training") -> npt.NDArray[np.float64]:
             size=recipe.batch_size_for(len(task.train)),
             seed=recipe.seed,
             epoch=epoch,
-            weights=training.image_chances,
+            weights=training.sampling_probabilities,
         )
     )
     losses = np.empty(0)

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tlpipe.training.batchnorm import ReplacedNorm
 from tlpipe.training.classifier import Classifier
-from tlpipe.training.norms import ReplacedNorm
 from tlpipe.training.recipe import Recipe
 from tlpipe.training.schedule import LearningRates
 

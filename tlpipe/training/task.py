@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlpipe.training import processes
+from tlpipe.training import distributed
 from tlpipe.training.batches import Feed
 from tlpipe.training.classifier import Classifier
-from tlpipe.training.dataset import Examples, Numbers
+from tlpipe.training.dataset import Examples
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, and where; ``rank`` of ``processes``."""
+    """What is trained, on what, and where; ``rank`` of ``world_size`` processes."""
 
     classifier: Classifier
     feed: Feed
@@ -26,7 +26,7 @@ class Task:
     classes: int
     device: torch.device
     rank: int = 0
-    processes: int = 1
+    world_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def evaluate(task: Task, model: Classifier, examples: Examples) -> Measured:
     """Measure a classifier on images as they are; every process computes its share."""
     loss = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(3, task.classes, dtype=torch.float64)
-    own = np.array_split(np.arange(len(examples)), task.processes)[task.rank]
+    own = np.array_split(np.arange(len(examples)), task.world_size)[task.rank]
     done = 0
     for logits in predict(task, model, examples.rows[own]):
         labels = torch.from_numpy(examples.labels[own[done : done + len(logits)]])
@@ -52,12 +52,12 @@ def evaluate(task: Task, model: Classifier, examples: Examples) -> Measured:
         answered = logits.argmax(1)
         of_class = (labels[labels == answered], labels, answered)
         counts += torch.stack([torch.bincount(of, minlength=task.classes) for of in of_class])
-    processes.add_up(loss)
-    processes.add_up(counts)
+    distributed.all_reduce(loss)
+    distributed.all_reduce(counts)
     return measured(float(loss), counts.numpy())
 
 
-def predict(task: Task, model: Classifier, rows: Numbers) -> Iterator[Tensor]:
+def predict(task: Task, model: Classifier, rows: npt.NDArray[np.int64]) -> Iterator[Tensor]:
     """Yield logits (n, C) of images as they are, on the CPU, float32 or wider, batch by batch."""
     model.eval()
     size = 64 if task.device.type == "cuda" else 16

@@ -11,8 +11,8 @@ from tlpipe.backbones.freeze import AUTO
 from tlpipe.errors import ParamsError
 from tlpipe.params import check_effect, without_effect
 from tlpipe.training import dataset as datasets
+from tlpipe.training import linear_probe
 from tlpipe.training import model as models
-from tlpipe.training import probe
 from tlpipe.training.dataset import Dataset
 from tlpipe.training.head import Step
 from tlpipe.training.recipe import Recipe
@@ -61,7 +61,7 @@ def run(
     data = datasets.load(activations, split)
     check_open(data, params)
 
-    def note(steps: Sequence[Step]) -> None:
+    def record(steps: Sequence[Step]) -> None:
         _save_history(history, steps, first=0)
         if live is not None:
             live(steps)
@@ -70,7 +70,7 @@ def run(
         _learn(data, pixels, model.parent / _CHECKPOINTS, params, lambda _: None)
         return
     with files.locked(model.parent / _LOCK, "a training"):
-        learned = _learn(data, pixels, model.parent / _CHECKPOINTS, params, note)
+        learned = _learn(data, pixels, model.parent / _CHECKPOINTS, params, record)
         card = _card(data, learned)
         models.save(model, models.Model(card, learned.stages, learned.head), learned.held_out)
         _save_history(history, learned.steps, first=learned.first)
@@ -177,13 +177,13 @@ def _learn(
     pixels: Path,
     checkpoints: Path,
     params: Params,
-    note: Callable[[Sequence[Step]], None],
+    record: Callable[[Sequence[Step]], None],
 ) -> models.Learned:
     if data.open_stages or params.hidden:
         from tlpipe.training import tuning
 
-        return tuning.tune(data, pixels, checkpoints, params, note)
-    found = probe.fit(probe.stored(data), data, data.labelled, params)
+        return tuning.tune(data, pixels, checkpoints, params, record)
+    found = linear_probe.fit(linear_probe.stored(data), data, data.labelled, params)
     return models.Learned(
         stages={},
         head=(found.raw(found.head),),

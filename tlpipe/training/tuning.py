@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tlpipe import allocator
@@ -17,12 +18,12 @@ from tlpipe.code_digest import of_modules, versions
 from tlpipe.data import pixels as packed
 from tlpipe.errors import ArtifactError, ParamsError, TrainingError
 from tlpipe.held_out import HeldOut
-from tlpipe.training import endings, loop, norms, probe, processes
+from tlpipe.training import batchnorm, distributed, linear_probe, loop, signals
 from tlpipe.training import head as heads
 from tlpipe.training.batches import Feed, Photos, StoredActivations, batches
 from tlpipe.training.checkpoint import Checkpoints
 from tlpipe.training.classifier import Classifier, build, open_part
-from tlpipe.training.dataset import Dataset, Examples, Numbers
+from tlpipe.training.dataset import Dataset, Examples
 from tlpipe.training.model import Learned
 from tlpipe.training.recipe import Recipe
 from tlpipe.training.task import Task, autocast, predict
@@ -41,8 +42,8 @@ _CODE = (
     *(
         f"tlpipe.training.{name}"
         for name in (
-            *("batches", "classifier", "dataset", "head", "loop", "norms", "optimiser", "probe"),
-            *("processes", "recipe", "schedule", "task", "tuning"),
+            *("batches", "batchnorm", "classifier", "dataset", "distributed", "head"),
+            *("linear_probe", "loop", "optimiser", "recipe", "schedule", "task", "tuning"),
         )
     ),
     "tlpipe.seeds",
@@ -58,23 +59,23 @@ def tune(
     pixels: Path,
     checkpoints: Path,
     recipe: Recipe,
-    note: Callable[[Sequence[heads.Step]], None],
+    record: Callable[[Sequence[heads.Step]], None],
 ) -> Learned:
     """Solve the head where it is linear, then train all that is open from there.
 
-    ``note`` is given the start and every epoch so far, after each.
+    ``record`` is given the start and every epoch so far, after each.
 
     Raises:
         Interrupted: somebody asked to stop; the next call goes on from there.
         TrainingError: training cannot go on.
     """
-    with endings.explained(recipe), processes.joined() as (rank, count):
+    with signals.out_of_memory_explained(recipe), distributed.process_group() as (rank, count):
         _check_shares(len(data.train), recipe, count)
         task, l2 = prepare(data, pixels, recipe, rank, count)
         digest = digest_of(data, recipe, task)
         check_same(digest, rank)
         kept = Checkpoints(checkpoints, digest)
-        epochs = loop.fine_tune(task, recipe, kept, lambda epochs: note(_steps(epochs)))
+        epochs = loop.fine_tune(task, recipe, kept, lambda epochs: record(_steps(epochs)))
         best = loop.best_of(epochs, recipe)
         tensors = task.classifier.stages.state_dict()
         return Learned(
@@ -95,7 +96,7 @@ def check_same(digest: str, rank: int) -> None:
     Raises:
         TrainingError: this one does not train what the first one does.
     """
-    if (first := processes.from_first(digest)) != digest:
+    if (first := distributed.broadcast(digest)) != digest:
         raise TrainingError(
             f"process {rank} has other data, parameters or code than process 0 (digests "
             f"{digest[:12]} and {first[:12]}); expected the same in all. Copy params.yaml and the "
@@ -130,19 +131,19 @@ def prepare(
     """
     allocator.keep_freed()
     torch.set_num_threads(data.activations.origin.threads)
-    device = training_device(processes.local_rank())
+    device = training_device(distributed.local_rank())
     classifier = _start(data, recipe).eval().to(device)
     classifier.to(memory_format=torch.channels_last)
     feed = _feed(data, pixels, device)
     l2 = None
     if rank == 0:
-        settle_batch_norm(classifier, feed, data.train, recipe)
+        choose_batch_stats(classifier, feed, data.train, recipe)
         l2 = _solve_head(classifier, feed, data, recipe)
-    l2, classifier.trains_by_batch = processes.from_first((l2, classifier.trains_by_batch))
-    if not classifier.trains_by_batch:
-        norms.fold(classifier.stages, feed.plain(data.train.rows[:2]))
+    l2, classifier.uses_batch_stats = distributed.broadcast((l2, classifier.uses_batch_stats))
+    if not classifier.uses_batch_stats:
+        batchnorm.fold(classifier.stages, feed.plain(data.train.rows[:2]))
     elif count > 1:
-        norms.share_statistics(classifier, device)
+        batchnorm.synchronise(classifier, device)
     task = Task(
         classifier=classifier,
         feed=feed,
@@ -151,7 +152,7 @@ def prepare(
         classes=len(data.labels),
         device=device,
         rank=rank,
-        processes=count,
+        world_size=count,
     )
     return task, l2
 
@@ -182,7 +183,7 @@ def _feed(data: Dataset, pixels: Path, device: torch.device) -> Feed:
     return Photos(images.array, device, origin.preprocessing, origin.augmentation)
 
 
-def settle_batch_norm(classifier: Classifier, feed: Feed, train: Examples, recipe: Recipe) -> None:
+def choose_batch_stats(classifier: Classifier, feed: Feed, train: Examples, recipe: Recipe) -> None:
     """Settle whether open BatchNorm layers keep their statistics or go by those of batches.
 
     Pretrained statistics misjudge images of another kind; those of few images are worse than those
@@ -202,12 +203,12 @@ def settle_batch_norm(classifier: Classifier, feed: Feed, train: Examples, recip
     pretrained = copy.deepcopy(classifier.stages.state_dict())
     order = batches(train, size=_BLOCK, seed=recipe.seed, epoch=-1, weights=None)
     shift = classifier.adapt(feed.plain(train.rows[places]) for places in order)
-    by_batch = recipe.batch_norm == "batch" or shift > _SHIFT
-    whose = "of these images" if by_batch else "as pretrained"
+    batch_stats = recipe.batch_norm == "batch" or shift > _SHIFT
+    whose = "of these images" if batch_stats else "as pretrained"
     _log.info("BatchNorm: statistics %s, where spreads differ by e^%.2f", whose, shift)
-    if not by_batch:
+    if not batch_stats:
         classifier.stages.load_state_dict(pretrained)
-        classifier.trains_by_batch = False
+        classifier.uses_batch_stats = False
 
 
 def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recipe) -> float | None:
@@ -215,21 +216,21 @@ def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recip
 
     A head with hidden units is not solved, and has none.
     """
-    is_changed = classifier.trains_by_batch or recipe.reinitialise
-    read = _computed(classifier, feed) if is_changed else probe.stored(data)
+    is_changed = classifier.uses_batch_stats or recipe.reinitialise
+    read = _computed(classifier, feed) if is_changed else linear_probe.stored(data)
     if recipe.hidden:
         classifier.standardise(heads.standardisation(read(data.train.rows, True)))
         return None
-    found = probe.fit(read, data, data.train, recipe)
+    found = linear_probe.fit(read, data, data.train, recipe)
     classifier.standardise(found.standard)
     classifier.solve(found.head)
     return found.best.l2
 
 
-def _computed(classifier: Classifier, feed: Feed) -> probe.Read:
+def _computed(classifier: Classifier, feed: Feed) -> linear_probe.Read:
     """Return what computes features with the open stages as they are."""
 
-    def read(rows: Numbers, every_view: bool) -> Iterator[heads.Floats]:  # noqa: ARG001
+    def read(rows: npt.NDArray[np.int64], every_view: bool) -> Iterator[heads.Floats]:  # noqa: ARG001
         classifier.eval()
         for start in range(0, len(rows), _BLOCK):
             with torch.inference_mode(), autocast(classifier.mean.device):
@@ -262,7 +263,7 @@ def digest_of(data: Dataset, recipe: Recipe, task: Task) -> str:
     parts = [
         data.digest,
         recipe.model_dump_json(exclude={"checkpoint_minutes"}),
-        f"{task.device.type} {task.processes}",
+        f"{task.device.type} {task.world_size}",
         of_modules(*_CODE),
         str(versions(*_PACKAGES)),
     ]

@@ -1,4 +1,4 @@
-"""How a training may end early: it is asked to, or memory is short."""
+"""Interruptions of a training: SIGINT and SIGTERM, and out-of-memory (OOM) errors."""
 
 import logging
 import re
@@ -41,8 +41,8 @@ def stop_requests() -> Iterator[Stop]:
 
 
 @contextmanager
-def explained(recipe: Recipe) -> Iterator[None]:
-    """Turn what torch says where memory is short into a TrainingError."""
+def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
+    """Turn an out-of-memory (OOM) error of torch or Python into a TrainingError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Several processes that train one model together, as ``torchrun`` starts them.
+"""Data-parallel training in several processes, as ``torchrun`` starts them.
 
 Each computes its share of every batch; gradients and the statistics of BatchNorm are those of the
 whole batch. Order, augmentation, learning rates and the mixing share are the same for any number of
@@ -28,8 +28,8 @@ def local_rank() -> int:
 
 
 @contextmanager
-def joined() -> Iterator[tuple[int, int]]:
-    """Join the other processes where there are some; yield this one's number and how many."""
+def process_group() -> Iterator[tuple[int, int]]:
+    """Join the process group, if there is one; yield this process's rank and the world size."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield 0, 1
@@ -46,15 +46,15 @@ def joined() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
-def add_up(values: Tensor) -> Tensor:
-    """Return the sum over all processes."""
+def all_reduce(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def from_first(value: _Value) -> _Value:
-    """Return what the first process gives."""
+def broadcast(value: _Value) -> _Value:
+    """Return the value of the first process in every process."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -62,7 +62,7 @@ def from_first(value: _Value) -> _Value:
     return box[0]
 
 
-def copy_from_first(tensors: Iterable[Tensor]) -> None:
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors with those of the first process; both may lie in memory as they like."""
     if not dist.is_initialized():
         return
@@ -72,14 +72,14 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
         tensor.detach().copy_(dense)
 
 
-def add_up_gradients(module: nn.Module) -> None:
+def all_reduce_gradients(module: nn.Module) -> None:
     """Replace every gradient by its sum over all processes."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     sizes = [gradient.numel() for gradient in gradients]
-    for gradient, summed in zip(gradients, torch.split(flat, sizes), strict=True):
-        gradient.copy_(summed.view_as(gradient))
+    for gradient, total in zip(gradients, torch.split(flat, sizes), strict=True):
+        gradient.copy_(total.view_as(gradient))
 
 
 class _Sum(torch.autograd.Function):
@@ -87,14 +87,14 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(_: Any, values: Tensor) -> Tensor:
-        return add_up(values.clone())
+        return all_reduce(values.clone())
 
     @staticmethod
     def backward(_: Any, gradient: Tensor) -> Tensor:
-        return add_up(gradient.clone())
+        return all_reduce(gradient.clone())
 
 
-def summed(values: Tensor) -> Tensor:
+def all_reduce_with_gradient(values: Tensor) -> Tensor:
     """Return the sum over all processes, through which gradients flow."""
     result: Tensor = _Sum.apply(values)
     return result

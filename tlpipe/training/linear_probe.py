@@ -26,7 +26,7 @@ from tlpipe.data.chunks import Chunks
 from tlpipe.data.folds import ALWAYS_TRAINS, held_out_folds
 from tlpipe.held_out import HeldOut
 from tlpipe.training import head as heads
-from tlpipe.training.dataset import Dataset, Examples, Numbers
+from tlpipe.training.dataset import Dataset, Examples
 from tlpipe.training.recipe import Recipe, class_weights
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ _BLOCK_BYTES = 2**23
 _ROUGH, _FINE = 1e-6, 1e-10
 # The held-out loss falls and then rises along the path: after so many rises the rest is skipped.
 _RISES = 2
-Single = npt.NDArray[np.float32]
 
 
 class Table:
@@ -91,7 +90,7 @@ def _read_into(file: IO[bytes], block: heads.Floats, offset: int) -> None:
 
 
 # Reads the features of rows in blocks (n, D), of every view where that is asked for.
-Read = Callable[[Numbers, bool], Iterator[heads.Floats]]
+Read = Callable[[npt.NDArray[np.int64], bool], Iterator[heads.Floats]]
 
 
 def stored(data: Dataset) -> Read:
@@ -104,7 +103,7 @@ def stored(data: Dataset) -> Read:
     features: Chunks = found.boundary if is_whole else found.features  # type: ignore[assignment]
     views, width = features.shape[1:] if len(features.shape) == 3 else (1, features.shape[1])
 
-    def read(rows: Numbers, every_view: bool) -> Iterator[heads.Floats]:
+    def read(rows: npt.NDArray[np.int64], every_view: bool) -> Iterator[heads.Floats]:
         taken = views if every_view else 1
         step = max(_BLOCK_BYTES // (8 * width * views), 1)
         for start in range(0, len(rows), step):
@@ -125,7 +124,7 @@ class CrossValidated:
 
     l2: float
     fold_heads: tuple[heads.Head, ...]
-    logits: Single
+    logits: npt.NDArray[np.float32]
     step: heads.Step
 
 
@@ -139,11 +138,11 @@ class Probe:
 
     head: heads.Head
     standard: heads.Standardisation
-    folds: Numbers
+    folds: npt.NDArray[np.int64]
     best: CrossValidated
     path: tuple[heads.Step, ...]
 
-    def raw(self, head: heads.Head) -> tuple[Single, Single]:
+    def raw(self, head: heads.Head) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Return weight (C, D) and bias (C,) of a head for features that are not standardised."""
         folded = self.standard.fold(head)
         return folded.weight.astype(np.float32), folded.bias.astype(np.float32)
@@ -232,7 +231,7 @@ def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
 def cross_validate(
     table: Table,
     weights: heads.Floats,
-    folds: Numbers,
+    folds: npt.NDArray[np.int64],
     classes: int,
     l2: float,
     max_iterations: int,
@@ -281,7 +280,9 @@ def cross_validate(
     return CrossValidated(l2, found, logits, step)
 
 
-def _score(logits: Single, labels: heads.Labels, weights: heads.Floats) -> tuple[float, float]:
+def _score(
+    logits: npt.NDArray[np.float32], labels: heads.Labels, weights: heads.Floats
+) -> tuple[float, float]:
     """Return the weighted mean cross-entropy in nats and accuracy of the images held out.
 
     Where classes count the same, that is the balanced accuracy.

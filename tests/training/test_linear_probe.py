@@ -12,7 +12,7 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from tlpipe.data.folds import ALWAYS_TRAINS, held_out_folds
 from tlpipe.training import head as heads
-from tlpipe.training import probe
+from tlpipe.training import linear_probe
 from tlpipe.training.dataset import Examples
 from tlpipe.training.recipe import Recipe
 
@@ -53,7 +53,7 @@ def data() -> Data:
     return Data(Examples(train, labels[train]), Examples(validation, labels[validation]), groups)
 
 
-def reader(features: heads.Floats, block: int = 1000) -> probe.Read:
+def reader(features: heads.Floats, block: int = 1000) -> linear_probe.Read:
     def read(rows, every_view):  # type: ignore[no-untyped-def]
         views = 2 if every_view else 1
         for start in range(0, len(rows), block):
@@ -62,7 +62,7 @@ def reader(features: heads.Floats, block: int = 1000) -> probe.Read:
     return read
 
 
-def plain(features: heads.Floats) -> probe.Read:
+def plain(features: heads.Floats) -> linear_probe.Read:
     """Return what reads the plain view alone, whatever is asked for."""
     return lambda rows, every_view: iter([features[rows, 0]])
 
@@ -77,7 +77,7 @@ RECIPE = Recipe(l2=(1.0, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003))
 def test_the_l2_and_the_held_out_predictions_are_those_of_cross_validation(
     features: heads.Floats, data: Data
 ) -> None:
-    found = probe.fit(plain(features), data, data.labelled, RECIPE)
+    found = linear_probe.fit(plain(features), data, data.labelled, RECIPE)
     standard = found.standard.apply(features[:, 0])
     labels = data.labelled.labels
     losses = {}
@@ -102,7 +102,7 @@ def test_the_head_is_fitted_on_training_and_validation_or_on_training_alone(
 ) -> None:
     labels = data.labelled.labels
     for train in (data.labelled, data.train):
-        found = probe.fit(plain(features), data, train, RECIPE)
+        found = linear_probe.fit(plain(features), data, train, RECIPE)
         count = len(train)
         expected = heads.standardisation([features[:count, 0]])
         assert found.standard.mean == pytest.approx(expected.mean)
@@ -121,7 +121,7 @@ def test_the_head_is_fitted_on_training_and_validation_or_on_training_alone(
 def test_views_train_and_only_the_plain_image_is_held_out(
     features: heads.Floats, data: Data
 ) -> None:
-    found = probe.fit(reader(features, block=50), data, data.labelled, RECIPE)
+    found = linear_probe.fit(reader(features, block=50), data, data.labelled, RECIPE)
     every = found.standard.apply(features.reshape(-1, WIDTH))
     targets, folds = np.repeat(data.labelled.labels, 2), np.repeat(found.folds, 2)
     held = found.held_out(data.labelled)
@@ -139,8 +139,8 @@ def test_views_train_and_only_the_plain_image_is_held_out(
 
 
 def test_blocks_from_a_file_give_what_one_block_gives(features: heads.Floats, data: Data) -> None:
-    one = probe.fit(reader(features), data, data.labelled, RECIPE)
-    several = probe.fit(reader(features, block=7), data, data.labelled, RECIPE)
+    one = linear_probe.fit(reader(features), data, data.labelled, RECIPE)
+    several = linear_probe.fit(reader(features, block=7), data, data.labelled, RECIPE)
     assert np.abs(one.head.weight - several.head.weight).max() < 1e-5
     assert np.abs(one.best.logits - several.best.logits).max() < 1e-3
 
@@ -153,7 +153,7 @@ def test_the_number_of_cores_changes_no_bit(features: heads.Floats, data: Data) 
     try:
         for given in ({min(cores)}, cores):
             os.sched_setaffinity(0, given)
-            found = probe.fit(reader(features, block=7), data, data.labelled, recipe)
+            found = linear_probe.fit(reader(features, block=7), data, data.labelled, recipe)
             alike.append((found.best.logits.tobytes(), found.head.weight.tobytes()))
     finally:
         os.sched_setaffinity(0, cores)
@@ -168,7 +168,7 @@ def test_balance_weighs_images_by_their_class(features: heads.Floats, balance: s
     nobody = Examples(np.empty(0, np.int64), np.empty(0, np.int64))
     data = Data(examples, nobody, tuple(f"g{i}" for i in range(240)))
     recipe = Recipe(l2=(0.1,), balance=balance)  # type: ignore[arg-type]
-    found = probe.fit(plain(features), data, examples, recipe)
+    found = linear_probe.fit(plain(features), data, examples, recipe)
     model = LogisticRegression(
         C=1 / (0.1 * 120), max_iter=20000, tol=1e-10, class_weight="balanced"
     )
@@ -182,7 +182,7 @@ def test_balance_weighs_images_by_their_class(features: heads.Floats, balance: s
 
 
 def test_what_is_held_out_is_as_wide_as_what_ships(features: heads.Floats, data: Data) -> None:
-    found = probe.fit(plain(features), data, data.labelled, RECIPE)
+    found = linear_probe.fit(plain(features), data, data.labelled, RECIPE)
     held = found.held_out(data.labelled)
     norms = [np.linalg.norm(head.weight) for head in found.best.fold_heads]
     wider = np.linalg.norm(found.head.weight) / np.mean(norms)
@@ -192,7 +192,7 @@ def test_what_is_held_out_is_as_wide_as_what_ships(features: heads.Floats, data:
 
 def test_images_that_are_all_alike_are_answered_by_the_shares_of_classes(data: Data) -> None:
     alike = np.ones((240, 2, WIDTH))
-    found = probe.fit(plain(alike), data, data.labelled, Recipe(l2=(0.1,)))
+    found = linear_probe.fit(plain(alike), data, data.labelled, Recipe(l2=(0.1,)))
     assert not found.head.weight.any()
     held = found.held_out(data.labelled)
     assert np.exp(heads.log_softmax(held.logits.astype(np.float64))) == pytest.approx(
@@ -213,7 +213,7 @@ def test_folds_of_classes_of_few_groups_hold_out_every_class() -> None:
 def test_features_that_tell_nothing_are_said(data: Data, caplog: pytest.LogCaptureFixture) -> None:
     noise = np.random.default_rng(5).normal(size=(240, 2, WIDTH))
     with caplog.at_level(logging.WARNING):
-        probe.fit(plain(noise), data, data.labelled, Recipe(l2=(0.001,)))
+        linear_probe.fit(plain(noise), data, data.labelled, Recipe(l2=(0.001,)))
     assert any("shares of the classes alone, whose loss is 1.0986" in m for m in caplog.messages)
 
 
@@ -248,7 +248,7 @@ def test_classes_of_three_images_are_cross_validated_with_two_folds(
     labels = np.arange(3)
     train, validation = Examples(np.arange(3) * 2, labels), Examples(np.arange(3) * 2 + 1, labels)
     data = Data(train, validation, tuple(f"g{i}" for i in range(240)))
-    found = probe.fit(plain(features), data, train, RECIPE)
+    found = linear_probe.fit(plain(features), data, train, RECIPE)
     assert len(found.best.fold_heads) >= 2
     held = found.held_out(data.labelled)
     assert len(held.rows) == 6 and np.isfinite(held.logits).all()
@@ -258,7 +258,7 @@ def test_what_was_chosen_is_said_with_its_reason(
     features: heads.Floats, data: Data, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        found = probe.fit(plain(features), data, data.labelled, RECIPE)
+        found = linear_probe.fit(plain(features), data, data.labelled, RECIPE)
     step = found.best.step
     assert caplog.messages[len(found.path) :] == [
         f"chosen: l2 {found.best.l2:g}, which has the least loss; "
@@ -270,5 +270,5 @@ def test_what_was_chosen_is_said_with_its_reason(
     ) in caplog.messages
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        probe.fit(plain(features), data, data.labelled, Recipe(l2=(0.01, 3.0, 10.0)))
+        linear_probe.fit(plain(features), data, data.labelled, Recipe(l2=(0.01, 3.0, 10.0)))
     assert any("at the end of train.l2" in text for text in caplog.messages)

@@ -1,6 +1,6 @@
 """Other ways to compute BatchNorm layers, under the same names of tensors.
 
-``share_statistics``: over the batches of several processes. ``fold``: where statistics are kept, a
+``synchronise``: over the batches of several processes. ``fold``: where statistics are kept, a
 normalisation behind a convolution is a scale of its weights, and need not be computed on images.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tlpipe.training.processes import summed
+from tlpipe.training.distributed import all_reduce_with_gradient
 
 
-def share_statistics(module: nn.Module, device: torch.device) -> None:
+def synchronise(module: nn.Module, device: torch.device) -> None:
     """Let the BatchNorm layers inside a module normalise by the whole batch of all processes."""
     if device.type == "cuda":
         from timm.layers import convert_sync_batchnorm  # torch's loses timm's activations
@@ -205,10 +205,10 @@ class _SharedNorm(ReplacedNorm):
         over = [axis for axis in range(x.dim()) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
         given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
-        count = summed(x.new_tensor(float(x.numel() // x.shape[1])))
-        mean = summed(x.sum(over)) / count
+        count = all_reduce_with_gradient(x.new_tensor(float(x.numel() // x.shape[1])))
+        mean = all_reduce_with_gradient(x.sum(over)) / count
         centred = x - mean.view(shape)
-        var = summed((centred**2).sum(over)) / count
+        var = all_reduce_with_gradient((centred**2).sum(over)) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)

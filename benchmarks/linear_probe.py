@@ -1,4 +1,4 @@
-"""How the linear probe chooses its l2: ``python benchmarks/probe.py [--data FOLDER] [--seeds 5]``.
+"""The choice of l2: ``python benchmarks/linear_probe.py [--data FOLDER] [--seeds 5]``.
 
 Accuracy and log loss on test splits, mean over seeds that draw splits anew. Ours: four-fold
 cross-validation over the training and the validation split, least mean loss, then a fit on both.
@@ -26,7 +26,7 @@ from sklearn.linear_model import LogisticRegression
 
 from tlpipe.export import temperature
 from tlpipe.training import head as heads
-from tlpipe.training import probe
+from tlpipe.training import linear_probe
 from tlpipe.training.dataset import Dataset, Examples
 from tlpipe.training.recipe import Recipe
 
@@ -47,7 +47,7 @@ Answer = Callable[[Floats], Floats]
 
 def ours(data: Dataset) -> tuple[Answer, float, float]:
     """Return what gives logits of features, the temperature, and the l2."""
-    found = probe.fit(probe.stored(data), data, data.labelled, Recipe())
+    found = linear_probe.fit(linear_probe.stored(data), data, data.labelled, Recipe())
     held = found.held_out(data.labelled)
     divisor = temperature.fit(held.logits, held.labels)
     return lambda x: found.head.logits(found.standard.apply(x)), divisor, found.best.l2
@@ -83,7 +83,7 @@ def answer(model: LogisticRegression, standard: heads.Standardisation) -> Answer
 
 def features(data: Dataset, examples: Examples) -> Floats:
     """Return the stored features of images."""
-    return np.concatenate(list(probe.stored(data)(examples.rows, False)))
+    return np.concatenate(list(linear_probe.stored(data)(examples.rows, False)))
 
 
 def measure(

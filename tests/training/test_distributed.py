@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,13 +19,11 @@ from tests.conftest import Workspace
 from tests.training import tiny
 from tests.training.test_resume import arguments
 from tlpipe.errors import Interrupted, TrainingError
-from tlpipe.training import loop, norms, tuning
-from tlpipe.training.batches import Chances
+from tlpipe.training import batchnorm, loop, tuning
 from tlpipe.training.checkpoint import Checkpoint, Checkpoints
-from tlpipe.training.dataset import Numbers
-from tlpipe.training.endings import Stop
-from tlpipe.training.processes import local_rank
+from tlpipe.training.distributed import local_rank
 from tlpipe.training.recipe import Recipe
+from tlpipe.training.signals import Stop
 from tlpipe.training.task import Task
 
 LABELS = [0, 0, 0, 1, 1] * 3  # three batches of five, shared out as three and two
@@ -49,9 +49,9 @@ class Stopping(tiny.Rows):
         super().__init__(inputs)
         self._stop, self._step = stop, step
 
-    def varied(self, rows: Numbers, chances: Chances) -> Tensor:
+    def augmented(self, rows: npt.NDArray[np.int64], uniforms: npt.NDArray[np.float64]) -> Tensor:
         self._stop.requested = len(self.trained) + 1 == self._step
-        return super().varied(rows, chances)
+        return super().augmented(rows, uniforms)
 
 
 def trained(
@@ -59,15 +59,16 @@ def trained(
 ) -> dict[str, Tensor]:
     """Train; return every tensor that changes, what was drawn and how many steps were taken."""
     options = dict(options)
-    by_batch = options.pop("by_batch", False)
-    given = tiny.task(LABELS, dtype=torch.float64, by_batch=by_batch, rank=rank, processes=count)
+    batch_stats = options.pop("batch_stats", False)
+    processes = {"rank": rank, "world_size": count}
+    given = tiny.task(LABELS, dtype=torch.float64, batch_stats=batch_stats, **processes)
     drawing, stop = Drawing(), Stop()
     given.classifier.stages.append(drawing)
     # The first process counts; what others start from must not.
     for tensor in given.classifier.state_dict().values() if rank else ():
         tensor.add_(1)
-    if by_batch and count > 1:
-        norms.share_statistics(given.classifier, tiny.CPU)
+    if batch_stats and count > 1:
+        batchnorm.synchronise(given.classifier, tiny.CPU)
     feed = Stopping(given.feed.inputs, stop, stop_in)  # type: ignore[attr-defined]
     task = Task(
         **{name: getattr(given, name) for name in Task.__dataclass_fields__} | {"feed": feed}
@@ -118,8 +119,8 @@ def together(
     "options",
     [
         {"optimiser": "sgd"},
-        {"optimiser": "sgd", "by_batch": True, "max_grad_norm": 0.01},
-        {"by_batch": True, "ema_decay": 0.9, "balance": "loss", "weight_decay": 0.1},
+        {"optimiser": "sgd", "batch_stats": True, "max_grad_norm": 0.01},
+        {"batch_stats": True, "ema_decay": 0.9, "balance": "loss", "weight_decay": 0.1},
         {"unfreeze_epochs": 1, "balance": "sampling", "label_smoothing": 0.0},
     ],
     ids=str,
@@ -143,7 +144,7 @@ def test_two_processes_learn_what_one_does(options: dict[str, Any], tmp_path: Pa
 @pytest.mark.fault("T20")
 @pytest.mark.parametrize("mixup", ["mixup", "cutmix"])
 def test_both_processes_have_one_model_where_shares_are_mixed(mixup: str, tmp_path: Path) -> None:
-    first, second = together(tmp_path, {"mixup": mixup, "by_batch": True, "ema_decay": 0.9})
+    first, second = together(tmp_path, {"mixup": mixup, "batch_stats": True, "ema_decay": 0.9})
     for name in first.keys() - {"drawn"}:
         assert torch.equal(first[name], second[name]), name
 
@@ -152,7 +153,7 @@ def test_both_processes_have_one_model_where_shares_are_mixed(mixup: str, tmp_pa
 @pytest.mark.parametrize("other_disk", ["nothing", "an older checkpoint"])
 def test_the_first_process_s_checkpoint_is_resumed_by_all(other_disk: str, tmp_path: Path) -> None:
     """Without a shared file system; asked to stop is the second process alone."""
-    options = {"by_batch": True, "ema_decay": 0.9, "mixup": "mixup"}
+    options = {"batch_stats": True, "ema_decay": 0.9, "mixup": "mixup"}
     undisturbed = together(tmp_path / "undisturbed", options)
     stopped = together(tmp_path / "resumed", options, stops=(0, 5))
     assert [int(found["steps"]) for found in stopped] == [5, 5]
@@ -181,7 +182,7 @@ def test_statistics_over_one_process_are_those_of_torch() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).double()
     shared = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).double()
     shared.load_state_dict(plain.state_dict())
-    norms.share_statistics(shared, tiny.CPU)
+    batchnorm.synchronise(shared, tiny.CPU)
     images = torch.randn(4, 3, 9, 9, dtype=torch.float64)
     for _ in range(3):
         results = [network(images) for network in (plain, shared)]
@@ -205,7 +206,7 @@ def test_statistics_of_bfloat16_are_computed_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     images = (3 + torch.randn(31, 2, 56, 56, generator=generator)).bfloat16()
     plain, shared = nn.Sequential(nn.BatchNorm2d(2)), nn.Sequential(nn.BatchNorm2d(2))
-    norms.share_statistics(shared, tiny.CPU)
+    batchnorm.synchronise(shared, tiny.CPU)
     expected = plain(images.float())
     found = shared(images)
     assert found.dtype == torch.bfloat16

@@ -5,7 +5,7 @@ from timm.layers import Conv2dSame
 
 from tests.training.test_loop import build_network
 from tlpipe.backbones.stages import cut
-from tlpipe.training import norms
+from tlpipe.training import batchnorm
 
 
 def small_vgg() -> torch.nn.Sequential:
@@ -44,7 +44,7 @@ def test_folded_layers_give_the_same_and_learn_the_same(name: str) -> None:
 
     expected, gradients = learned()
     layers = sum(isinstance(m, torch.nn.BatchNorm2d) for m in stages.modules())
-    folded = norms.fold(stages, images[:2])
+    folded = batchnorm.fold(stages, images[:2])
     assert (layers, folded) == LAYERS[name]
     # Seen upside down, which is faster than padding in a step of its own.
     assert len(stages._forward_pre_hooks) == name.startswith("timm/tf_")
@@ -59,7 +59,7 @@ def test_folded_layers_compile_in_one_graph() -> None:
     torch.manual_seed(0)
     stages = cut(build_network("resnet18"), 64)
     images = torch.randn(2, 3, 64, 64)
-    assert norms.fold(stages, images) > 0
+    assert batchnorm.fold(stages, images) > 0
     compiled = torch.compile(stages, fullgraph=True, backend="aot_eager")
     weight = next(stages.parameters())
     gradients = []
@@ -84,7 +84,7 @@ def test_what_cannot_be_seen_upside_down_is_folded_as_it_stands() -> None:
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = network(images)
-        assert norms.fold(network, images) == 1
+        assert batchnorm.fold(network, images) == 1
         assert torch.allclose(network(images), expected, atol=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_what_is_called_twice_is_left_alone() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.layer(self.norm(self.layer(x))))
 
-    assert norms.fold(Twice().eval(), torch.randn(2, 3, 8, 8)) == 0
+    assert batchnorm.fold(Twice().eval(), torch.randn(2, 3, 8, 8)) == 0
 
 
 def test_a_folded_layer_of_kept_statistics_gives_what_it_gave_with_other_statistics_too() -> None:
@@ -106,7 +106,7 @@ def test_a_folded_layer_of_kept_statistics_gives_what_it_gave_with_other_statist
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
     images = torch.randn(2, 3, 8, 8)
-    assert norms.fold(network, images) == 1
+    assert batchnorm.fold(network, images) == 1
     plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
     state = {n: t.clone() for n, t in network.state_dict().items()}
     state["1.running_mean"] += 0.5
