@@ -20,7 +20,7 @@ from rich.table import Table
 
 from tlpipe.data.manifest import load_split
 from tlpipe.evaluation import curves
-from tlpipe.evaluation.scores import softmax
+from tlpipe.evaluation.metrics import softmax
 from tlpipe.export import temperature
 from tlpipe.training import linear_probe
 from tlpipe.training.recipe import Recipe

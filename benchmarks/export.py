@@ -40,7 +40,7 @@ from tlpipe.data.images import crop_middle
 from tlpipe.data.manifest import evenly, load_split
 from tlpipe.evaluation import answers, corruptions, evaluate, speed
 from tlpipe.export import bundle as bundles
-from tlpipe.export.bundle import ANY_SIZE, EXACT, Bundle
+from tlpipe.export.bundle import ANY_SIZE, Bundle
 
 STAGES = {
     name: shlex.split(stage["cmd"])[1:]
@@ -215,7 +215,7 @@ def compare(report: Report, first: Contender, second: Contender) -> tuple[float,
 
 def against_torch(report: Report, given: Given) -> None:
     """Compare the exact graph with the model that it was made of, for one image."""
-    commands = in_torch(given), in_torch(given, "--channels-last"), in_onnxruntime(given, EXACT)
+    commands = in_torch(given), in_torch(given, "--channels-last"), in_onnxruntime(given, "fp32")
     with contenders(*commands) as (plain, tuned, ours):
         largest, _ = compare(report, plain, ours)
         if largest > SAME_LOGITS:
@@ -227,7 +227,7 @@ def against_torch(report: Report, given: Given) -> None:
 
 def int8_against_fp32(report: Report, given: Given) -> None:
     """Compare two graphs of the bundle."""
-    with contenders(in_onnxruntime(given, EXACT), in_onnxruntime(given, "int8")) as both:
+    with contenders(in_onnxruntime(given, "fp32"), in_onnxruntime(given, "int8")) as both:
         compare(report, *both)
         for size in TIMES:
             fp32, int8 = time_in_turns(both, size)
@@ -296,12 +296,12 @@ def bare_plan(given: Given) -> dict[str, Any]:
     for row, image in enumerate(load_split(given.work / "artifacts/split/split.csv")):
         rows.setdefault(image.split, []).append(row)
     models = {n: str(p) for n, p in given.bundle.graphs.items() if n != ANY_SIZE}
-    exact, few = models[EXACT], evenly(rows["test"], params.corrupted)
+    exact, few = models["fp32"], evenly(rows["test"], params.corrupted_images)
     changes = sum(map(len, corruptions.STRENGTHS.values()))
     asked = [(exact, rows["test"], answers.BATCH)]
-    asked += [(p, rows["test"], answers.BATCH) for n, p in models.items() if n != EXACT]
+    asked += [(p, rows["test"], answers.BATCH) for n, p in models.items() if n != "fp32"]
     asked += [(exact, rows["validation"], answers.BATCH)]
-    asked += [(exact, evenly(rows["test"], params.unknown_images), answers.BATCH)]
+    asked += [(exact, evenly(rows["test"], params.ood_images), answers.BATCH)]
     asked += [(exact, few, answers.BATCH)] * (changes + 1)
     for path in models.values():
         asked += [(path, list(range(n)) * (1 + times), n) for n, times in speed.TIMED.items()]

@@ -35,7 +35,7 @@ MODULES = {
     "training": "loop optimiser schedule batches checkpoint head linear_probe batchnorm",
     "backbones": "embed activations forward frozen stages freeze augment",
     "export": "graph precisions parity any_size temperature int8 fp16",
-    "evaluation": "scores curves generalisation slices corruptions",
+    "evaluation": "metrics curves generalisation slices corruptions",
     "data": "chunks folds split placements images duplicates manifest",
     "registry": "moves gate promotion",
     "": "resampling files held_out code_digest",
@@ -62,7 +62,7 @@ ALSO = {
     "export/graph": ["export/test_export.py"],
     "export/parity": ["export/test_export.py"],
     "registry/gate": ["registry/test_promotion.py"],
-    "resampling": ["evaluation/test_scores.py"],
+    "resampling": ["evaluation/test_metrics.py"],
 }
 # What differs in these does not differ in what is computed.
 SAYING = re.compile(r"^(_?log(ger|ging)?\.|warnings\.|print\(|track\()")

@@ -130,7 +130,9 @@ class Workspace:
 
         The gate lets a first version pass that a handful of images has tested.
         """
-        self.replace("params.yaml", "    recall: 0.5 ", "    images: 1\n    recall: 0.0 ")
+        self.replace(
+            "params.yaml", "    min_recall: 0.5 ", "    min_test_images: 1\n    min_recall: 0.0 "
+        )
         lines = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in options.items())
         self.replace("params.yaml", "  source: data/digits.yaml ", f"{lines}  source: {source} ")
 
@@ -168,7 +170,7 @@ INGEST = (
 # What most tests of the pipeline do not look at: eight bits, and hundreds of images to check with.
 LESS = {
     "  parity_images: 256\n": "  parity_images: 32\n  precisions: []\n",
-    "  mistakes: 18\n": "  mistakes: 18\n  corrupted: 8\n  unknown_images: 8\n",
+    "  mistakes: 18\n": "  mistakes: 18\n  corrupted_images: 8\n  ood_images: 8\n",
 }
 
 

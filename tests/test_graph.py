@@ -78,7 +78,7 @@ def test_every_dep_is_a_file_an_output_or_the_source() -> None:
     outputs = {path for stage in NAMES for path in paths(stage, "outs", "metrics", "plots")}
     for stage in NAMES:
         for dep in paths(stage, "deps"):
-            is_source = dep in ("${ingest.source}", "${evaluate.unknown}")
+            is_source = dep in ("${ingest.source}", "${evaluate.ood}")
             is_output = any(PurePosixPath(dep).is_relative_to(path) for path in outputs)
             assert is_output or is_source or (ROOT / dep).is_file(), dep
     assert [s for s in NAMES if "${ingest.source}" in paths(s, "deps")] == ["ingest"]

@@ -47,8 +47,13 @@ def changed(section: str, key: str, value: object) -> str:
         ("ingest", "background", "", "ingest.background is ''; .*at least 1 character"),
         ("ingest", "max_rejected", 1.1, "ingest.max_rejected is 1.1; it must be less than or"),
         ("audit", "folds", 1, "audit.folds is 1; it must be greater than or equal to 2"),
-        ("audit", "penalty", 0, "audit.penalty is 0; it must be greater than 0"),
-        ("audit", "suspects", 241, "audit.suspects is 241; it must be less than or equal to 240"),
+        ("audit", "l2", 0, "audit.l2 is 0; it must be greater than 0"),
+        (
+            "audit",
+            "label_issues",
+            241,
+            "audit.label_issues is 241; it must be less than or equal to 240",
+        ),
         ("audit", "sheet_images", 0, "audit.sheet_images is 0; it must be greater than or equal"),
         ("embed", "threads", 0, "embed.threads is 0; it must be greater than or equal to 1"),
         ("train", "l2", [0.1, -1], "train.l2.1 is -1; it must be greater than 0"),
@@ -82,7 +87,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(empty: Workspace) -> None:
     assert line.startswith("trian is no known key; did you mean train?")
     line = refused(empty, changed("register", "gate", {"acuracy": 0.9}))
     assert line.startswith(
-        "register.gate.acuracy is no known key; did you mean register.gate.accuracy?"
+        "register.gate.acuracy is no known key; did you mean register.gate.min_accuracy?"
     )
 
 
@@ -176,7 +181,7 @@ def test_options_that_cannot_count_are_refused_before_any_work(
 @pytest.mark.fault("T10")
 def test_weights_are_looked_for_before_any_work(empty: Workspace, photos: Path) -> None:
     empty.set_source(photos)
-    empty.configure("evaluate", unknown=str(photos))
+    empty.configure("evaluate", ood=str(photos))
     empty.configure("embed", weights="weights.pth")
     said = empty.run("tlpipe", "check", code=5).stderr
     assert "embed.weights is weights.pth, which cannot be read: No such file" in said
@@ -191,7 +196,7 @@ def test_weights_are_looked_for_before_any_work(empty: Workspace, photos: Path) 
 
 def test_packages_of_other_versions_than_pinned_are_said(empty: Workspace, photos: Path) -> None:
     empty.set_source(photos)
-    empty.configure("evaluate", unknown=str(photos))
+    empty.configure("evaluate", ood=str(photos))
     installed = {name: metadata.version(name) for name in ("numpy", "pillow")}
     lines = [
         "# what pip-compile writes",

@@ -27,18 +27,18 @@ def test_ants_and_bees_with_given_splits(
 ) -> None:
     """Needs the main job for the frozen part that it exported."""
     unknown, photos = shared_data("sign-digits"), shared_data("hymenoptera")
-    workspace.configure("evaluate", unknown=str(unknown), unknown_images=40)
+    workspace.configure("evaluate", ood=str(unknown), ood_images=40)
     report = reproduce(workspace, photos, "ants-and-bees")
     assert report["images"] == 153
     assert report["labels"] == ["ants", "bees"]
     assert report["precisions"]["fp32"]["accuracy"]["value"] >= 0.93
     table = workspace.run("tlpipe", "summary", "artifacts/register/receipt.json").stdout
     assert "ants-and-bees version 1, alias challenger, champion" in table
-    assert report["unknown"]["images"] == 40
-    assert report["unknown"]["source"] == "sign-digits"
+    assert report["ood"]["images"] == 40
+    assert report["ood"]["source"] == "sign-digits"
     # The largest probability is a poor judge of unknown images; a head fitted on these features by
     # scikit-learn's objective gives 0.69 to 0.70, whatever its l2.
-    assert 0.65 <= report["unknown"]["auroc"] <= 0.75
+    assert 0.65 <= report["ood"]["auroc"] <= 0.75
     _any_size_names_the_same(workspace, sorted(photos.rglob("*.jpg"))[::2])
 
 

@@ -14,7 +14,7 @@ OUTPUTS = (
     "artifacts/split/split.csv",
     "artifacts/embed/activations/index.json",
     "artifacts/embed/activations/keys.npy",
-    "artifacts/audit/suspects.csv",
+    "artifacts/audit/label_issues.csv",
     "artifacts/audit/leaks.json",
     "artifacts/train/model/model.safetensors",
     "artifacts/train/model/model.json",
@@ -54,7 +54,7 @@ def test_nothing_is_done_twice(main_job: Workspace) -> None:
 
 @pytest.mark.slow
 def test_a_change_reruns_only_what_it_concerns(main_job: Workspace, tmp_path: Path) -> None:
-    """The frozen part is not computed again for another penalty or another split."""
+    """The frozen part is not computed again for another l2 or another split."""
     mine = copy_repository(tmp_path / "copy", main_job.env)
     mine.run("dvc", "cache", "dir", "--local", str(main_job.path / ".dvc" / "cache"))
     (mine.path / "dvc.lock").write_bytes((main_job.path / "dvc.lock").read_bytes())

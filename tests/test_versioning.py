@@ -85,7 +85,7 @@ def _are_compared(workspace: Workspace, page: Path) -> None:
         assert f'"rev": "{name}"' in text
         pictures = {path.name for path in (page / "static").glob(f"{name}_*.png")}
         assert any("mistakes.png" in picture for picture in pictures)
-        assert any("suspects.png" in picture for picture in pictures)
+        assert any("label_issues.png" in picture for picture in pictures)
 
 
 def _lose_bundle(workspace: Workspace, graph: bytes) -> None:

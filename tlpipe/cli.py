@@ -186,14 +186,14 @@ def audit(
     split: In,
     activations: In,
     data_report: In,
-    suspects: Out,
+    label_issues: Out,
     leaks: Out,
     plots: Out,
     params: ParamsFile = PARAMS_FILE,
 ) -> None:
     """Show the data set, label issues, and held-out images with copies in train."""
     known = {"pixels": pixels, "split": split, "activations": activations}
-    outputs = {"suspects": suspects, "leaks_report": leaks, "plots": plots}
+    outputs = {"label_issues": label_issues, "leaks_report": leaks, "plots": plots}
     _run("audit", params, manifest=manifest, data_report=data_report, **known, **outputs)
 
 
@@ -311,7 +311,7 @@ def evaluate(
     trained = {"bundle": bundle, "held_out": held_out, "history": history}
     texts = {"report": report, "speed": speed, "predictions": predictions, "tables": tables}
     pictures = {"plots": plots, "examples": examples}
-    section = _with_unknown_that_fits(load_params(params))
+    section = _with_ood_that_fits(load_params(params))
     evaluate.run(**images, **trained, **texts, **pictures, params=section)
 
 
@@ -329,7 +329,7 @@ def register(
     data_report: In,
     split_report: In,
     rejects: In,
-    suspects: In,
+    label_issues: In,
     leaks: In,
     data_plots: In,
     pixels: In,
@@ -358,7 +358,7 @@ def register(
         data_report=data_report,
         split_report=split_report,
         rejects=rejects,
-        suspects=suspects,
+        label_issues=label_issues,
         leaks=leaks,
         data_plots=data_plots,
         manifest=manifest,
@@ -684,11 +684,11 @@ def check(
     for said in changes.run(workspace=params.parent, name=name):
         print(_printable(said))
     section = cast(ingest.Params, sections["ingest"])
-    unknown = _with_unknown_that_fits(sections).unknown
+    ood = _with_ood_that_fits(sections).ood
     listing.check_written_out(section.source, "ingest.source")
-    if unknown:
-        listing.check_written_out(unknown, "evaluate.unknown")
-    with ingest.opened(section) as source, answers.opened(unknown) if unknown else nullcontext():
+    if ood:
+        listing.check_written_out(ood, "evaluate.ood")
+    with ingest.opened(section) as source, answers.opened(ood) if ood else nullcontext():
         for note in (*source.notes, *overview.describe(source.candidates())):
             print(_printable(note))
         links = list(source.storage.links_outside()) if isinstance(source.storage, Folder) else []
@@ -758,8 +758,8 @@ def schema() -> None:
     print(json_bytes(params.json_schema(models)).decode(), end="")
 
 
-def _with_unknown_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
-    """Leave out the built-in unknown images where the classes are not built-in ones.
+def _with_ood_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
+    """Leave out the built-in out-of-distribution images where the classes are not built-in ones.
 
     How often a classifier of tumours answers for brick says nothing about it.
     """
@@ -769,14 +769,14 @@ def _with_unknown_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
 
     section = cast(evaluate.Params, sections["evaluate"])
     source = cast(ingest.Params, sections["ingest"]).source
-    if not is_builtin(section.unknown) or is_builtin(source):
+    if not is_builtin(section.ood) or is_builtin(source):
         return section
     _log.info(
-        "evaluate.unknown is %s, an example for built-in classes, and left out: name a folder of "
+        "evaluate.ood is %s, an example for built-in classes, and left out: name a folder of "
         "images that the classifier may meet but shall not know",
-        section.unknown,
+        section.ood,
     )
-    return section.model_copy(update={"unknown": ""})
+    return section.model_copy(update={"ood": ""})
 
 
 def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":
@@ -851,14 +851,14 @@ def _print_folds(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from tlpipe.evaluation.evaluate import describe
-    from tlpipe.evaluation.scores import title
+    from tlpipe.evaluation.metrics import title
 
     names = [name for name in report["mean"] if not name.startswith("top_")]
     table = Table("split.\nfold", *(title(name).replace(" ", "\n") for name in names))
     for column in table.columns:
         column.justify = "right"
     for fold in report["folds"]:
-        table.add_row(str(fold["fold"]), *(f"{fold['headlines'][name]:.3f}" for name in names))
+        table.add_row(str(fold["fold"]), *(f"{fold['metrics'][name]:.3f}" for name in names))
     table.add_section()
     means = [report["mean"][name] for name in names]
     table.add_row("mean", *(f"{mean['value']:.3f}\n+-{mean['half_width']:.3f}" for mean in means))

@@ -176,17 +176,17 @@ def paired_difference(
 _POWER = NormalDist().inv_cdf(0.8)  # four of five cases
 
 
-def detectable_loss(
+def detectable_drop(
     first: npt.NDArray[np.bool_],
     second: npt.NDArray[np.bool_],
     groups: Sequence[str],
     confidence: float,
 ) -> float:
-    """Return the smallest loss that shows in four of five cases, in [0, 1].
+    """Return the smallest drop that shows in four of five cases (a power of 0.8), in [0, 1].
 
-    ``first``, ``second``, ``groups``: as of ``paired_difference``; a loss shows where its interval
+    ``first``, ``second``, ``groups``: as of ``paired_difference``; a drop shows where its interval
     ends below 0. As many images are gained by chance as are now changed the rarer way round, and
-    the loss is lost beside them, so the variance grows with it. Groups count as whole.
+    the drop is lost beside them, so the variance grows with it. Groups count as whole.
 
     Source: Bloom (1995), Minimum detectable effects, Evaluation Review 19: the standard error times
     the sum of the quantiles for confidence and power; the variance of a paired difference: Newcombe
@@ -196,16 +196,16 @@ def detectable_loss(
     effective = len(first) ** 2 / float((sizes.astype(np.float64) ** 2).sum())
     gained = min(float((second & ~first).mean()), float((first & ~second).mean()))
     quantiles = NormalDist().inv_cdf(0.5 + confidence / 2) + _POWER
-    unit = quantiles**2 / effective  # loss^2 = unit (2 gained + loss - loss^2)
-    loss = (unit + math.sqrt(unit**2 + 8 * gained * unit * (1 + unit))) / (2 * (1 + unit))
-    return min(loss, 1.0)
+    unit = quantiles**2 / effective  # drop^2 = unit (2 gained + drop - drop^2)
+    drop = (unit + math.sqrt(unit**2 + 8 * gained * unit * (1 + unit))) / (2 * (1 + unit))
+    return min(drop, 1.0)
 
 
-def images_to_tell(change: Mapping[str, float], images: int, loss: float) -> int:
-    """Return of how many images the interval ends above ``-loss`` in four of five cases.
+def images_to_tell(change: Mapping[str, float], images: int, max_drop: float) -> int:
+    """Return of how many images the interval ends above ``-max_drop`` in four of five cases.
 
-    ``change``: as ``paired_difference`` returns it for so many ``images``, above ``-loss`` itself.
+    ``change``: what ``paired_difference`` gives for so many ``images``, itself above ``-max_drop``.
     """
     sure = NormalDist().inv_cdf(0.5 + change["confidence"] / 2)
     half = (change["value"] - change["low"]) * (1 + _POWER / sure)
-    return math.ceil(images * (half / (change["value"] + loss)) ** 2)
+    return math.ceil(images * (half / (change["value"] + max_drop)) ** 2)

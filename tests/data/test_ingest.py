@@ -379,7 +379,7 @@ def test_links_to_files_elsewhere_are_said_with_the_key_that_allows_them(
     empty: Workspace, photos: Path, tmp_path: Path
 ) -> None:
     empty.set_source(photos, follow_links=False)
-    empty.configure("evaluate", unknown=str(photos))
+    empty.configure("evaluate", ood=str(photos))
     empty.ingest()
     expected = outputs(empty)
     (tmp_path / "elsewhere").mkdir()

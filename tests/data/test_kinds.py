@@ -137,7 +137,7 @@ def test_photos_of_telephones_are_never_silently_half_of_the_data(empty: Workspa
             put(root / label / f"IMG_{i}.HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
         put(root / label / "a.jxl", b"\xff\x0a" + bytes(100))
     empty.set_source(root)
-    empty.configure("evaluate", unknown=str(root))
+    empty.configure("evaluate", ood=str(root))
     note = "8 of 30 files are called .heic and cannot be read here: the extra heic (pip"
     assert (note in empty.call("check").stdout) == ("HEIF" not in FORMATS)
     said = empty.ingest()

@@ -230,7 +230,8 @@ def test_audit_says_what_bytes_do_not_show(
     audit = (
         *("audit", *known, *split, "--pixels", "out/pixels"),
         *("--activations", "out/activations", "--data-report", "out/report.json"),
-        *("--suspects", "out/suspects.csv", "--leaks", "out/leaks.json", "--plots", "out/plots"),
+        *("--label-issues", "out/label_issues.csv", "--leaks", "out/leaks.json"),
+        *("--plots", "out/plots"),
     )
     said = "".join(empty.call(*audit).stderr.split())
     assert "accuracypromisestoomuch:" in said

@@ -107,7 +107,7 @@ def test_check_shows_them(empty: Workspace, photos: Path) -> None:
     for path in (photos / "dark").iterdir():
         (photos / "thumbnails" / path.name).write_bytes(path.read_bytes())
     empty.set_source(photos)
-    empty.configure("evaluate", unknown=str(photos))
+    empty.configure("evaluate", ood=str(photos))
     said = empty.call("check").stdout
     assert "36 images in 3 classes: dark 12, light 12, thumbnails 12\n" in said
     assert "look at the classes: 'thumbnails' (12) are called like what is kept beside" in said

@@ -312,7 +312,7 @@ def test_folds_are_even_over_classes_together() -> None:
 def test_what_is_left_out_is_said(empty: Workspace) -> None:
     train, test = entries(60, "train"), entries(40, "test", start=60)
     copies = [row._replace(path=f"copy/{i}", split="train") for i, row in enumerate(test[:3])]
-    empty.replace("params.yaml", "leaks: refuse", "leaks: drop")
+    empty.replace("params.yaml", "leaks: error", "leaks: drop")
     for rows, said in ((train + test, False), (train + test + copies, True)):
         save_manifest(empty.path / "manifest.csv", sorted(rows, key=lambda row: row.path))
         printed = empty.call(*SPLIT).stderr
@@ -363,7 +363,7 @@ def test_leaks_between_given_folders_are_found(
     error = workspace.run("dvc", "repro", "split", code=None).stderr
     assert "1 images stand in two of the given splits, equal or nearly so: " in error
     assert f"train/ants/{original.name} is in train, val/ants/planted.jpg in test" in error
-    workspace.replace("params.yaml", "leaks: refuse", "leaks: drop")
+    workspace.replace("params.yaml", "leaks: error", "leaks: drop")
     workspace.run("dvc", "repro", "split")
     rows = {row["path"]: row["split"] for row in workspace.rows("artifacts/split/split.csv")}
     assert rows[f"train/ants/{original.name}"] == "unused"
@@ -645,7 +645,7 @@ def test_a_table_gives_itself(folds: int | None) -> None:
         if folds is None and seed % 2:
             given = random.choice(["", "", "train", "test"], len(rows))
             rows = [row._replace(split=str(g)) for row, g in zip(rows, given, strict=True)]
-        leaks = "refuse" if folds else "drop"
+        leaks = "error" if folds else "drop"
         params = Params(folds=folds, leaks=leaks, small_classes="train", seed=seed)
         alone = {row.path: row._replace(group=row.sha256[:16]) for row in rows[:100]}
         earlier = assign(list(alone.values()), params)

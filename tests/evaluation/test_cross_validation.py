@@ -18,7 +18,7 @@ from tlpipe.data.split import Params, assign
 from tlpipe.evaluation import cross_validation
 from tlpipe.evaluation.cross_validation import Fold, draw, mean_with_interval, summarise
 from tlpipe.evaluation.evaluate import PREDICTIONS
-from tlpipe.evaluation.scores import HEADLINES, measure
+from tlpipe.evaluation.metrics import METRICS, measure
 
 FOLDS = 3
 PLACE = "artifacts/cross-validation"
@@ -90,7 +90,7 @@ def test_an_unknown_calibration_error_has_no_mean(
         predictions = [("a.png", "a", "a", "0.8", "0.8")] * 2
         files.write_csv(tmp_path / "predictions.csv", PREDICTIONS, predictions)
         folds.append(cross_validation._read(tmp_path))
-    first, second = ({*fold.headlines} for fold in folds)
+    first, second = ({*fold.metrics} for fold in folds)
     assert first - second == {"calibration_error"}
     folds[1] = replace(folds[1], rows=folds[1].rows + 3)
     report = summarise(folds, [""] * 6, 0.95)
@@ -217,18 +217,18 @@ def test_every_image_is_tested_once(embedded: Workspace, report: dict[str, Any])
 @pytest.mark.slow
 def test_the_means_follow_from_the_folds(report: dict[str, Any]) -> None:
     known = measure(np.full((10, 10), 0.1, np.float32), np.arange(10), [""] * 10, 0.95)
-    assert set(report["mean"]) == set(known) & set(HEADLINES)
+    assert set(report["mean"]) == set(known) & set(METRICS)
     tested, trained = (
         sum(e["images"][name] for e in report["folds"]) for name in ("test", "train")
     )
     for name, mean in report["mean"].items():
-        values = [entry["headlines"][name] for entry in report["folds"]]
+        values = [entry["metrics"][name] for entry in report["folds"]]
         assert mean["value"] == pytest.approx(np.mean(values))
         spread = np.var(values, ddof=1) * (1 / FOLDS + tested / trained)
         assert mean["half_width"] == pytest.approx(stats.t.ppf(0.975, FOLDS - 1) * spread**0.5)
         assert 0 <= mean["low"] <= mean["value"] <= mean["high"]
         assert mean["confidence"] == 0.95
-    hits = sum(e["headlines"]["accuracy"] * e["images"]["test"] for e in report["folds"])
+    hits = sum(e["metrics"]["accuracy"] * e["images"]["test"] for e in report["folds"])
     pooled = report["pooled"]["accuracy"]
     assert pooled["value"] == pytest.approx(hits / tested)
     assert pooled["low"] < pooled["value"] < pooled["high"]
@@ -258,7 +258,7 @@ def test_a_fold_is_what_the_graph_makes_of_it(embedded: Workspace, report: dict[
     assert [row.fold for row in rows] != assign(entries, Params(folds=FOLDS)).folds
     found = json.loads((embedded.path / "artifacts/evaluate/report.json").read_text())
     exact, (_, second, _) = found["precisions"]["fp32"], report["folds"]
-    assert {name: exact[name]["value"] for name in second["headlines"]} == second["headlines"]
+    assert {name: exact[name]["value"] for name in second["metrics"]} == second["metrics"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def drawn(images: int = 400) -> tuple[np.ndarray, np.ndarray]:
 def test_roc_and_precision_are_scikit_learn_s() -> None:
     probabilities, truth = drawn()
     positive = truth == 1
-    found = curves.ranked(probabilities[:, 1], positive)
+    found = curves.ranking(probabilities[:, 1], positive)
     false, true, _ = metrics.roc_curve(positive, probabilities[:, 1], drop_intermediate=False)
     assert np.allclose(found.false_positives, false[1:])
     assert np.allclose(found.recall, true[1:])
@@ -36,14 +36,14 @@ def test_separation_is_the_area_under_the_curve(decimals: int) -> None:
     known = random.normal(1, 1, 300).round(decimals)
     unknown = random.normal(0, 1, 80).round(decimals)
     expected = metrics.roc_auc_score([1] * 300 + [0] * 80, np.concatenate([known, unknown]))
-    assert curves.separation(known, unknown) == pytest.approx(expected)
+    assert curves.ood_auroc(known, unknown) == pytest.approx(expected)
 
 
 def test_separation_of_equal_and_of_separate_scores() -> None:
     same = np.full(5, 0.7)
-    assert curves.separation(same, same[:2]) == 0.5
-    assert curves.separation(same, same[:2] - 0.1) == 1
-    assert curves.separation(same, same[:2] + 0.1) == 0
+    assert curves.ood_auroc(same, same[:2]) == 0.5
+    assert curves.ood_auroc(same, same[:2] - 0.1) == 1
+    assert curves.ood_auroc(same, same[:2] + 0.1) == 0
 
 
 def test_coverage_counts_who_is_surer() -> None:

@@ -16,7 +16,7 @@ from tlpipe.data.manifest import Entry, load_split
 from tlpipe.evaluation import evaluate
 from tlpipe.evaluation.answers import Shown
 from tlpipe.evaluation.corruptions import STRENGTHS
-from tlpipe.evaluation.scores import HEADLINES
+from tlpipe.evaluation.metrics import METRICS
 from tlpipe.inference.predictor import Prediction
 
 
@@ -91,7 +91,7 @@ def test_a_class_with_any_name_has_an_example(tmp_path: Path) -> None:
 def test_every_number_of_the_report_has_its_interval(artifacts: Path) -> None:
     report = json.loads((artifacts / "evaluate" / "report.json").read_text(), parse_constant=fail)
     measured = report["precisions"]["fp32"]
-    for name in set(HEADLINES) & measured.keys():
+    for name in set(METRICS) & measured.keys():
         found = measured[name]
         assert found["low"] <= found["value"] <= found["high"], name
         assert found["low"] < found["high"], name
@@ -112,7 +112,7 @@ def test_every_number_of_the_report_has_its_interval(artifacts: Path) -> None:
     assert min(rows[-1]["accuracy"] for rows in robustness.values()) < clean["accuracy"]
     abstention = report["abstention"]
     assert abstention["images_needed"] == 149
-    assert (abstention["threshold"] is None) == (report["unknown"]["answered"] is None)
+    assert (abstention["threshold"] is None) == (report["ood"]["answered"] is None)
 
 
 def fail(constant: str) -> None:
@@ -150,13 +150,13 @@ def test_a_bundle_of_other_classes_is_refused(main_job: Workspace, empty: Worksp
 
 @pytest.mark.slow
 @pytest.mark.fault("M05")
-def test_unknown_images_are_those_of_the_project(
+def test_ood_images_are_those_of_the_project(
     artifacts: Path, empty: Workspace, photos: Path
 ) -> None:
     """Built-in ones say nothing about other classes; a folder without folders in it will do."""
 
-    def unknown(**values: object) -> dict | None:
-        empty.configure("evaluate", corrupted=1, mistakes=0, **values)
+    def measured(**values: object) -> dict | None:
+        empty.configure("evaluate", corrupted_images=1, mistakes=0, **values)
         stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
         words = shlex.split(stages["evaluate"]["cmd"])[2:]
         named = [
@@ -165,21 +165,21 @@ def test_unknown_images_are_those_of_the_project(
         ]
         said = empty.call("evaluate", *named).stderr
         report = json.loads((empty.path / "artifacts/evaluate/report.json").read_text())
-        left_out = "evaluate.unknown is data/textures.yaml, an example for built-in classes, and"
-        assert (left_out in said) == (report["unknown"] is None)
-        return report["unknown"]
+        left_out = "evaluate.ood is data/textures.yaml, an example for built-in classes, and"
+        assert (left_out in said) == (report["ood"] is None)
+        return report["ood"]
 
     def outputs(words: list[str]) -> list[bool]:
         return [word.startswith("artifacts/evaluate/") for word in words]
 
     empty.set_source(photos)
-    assert unknown() is None
+    assert measured() is None
     flat = empty.path / "flat"
     flat.mkdir()
     for number, path in enumerate(sorted(photos.rglob("*.png"))[::4]):
         shutil.copy(path, flat / f"{number}.png")
     (flat / "notes.txt").write_text("no image")
-    found = unknown(unknown=str(flat))
+    found = measured(ood=str(flat))
     assert found is not None
     assert (found["source"], found["images"]) == ("flat", 6)
     assert 0 <= found["auroc"] <= 1

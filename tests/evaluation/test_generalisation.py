@@ -105,11 +105,11 @@ def test_a_test_split_of_another_camera_keeps_a_version_out_of_production(
     assert "alias challenger" in shown
     refused = workspace.run("tlpipe", "promote", code=11)
     assert sentence in refused.stderr
-    gate = {"below_validation": -found["difference"]["high"] - 1e-6}
+    gate = {"max_validation_gap": -found["difference"]["high"] - 1e-6}
     workspace.configure("register", gate=gate)
     refused = workspace.run("tlpipe", "promote", code=11)
     assert (
-        f"expected test accuracy that is not below it by more than {gate['below_validation']:g}"
+        f"expected test accuracy that is not below it by more than {gate['max_validation_gap']:g}"
         in (refused.stderr)
     )
     workspace.run("tlpipe", "promote", "--force", "the test camera is broken")

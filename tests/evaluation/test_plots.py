@@ -132,7 +132,7 @@ def test_coverage_shows_the_curve_and_both_thresholds(given: Answers) -> None:
     assert line(axes, "test images") == (curve.coverage.tolist(), curve.accuracy.tolist())
     assert line(axes, "threshold 0.90, kept with 95% confidence") == ([0.6], [0.97])
     assert line(axes, "threshold 0.70, kept on images held out") == ([0.8], [0.95])
-    assert axes.get_title() == "Of 50 images of no class (walls), 25% would be answered"
+    assert axes.get_title() == "Of 50 out-of-distribution images (walls), 25% would be answered"
 
 
 def test_coverage_says_nothing_of_unknown_images_where_there_are_none(given: Answers) -> None:

@@ -20,14 +20,14 @@ def limits(
     known: dict[str, Any],
     observed: dict[str, Any],
     answered: float | None,
-    unknown: dict[str, Any] | None = WALLS,
+    ood: dict[str, Any] | None = WALLS,
     *,
     is_copied: bool = False,
 ) -> str:
     sizes = {"error_rate": 0.02, "confidence": 0.95, "images": 120, "images_needed": 149}
     report = {
         "abstention": {**sizes, **known, "observed": observed},
-        "unknown": unknown and {**unknown, "answered": answered},
+        "ood": ood and {**ood, "answered": answered},
         "robustness": {
             "images": 64,
             "clean": {"accuracy": 0.9},
@@ -58,8 +58,8 @@ def test_nothing_is_promised_that_copies_were_measured_on() -> None:
 
 
 def test_unknown_images_that_nobody_named_are_not_made_up() -> None:
-    text = limits(KNOWN, KNOWN, None, unknown=None)
-    assert "how often it gives one nevertheless was not measured (evaluate.unknown)." in text
+    text = limits(KNOWN, KNOWN, None, ood=None)
+    assert "how often it gives one nevertheless was not measured (evaluate.ood)." in text
     assert "AUROC" not in text
 
 

@@ -95,7 +95,7 @@ def test_where_a_hand_points_to_a_damaged_version_the_last_good_one_answers(
     built: Workspace, tlpipe: Tlpipe
 ) -> None:
     """It is the last that was promoted, not the one before that."""
-    built.configure("register", promote="auto", gate={"images": 1})
+    built.configure("register", promote="auto", gate={"min_test_images": 1})
     tlpipe(*REGISTER)
     first = bundles.load(built.path / "artifacts/export/bundle")
     change_bundle(built, provenance={**first.provenance, "l2": 0.5})

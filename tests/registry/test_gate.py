@@ -19,11 +19,11 @@ from tlpipe.data import ingest
 from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import Assignment, load_manifest, load_split, save_manifest, save_split
 from tlpipe.errors import GateError
-from tlpipe.evaluation import answers, scores
+from tlpipe.evaluation import answers, metrics
 from tlpipe.export import bundle as bundles
 from tlpipe.inference.predictor import Predictor
 from tlpipe.registry import gate
-from tlpipe.resampling import detectable_loss, paired_difference
+from tlpipe.resampling import detectable_drop, paired_difference
 
 IMAGES = 200
 
@@ -49,7 +49,7 @@ def beside(
         float(both[0].mean()),
         paired_difference(*given, 0.95),
         paired_difference(*given, strict)["high"] < 0,
-        detectable_loss(*given, strict),
+        detectable_drop(*given, strict),
         trained_on,
         0,
         0,
@@ -60,17 +60,17 @@ def nothing(version: str = "1", trained_on: int = 85) -> gate.Compared:
     return gate.Compared(version, 0, None, None, False, None, trained_on, 0, 0)
 
 
-def decided(images: int, losses: int, gains: int, loss: float) -> gate.Rule:
-    return gate._change([beside(images, losses, gains)], loss, 20)
+def decided(images: int, losses: int, gains: int, max_drop: float) -> gate.Rule:
+    return gate._change([beside(images, losses, gains)], max_drop, 20)
 
 
-@pytest.mark.parametrize("loss", [0.0, 0.01, 0.05, 1.0])
+@pytest.mark.parametrize("max_drop", [0.0, 0.01, 0.05, 1.0])
 def test_who_is_worse_beyond_chance_fails_and_who_may_be_worse_than_allowed_cannot_tell(
-    loss: float,
+    max_drop: float,
 ) -> None:
     for losses in range(13):
         for gains in range(13):
-            rule = decided(IMAGES, losses, gains, loss)
+            rule = decided(IMAGES, losses, gains, max_drop)
             # Of images that changed, half are lost if nothing but chance decides.
             changed = losses + gains
             chance = (
@@ -83,7 +83,7 @@ def test_who_is_worse_beyond_chance_fails_and_who_may_be_worse_than_allowed_cann
             if rule.verdict == "holds":
                 # Had it been worse by that much, so good a result would be rare.
                 ends = stats.norm.ppf(0.975) * np.sqrt(changed + 1) / IMAGES
-                assert (gains - losses) / IMAGES - 0.5 * ends >= -loss, (losses, gains, rule)
+                assert (gains - losses) / IMAGES - 0.5 * ends >= -max_drop, (losses, gains, rule)
     assert decided(IMAGES, 0, 0, 0.05).verdict == "holds"
     assert decided(IMAGES, 0, 0, 0.01).verdict == "cannot tell"
 
@@ -103,7 +103,7 @@ def test_models_that_are_alike_are_hardly_ever_called_worse() -> None:
     assert refused <= 0.05, refused
 
 
-def shares(images: int, lost: float, won: float, loss: float) -> Counter[str]:
+def shares(images: int, lost: float, won: float, max_drop: float) -> Counter[str]:
     """Return how often each verdict comes where so large shares of the images change.
 
     Every count is taken with its probability, by the trinomial distribution.
@@ -117,7 +117,7 @@ def shares(images: int, lost: float, won: float, loss: float) -> Counter[str]:
     )
     for (losses, gains), chance in zip(counts.tolist(), probabilities, strict=True):
         if chance > 1e-5:
-            found[decided(images, losses, gains, loss).verdict] += chance
+            found[decided(images, losses, gains, max_drop).verdict] += chance
     assert found.total() > 0.98
     return found
 
@@ -138,7 +138,7 @@ def test_a_loss_larger_than_allowed_hardly_ever_holds(images: int) -> None:
 def test_the_loss_that_is_said_to_show_does_in_four_of_five_cases(
     images: int, lost: float, won: float
 ) -> None:
-    said = beside(images, round(lost * images), round(won * images)).detectable_loss
+    said = beside(images, round(lost * images), round(won * images)).detectable_drop
     assert said is not None
     assert 0.72 < shares(images, won + said, won, 0.05)["fails"] < 0.92
 
@@ -146,10 +146,10 @@ def test_the_loss_that_is_said_to_show_does_in_four_of_five_cases(
 def test_copies_of_images_show_no_smaller_loss() -> None:
     first, second = np.ones(80, bool), np.ones(80, bool)
     first[:2], second[2:5] = False, False
-    alone = detectable_loss(first, second, [str(number) for number in range(80)], 0.95)
+    alone = detectable_drop(first, second, [str(number) for number in range(80)], 0.95)
     tenfold = [np.repeat(hits, 10) for hits in (first, second)]
     groups = [str(number // 10) for number in range(800)]
-    assert detectable_loss(tenfold[0], tenfold[1], groups, 0.95) == pytest.approx(alone)
+    assert detectable_drop(tenfold[0], tenfold[1], groups, 0.95) == pytest.approx(alone)
 
 
 @pytest.mark.fault("R26")
@@ -158,7 +158,7 @@ def test_the_rule_says_what_it_can_see_and_how_many_images_would_tell() -> None:
     assert rule.verdict == "cannot tell"
     says = re.fullmatch(
         r"\+0\.0000 against version 1 \(95% interval (-0\.0\d+) to \+0\.0\d+\); 200 independent "
-        r"test images show a loss from (0\.0\d+) on; some (\d+) would tell in four of five cases",
+        r"test images show a drop from (0\.0\d+) on; some (\d+) would tell in four of five cases",
         rule.found,
     )
     assert says, rule.found
@@ -278,7 +278,9 @@ def test_test_images_that_trained_the_other_do_not_count(main_job: Workspace, fe
     expected = sum(row.key in taken or row.group in alike for row in tested)
 
     def against(keys: frozenset[bytes] | None) -> tuple[dict, gate.Rule]:
-        decision = judge(artifacts, manifest, fewer, [gate.Rival("1", bundle, keys)], loss=0.2)
+        decision = judge(
+            artifacts, manifest, fewer, [gate.Rival("1", bundle, keys)], max_accuracy_drop=0.2
+        )
         (found,) = decision.numbers["compared"]
         return found, rule_of(decision, "accuracy_change")
 
@@ -310,7 +312,7 @@ def test_images_of_a_new_class_hide_no_loss_of_the_old_ones(
     count = sum(row.split == "test" and row.label == new for row in rows)
     other = replace(bundle, labels=(*bundle.labels[:3], "gone", *bundle.labels[4:]))
     decision = judge(
-        artifacts, manifest, fewer, [gate.Rival("1", other, frozenset())], other_labels=True
+        artifacts, manifest, fewer, [gate.Rival("1", other, frozenset())], allow_other_labels=True
     )
     (found,) = decision.numbers["compared"]
     assert (found["unknown"], found["change"]["value"]) == (count, 0.0)
@@ -340,12 +342,12 @@ def test_a_floor_of_recall_takes_images_enough_for_one_mistake(
     manifest = artifacts / "ingest/manifest.csv"
     tested = Counter(row.label for row in load_split(fewer) if row.split == "test")
     fewest = min(tested.values())
-    low = judge(artifacts, manifest, fewer, recall=0.5)
+    low = judge(artifacts, manifest, fewer, min_recall=0.5)
     worst = min(low.numbers["recall"].values())
     assert rule_of(low, "recall").verdict == "holds"
     assert worst > 0.5
     high = 1 - 1 / (fewest + 1)  # takes one image more than the smallest class has
-    rule = rule_of(judge(artifacts, manifest, fewer, recall=high), "recall")
+    rule = rule_of(judge(artifacts, manifest, fewer, min_recall=high), "recall")
     assert rule.verdict == ("fails" if worst < high else "cannot tell")
     assert f"fewer than {fewest + 1} independent test images: " in rule.found
 
@@ -358,7 +360,7 @@ def test_a_floor_of_recall_counts_the_images_of_a_group_once(
     entries = load_manifest(artifacts / "ingest/manifest.csv")
     manifest = tmp_path / "manifest.csv"
     save_manifest(manifest, [e._replace(group="a" * 64) if e.label == "0" else e for e in entries])
-    found = judge(artifacts, manifest, fewer, recall=0.5)
+    found = judge(artifacts, manifest, fewer, min_recall=0.5)
     rule = rule_of(found, "recall")
     assert rule.verdict == "cannot tell"
     assert rule.found.endswith("; fewer than 2 independent test images: 0")
@@ -370,17 +372,17 @@ def test_a_version_that_the_installed_runtime_cannot_run_ends_no_comparison(
 ) -> None:
     artifacts = main_job.path / "artifacts"
     bundle = bundles.load(artifacts / "export/bundle")
-    graph = onnx.load(bundle.graph(bundles.EXACT))
+    graph = onnx.load(bundle.graph("fp32"))
     for opset in graph.opset_import:
         opset.version = 999
     newer = replace(bundle, folder=tmp_path)
-    newer.graph(bundles.EXACT).write_bytes(graph.SerializeToString())
+    newer.graph("fp32").write_bytes(graph.SerializeToString())
     rivals = [gate.Rival("2", bundle, frozenset()), gate.Rival("1", newer, frozenset())]
     manifest = artifacts / "ingest/manifest.csv"
-    found = judge(artifacts, manifest, fewer, rivals, loss=0.2)
+    found = judge(artifacts, manifest, fewer, rivals, max_accuracy_drop=0.2)
     assert found.verdict == "holds" and len(found.numbers["compared"]) == 1
     with pytest.raises(GateError, match=r"version 1 cannot answer: ONNX Runtime .* cannot run .*"):
-        judge(artifacts, manifest, fewer, rivals[::-1], loss=0.2)
+        judge(artifacts, manifest, fewer, rivals[::-1], max_accuracy_drop=0.2)
 
 
 @pytest.mark.fault("R26")
@@ -389,9 +391,9 @@ def test_too_few_test_images_pass_nothing(main_job: Workspace, fewer: Path) -> N
     manifest = artifacts / "ingest/manifest.csv"
     rows = [row for row in load_split(fewer) if row.split == "test"]
     groups = len({row.group or row.key for row in rows})
-    assert judge(artifacts, manifest, fewer, images=groups).verdict == "holds"
-    decision = judge(artifacts, manifest, fewer, images=groups + 1)
-    assert decision.reasons == f"images {groups}, expected at least {groups + 1}"
+    assert judge(artifacts, manifest, fewer, min_test_images=groups).verdict == "holds"
+    decision = judge(artifacts, manifest, fewer, min_test_images=groups + 1)
+    assert decision.reasons == f"test_images {groups}, expected at least {groups + 1}"
 
 
 @pytest.mark.fault("M02")
@@ -400,11 +402,11 @@ def test_an_unknown_calibration_error_is_within_no_bound(
 ) -> None:
     artifacts = main_job.path / "artifacts"
     manifest = artifacts / "ingest/manifest.csv"
-    known = judge(artifacts, manifest, fewer, calibration_error=1.0)
+    known = judge(artifacts, manifest, fewer, max_calibration_error=1.0)
     error = known.numbers["calibration_error"]
     assert error >= 0
     # Noise is taken off the value: within a bound it is where its interval is.
-    unsure = judge(artifacts, manifest, fewer, calibration_error=error + 1e-6)
+    unsure = judge(artifacts, manifest, fewer, max_calibration_error=error + 1e-6)
     assert rule_of(unsure, "calibration_error").verdict == "cannot tell"
     assert known.verdict == "holds"
 
@@ -418,14 +420,14 @@ def test_an_unknown_calibration_error_is_within_no_bound(
             for entry, is_test in zip(entries, tested, strict=True)
         ],
     )
-    refused = judge(artifacts, tmp_path / "manifest.csv", fewer, calibration_error=1.0)
+    refused = judge(artifacts, tmp_path / "manifest.csv", fewer, max_calibration_error=1.0)
     assert refused.numbers["calibration_error"] is None
     assert rule_of(refused, "calibration_error").verdict == "cannot tell"
     assert refused.verdict == "fails"
     assert refused.reasons.startswith(
-        f"images 1, expected at least 20; calibration_error cannot tell: {scores.UNKNOWN}, "
+        f"test_images 1, expected at least 20; calibration_error cannot tell: {metrics.UNKNOWN}, "
         f"expected at most 1.0000; test on images of two groups or more, or set "
-        f"register.gate.calibration_error to null"
+        f"register.gate.max_calibration_error to null"
     )
     assert refused.content()["numbers"]["calibration_error"] is None
 

@@ -105,7 +105,12 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
 
     # One that is worse is refused with the numbers, and goes there by force alone.
     params = (built.path / "params.yaml").read_text()
-    bounds = {"recall": 0.2, "megabytes": 1.0, "milliseconds": 1e4, "calibration_error": 0.001}
+    bounds = {
+        "min_recall": 0.2,
+        "max_model_mb": 1.0,
+        "max_latency_ms": 1e4,
+        "max_calibration_error": 0.001,
+    }
     built.configure("register", gate=bounds)
     change_bundle(built, graphs=blinded(folder, 3))
     tlpipe(*REGISTER)
@@ -115,13 +120,13 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     assert re.search(
         r"recall 0\.0000 \(class 3, \d+ test images\), expected at least 0\.2000", refused.refusal
     )
-    assert "megabytes 13.4" in refused.refusal
+    assert "model_mb 13.4" in refused.refusal
     assert "accuracy_change -0." in refused.refusal
     assert re.search(
         r"calibration_error (cannot tell: )?0\.\d{4} \(95% .*\), expected at most 0\.0010",
         refused.refusal,
     )
-    assert "milliseconds" not in refused.refusal
+    assert "latency_ms" not in refused.refusal
     assert "│ fails" in refused.printed
     assert aliases(built) == {"challenger": 3, "champion": 2, "previous": 1}
     assert tags(built, 3)["gate"] == "refused"
@@ -130,7 +135,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     assert tlpipe("promote", "3", "--force", "a drill").code == 0
     assert aliases(built) == {"challenger": 3, "champion": 3, "previous": 2}
     assert tags(built, 3)["gate"] == "forced: a drill"
-    assert "gate.megabytes" not in tags(built, 3)
+    assert "gate.model_mb" not in tags(built, 3)
     assert [found["outcome"] for found in decisions(built, 3)] == ["refused", "forced: a drill"]
 
     # Back, and further back, and to a named one.
@@ -279,7 +284,7 @@ def test_a_loss_once_forced_stays_in_sight_and_images_that_trained_the_other_do_
     assert refused.code == 11
     assert re.search(r"accuracy_change -0\.\d+ against version 1 \(95%", refused.refusal)
     assert "the one that decides of 2 versions" in refused.refusal
-    built.configure("register", gate={"last": 1, "below_validation": 1.0})
+    built.configure("register", gate={"compared_versions": 1, "max_validation_gap": 1.0})
     assert "version 3 is in production" in tlpipe("promote").printed
     # Another split: what version 3 trained on is no test of it.
     built.configure("register", gate={})

@@ -78,11 +78,11 @@ def test_one_run_and_one_version_tell_where_the_bundle_comes_from(main_job: Work
     assert expected <= set(files)
     drawn = {"confusion", "coverage", "reliability", "mistakes", "training"}
     assert {f"plots/{name}.png" for name in drawn} <= set(plots)
-    tables = {"data/ingest.json", "data/split.json", "data/rejects.csv", "data/suspects.csv"}
+    tables = {"data/ingest.json", "data/split.json", "data/rejects.csv", "data/label_issues.csv"}
     tables.add("data/leaks.json")
     split = {"data/manifest.csv", "data/split.csv"}  # what 'rebuild' starts from
     assert set(data) == tables | split | {"data/plots"}
-    assert {"data/plots/classes.png", "data/plots/suspects.png"} <= set(pictures)
+    assert {"data/plots/classes.png", "data/plots/label_issues.png"} <= set(pictures)
     assert (main_job.path / "mlartifacts").is_dir()
     assert not (main_job.path / "mlruns").exists()
 
@@ -305,7 +305,7 @@ def test_a_receipt_of_another_version_is_one_line(main_job: Workspace, empty: Wo
 def test_the_summary_offers_no_champion_where_there_is_none(built: Workspace) -> None:
     leaks = built.path / "artifacts/audit/leaks.json"
     leaks.write_text(json.dumps(json.loads(leaks.read_text()) | {"is_above_clean": True}))
-    built.configure("register", gate={"accuracy": 0.999})
+    built.configure("register", gate={"min_accuracy": 0.999})
     said = built.run(*COMMAND).stderr
     assert "is not known" not in said
     table = built.run("tlpipe", "summary", "artifacts/register/receipt.json").stdout

@@ -552,7 +552,7 @@ def test_real_boxes_become_a_classifier(
     floor: float,
 ) -> None:
     workspace.set_source(shared_data(name), **options)
-    workspace.replace("params.yaml", "small_classes: refuse", "small_classes: train")
+    workspace.replace("params.yaml", "small_classes: error", "small_classes: train")
     workspace.run("dvc", "repro", "evaluate")
     data, found = (
         json.loads((workspace.path / "artifacts" / stage / "report.json").read_text())

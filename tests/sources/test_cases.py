@@ -744,8 +744,8 @@ def test_the_home_folder_is_expanded_and_check_says_what_dvc_needs(
     assert f"ingest.source is {path}, which DVC would look for as it stands" in said
     assert f"Write {photos} into params.yaml" in said
     home.configure("ingest", source=str(photos))
-    home.configure("evaluate", unknown=path)
-    assert f"evaluate.unknown is {path}, which" in home.call("check", code=4).stderr
+    home.configure("evaluate", ood=path)
+    assert f"evaluate.ood is {path}, which" in home.call("check", code=4).stderr
 
 
 @pytest.mark.fault("D32")
@@ -756,7 +756,7 @@ def test_check_says_what_will_be_rejected_before_any_image_is_read(
     rows = [f"{name},{name.split('/')[0]}\n" for name in [*names, "dark/gone.png"]]
     put(photos / "labels.csv", "path,label\n" + "".join(rows))
     empty.configure("ingest", source=str(photos), max_rejected=0.1)
-    empty.configure("evaluate", unknown=str(photos))
+    empty.configure("evaluate", ood=str(photos))
     said = empty.call("check").stdout
     assert "1 will be rejected (missing 1), the first is dark/gone.png: row 25 of labels" in said
     empty.configure("ingest", max_rejected=0.02)

@@ -508,6 +508,6 @@ def test_what_dvc_cannot_read_is_hidden_from_it_and_reported(
     error = workspace.run("tlpipe", "check", code=4).stderr
     assert "pipe.png' is a pipe, a socket or a device, which DVC cannot read" in error
     workspace.replace("params.yaml", f"source: {photos} ", "source: data/digits.yaml ")
-    workspace.configure("evaluate", unknown="data/nowhere")
+    workspace.configure("evaluate", ood="data/nowhere")
     error = workspace.run("tlpipe", "check", code=4).stderr
-    assert "evaluate.unknown data/nowhere does not exist; expected a folder" in error
+    assert "evaluate.ood data/nowhere does not exist; expected a folder" in error

@@ -53,13 +53,13 @@ class Params(Section):
         "the next one validates. One run for each split.fold tests every image once.",
     )
     fold: int = Field(default=0, ge=0, description="The fold that tests, counted from 0.")
-    small_classes: Literal["refuse", "train"] = Field(
-        default="refuse",
+    small_classes: Literal["error", "train"] = Field(
+        default="error",
         description="What happens to a class too small for every split: 'train' keeps it for "
         "training, unmeasured.",
     )
-    leaks: Literal["refuse", "drop"] = Field(
-        default="refuse",
+    leaks: Literal["error", "drop"] = Field(
+        default="error",
         description="What happens where given splits share images: 'drop' leaves those of the "
         "training split unused.",
     )
@@ -494,7 +494,7 @@ def _leaks(entries: Sequence[Entry], groups: _Groups, params: Params) -> set[int
         for row, entry in enumerate(entries)
         if entry.group in groups.given and entry.split not in ("", groups.place[entry.group])
     }
-    if leaks and params.leaks == "refuse":
+    if leaks and params.leaks == "error":
         row = min(leaks)
         kind = groups.place[entries[row].group]
         twin = next(e for e in entries if e.group == entries[row].group and e.split == kind)
@@ -521,7 +521,7 @@ def _check_classes(
     for label, counts in sorted(found.items()):
         needed: Iterable[str] = ("train",)
         keep = ""
-        if params.small_classes == "refuse":
+        if params.small_classes == "error":
             needed = SPLITS
             keep = ", or set split.small_classes: train to keep it unmeasured"
         if missing := [split for split in needed if not counts[split]]:

@@ -13,7 +13,7 @@ from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import Pixels, Sampling, read_square
 from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split
 from tlpipe.errors import ArtifactError, DataError, ImageError
-from tlpipe.evaluation.scores import Floats, Labels, softmax
+from tlpipe.evaluation.metrics import Floats, Labels, softmax
 from tlpipe.export.bundle import Bundle
 from tlpipe.inference.predictor import Prediction, Predictor
 from tlpipe.progress import track
@@ -34,7 +34,7 @@ class Answers:
     @property
     def confidence(self) -> npt.NDArray[np.float64]:
         """The largest probability of each image."""
-        return sureness(self.probabilities)
+        return confidence(self.probabilities)
 
     @property
     def predicted(self) -> Labels:
@@ -162,10 +162,10 @@ def of_held_out(path: Path, shipped: Bundle, split: Path) -> tuple[Answers, list
     return Answers(held.logits, probabilities, held.labels), groups
 
 
-def of_others(
+def ood_confidence(
     predictor: Predictor, source: str, sampling: Sampling, most: int
 ) -> npt.NDArray[np.float64]:
-    """Return the confidence in answers for images of none of the classes, (N,).
+    """Return the confidence in answers for out-of-distribution (OOD) images, (N,).
 
     ``source``: as ``listing.unlabelled`` opens it.
 
@@ -180,28 +180,28 @@ def of_others(
                 squares.append(read_square(data, sampling)[0])
     if not squares:
         raise DataError(
-            f"evaluate.unknown {source} has no image that can be read. Change it in params.yaml."
+            f"evaluate.ood {source} has no image that can be read. Change it in params.yaml."
         )
     batches = [np.stack(squares[i : i + BATCH]) for i in range(0, len(squares), BATCH)]
     probabilities = np.concatenate([predictor.scores(batch)[1] for batch in batches])
-    return sureness(probabilities)
+    return confidence(probabilities)
 
 
 @contextmanager
 def opened(source: str) -> Iterator[tuple[Storage, list[str]]]:
-    """Open the source of unknown images; yield it and the names of its images.
+    """Open the source of out-of-distribution images; yield it and the names of its images.
 
     Raises:
-        DataError: as ``listing.unlabelled``, of ``evaluate.unknown``.
+        DataError: as ``listing.unlabelled``, of ``evaluate.ood``.
     """
     try:
         with listing.unlabelled(source) as found:
             yield found
     except DataError as error:
-        raise DataError(str(error).replace("ingest.source", "evaluate.unknown")) from None
+        raise DataError(str(error).replace("ingest.source", "evaluate.ood")) from None
 
 
-def sureness(probabilities: Floats) -> npt.NDArray[np.float64]:
+def confidence(probabilities: Floats) -> npt.NDArray[np.float64]:
     """Return the largest probability of each image."""
     largest: npt.NDArray[np.float64] = probabilities.max(axis=1).astype(np.float64)
     return largest

@@ -20,8 +20,7 @@ from tlpipe.data import split as splits
 from tlpipe.data.manifest import SPLITS, load_manifest, load_split
 from tlpipe.errors import ArtifactError, Interrupted, ParamsError
 from tlpipe.evaluation import evaluate
-from tlpipe.evaluation.scores import HEADLINES, title
-from tlpipe.export.bundle import EXACT
+from tlpipe.evaluation.metrics import METRICS, title
 from tlpipe.params import Section
 from tlpipe.resampling import share_interval, wilson_interval
 
@@ -30,10 +29,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 STAGES = ("split", "train", "export", "evaluate")
-# Of what no headline needs, little or nothing is made in a fold.
+# Of what no metric needs, little or nothing is made in a fold.
 _LESS: Mapping[str, Mapping[str, Any]] = {
     "export": {"precisions": ()},
-    "evaluate": {"columns": (), "corrupted": 1, "unknown": "", "mistakes": 0},
+    "evaluate": {"columns": (), "corrupted_images": 1, "ood": "", "mistakes": 0},
 }
 _SHARES, _LOSSES = (0.0, 1.0), (0.0, math.inf)
 
@@ -42,13 +41,13 @@ Stage = Callable[..., None]
 
 @dataclass(frozen=True)
 class Fold:
-    """``images`` in each split, headlines, and the rows (N,) that were tested and which are hits.
+    """``images`` in each split, metrics, and the rows (N,) that were tested and which are hits.
 
     A row is that of the manifest.
     """
 
     images: Mapping[str, int]
-    headlines: Mapping[str, float]
+    metrics: Mapping[str, float]
     rows: npt.NDArray[np.int64]
     hits: npt.NDArray[np.bool_]
 
@@ -174,7 +173,7 @@ def _run_stages(
 
 def _read(place: Path) -> Fold:
     """Read what the stages of one fold wrote."""
-    measured = files.read_json(place / "report.json")["precisions"][EXACT]
+    measured = files.read_json(place / "report.json")["precisions"]["fp32"]
     assignments = load_split(place / "split.csv")
     places = [row.split for row in assignments]
     # In the order of the manifest, as the predictions are: boxes of one photo share its path.
@@ -186,7 +185,7 @@ def _read(place: Path) -> Fold:
         hits.append(label == predicted)
     return Fold(
         images={name: places.count(name) for name in SPLITS},
-        headlines={name: measured[name]["value"] for name in HEADLINES if measured.get(name)},
+        metrics={name: measured[name]["value"] for name in METRICS if measured.get(name)},
         rows=np.array(tested, np.int64),
         hits=np.array(hits, bool),
     )
@@ -197,17 +196,17 @@ def summarise(folds: Sequence[Fold], groups: Sequence[str], confidence: float) -
 
     ``groups``: of each row of the manifest. The pooled accuracy takes the trained classifiers as
     they are; its interval says what other test images would change, with whole groups.
-    The interval of a mean says what other training images would change too. A headline that a
+    The interval of a mean says what other training images would change too. A metric that a
     fold does not have has no mean: AUROC where it tests one class, the calibration error where it
     tests one group.
     """
     tested = sum(fold.images["test"] for fold in folds)
     share = tested / sum(fold.images["train"] for fold in folds)
     means = {}
-    for name in HEADLINES:
-        if all(name in fold.headlines for fold in folds):
+    for name in METRICS:
+        if all(name in fold.metrics for fold in folds):
             bounds = _LOSSES if name == "log_loss" else _SHARES
-            values = [fold.headlines[name] for fold in folds]
+            values = [fold.metrics[name] for fold in folds]
             means[name] = mean_with_interval(values, share, confidence, bounds)
             if bounds is _SHARES and not means[name]["deviation"]:
                 # Folds that agree say nothing of what others would do; their images do.
@@ -215,9 +214,9 @@ def summarise(folds: Sequence[Fold], groups: Sequence[str], confidence: float) -
                 half_width = max(means[name]["value"] - low, high - means[name]["value"])
                 means[name] |= {"low": low, "high": high, "half_width": half_width}
     return {
-        "precision": EXACT,
+        "precision": "fp32",
         "folds": [
-            {"fold": number, "images": dict(fold.images), "headlines": dict(fold.headlines)}
+            {"fold": number, "images": dict(fold.images), "metrics": dict(fold.metrics)}
             for number, fold in enumerate(folds)
         ],
         "mean": means,
@@ -270,7 +269,7 @@ def _pooled(folds: Sequence[Fold], groups: Sequence[str], confidence: float) -> 
 
 
 def draw(report: Mapping[str, Any]) -> "Figure":
-    """Draw each headline: its folds, their mean and the mean's interval."""
+    """Draw each metric: its folds, their mean and the mean's interval."""
     folds, means = report["folds"], report["mean"]
     columns = 3
     rows = -(-len(means) // columns)
@@ -280,7 +279,7 @@ def draw(report: Mapping[str, Any]) -> "Figure":
         axes = figure.add_subplot(rows, columns, position)
         axes.axhline(mean["value"], color="#4c72b0", label="mean")
         axes.axhspan(mean["low"], mean["high"], color="#4c72b0", alpha=0.15, label="its interval")
-        values = [fold["headlines"][name] for fold in folds]
+        values = [fold["metrics"][name] for fold in folds]
         axes.plot(numbers, values, "o", color="black", markersize=4, label="a fold")
         axes.set_xticks(numbers)
         axes.set_xlim(-0.5, len(folds) - 0.5)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tlpipe.evaluation.scores import BINS, Floats, Labels, bin_numbers, placements
+from tlpipe.evaluation.metrics import BINS, Floats, Labels, bin_numbers, placements
 from tlpipe.resampling import group_numbers
 
 
@@ -113,7 +113,7 @@ def images_needed(error_rate: float, certainty: float) -> int:
     return math.ceil(math.log(1 - certainty) / math.log(1 - error_rate))
 
 
-class Ranked(NamedTuple):
+class Ranking(NamedTuple):
     """Of one class against the others, by falling threshold: rates in [0, 1], all (K,)."""
 
     false_positives: npt.NDArray[np.float64]
@@ -121,19 +121,22 @@ class Ranked(NamedTuple):
     precision: npt.NDArray[np.float64]
 
 
-def ranked(scores: Floats, positive: npt.NDArray[np.bool_]) -> Ranked:
+def ranking(scores: Floats, positive: npt.NDArray[np.bool_]) -> Ranking:
     """Return the points of the ROC and of the precision-recall curve."""
     order = np.argsort(-scores, kind="stable")
     inside = positive[order]
     last = np.flatnonzero(np.append(np.diff(scores[order]) < 0, True))
     true, false = np.cumsum(inside)[last], np.cumsum(~inside)[last]
-    return Ranked(
+    return Ranking(
         false / max(int((~positive).sum()), 1),
         true / max(int(positive.sum()), 1),
         true / (true + false),
     )
 
 
-def separation(known: npt.NDArray[np.float64], unknown: npt.NDArray[np.float64]) -> float:
-    """Return the chance that a known image scores above an unknown one, with halves for ties."""
-    return float(placements(known, unknown).mean())
+def ood_auroc(known: npt.NDArray[np.float64], ood: npt.NDArray[np.float64]) -> float:
+    """Return the AUROC of telling images of known classes from out-of-distribution ones.
+
+    ``known``, ``ood``: (N,), (M,) confidences; ties count half.
+    """
+    return float(placements(known, ood).mean())

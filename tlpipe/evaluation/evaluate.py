@@ -1,4 +1,4 @@
-"""Stage ``evaluate``: judge the bundle on the test split, through the predictor that serves it."""
+"""Stage ``evaluate``: measure the bundle on the test split through the serving predictor."""
 
 import logging
 import math
@@ -14,12 +14,12 @@ from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.manifest import Entry
-from tlpipe.evaluation import answers, corruptions, curves, generalisation, scores, slices
+from tlpipe.evaluation import answers, corruptions, curves, generalisation, metrics, slices
 from tlpipe.evaluation import plots as drawn
 from tlpipe.evaluation import speed as speeds
 from tlpipe.evaluation.answers import Answers, Part, Shown
 from tlpipe.export import bundle as bundles
-from tlpipe.export.bundle import ANY_SIZE, EXACT
+from tlpipe.export.bundle import ANY_SIZE
 from tlpipe.inference.predictor import Predictor
 from tlpipe.params import Section, distinct
 from tlpipe.resampling import group_numbers, paired_difference, share_interval
@@ -47,19 +47,19 @@ class Params(Section):
     columns: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
         default=("format",),
         strict=False,
-        description="Columns of the manifest to part the test images by.",
+        description="Columns of the manifest to slice the test images by.",
     )
-    corrupted: int = Field(
+    corrupted_images: int = Field(
         default=64, ge=1, description="Test images to blur, darken and so on, at most."
     )
-    unknown: str = Field(
+    ood: str = Field(
         default="data/textures.yaml",
         min_length=1,
-        description="Images of none of the classes, as the classifier may meet them: a folder, "
-        "archive or address of images, whose labels count for nothing. A built-in set is an "
-        "example for built-in sets, and left out for others.",
+        description="Out-of-distribution (OOD) images, of none of the classes, as the classifier "
+        "may meet them: a folder, archive or address of images, whose labels count for nothing. A "
+        "built-in set is an example for built-in sets, and left out for others.",
     )
-    unknown_images: int = Field(default=64, ge=1, description="How many of them, at most.")
+    ood_images: int = Field(default=64, ge=1, description="How many OOD images, at most.")
     mistakes: int = Field(default=18, ge=0, le=120, description="Images in each gallery, at most.")
 
     @field_validator("columns")
@@ -94,7 +94,7 @@ def run(
 
     Raises:
         ArtifactError: the bundle is damaged, or knows other classes than the split table.
-        DataError: there are no unknown images where they should be.
+        DataError: there are no out-of-distribution images where ``ood`` says.
     """
     shipped = bundles.load(bundle)
     squares = packed.load(pixels).array
@@ -106,7 +106,7 @@ def run(
         if name != ANY_SIZE
     }
     found = {name: test.ask(predictor, name) for name, predictor in predictors.items()}
-    exact, answered = predictors[EXACT], found[EXACT]
+    exact, answered = predictors["fp32"], found["fp32"]
     calibrated, groups = answers.of_held_out(held_out, shipped, split)
     abstention = selective_prediction(answered, test.groups, calibrated, groups, params)
     threshold = abstention["threshold"]
@@ -133,11 +133,11 @@ def run(
         "generalisation": general,
         "temperature": shipped.provenance["temperature"],
         "abstention": abstention,
-        "unknown": _unknown(exact, answered, threshold, params),
+        "ood": _ood(exact, answered, threshold, params),
         "slices": slices.measure(
             test.entries, test.brightness(), answered.hits, params.columns, params.confidence
         ),
-        "robustness": _robustness(exact, test.evenly(params.corrupted), params.confidence),
+        "robustness": _robustness(exact, test.evenly(params.corrupted_images), params.confidence),
     }
     files.write_json(report, content)
     files.write_json(speed, {name: speeds.measure(p, squares) for name, p in predictors.items()})
@@ -153,7 +153,7 @@ def run(
     with files.replacing_folder(plots) as folder:
         drawn.draw(folder, content, answered, history)
         drawn.galleries(folder, squares, shown, params.mistakes)
-    accuracy = content["precisions"][EXACT]["accuracy"]
+    accuracy = content["precisions"]["fp32"]["accuracy"]
     _log.info("test accuracy %s on %s images", describe(accuracy), len(test.rows))
     if general["is_below"]:
         _log.warning(
@@ -175,13 +175,13 @@ def _measured(
     part: Part, given: Answers, exact: Answers, labels: Sequence[str], confidence: float
 ) -> dict[str, Any]:
     """Return the numbers of one precision, compared with the exact one on the same images."""
-    measured = scores.measure(given.probabilities, part.truth, part.groups, confidence)
+    measured = metrics.measure(given.probabilities, part.truth, part.groups, confidence)
     measured["per_class"] = dict(zip(labels, measured["per_class"], strict=True))
     change = paired_difference(exact.hits, given.hits, part.groups, confidence)
-    uncalibrated = scores.calibration_error(
-        scores.softmax(given.logits), part.truth, part.groups, confidence
+    uncalibrated = metrics.calibration_error(
+        metrics.softmax(given.logits), part.truth, part.groups, confidence
     )
-    pairs = scores.confusion_pairs(given.truth, given.predicted)
+    pairs = metrics.confusion_pairs(given.truth, given.predicted)
     wrong = pairs[pairs[:, 0] != pairs[:, 1]][:_MOST_CONFUSED]
     return measured | {
         "most_confused": [
@@ -236,18 +236,18 @@ def selective_prediction(
     }
 
 
-def _unknown(
+def _ood(
     predictor: Predictor, given: Answers, threshold: float | None, params: Params
 ) -> dict[str, Any] | None:
-    """Return how images of none of the classes are answered; None where there are none."""
-    if not params.unknown:
+    """Return how out-of-distribution images are answered; None where there are none."""
+    if not params.ood:
         return None
     sampling = predictor.bundle.preprocessing
-    found = answers.of_others(predictor, params.unknown, sampling, params.unknown_images)
+    found = answers.ood_confidence(predictor, params.ood, sampling, params.ood_images)
     return {
-        "source": Path(params.unknown).name,
+        "source": Path(params.ood).name,
         "images": len(found),
-        "auroc": curves.separation(given.confidence, found),
+        "auroc": curves.ood_auroc(given.confidence, found),
         "answered": None if threshold is None else float((found >= threshold).mean()),
     }
 
@@ -311,6 +311,6 @@ def _save_tables(folder: Path, given: Answers, labels: Sequence[str]) -> None:
         files.write_csv(target / "coverage.csv", COVERAGE, rows)
         rows = [(f"{b.confidence:.6f}", f"{b.accuracy:.6f}", str(b.images)) for b in bins]
         files.write_csv(target / "reliability.csv", RELIABILITY, rows)
-        pairs = scores.confusion_pairs(given.truth, given.predicted).tolist()
+        pairs = metrics.confusion_pairs(given.truth, given.predicted).tolist()
         named = [(labels[true], labels[predicted], str(n)) for true, predicted, n in pairs]
         files.write_csv(target / "confusion.csv", CONFUSION, named)

@@ -10,10 +10,9 @@ import numpy as np
 from tlpipe import pictures
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.manifest import evenly
-from tlpipe.evaluation import corruptions, curves, scores
+from tlpipe.evaluation import corruptions, curves, metrics
 from tlpipe.evaluation.answers import Answers, Shown
-from tlpipe.evaluation.scores import Labels
-from tlpipe.export.bundle import EXACT
+from tlpipe.evaluation.metrics import Labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,12 +25,12 @@ _MOST_SLICES = 30
 
 def draw(folder: Path, report: Mapping[str, Any], given: Answers, history: Path) -> None:
     """Draw the report of ``evaluate``, and how the training went, a PNG file for each question."""
-    labels, exact = report["labels"], report["precisions"][EXACT]
+    labels, exact = report["labels"], report["precisions"]["fp32"]
     figures = {
         "confusion": confusion(given.truth, given.predicted, labels),
         "reliability": reliability(given, exact),
         "ranking": ranking(given, labels),
-        "coverage": coverage(given, report["abstention"], report["unknown"]),
+        "coverage": coverage(given, report["abstention"], report["ood"]),
         "robustness": robustness(report["robustness"]),
         "slices": by_slice(report["slices"], exact["accuracy"]["value"]),
         "training": training(history),
@@ -84,13 +83,13 @@ def reliability(given: Answers, exact: Mapping[str, Any]) -> "Figure":
     bins = curves.reliability(given.probabilities, given.truth)
     figure = pictures.new_figure(5, 5.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    upper.plot([0, 1], [0, 1], color="gray", linestyle=":", label="as sure as right")
+    upper.plot([0, 1], [0, 1], color="gray", linestyle=":", label="perfect calibration")
     upper.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o-", label="answers")
     upper.set_ylabel("share that is right")
     upper.set_ylim(-0.02, 1.02)
     upper.legend(loc="lower right")
     error = exact["calibration_error"]
-    stated = scores.UNKNOWN
+    stated = metrics.UNKNOWN
     if error is not None:
         stated = (
             f"{error['value']:.3f} ({error['low']:.3f} to {error['high']:.3f}), "
@@ -115,14 +114,14 @@ def ranking(given: Answers, labels: Sequence[str]) -> "Figure":
         label, positive = labels[number], given.truth == number
         if not positive.any() or positive.all():
             continue
-        found = curves.ranked(given.probabilities[:, number], positive)
+        found = curves.ranking(given.probabilities[:, number], positive)
         style: dict[str, Any] = {"linewidth": 1.3, "label": label}
         if len(labels) > _MOST_CURVES:
             style = {"linewidth": 0.6, "color": "#4c72b0", "alpha": 0.5}
             # Points within a straight line can go: thousands, of each class.
             steps = np.diff(found.recall) > 0
             kept = np.flatnonzero([True, *steps] | np.array([*steps, True]))
-            found = curves.Ranked(*(points[kept] for points in found))
+            found = curves.Ranking(*(points[kept] for points in found))
         left.plot([0, *found.false_positives], [0, *found.recall], **style)
         right.plot(found.recall, found.precision, **style)
     left.plot([0, 1], [0, 1], color="gray", linestyle=":")
@@ -142,7 +141,7 @@ def ranking(given: Answers, labels: Sequence[str]) -> "Figure":
 
 
 def coverage(
-    given: Answers, abstention: Mapping[str, Any], unknown: Mapping[str, Any] | None
+    given: Answers, abstention: Mapping[str, Any], ood: Mapping[str, Any] | None
 ) -> "Figure":
     """Draw how many answers are right where only the surest are given."""
     curve = curves.coverage(given.confidence, given.hits)
@@ -165,12 +164,12 @@ def coverage(
             f"{abstention['images']} independent images held out\n"
             f"too many are wrong, or they are too few ({abstention['images_needed']} at least)"
         )
-    elif unknown is None:
+    elif ood is None:
         title = "What is answered, and how much of it is right"
     else:
         title = (
-            f"Of {unknown['images']} images of no class ({unknown['source']}), "
-            f"{unknown['answered']:.0%} would be answered"
+            f"Of {ood['images']} out-of-distribution images ({ood['source']}), "
+            f"{ood['answered']:.0%} would be answered"
         )
     axes.set_title(title, fontsize=9)
     return figure

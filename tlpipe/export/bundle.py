@@ -28,15 +28,15 @@ from tlpipe.export.external import has_external_data
 
 IMAGES, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
 LABELS, PREPROCESSING, PROVENANCE = "labels.json", "preprocessing.json", "provenance.json"
-EXACT, ANY_SIZE = "fp32", "any-size"
+ANY_SIZE = "any-size"
 GRAPHS = {
-    EXACT: "model.onnx",
+    "fp32": "model.onnx",
     "fp16": "model.fp16.onnx",
     "int8": "model.int8.onnx",
     ANY_SIZE: "model.any-size.onnx",
 }
 _SEAL = "SHA256SUMS"
-_REQUIRED = frozenset({GRAPHS[EXACT], LABELS, PREPROCESSING, PROVENANCE})
+_REQUIRED = frozenset({GRAPHS["fp32"], LABELS, PREPROCESSING, PROVENANCE})
 _ALLOWED = _REQUIRED | frozenset(GRAPHS.values())
 
 
@@ -78,12 +78,12 @@ class Bundle:
     @property
     def model(self) -> Path:
         """The exact ONNX file."""
-        return self.folder / GRAPHS[EXACT]
+        return self.folder / GRAPHS["fp32"]
 
     @property
     def model_sha256(self) -> str:
         """The hash of the exact ONNX file."""
-        return self.hashes[GRAPHS[EXACT]]
+        return self.hashes[GRAPHS["fp32"]]
 
 
 def metadata(

@@ -18,7 +18,7 @@ from tlpipe.data import pixels as packed
 from tlpipe.data.chunks import Chunks
 from tlpipe.data.manifest import SPLITS, Assignment, load_split
 from tlpipe.export import bundle as bundles
-from tlpipe.export.bundle import ANY_SIZE, EXACT
+from tlpipe.export.bundle import ANY_SIZE
 from tlpipe.held_out import HeldOut
 from tlpipe.params import Section, check_effect, distinct
 from tlpipe.training import model as models
@@ -140,7 +140,7 @@ def run(
     )
     bundles.save(
         bundle,
-        graphs={EXACT: exact, **others, ANY_SIZE: resizing},
+        graphs={"fp32": exact, **others, ANY_SIZE: resizing},
         labels=trained.card.labels,
         preprocessing=origin.preprocessing,
         provenance=provenance,

@@ -22,11 +22,11 @@ def fit(logits: npt.NDArray[np.float32], truth: npt.NDArray[np.int64]) -> float:
 
     exact = logits.astype(np.float64)
 
-    def badness(log_temperature: float) -> float:
+    def objective(log_temperature: float) -> float:
         scaled = exact / np.exp(log_temperature)
         losses = logsumexp(scaled, axis=1) - scaled[np.arange(len(truth)), truth]
         return float(losses.sum() + (log_temperature / _SPREAD) ** 2 / 2)
 
-    found = minimize_scalar(badness, bounds=_BOUNDS, method="bounded")
+    found = minimize_scalar(objective, bounds=_BOUNDS, method="bounded")
     # Few digits: the file should not differ where the last bits of a logit do.
     return float(f"{np.exp(found.x):.3g}")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tlpipe.errors import ImageError
-from tlpipe.export.bundle import EXACT, Bundle
+from tlpipe.export.bundle import Bundle
 from tlpipe.inference.predictor import Predictor
 
 
-def run(*, bundle: Bundle, images: Sequence[Path], precision: str = EXACT) -> list[dict[str, Any]]:
+def run(*, bundle: Bundle, images: Sequence[Path], precision: str = "fp32") -> list[dict[str, Any]]:
     """Return one answer per image, in order: ``path`` and either the prediction or ``error``.
 
     A file that cannot be read costs its own answer only.

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from tlpipe.data.images import Pixels, crop_middle, read_square
 from tlpipe.errors import ArtifactError
-from tlpipe.export.bundle import EXACT, IMAGES, LOGITS, PROBABILITIES, Bundle
+from tlpipe.export.bundle import IMAGES, LOGITS, PROBABILITIES, Bundle
 from tlpipe.runtime import open_session
 
 Scores = npt.NDArray[np.float32]
@@ -27,7 +27,7 @@ class Predictor:
     """A bundle with its ONNX Runtime session; safe to call from several threads."""
 
     def __init__(
-        self, bundle: Bundle, *, precision: str = EXACT, threads: int | None = None
+        self, bundle: Bundle, *, precision: str = "fp32", threads: int | None = None
     ) -> None:
         """Open a graph of a bundle, which ``bundle.load`` has verified.
 

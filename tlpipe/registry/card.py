@@ -8,8 +8,8 @@ from typing import Any
 
 from tlpipe.data import leaks
 from tlpipe.evaluation import generalisation
-from tlpipe.evaluation.scores import UNKNOWN, title
-from tlpipe.export.bundle import EXACT, Bundle
+from tlpipe.evaluation.metrics import UNKNOWN, title
+from tlpipe.export.bundle import Bundle
 from tlpipe.registry.moves import LONGEST, SUFFIX
 
 _LISTED = 12
@@ -41,7 +41,7 @@ def write(name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str]) 
     ``known``: what the stages report, by the names of ``publishing.Content``; ``lineage``: tags
     that say where it comes from, and with ``PURPOSE`` what it is for.
     """
-    origin, exact = shipped.provenance["origin"], known["report"]["precisions"][EXACT]
+    origin, exact = shipped.provenance["origin"], known["report"]["precisions"]["fp32"]
     accuracy = exact["accuracy"]
     parts = [
         f"# {name}: {_listed(shipped.labels)}",
@@ -74,7 +74,7 @@ def _results(known: Known) -> str:
     rows = [
         [title(key), *(_value(measured[key]) for measured in precisions.values())]
         for key in _HEADLINES
-        if key in precisions[EXACT]
+        if key in precisions["fp32"]
     ]
     rows.append(["size", *(f"{measured['megabytes']:.1f} MB" for measured in precisions.values())])
     times = [known["speed"][precision]["milliseconds"]["1"] for precision in precisions]
@@ -94,7 +94,7 @@ def _weakest(exact: Mapping[str, Any]) -> str:
 
 def limits(report: Mapping[str, Any], copies: Mapping[str, Any]) -> str:
     """Say what it does not do, by the reports of ``evaluate`` and of copies by ``audit``."""
-    abstention, unknown, robustness = report["abstention"], report["unknown"], report["robustness"]
+    abstention, ood, robustness = report["abstention"], report["ood"], report["robustness"]
     lines = []
     if report["generalisation"]["is_below"]:
         lines.append(
@@ -102,7 +102,7 @@ def limits(report: Mapping[str, Any], copies: Mapping[str, Any]) -> str:
             f"still more: {generalisation.describe(report['generalisation'])}."
         )
     promised = _NO_PROMISE if copies["is_above_clean"] else _abstention(abstention)
-    lines += [promised, _others(unknown)]
+    lines += [promised, _ood(ood)]
     kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
     worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
     lines.append(
@@ -113,19 +113,19 @@ def limits(report: Mapping[str, Any], copies: Mapping[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _others(unknown: Mapping[str, Any] | None) -> str:
+def _ood(ood: Mapping[str, Any] | None) -> str:
     """Say how images of none of the classes are answered."""
-    if unknown is None:
+    if ood is None:
         return (
             "It has no answer for images of anything else; how often it gives one nevertheless was "
-            "not measured (evaluate.unknown)."
+            "not measured (evaluate.ood)."
         )
     above = "told from the test images by their probability with"
-    if unknown["answered"] is not None:
-        above = f"{unknown['answered']:.0%} were above that probability;"
+    if ood["answered"] is not None:
+        above = f"{ood['answered']:.0%} were above that probability;"
     return (
-        f"It has no answer for images of anything else: of {unknown['images']} from "
-        f"{_plain(unknown['source'])}, {above} AUROC {unknown['auroc']:.3f}."
+        f"It has no answer for images of anything else: of {ood['images']} from "
+        f"{_plain(ood['source'])}, {above} AUROC {ood['auroc']:.3f}."
     )
 
 

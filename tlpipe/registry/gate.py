@@ -26,14 +26,14 @@ from tlpipe.data.images import Sampling
 from tlpipe.data.manifest import Entry, load_manifest, load_split
 from tlpipe.data.values import UNREADABLE, is_deep
 from tlpipe.errors import ArtifactError, GateError, TlpipeError
-from tlpipe.evaluation import answers, generalisation, scores, speed
+from tlpipe.evaluation import answers, generalisation, metrics, speed
 from tlpipe.evaluation.answers import Answers, Part
 from tlpipe.export import signing
-from tlpipe.export.bundle import EXACT, Bundle
+from tlpipe.export.bundle import Bundle
 from tlpipe.inference.predictor import Predictor
 from tlpipe.params import Section
 from tlpipe.resampling import (
-    detectable_loss,
+    detectable_drop,
     group_numbers,
     images_to_tell,
     paired_difference,
@@ -51,8 +51,8 @@ Verdict = Literal["holds", "fails", "cannot tell"]
 class Bounds(Section):
     """What a version must reach before it goes into production; on its test split, in fp32."""
 
-    accuracy: float = Field(default=0.0, ge=0, le=1, description="Accuracy, at least.")
-    recall: float = Field(
+    min_accuracy: float = Field(default=0.0, ge=0, le=1, description="Accuracy, at least.")
+    min_recall: float = Field(
         default=0.0,
         ge=0,
         le=1,
@@ -61,10 +61,10 @@ class Bounds(Section):
             "mistake is allowed."
         ),
     )
-    images: int = Field(
+    min_test_images: int = Field(
         default=20, ge=1, description="Test images, at least; those of one group count as one."
     )
-    loss: float = Field(
+    max_accuracy_drop: float = Field(
         default=0.05,
         ge=0,
         le=1,
@@ -74,15 +74,15 @@ class Bounds(Section):
             "never passes."
         ),
     )
-    last: int = Field(
+    compared_versions: int = Field(
         default=3,
         ge=1,
         description=(
             "How many of the last versions in production it is compared with, so that small "
-            "losses do not add up."
+            "drops do not add up."
         ),
     )
-    calibration_error: float | None = Field(
+    max_calibration_error: float | None = Field(
         default=None,
         gt=0,
         le=1,
@@ -91,19 +91,21 @@ class Bounds(Section):
             "confidence and accuracy (Kumar, Liang and Ma, 2019)."
         ),
     )
-    milliseconds: float | None = Field(
-        default=None, gt=0, description="Time of an answer for one image, at most."
+    max_latency_ms: float | None = Field(
+        default=None,
+        gt=0,
+        description="Latency of an answer for one image, in milliseconds, at most.",
     )
-    megabytes: float | None = Field(
-        default=None, gt=0, description="Size of the exact graph, at most."
+    max_model_mb: float | None = Field(
+        default=None, gt=0, description="Size of the fp32 graph, in megabytes, at most."
     )
-    below_validation: float = Field(
+    max_validation_gap: float = Field(
         default=0.0,
         ge=0,
         le=1,
         description="By how much test accuracy may be below validation accuracy beyond chance.",
     )
-    other_labels: bool = Field(
+    allow_other_labels: bool = Field(
         default=False, description="Whether it may have other classes than the one in production."
     )
     public_key: str | None = Field(
@@ -228,12 +230,17 @@ def judge(
     leaked = int(_in_training(part, trained(measured.split), entries).sum())
     groups = _count(part)
     rules = [
-        Rule("images", str(groups), f"at least {bounds.images}", _holds(groups >= bounds.images)),
+        Rule(
+            "test_images",
+            str(groups),
+            f"at least {bounds.min_test_images}",
+            _holds(groups >= bounds.min_test_images),
+        ),
         Rule(
             "accuracy",
             f"{accuracy['value']:.4f} ({_interval(accuracy)})",
-            f"at least {bounds.accuracy:.4f}, as measured",
-            _holds(accuracy["value"] >= bounds.accuracy),
+            f"at least {bounds.min_accuracy:.4f}, as measured",
+            _holds(accuracy["value"] >= bounds.min_accuracy),
         ),
         Rule(
             "skill",
@@ -241,25 +248,25 @@ def judge(
             f"above {guessed:.4f}, which the most frequent class alone has",
             _holds(accuracy["value"] > guessed),
         ),
-        _recall(recalls, part, candidate.labels, bounds.recall),
+        _recall(recalls, part, candidate.labels, bounds.min_recall),
         Rule("leaks", f"{leaked} test images", "none that training has seen", _holds(leaked == 0)),
         _copies(copies),
-        _validation(given, part, candidate, held_out, measured.split, bounds.below_validation),
+        _validation(given, part, candidate, held_out, measured.split, bounds.max_validation_gap),
     ]
-    error = scores.calibration_error(given.probabilities, part.truth, part.groups, _CONFIDENCE)
+    error = metrics.calibration_error(given.probabilities, part.truth, part.groups, _CONFIDENCE)
     numbers: dict[str, Any] = {
         "images": len(part.rows),
         "groups": groups,
         "accuracy": accuracy["value"],
         "recall": recalls,
         "calibration_error": error["value"] if error else None,
-        "milliseconds": speed.milliseconds_for(predictor, squares, 1),
-        "megabytes": candidate.graphs[EXACT].stat().st_size / 1e6,
+        "latency_ms": speed.milliseconds_for(predictor, squares, 1),
+        "model_mb": candidate.graphs["fp32"].stat().st_size / 1e6,
     }
-    if bounds.calibration_error is not None:
-        rules.append(_calibration(error, bounds.calibration_error))
-    for name in ("milliseconds", "megabytes"):
-        if (most := getattr(bounds, name)) is not None:
+    if bounds.max_calibration_error is not None:
+        rules.append(_calibration(error, bounds.max_calibration_error))
+    for name in ("latency_ms", "model_mb"):
+        if (most := getattr(bounds, f"max_{name}")) is not None:
             rules.append(_at_most(name, numbers[name], most))
     if bounds.public_key is not None:
         rules.append(_signed(candidate, Path(bounds.public_key), signature))
@@ -275,8 +282,8 @@ def judge(
             else:
                 compared.append(found)
         rules += [
-            _change(compared, bounds.loss, bounds.images),
-            _labels(candidate, rivals[0].bundle, bounds.other_labels),
+            _change(compared, bounds.max_accuracy_drop, bounds.min_test_images),
+            _labels(candidate, rivals[0].bundle, bounds.allow_other_labels),
         ]
         numbers["compared"] = [asdict(one) for one in compared]
     champion = rivals[0].version if rivals else None
@@ -334,9 +341,9 @@ def _calibration(error: Mapping[str, float] | None, most: float) -> Rule:
     if error is None:
         expected = (
             f"at most {most:.4f}; test on images of two groups or more, or set "
-            f"register.gate.calibration_error to null"
+            f"register.gate.max_calibration_error to null"
         )
-        return Rule("calibration_error", scores.UNKNOWN, expected, "cannot tell")
+        return Rule("calibration_error", metrics.UNKNOWN, expected, "cannot tell")
     found = f"{error['value']:.4f} ({_interval(error)})"
     verdict: Verdict = "cannot tell"
     if error["high"] <= most or error["low"] > most:
@@ -401,7 +408,7 @@ class Compared:
         accuracy: of the other on them; ``None`` without any, as are the following.
         change: of accuracy, with its interval.
         is_worse: whether the candidate is below it beyond chance, with all others in mind.
-        detectable_loss: the smallest loss that such images show in four of five cases.
+        detectable_drop: the smallest drop of accuracy that such images show in four of five cases.
         trained_on: how many test images the other has trained on; ``None`` where its run does not
             say.
         unknown: how many test images have a class that it does not know.
@@ -413,7 +420,7 @@ class Compared:
     accuracy: float | None
     change: dict[str, float] | None
     is_worse: bool
-    detectable_loss: float | None
+    detectable_drop: float | None
     trained_on: int | None
     unknown: int
     unread: int
@@ -450,7 +457,7 @@ def _compare(
         float(theirs.mean()),
         paired_difference(*given, _CONFIDENCE),
         paired_difference(*given, strict)["high"] < 0,
-        detectable_loss(*given, strict),
+        detectable_drop(*given, strict),
         trained_on,
         unknown,
         unread,
@@ -555,11 +562,11 @@ def sampling_of(bundle: Bundle) -> Sampling:
     return Sampling(**{key: getattr(seen, key) for key in Sampling.model_fields})
 
 
-def _change(compared: Sequence[Compared], loss: float, least: int) -> Rule:
+def _change(compared: Sequence[Compared], max_drop: float, least: int) -> Rule:
     """Compare with the version in production, the first one, and with those before it.
 
     Worse than one of them beyond chance fails. Where it may be worse than one of them by more than
-    ``loss``, the images cannot tell: the lower end of the interval is a test of non-inferiority
+    ``max_drop``, the images cannot tell: the lower end of the interval is a test of non-inferiority
     (Piaggio et al. (2012), Reporting of noninferiority and equivalence randomized trials, JAMA
     308). The version in production needs ``least`` images that count; without them nothing can be
     told, and one before it is left out. So is one before it that may have trained on some of them;
@@ -573,7 +580,7 @@ def _change(compared: Sequence[Compared], loss: float, least: int) -> Rule:
     unsure = [
         one
         for one in taking_part
-        if one.change is None or one.change["low"] < -loss or one.is_worse
+        if one.change is None or one.change["low"] < -max_drop or one.is_worse
     ]
     verdict: Verdict = "fails" if worse else "holds"
     if not worse and (unsure or champion.groups < least):
@@ -583,7 +590,7 @@ def _change(compared: Sequence[Compared], loss: float, least: int) -> Rule:
         return one.change["low"] if one.change else -math.inf
 
     shown = min(worse or [*unsure, champion], key=lowest)
-    parts = [_described(shown, loss if verdict == "cannot tell" else None)]
+    parts = [_described(shown, max_drop if verdict == "cannot tell" else None)]
     if champion.groups < least:
         parts.append(
             f"{champion.groups} test images count beside version {champion.version}, which is in "
@@ -595,21 +602,21 @@ def _change(compared: Sequence[Compared], loss: float, least: int) -> Rule:
         parts.append(f"too few test images count beside version {some(few, 5)}")
     if unclear:
         parts.append(f"what trained version {some(unclear, 5)} is not known, so it is left out")
-    expected = f"not below 0 beyond chance, and above {-loss:+.4f} as far as can be told"
+    expected = f"not below 0 beyond chance, and above {-max_drop:+.4f} as far as can be told"
     return Rule("accuracy_change", "; ".join(parts), expected, verdict)
 
 
-def _described(one: Compared, loss: float | None) -> str:
-    """Say what was found beside a version; ``loss``: then also how many images would tell."""
+def _described(one: Compared, max_drop: float | None) -> str:
+    """Say what was found beside a version; ``max_drop``: then also how many images would tell."""
     parts = []
     if (change := one.change) is not None:
         parts = [
             f"{change['value']:+.4f} against version {one.version} ({change['confidence']:.0%} "
             f"interval {change['low']:+.4f} to {change['high']:+.4f})",
-            f"{one.groups} independent test images show a loss from {one.detectable_loss:.4f} on",
+            f"{one.groups} independent test images show a drop from {one.detectable_drop:.4f} on",
         ]
-        if loss is not None and change["low"] < -loss < change["value"]:
-            needed = images_to_tell(change, one.groups, loss)
+        if max_drop is not None and change["low"] < -max_drop < change["value"]:
+            needed = images_to_tell(change, one.groups, max_drop)
             parts.append(f"some {needed} would tell in four of five cases")
     if one.trained_on is None:
         parts.append(f"whether version {one.version} trained on some is not known")

@@ -87,14 +87,10 @@ def promote(
     _record(client, version, decision, force)
     show(decision)
     if decision.verdict != "holds" and not force:
-        advice = (
-            "Mend it, change register.gate in params.yaml, or say why not"
-            if decision.verdict == "fails"
-            else "Test on more images, change register.gate in params.yaml, or decide and say why"
-        )
+        improvement = "Improve the model" if decision.verdict == "fails" else "Test on more images"
         raise GateError(
             f"{name} version {version.version} stays out of production: {decision.reasons}. "
-            f"{advice}: --force WHY."
+            f"{improvement}, relax register.gate in params.yaml, or override with --force REASON."
         )
     why = force or _summary(decision)
     return moves.move(client, name, seen, after=last, kind=PROMOTION, why=why)
@@ -178,7 +174,9 @@ def _judge(
     return gate.judge(
         candidate,
         str(version.version),
-        _rivals(client, name, str(version.version), bounds.last) if last is not None else (),
+        _rivals(client, name, str(version.version), bounds.compared_versions)
+        if last is not None
+        else (),
         measured=measured,
         source=source,
         held_out=held,
@@ -200,8 +198,8 @@ def _rivals(client: "MlflowClient", name: str, candidate: str, most: int) -> lis
         serving = tracking.fetch(client, name, moves.CHAMPION)
     except (ArtifactError, RegistryError) as error:
         raise GateError(
-            f"nothing that was in production is left to compare with: {error} To do without, say "
-            f"why: --force WHY."
+            f"nothing that was in production is left to compare with: {error} Override "
+            f"with --force REASON."
         ) from None
     served = tracking.find_version(client, name, serving.version)
     found = {serving.version: _rival(client, served, serving.bundle)}

@@ -20,7 +20,7 @@ from tlpipe import files
 from tlpipe.data.images import crop_middle
 from tlpipe.errors import ArtifactError, RegistryError
 from tlpipe.export import bundle as bundles
-from tlpipe.export.bundle import EXACT, Bundle
+from tlpipe.export.bundle import Bundle
 from tlpipe.lineage import user
 from tlpipe.registry import card, moves, tracking
 
@@ -53,7 +53,7 @@ class Content:
     data_report: Path
     split_report: Path
     rejects: Path
-    suspects: Path
+    label_issues: Path
     leaks: Path
     data_plots: Path
     manifest: Path
@@ -88,7 +88,7 @@ _PLACES = {
     "data_report": "data/ingest.json",
     "split_report": SPLIT_REPORT,
     "rejects": "data/rejects.csv",
-    "suspects": "data/suspects.csv",
+    "label_issues": "data/label_issues.csv",
     "leaks": LEAKS,
     "data_plots": "data/plots",
     "manifest": "data/manifest.csv",
@@ -188,7 +188,7 @@ def _log_numbers(
     at = found.info.start_time or int(time.time() * 1000)
     numbers = {"parity_max_difference": known["parity"]["max_difference"]}
     for precision, measured in known["report"]["precisions"].items():
-        end = "" if precision == EXACT else f"_{precision}"
+        end = "" if precision == "fp32" else f"_{precision}"
         numbers |= {
             f"test_{name}{end}": value["value"]
             for name, value in measured.items()

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from tlpipe import files, lineage
 from tlpipe.data import ingest, leaks
 from tlpipe.errors import GateError, RegistryError
-from tlpipe.export.bundle import EXACT, digest
+from tlpipe.export.bundle import digest
 from tlpipe.params import Section
 from tlpipe.registry import card, local, moves, promotion, publishing, tracking
 from tlpipe.registry.gate import Bounds, Measured
@@ -111,7 +111,7 @@ def run(
             "run_id": published.run_id,
             "onnx": str(shipped.model),
             "onnx_bytes": shipped.model.stat().st_size,
-            "accuracy": result["precisions"][EXACT]["accuracy"],
+            "accuracy": result["precisions"]["fp32"]["accuracy"],
             "test_images": result["images"],
             "generalisation": result["generalisation"],
             "copies": {

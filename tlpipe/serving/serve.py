@@ -6,7 +6,7 @@ import socket
 import uvicorn
 
 from tlpipe.errors import ServingError
-from tlpipe.export.bundle import EXACT, Bundle
+from tlpipe.export.bundle import Bundle
 from tlpipe.inference.predictor import Predictor
 from tlpipe.serving import app
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 def run(
-    *, bundle: Bundle, host: str, port: int, degraded: str = "", precision: str = EXACT
+    *, bundle: Bundle, host: str, port: int, degraded: str = "", precision: str = "fp32"
 ) -> None:
     """Serve a bundle; returns after SIGTERM or Ctrl-C, when accepted requests are answered.
 

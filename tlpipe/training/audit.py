@@ -1,8 +1,8 @@
 """Stage ``audit``: show the data set, label issues, and held-out images with copies in train.
 
-Each image is judged by a head that has not seen it, nor anything of its group; where that head is
-sure of another class, confident learning calls the label suspicious. Copies that bytes cannot show
-are looked for by ``tlpipe.data.leaks``. Nothing is changed by either.
+Out-of-fold predictions for each image come from a linear probe that has seen neither the image nor
+its group; where they contradict the label, confident learning reports a label issue. Copies that
+bytes cannot show are looked for by ``tlpipe.data.leaks``. Nothing is changed by either.
 """
 
 import logging
@@ -26,22 +26,20 @@ from tlpipe.training import head as heads
 from tlpipe.training import linear_probe
 
 _log = logging.getLogger(__name__)
-SUSPECTS = ("path", "label", "suggested", "label_probability", "suggested_probability")
+LABEL_ISSUES = ("path", "label", "suggested", "label_probability", "suggested_probability")
 _MOST_SHEETS = 100
 _PAIRS = 12  # of a held-out and a training image, drawn
 
 
 class Params(Section):
-    """How closely to look."""
+    """Folds and l2 of the linear probes, and how much to draw."""
 
-    folds: int = Field(
-        default=3, ge=2, le=20, description="Heads to judge with, each for the images it missed."
+    folds: int = Field(default=3, ge=2, le=20, description="Folds of the out-of-fold predictions.")
+    l2: float = Field(
+        default=0.01, gt=0, le=100, description="Strength of the linear probes' l2 penalty."
     )
-    penalty: float = Field(
-        default=0.01, gt=0, le=100, description="Strength of the weight penalty of these heads."
-    )
-    suspects: int = Field(
-        default=24, ge=0, le=240, description="Most suspicious labels to draw, at most."
+    label_issues: int = Field(
+        default=24, ge=0, le=240, description="Label issues to draw, at most, the worst first."
     )
     sheet_images: int = Field(
         default=24, ge=1, le=240, description="Images on each class's contact sheet, at most."
@@ -55,12 +53,12 @@ def run(
     split: Path,
     activations: Path,
     data_report: Path,
-    suspects: Path,
+    label_issues: Path,
     leaks_report: Path,
     plots: Path,
     params: Params,
 ) -> None:
-    """Write the table of suspicious labels, the report of leaks, and pictures of the data set.
+    """Write the table of label issues, the report of leaks, and pictures of the data set.
 
     Raises:
         ArtifactError: manifest, pixels, split and activations are of different data.
@@ -76,10 +74,10 @@ def run(
             f"{len(assignments)} and {activations} {len(features)}; expected the same. Run "
             f"'dvc repro'."
         )
-    found = find_suspects(entries, features, params)
+    found = find_label_issues(entries, features, params)
     files.write_csv(
-        suspects,
-        SUSPECTS,
+        label_issues,
+        LABEL_ISSUES,
         [
             (
                 entries[s.row].path,
@@ -99,10 +97,12 @@ def run(
         charts.classes(folder / "classes.png", assignments)
         charts.sizes(folder / "sizes.png", entries)
         charts.rejects(folder / "rejects.png", report["rejected"], report["duplicates"])
-        _draw_suspects(folder / "suspects.png", entries, squares, found, params.suspects)
+        _draw_label_issues(
+            folder / "label_issues.png", entries, squares, found, params.label_issues
+        )
         _draw_copies(folder / "copies.png", assignments, squares, copies)
         _draw_sheets(folder, entries, squares, params.sheet_images)
-    _log.info("%s of %s labels are suspicious: %s", len(found), len(entries), suspects)
+    _log.info("%s label issues in %s labels: %s", len(found), len(entries), label_issues)
     if content["is_above_clean"]:
         _log.warning("%s See %s and %s.", leaks.warning(content), leaks_report, plots)
     else:
@@ -110,8 +110,8 @@ def run(
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """An image that looks like another class, and how sure of both the head is."""
+class LabelIssue:
+    """An image whose label the out-of-fold prediction contradicts, with both probabilities."""
 
     row: int
     suggested: str
@@ -119,14 +119,16 @@ class Suspect:
     suggested_probability: float
 
 
-def find_suspects(entries: Sequence[Entry], features: Chunks, params: Params) -> list[Suspect]:
-    """Return the suspicious labels, the worst first. ``features``: (N, D).
+def find_label_issues(
+    entries: Sequence[Entry], features: Chunks, params: Params
+) -> list[LabelIssue]:
+    """Return the label issues, the worst first. ``features``: (N, D).
 
     A class of fewer groups than folds is left out: no head has seen enough of it.
 
     Source: Northcutt, Jiang and Chuang (2021), Confident learning, JAIR 70.
     """
-    from cleanlab.filter import find_label_issues
+    from cleanlab import filter as confident_learning
 
     groups: dict[str, set[str]] = {}
     for entry in entries:
@@ -140,18 +142,18 @@ def find_suspects(entries: Sequence[Entry], features: Chunks, params: Params) ->
     chosen = [entries[row] for row in rows]
     folds = held_out_folds([e.label for e in chosen], [e.group for e in chosen], params.folds)
     held = folds != ALWAYS_TRAINS
-    probabilities = _out_of_fold(features, np.array(rows), targets, folds, params.penalty)[held]
+    probabilities = _out_of_fold(features, np.array(rows), targets, folds, params.l2)[held]
     rows, targets = list(np.array(rows)[held]), targets[held]
     _log.info(
-        "heads that had not seen them name %.1f %% of %s images right: the fewer, the more of the "
-        "suspicious labels are right ones of hard images",
+        "out-of-fold accuracy %.1f %% on %s images: the lower, the more of the label issues are "
+        "correct labels of hard images",
         *(100 * (probabilities.argmax(axis=1) == targets).mean(), len(targets)),
     )
-    issues = find_label_issues(
+    issues = confident_learning.find_label_issues(
         targets, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1
     )
     return [
-        Suspect(
+        LabelIssue(
             row=rows[i],
             suggested=labels[int(probabilities[i].argmax())],
             label_probability=float(probabilities[i, targets[i]]),
@@ -173,16 +175,16 @@ def _out_of_fold(
     return np.exp(heads.log_softmax(found.logits.astype(np.float64)))
 
 
-def _draw_suspects(
+def _draw_label_issues(
     path: Path,
     entries: Sequence[Entry],
     squares: Chunks,
-    found: Sequence[Suspect],
+    found: Sequence[LabelIssue],
     most: int,
 ) -> None:
     shown = found[:most]
     captions = [f"{entries[s.row].label}, or {s.suggested}?" for s in shown]
-    title = f"Most suspicious labels: {len(shown)} of {len(found)}"
+    title = f"Label issues, the worst first: {len(shown)} of {len(found)}"
     pictures.gallery(path, [squares[s.row] for s in shown], captions, title=title)
 
 

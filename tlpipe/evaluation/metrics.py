@@ -1,6 +1,6 @@
 """Measure a classifier from its probabilities and the true labels. Pure functions on arrays.
 
-Every headline has an interval. Images of one group (near copies, parts of one photo) count as one
+Every metric has an interval. Images of one group (near copies, parts of one photo) count as one
 where they are right or wrong together: see ``tlpipe.resampling``.
 """
 
@@ -29,8 +29,8 @@ BINS = 15
 _TOP = (2, 3, 5)
 # What people are told where ``calibration_error`` is None.
 UNKNOWN = "unknown, since all test images are of one group"
-# All names that a headline may have; which there are depends on the number of classes.
-HEADLINES = (
+# All names that a metric may have; which there are depends on the number of classes.
+METRICS = (
     "accuracy",
     "balanced_accuracy",
     "macro_f1",
@@ -41,15 +41,15 @@ HEADLINES = (
 )
 
 
-def title(headline: str) -> str:
-    """Return what people call a headline."""
-    return headline.replace("_", " ").replace("auroc", "AUROC").replace("f1", "F1")
+def title(metric: str) -> str:
+    """Return what people call a metric."""
+    return metric.replace("_", " ").replace("auroc", "AUROC").replace("f1", "F1")
 
 
 def measure(
     probabilities: Floats, truth: Labels, groups: Sequence[str], confidence: float
 ) -> dict[str, Any]:
-    """Return every number of the report: headlines with their intervals, and those of each class.
+    """Return every number of the report: metrics with their intervals, and those of each class.
 
     ``groups``: one for each image; images that share one, other than the empty one, are not
     independent. Classes without test images count in no mean over classes.

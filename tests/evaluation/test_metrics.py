@@ -5,9 +5,9 @@ import tracemalloc
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn import metrics
+from sklearn import metrics as sklearn_metrics
 
-from tlpipe.evaluation import scores
+from tlpipe.evaluation import metrics
 from tlpipe.resampling import group_numbers, resamples
 
 # All that lie in [0, 1] and are 1 at best.
@@ -45,48 +45,48 @@ def test_the_numbers_are_scikit_learn_s(images: int, classes: int, decimals: int
     tested = sorted(set(truth.tolist()))
     assert len(tested) == classes
     predicted = probabilities.argmax(axis=1)
-    measured = scores.measure(probabilities, truth, [""] * images, 0.95)
+    measured = metrics.measure(probabilities, truth, [""] * images, 0.95)
 
     def value(name: str) -> float:
         return float(measured[name]["value"])
 
     exact = probabilities.astype(np.float64)
     exact /= exact.sum(axis=1, keepdims=True)
-    assert value("accuracy") == metrics.accuracy_score(truth, predicted)
+    assert value("accuracy") == sklearn_metrics.accuracy_score(truth, predicted)
     assert value("balanced_accuracy") == pytest.approx(
-        metrics.balanced_accuracy_score(truth, predicted)
+        sklearn_metrics.balanced_accuracy_score(truth, predicted)
     )
     assert value("macro_f1") == pytest.approx(
-        metrics.f1_score(truth, predicted, labels=tested, average="macro", zero_division=0)
+        sklearn_metrics.f1_score(truth, predicted, labels=tested, average="macro", zero_division=0)
     )
     assert value("log_loss") == pytest.approx(
-        metrics.log_loss(truth, exact, labels=labels), rel=1e-5
+        sklearn_metrics.log_loss(truth, exact, labels=labels), rel=1e-5
     )
-    areas = [metrics.roc_auc_score(truth == c, probabilities[:, c]) for c in tested]
+    areas = [sklearn_metrics.roc_auc_score(truth == c, probabilities[:, c]) for c in tested]
     assert value("auroc") == pytest.approx(np.mean(areas))
     if decimals == 9:
         for k in (2, 3):
             if k <= classes:
-                known = metrics.top_k_accuracy_score(truth, exact, k=k, labels=labels)
+                known = sklearn_metrics.top_k_accuracy_score(truth, exact, k=k, labels=labels)
                 assert value(f"top_{k}_accuracy") == pytest.approx(known)
-    expected = metrics.precision_recall_fscore_support(
+    expected = sklearn_metrics.precision_recall_fscore_support(
         truth, predicted, labels=labels, zero_division=0
     )
     for i, row in enumerate(measured["per_class"]):
         found = (row["precision"], row["recall"], row["f1"], row["images"])
         assert found == pytest.approx(tuple(column[i] for column in expected))
     found = np.zeros((classes + 1, classes + 1), int)
-    for true, answer, images in scores.confusion_pairs(truth, predicted):
+    for true, answer, images in metrics.confusion_pairs(truth, predicted):
         found[true, answer] = images
-    known = metrics.confusion_matrix(truth, predicted, labels=labels)
+    known = sklearn_metrics.confusion_matrix(truth, predicted, labels=labels)
     assert found.tolist() == known.tolist()
 
 
 def test_auroc_is_the_one_against_the_rest_of_scikit_learn() -> None:
     probabilities, truth = drawn(200, 5)
     exact = probabilities / probabilities.astype(np.float64).sum(axis=1, keepdims=True)
-    known = metrics.roc_auc_score(truth, exact, multi_class="ovr", average="macro")
-    found = scores.auroc(probabilities, truth, np.arange(200), 0.95)
+    known = sklearn_metrics.roc_auc_score(truth, exact, multi_class="ovr", average="macro")
+    found = metrics.auroc(probabilities, truth, np.arange(200), 0.95)
     assert found["value"] == pytest.approx(known)
 
 
@@ -94,17 +94,17 @@ def test_auroc_is_the_one_against_the_rest_of_scikit_learn() -> None:
 def test_means_over_classes_are_weighted_right_answers(name: str) -> None:
     probabilities, truth = drawn(150, 6)
     predicted = probabilities.argmax(axis=1)
-    weights = scores.class_weights(truth, predicted)[name]
+    weights = metrics.class_weights(truth, predicted)[name]
     assert weights.sum() == pytest.approx(1)
     known = {
-        "balanced_accuracy": metrics.balanced_accuracy_score(truth, predicted),
-        "macro_f1": metrics.f1_score(truth, predicted, average="macro"),
+        "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(truth, predicted),
+        "macro_f1": sklearn_metrics.f1_score(truth, predicted, average="macro"),
     }
     assert weights[predicted == truth].sum() == pytest.approx(known[name])
 
 
 def test_a_headline_of_one_class_and_of_one_image() -> None:
-    measured = scores.measure(np.array([[0.2, 0.8]], np.float32), np.array([0]), [""], 0.95)
+    measured = metrics.measure(np.array([[0.2, 0.8]], np.float32), np.array([0]), [""], 0.95)
     assert measured["accuracy"]["value"] == measured["macro_f1"]["value"] == 0
     assert measured["accuracy"]["high"] > 0.7
     assert "auroc" not in measured
@@ -139,38 +139,38 @@ def value_of(name: str, probabilities: np.ndarray, truth: np.ndarray) -> float:
     """The value as scikit-learn has it."""
     predicted = probabilities.argmax(axis=1)
     if name == "accuracy":
-        return float(metrics.accuracy_score(truth, predicted))
+        return float(sklearn_metrics.accuracy_score(truth, predicted))
     if name == "balanced_accuracy":
-        return float(metrics.balanced_accuracy_score(truth, predicted))
+        return float(sklearn_metrics.balanced_accuracy_score(truth, predicted))
     if name == "macro_f1":
-        return float(metrics.f1_score(truth, predicted, average="macro"))
+        return float(sklearn_metrics.f1_score(truth, predicted, average="macro"))
     if name == "auroc":
-        areas = [metrics.roc_auc_score(truth == c, probabilities[:, c]) for c in range(4)]
+        areas = [sklearn_metrics.roc_auc_score(truth == c, probabilities[:, c]) for c in range(4)]
         return float(np.mean(areas))
-    return float(metrics.top_k_accuracy_score(truth, probabilities, k=2, labels=range(4)))
+    return float(sklearn_metrics.top_k_accuracy_score(truth, probabilities, k=2, labels=range(4)))
 
 
 def interval_of(
     name: str, probabilities: np.ndarray, truth: np.ndarray, groups: np.ndarray
 ) -> dict[str, float]:
-    """The interval as ``measure`` has it, of one headline alone."""
+    """The interval as ``measure`` has it, of one metric alone."""
     right = probabilities.argmax(axis=1) == truth
     if name == "auroc":
-        return scores.auroc(probabilities, truth, groups, 0.95)
+        return metrics.auroc(probabilities, truth, groups, 0.95)
     if name == "accuracy":
-        return scores.share_interval(right, groups, 0.95)
+        return metrics.share_interval(right, groups, 0.95)
     if name == "top_2_accuracy":
         true = probabilities[np.arange(len(truth)), truth]
         among = (probabilities > true[:, None]).sum(axis=1) < 2
-        return scores.share_interval(among, groups, 0.95)
-    weights = scores.class_weights(truth, probabilities.argmax(axis=1))[name]
-    return scores.share_interval(right, groups, 0.95, weights=weights, classes=truth)
+        return metrics.share_interval(among, groups, 0.95)
+    weights = metrics.class_weights(truth, probabilities.argmax(axis=1))[name]
+    return metrics.share_interval(right, groups, 0.95, weights=weights, classes=truth)
 
 
 def test_measure_gives_each_headline_that_interval() -> None:
     probabilities, truth = drawn(160, 4)
     names = [str(number // 3) for number in range(160)]
-    measured = scores.measure(probabilities, truth, names, 0.95)
+    measured = metrics.measure(probabilities, truth, names, 0.95)
     for name in SHARES:
         assert measured[name] == interval_of(name, probabilities, truth, group_numbers(names))
         assert measured[name]["value"] == pytest.approx(value_of(name, probabilities, truth))
@@ -189,7 +189,7 @@ def test_where_all_are_right_or_wrong_the_interval_has_an_honest_width(
     if not is_right:
         # The true class comes last.
         probabilities = np.array([[0, 0.4, 0.6], [0.6, 0, 0.4], [0.4, 0.6, 0]], np.float32)[truth]
-    found = scores.measure(probabilities, truth, groups, 0.95)[name]
+    found = metrics.measure(probabilities, truth, groups, 0.95)[name]
     # Sixty photos: every class of twenty shows its errors alike.
     known = stats.binomtest(60, 60).proportion_ci(0.95, method="wilson").low
     # A wrong answer counts for two classes: thirty.
@@ -209,16 +209,16 @@ def test_copies_of_images_change_no_interval(name: str) -> None:
     probabilities, truth = drawn(90, 4)
     # Numbers with as many digits sort as they count, so that the bootstrap draws the same.
     names = [f"{number:03d}" for number in range(90)]
-    once = scores.measure(probabilities, truth, names, 0.95)[name]
+    once = metrics.measure(probabilities, truth, names, 0.95)[name]
     many = (np.repeat(probabilities, 7, axis=0), np.repeat(truth, 7), list(np.repeat(names, 7)))
-    assert scores.measure(*many, 0.95)[name] == pytest.approx(once, abs=1e-7)
+    assert metrics.measure(*many, 0.95)[name] == pytest.approx(once, abs=1e-7)
 
 
 def test_log_loss_has_the_interval_of_the_bootstrap() -> None:
     """Of a mean of many: normal, with the standard error of the losses."""
     probabilities, truth = drawn(2000, 4)
     losses = -np.log(probabilities[np.arange(2000), truth].astype(float))
-    found = scores.measure(probabilities, truth, [""] * 2000, 0.95)["log_loss"]
+    found = metrics.measure(probabilities, truth, [""] * 2000, 0.95)["log_loss"]
     half = 1.96 * losses.std() / 2000**0.5
     assert found["low"] == pytest.approx(losses.mean() - half, abs=0.1 * half)
     assert found["high"] == pytest.approx(losses.mean() + half, abs=0.1 * half)
@@ -247,7 +247,7 @@ def test_calibration_error_is_the_published_estimator() -> None:
         for confidence, (hits, misses) in of_bins.items()
     )
     assert square > 0
-    found = scores.calibration_error(*binned(of_bins), [""] * 100, 0.95)
+    found = metrics.calibration_error(*binned(of_bins), [""] * 100, 0.95)
     assert found["value"] == pytest.approx(square**0.5, abs=1e-6)
 
 
@@ -262,7 +262,7 @@ def test_calibration_error_has_bins_of_equally_many_images(images: int, bins: in
     chunks = np.array_split((confidence - right)[confidence.argsort()], bins)
     # The square of a mean less its variance, the usual unbiased estimates of both.
     square = np.mean([chunk.mean() ** 2 - chunk.var(ddof=1) / len(chunk) for chunk in chunks])
-    found = scores.calibration_error(probabilities, (~right).astype(int), [""] * images, 0.95)
+    found = metrics.calibration_error(probabilities, (~right).astype(int), [""] * images, 0.95)
     assert square > 0
     assert found["value"] == pytest.approx(square**0.5, rel=1e-5)
 
@@ -279,7 +279,7 @@ def all_wrong(images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("images", range(2, 31))
 def test_few_images_that_are_all_wrong_have_their_calibration_error(images: int) -> None:
     """Were bins of one image taken for free of error, it would be 0."""
-    found = scores.calibration_error(*all_wrong(images), [""] * images, 0.95)
+    found = metrics.calibration_error(*all_wrong(images), [""] * images, 0.95)
     assert found["value"] == pytest.approx(0.95, abs=0.005)
     # One bin's error is the difference of mean confidence and accuracy: Wilson's interval of it.
     most = stats.binomtest(0, images).proportion_ci(0.95, method="wilson").high
@@ -295,13 +295,13 @@ def test_few_groups_that_are_all_wrong_have_their_calibration_error() -> None:
     ranked = probabilities[probabilities[:, 0].argsort()]
     most = stats.binomtest(0, 12).proportion_ci(0.95, method="wilson").high
     for given in (probabilities, ranked):
-        found = scores.calibration_error(given, truth, photos, 0.95)
+        found = metrics.calibration_error(given, truth, photos, 0.95)
         assert found["value"] == pytest.approx(0.95, abs=0.005)
         assert found["low"] == pytest.approx(0.95 - most, abs=0.03)
         assert found["value"] <= found["high"] <= 1
     # Of two photos whose confidences lie apart, one bin has both.
     halves = [str(number // 150) for number in range(300)]
-    found = scores.calibration_error(ranked, truth, halves, 0.95)
+    found = metrics.calibration_error(ranked, truth, halves, 0.95)
     assert found["value"] == pytest.approx(0.95, abs=0.005)
 
 
@@ -314,7 +314,7 @@ def test_the_calibration_error_lies_in_its_interval(groups: int) -> None:
         images = int(random.integers(groups, 4 * groups + 1))
         probabilities, truth = drawn(images, 3, skill=random.uniform(0, 3), seed=seed)
         place = np.concatenate([np.arange(groups), random.integers(groups, size=images - groups)])
-        found = scores.calibration_error(probabilities, truth, [str(g) for g in place], 0.95)
+        found = metrics.calibration_error(probabilities, truth, [str(g) for g in place], 0.95)
         assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
         assert found["low"] < found["high"]
 
@@ -324,11 +324,11 @@ def test_no_bin_has_the_images_of_one_group() -> None:
     """Of 100 groups, one has half of the images, and the lowest confidences."""
     confidence = np.linspace(0.5, 1, 198)
     place = np.concatenate([np.zeros(99, np.int64), np.arange(1, 100)])
-    numbers = scores.calibration_bins(confidence, place)
+    numbers = metrics.calibration_bins(confidence, place)
     assert np.bincount(numbers).tolist() == [198]
     # Six bins have their places where that group is spread among all.
     np.random.default_rng(0).shuffle(place)
-    numbers = scores.calibration_bins(confidence, place)
+    numbers = metrics.calibration_bins(confidence, place)
     assert np.bincount(numbers).tolist() == [33] * 6
     assert all(len(np.unique(place[numbers == number])) > 1 for number in range(6))
 
@@ -336,8 +336,8 @@ def test_no_bin_has_the_images_of_one_group() -> None:
 @pytest.mark.fault("M02")
 def test_one_group_has_no_calibration_error() -> None:
     for images, groups in ((1, [""]), (40, ["photo"] * 40)):
-        assert scores.calibration_error(*all_wrong(images), groups, 0.95) is None
-        measured = scores.measure(*all_wrong(images), groups, 0.95)
+        assert metrics.calibration_error(*all_wrong(images), groups, 0.95) is None
+        measured = metrics.measure(*all_wrong(images), groups, 0.95)
         assert measured["calibration_error"] is None
         assert measured["accuracy"]["value"] == 0
 
@@ -355,7 +355,7 @@ def test_probabilities_that_hardly_differ_have_nearly_one_calibration_error() ->
             if not shift.any():
                 truth = (random.random(201) > sure).astype(int)
             probabilities = np.stack([sure, 1 - sure], axis=1).astype(np.float32)
-            found.append(scores.calibration_error(probabilities, truth, [""] * 201, 0.95)["value"])
+            found.append(metrics.calibration_error(probabilities, truth, [""] * 201, 0.95)["value"])
         changes.append(abs(found[0] - found[1]))
     # Fifteen bins: 0.015 and 0.055.
     assert np.mean(changes) < 0.011
@@ -375,7 +375,7 @@ def calibrated(images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_a_calibrated_classifier_has_next_to_no_calibration_error(images: int) -> None:
     """The plain sum of Guo et al. (2017) has a mean of 0.09 and 0.03 there."""
     found = [
-        scores.calibration_error(*calibrated(images, seed), [""] * images, 0.95)
+        metrics.calibration_error(*calibrated(images, seed), [""] * images, 0.95)
         for seed in range(40)
     ]
     assert sum(each["low"] == 0 for each in found) >= 38
@@ -396,7 +396,7 @@ def test_intervals_of_the_calibration_error_hold_the_truth(copies: int) -> None:
         probabilities = np.stack([confidence, 1 - confidence], axis=1).astype(np.float32)
         groups = [str(number) for number in np.repeat(np.arange(400), copies)]
         many = np.repeat(probabilities, copies, axis=0), np.repeat(~right, copies).astype(int)
-        found = scores.calibration_error(*many, groups, 0.95)
+        found = metrics.calibration_error(*many, groups, 0.95)
         held += found["low"] <= 0.08 <= found["high"]
         values.append(found["value"])
         assert found["low"] <= found["value"] <= found["high"]
@@ -408,7 +408,7 @@ def test_intervals_of_the_calibration_error_hold_the_truth(copies: int) -> None:
 def test_a_calibration_error_of_zero_has_a_width() -> None:
     """All are right and fully sure: what the accuracy leaves open, the calibration leaves open."""
     sure = np.tile(np.array([[1, 0]], np.float32), (50, 1))
-    found = scores.calibration_error(sure, np.zeros(50, np.int64), [""] * 50, 0.95)
+    found = metrics.calibration_error(sure, np.zeros(50, np.int64), [""] * 50, 0.95)
     known = stats.binomtest(50, 50).proportion_ci(0.95, method="wilson")
     assert (found["value"], found["low"]) == (0, 0)
     assert found["high"] == pytest.approx(1 - known.low)
@@ -424,12 +424,14 @@ def test_auroc_has_the_variance_of_the_bootstrap() -> None:
             areas.append(
                 np.mean(
                     [
-                        metrics.roc_auc_score(truth == c, probabilities[:, c], sample_weight=weight)
+                        sklearn_metrics.roc_auc_score(
+                            truth == c, probabilities[:, c], sample_weight=weight
+                        )
                         for c in range(3)
                     ]
                 )
             )
-    found = scores.auroc(probabilities, truth, place, 0.95)
+    found = metrics.auroc(probabilities, truth, place, 0.95)
     half_width = (found["high"] - found["low"]) / 2
     assert np.std(areas) * 1.96 < half_width < np.std(areas) * 1.96 * 1.5
 
@@ -441,20 +443,20 @@ def test_many_classes_need_little_memory() -> None:
     groups = [""] * 5000
     tracemalloc.start()
     try:
-        found = scores.measure(probabilities, truth, groups, 0.95)
+        found = metrics.measure(probabilities, truth, groups, 0.95)
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert probabilities.nbytes == 4_000_000
     assert most < 12e6
-    areas = [metrics.roc_auc_score(truth == c, probabilities[:, c]) for c in range(200)]
+    areas = [sklearn_metrics.roc_auc_score(truth == c, probabilities[:, c]) for c in range(200)]
     assert found["auroc"]["value"] == pytest.approx(np.mean(areas))
     assert found["auroc"]["low"] < found["auroc"]["value"] < found["auroc"]["high"]
 
 
 def test_metrics_reach_neither_torch_nor_scikit_learn() -> None:
     code = (
-        "import sys, tlpipe.evaluation.evaluate, tlpipe.evaluation.scores; "
+        "import sys, tlpipe.evaluation.evaluate, tlpipe.evaluation.metrics; "
         "print(sorted({'torch', 'sklearn', 'scipy'} & sys.modules.keys()))"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
