@@ -33,7 +33,7 @@ CASES = [
     Case("sign-digits", "all", 0, validation=0.15, test=0.15),
 ]
 RATES = (0.02, 0.05, 0.1)
-CERTAINTY = 0.95
+CONFIDENCE_LEVEL = 0.95
 
 
 def main() -> None:
@@ -59,7 +59,10 @@ def main() -> None:
                 held = fitted.held_out(data.labelled)
                 divisor = temperature.fit(held.logits, held.labels)
                 seen = softmax(held.logits / np.float32(divisor))
-                sure, hits = seen.max(axis=1).astype(float), seen.argmax(axis=1) == held.labels
+                confidence, hits = (
+                    seen.max(axis=1).astype(float),
+                    seen.argmax(axis=1) == held.labels,
+                )
                 logits = fitted.head.logits(fitted.standard.apply(features(data, test)))
                 asked = softmax((logits / divisor).astype(np.float32))
                 right = asked.argmax(axis=1) == test.labels
@@ -67,8 +70,8 @@ def main() -> None:
                 groups = [assigned[row].group for row in held.rows]
                 for rate in RATES:
                     pair = (
-                        curves.threshold_for(sure, hits, groups, rate, CERTAINTY),
-                        curves.observed_threshold(curves.coverage(sure, hits), rate),
+                        curves.threshold_for(confidence, hits, groups, rate, CONFIDENCE_LEVEL),
+                        curves.observed_threshold(curves.coverage(confidence, hits), rate),
                     )
                     found[rate].append([outcome(asked.max(axis=1), right, t) for t in pair])
             for rate, runs in found.items():

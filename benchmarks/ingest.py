@@ -33,7 +33,7 @@ from tlpipe.errors import ImageError
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLING = Sampling(short_side_px=256, interpolation="bicubic")
 ROUNDS = 5
-# The stage without the command line, which would refuse pixels that no backbone was trained on.
+# The stage without the command line, which would reject pixels that no backbone was trained on.
 STAGE = """
 import logging
 from pathlib import Path

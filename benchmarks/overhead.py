@@ -95,9 +95,9 @@ def main() -> None:
         good = params.read_text()
         params.write_text(good.replace("max_iterations", "max_iteration"))
         split = shlex.split(stages["split"]["cmd"])
-        refusal = measure(split, clone, env, code=3)
+        error = measure(split, clone, env, code=3)
         params.write_text(good)
-        row("an error in params.yaml, CPU", refusal.cpu_s, "s", 0.6)
+        row("an error in params.yaml, CPU", error.cpu_s, "s", 0.6)
         peak = max(cold.peak_mb, warm.peak_mb) / 1000
         row("peak memory of any stage", peak, "GB", 1.5)
 

@@ -22,8 +22,8 @@ def test_no_two_processes_are_given_one_port() -> None:
         "free_port(range(*map(int, sys.argv[1:])))"
     )
     asked = [sys.executable, "-c", program, str(first), str(first + 1)]
-    refused = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
-    assert f"no port of range({first}, {first + 1}) is free" in refused.stderr
+    failed = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+    assert f"no port of range({first}, {first + 1}) is free" in failed.stderr
     with pytest.raises(AssertionError, match="is free"):
         free_port(range(first, first + 1))
 

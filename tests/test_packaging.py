@@ -216,8 +216,8 @@ def test_the_makefile_finds_the_runtime_and_refuses_other_pythons(tmp_path: Path
         '"import sys; sys.version_info = (3, 9); exec(\\"\\"\\"$2\\"\\"\\")"\n'
     )
     old.chmod(0o755)
-    refused = subprocess.run(
+    failed = subprocess.run(
         ["make", "-B", "setup", f"PYTHON={old}"], cwd=ROOT, capture_output=True, text=True
     )
-    assert refused.returncode != 0
-    assert "tlpipe needs Python 3.11 or 3.12" in refused.stderr
+    assert failed.returncode != 0
+    assert "tlpipe needs Python 3.11 or 3.12" in failed.stderr

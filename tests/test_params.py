@@ -11,8 +11,8 @@ import yaml
 from tests.conftest import ROOT, Workspace
 
 
-def refused(empty: Workspace, content: str) -> str:
-    """Run a stage on a params.yaml and return the one line in which it is refused."""
+def error_of(empty: Workspace, content: str) -> str:
+    """Run a stage on a params.yaml and return the one line of the error."""
     (empty.path / "params.yaml").write_text(content)
     before = empty.names()
     paths = ("--manifest", "m.csv", "--split", "s.csv", "--report", "r.json", "--placements", "p")
@@ -69,58 +69,58 @@ def changed(section: str, key: str, value: object) -> str:
         ("ingest", "source", "", "ingest.source is ''; .*at least 1 character"),
     ],
 )
-def test_a_wrong_value_is_refused_by_its_whole_path(
+def test_a_wrong_value_is_an_error_by_its_whole_path(
     empty: Workspace, section: str, key: str, value: object, expected: str
 ) -> None:
-    line = refused(empty, changed(section, key, value))
+    line = error_of(empty, changed(section, key, value))
     assert re.match(expected, line)
     assert line.endswith("Change it in params.yaml.")
 
 
 @pytest.mark.fault("P02")
-def test_an_unknown_key_is_refused_with_the_nearest(empty: Workspace) -> None:
-    line = refused(empty, changed("train", "max_iteration", 3))
+def test_an_unknown_key_is_an_error_with_the_nearest(empty: Workspace) -> None:
+    line = error_of(empty, changed("train", "max_iteration", 3))
     assert line.startswith(
         "train.max_iteration is no known key; did you mean train.max_iterations?"
     )
-    line = refused(empty, changed("trian", "max_iterations", 3))
+    line = error_of(empty, changed("trian", "max_iterations", 3))
     assert line.startswith("trian is no known key; did you mean train?")
-    line = refused(empty, changed("register", "gate", {"acuracy": 0.9}))
+    line = error_of(empty, changed("register", "gate", {"acuracy": 0.9}))
     assert line.startswith(
         "register.gate.acuracy is no known key; did you mean register.gate.min_accuracy?"
     )
 
 
 @pytest.mark.fault("P03")
-def test_a_key_that_stands_twice_is_refused(empty: Workspace) -> None:
-    assert "line 2: the key 'split' stands twice" in refused(empty, "split: {}\nsplit: {}\n")
-    line = refused(empty, "split:\n  seed: 1\n  seed: 2\n")
+def test_a_key_that_stands_twice_is_an_error(empty: Workspace) -> None:
+    assert "line 2: the key 'split' stands twice" in error_of(empty, "split: {}\nsplit: {}\n")
+    line = error_of(empty, "split:\n  seed: 1\n  seed: 2\n")
     assert "line 3: the key 'seed' stands twice" in line
 
 
 @pytest.mark.fault("P03")
 def test_no_object_is_built_from_yaml(empty: Workspace) -> None:
-    line = refused(empty, "split: !!python/object/apply:os.system ['touch built']\n")
+    line = error_of(empty, "split: !!python/object/apply:os.system ['touch built']\n")
     assert "could not determine a constructor" in line
     assert not (empty.path / "built").exists()
 
 
-def test_a_key_that_is_no_word_is_refused(empty: Workspace) -> None:
-    assert "a key is no plain word" in refused(empty, "split:\n  ? [1]\n  : 2\n")
+def test_a_key_that_is_no_word_is_an_error(empty: Workspace) -> None:
+    assert "a key is no plain word" in error_of(empty, "split:\n  ? [1]\n  : 2\n")
 
 
 def test_numbers_are_read_as_dvc_reads_them(empty: Workspace) -> None:
-    line = refused(empty, "ingest:\n  source: x\nexport:\n  parity_tolerance: 2e+1\n")
+    line = error_of(empty, "ingest:\n  source: x\nexport:\n  parity_tolerance: 2e+1\n")
     assert line.startswith("export.parity_tolerance is 20.0; it must be less than or equal to 0.1")
 
 
 @pytest.mark.fault("P04", "T13")
-def test_what_makes_no_sense_is_refused_before_any_work(empty: Workspace) -> None:
-    line = refused(empty, changed("train", "max_iterations", 0))
+def test_what_makes_no_sense_is_an_error_before_any_work(empty: Workspace) -> None:
+    line = error_of(empty, changed("train", "max_iterations", 0))
     assert line.startswith("train.max_iterations is 0; it must be greater than or equal to 1")
-    line = refused(empty, changed("train", "epochs", 0))
+    line = error_of(empty, changed("train", "epochs", 0))
     assert line.startswith("train.epochs is 0; it must be greater than or equal to 1")
-    line = refused(empty, changed("ingest", "short_side_px", 128))
+    line = error_of(empty, changed("ingest", "short_side_px", 128))
     assert line == (
         "ingest.short_side_px is 128; the backbone efficientnet_lite0 was trained with 256. "
         "Set ingest.short_side_px: 256 in params.yaml."
@@ -129,16 +129,16 @@ def test_what_makes_no_sense_is_refused_before_any_work(empty: Workspace) -> Non
 
 @pytest.mark.fault("P01")
 def test_messages_name_keys_that_exist(empty: Workspace) -> None:
-    line = refused(empty, changed("embed", "freeze", 1.5))
+    line = error_of(empty, changed("embed", "freeze", 1.5))
     assert line.startswith("embed.freeze is 1.5; it must be")
-    line = refused(empty, changed("train", "hidden", 64))
+    line = error_of(empty, changed("train", "hidden", 64))
     assert line.startswith("train.hidden is 64; it must be a list. Change it in")
     for section, key, twice in (
         ("export", "precisions", "int8"),
         ("train", "l2", 0.1),
         ("evaluate", "columns", "format"),
     ):
-        line = refused(empty, changed(section, key, [twice, twice]))
+        line = error_of(empty, changed(section, key, [twice, twice]))
         assert line.startswith(f"{section}.{key} is ['{twice}', ") or f"{twice}]" in line
         assert f"{twice} stands twice. Change it in params.yaml." in line
 
@@ -159,8 +159,8 @@ def test_messages_name_keys_that_exist(empty: Workspace) -> None:
         ),
         (
             "export",
-            {"precisions": [], "calibration_images": 64, "accuracy_loss": 0.1},
-            "export.calibration_images: 64, export.accuracy_loss: 0.1 have no effect: "
+            {"precisions": [], "calibration_images": 64, "max_accuracy_drop": 0.1},
+            "export.calibration_images: 64, export.max_accuracy_drop: 0.1 have no effect: "
             "export.precisions is []",
         ),
         (
@@ -170,11 +170,11 @@ def test_messages_name_keys_that_exist(empty: Workspace) -> None:
         ),
     ],
 )
-def test_options_that_cannot_count_are_refused_before_any_work(
+def test_options_that_cannot_count_are_errors_before_any_work(
     empty: Workspace, section: str, values: dict[str, object], expected: str
 ) -> None:
     empty.configure(section, **values)
-    line = refused(empty, (empty.path / "params.yaml").read_text())
+    line = error_of(empty, (empty.path / "params.yaml").read_text())
     assert line.startswith(expected)
 
 
@@ -230,24 +230,24 @@ def test_a_cache_that_cannot_be_written_is_one_line(empty: Workspace, photos: Pa
 
 
 @pytest.mark.fault("P05")
-def test_unknown_names_are_refused_with_what_there_is(empty: Workspace) -> None:
-    line = refused(empty, changed("embed", "backbone", "resnet51"))
+def test_unknown_names_are_errors_with_what_there_is(empty: Workspace) -> None:
+    line = error_of(empty, changed("embed", "backbone", "resnet51"))
     assert line.startswith("embed.backbone is 'resnet51'; no backbone has that name, did you mean ")
     assert "resnet50" in line
-    line = refused(empty, changed("embed", "freeze", "blocks9"))
+    line = error_of(empty, changed("embed", "freeze", "blocks9"))
     assert (
         "embed.freeze is 'blocks9'; expected all, none, auto, a number of stages from 0 to 9"
         in line
     )
     assert "or the last stage to freeze: stem, blocks0, blocks1, " in line
-    line = refused(empty, changed("embed", "freeze", 10))
+    line = error_of(empty, changed("embed", "freeze", 10))
     assert "embed.freeze is 10; expected all, none, auto, a number of stages from 0 to 9" in line
 
 
-def test_what_is_no_mapping_is_refused(empty: Workspace) -> None:
-    assert "holds a list; expected sections" in refused(empty, "- a\n")
-    assert refused(empty, "ingest: [1]\n").startswith("ingest is [1]; it must be")
-    assert "params.yaml: line 2:" in refused(empty, "split: [1\n")
+def test_what_is_no_mapping_is_an_error(empty: Workspace) -> None:
+    assert "holds a list; expected sections" in error_of(empty, "- a\n")
+    assert error_of(empty, "ingest: [1]\n").startswith("ingest is [1]; it must be")
+    assert "params.yaml: line 2:" in error_of(empty, "split: [1\n")
     (empty.path / "params.yaml").unlink()
     paths = ("--manifest", "m", "--split", "s", "--report", "r", "--placements", "p")
     result = empty.call("split", *paths, code=3)

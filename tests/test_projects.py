@@ -41,7 +41,7 @@ def test_parameters_elsewhere_mean_their_folder(
 
 
 @pytest.mark.xfail(strict=True, reason="issue 16: installed code works in a project of other code")
-def test_other_code_than_that_here_is_refused(main_job: Workspace, workspace: Workspace) -> None:
+def test_other_code_than_that_here_is_an_error(main_job: Workspace, workspace: Workspace) -> None:
     """As in a container: what is installed is not what the project's commit holds."""
     shutil.copy(main_job.path / "dvc.lock", workspace.path)
     code = workspace.path / "tlpipe" / "data" / "split.py"

@@ -97,8 +97,8 @@ def _lose_bundle(workspace: Workspace, graph: bytes) -> None:
 
 def _is_rebuilt(elsewhere: Workspace, repository: str, graph: bytes) -> None:
     """From the registry's address and the repository, which the registry alone does not decide."""
-    refused = elsewhere.run("tlpipe", "rebuild", "digits@1", "--yes", code=8).stderr
-    assert f"the registry names {repository}, whose code is not run for that alone" in refused
+    failed = elsewhere.run("tlpipe", "rebuild", "digits@1", "--yes", code=8).stderr
+    assert f"the registry names {repository}, whose code is not run for that alone" in failed
     command = ("tlpipe", "rebuild", "digits@1", "--repository", repository, "--yes")
     said = elsewhere.run(*command, "--output", "kept")
     assert "the stored bundle is lost, its digest is known" in said.stderr

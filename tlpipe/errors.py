@@ -1,4 +1,4 @@
-"""Every refusal of tlpipe, each with the exit code that the command line ends with.
+"""Every error of tlpipe, each with the exit code that the command line ends with.
 
 ::
 
@@ -23,7 +23,7 @@ Exit code 2 is the command line's own (an unknown option, a missing argument).
 
 
 class TlpipeError(Exception):
-    """Base of every refusal."""
+    """Base of every error."""
 
     exit_code = 1
 

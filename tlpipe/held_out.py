@@ -45,7 +45,7 @@ class HeldOut:
 
 
 def save(path: Path, held_out: HeldOut) -> None:
-    """Write the file whole; equal predictions give equal bytes."""
+    """Write the file atomically; equal predictions give equal bytes."""
     from safetensors.numpy import save as to_bytes
 
     names = ("rows", "labels", "logits", "folds")

@@ -12,7 +12,7 @@ from answering import Images, Logits, answer
 
 from tlpipe.backbones.backbone import describe
 from tlpipe.training import model as models
-from tlpipe.training.classifier import whole
+from tlpipe.training.classifier import full_network
 
 model, images, threads, answers, *options = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -22,7 +22,7 @@ backbone = describe(origin.backbone)
 weights = backbone.find_weights(origin.weights, origin.weights_sha256)
 layout = torch.channels_last if "--channels-last" in options else torch.contiguous_format
 # Without the first module, which normalises pixels as they lie in the file.
-network = whole(backbone, weights, trained)[1:].to(memory_format=layout)
+network = full_network(backbone, weights, trained)[1:].to(memory_format=layout)
 pixels = origin.preprocessing
 mean, std = (torch.tensor(values).view(3, 1, 1) for values in (pixels.mean, pixels.std))
 

@@ -79,7 +79,7 @@ def test_safetensors_are_read_too(imagenet: Weights, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("T10")
-def test_a_pickle_payload_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_a_pickle_payload_is_an_error_and_not_run(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[object, ...]:
             return Path.touch, (tmp_path / "built",)
@@ -96,7 +96,7 @@ def test_a_pickle_payload_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("T11")
-def test_other_bytes_than_the_pinned_ones_are_refused(imagenet: Weights, tmp_path: Path) -> None:
+def test_other_bytes_than_the_pinned_ones_are_errors(imagenet: Weights, tmp_path: Path) -> None:
     path = tmp_path / "altered.pth"
     shutil.copy(imagenet.path, path)
     with path.open("r+b") as file:
@@ -109,7 +109,7 @@ def test_other_bytes_than_the_pinned_ones_are_refused(imagenet: Weights, tmp_pat
         find_weights(LITE0, str(path), imagenet.sha256)
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_errors(tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     torch.save({"fc.weight": torch.zeros(2, 2)}, path)
     with pytest.raises(WeightsError, match="do not fit efficientnet_lite0"):
@@ -319,7 +319,7 @@ def test_the_largest_vit_takes_images_of_the_size_of_its_weights() -> None:
 
 
 @pytest.mark.slow
-def test_a_list_names_what_is_refused_and_goes_on(empty: Workspace) -> None:
+def test_a_list_names_what_is_an_error_and_goes_on(empty: Workspace) -> None:
     shown = empty.run("tlpipe", "backbones", "timm/vit_[bl]a[sr][eg]*_patch16_sapiens2")
     said = " ".join(shown.stdout.split())
     for name in ("timm/vit_base_patch16_sapiens2: ", "timm/vit_large_patch16_sapiens2: "):
@@ -331,8 +331,8 @@ def test_backbones_lists_stages_and_what_they_give(empty: Workspace) -> None:
     shown = empty.run("tlpipe", "backbones", "efficientnet_lite0").stdout
     for text in ("3,371,008 parameters, 224 px", "weights here", "112 x 14 x 14", "42.9"):
         assert text in " ".join(shown.split())
-    refused = empty.run("tlpipe", "backbones", "no_such*", code=3).stderr
-    assert refused.startswith("tlpipe: no backbone matches 'no_such*'")
+    failed = empty.run("tlpipe", "backbones", "no_such*", code=3).stderr
+    assert failed.startswith("tlpipe: no backbone matches 'no_such*'")
 
 
 @pytest.mark.slow
@@ -343,8 +343,8 @@ def test_another_backbone_embeds_and_says_what_it_was_trained_on(
     empty.replace("params.yaml", "backbone: efficientnet_lite0", "backbone: resnet18")
     empty.replace("params.yaml", "weights: imagenet", "weights: none")
     empty.set_source(photos)
-    refused = empty.ingest(code=3)
-    assert "ingest.interpolation is bicubic; the backbone resnet18 was trained with bili" in refused
+    failed = empty.ingest(code=3)
+    assert "ingest.interpolation is bicubic; the backbone resnet18 was trained with bili" in failed
     empty.replace("params.yaml", "interpolation: bicubic", "interpolation: bilinear")
     empty.ingest()
     empty.embed("out/activations")

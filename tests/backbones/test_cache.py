@@ -258,7 +258,7 @@ def harm(case: Case, part: str, damage: Callable[[Path], bytes] | None) -> None:
 
 
 @pytest.mark.fault("F01")
-def test_a_second_embed_is_refused_and_takes_nothing_away(case: Case) -> None:
+def test_a_second_embed_is_an_error_and_takes_nothing_away(case: Case) -> None:
     with files.locked(case.written.with_name(".embed.lock"), "an embedding"):
         said = case.workspace.embed(code=10)
     assert re.search(r"an embedding runs in out already, as process \d+; expected one at", said)

@@ -166,7 +166,7 @@ def test_views_differ_from_image_to_image_and_are_drawn_once(ingested: Workspace
     assert again.boundary is not None and (again.boundary[:] == found.boundary[:]).all()
 
 
-def test_too_much_is_refused_before_it_is_computed(ingested: Workspace) -> None:
+def test_too_much_is_an_error_before_it_is_computed(ingested: Workspace) -> None:
     ingested.configure("embed", freeze="stem", views=9, max_gib=0.02)
     said = ingested.embed(code=3).splitlines()[-1]
     assert "the activations of 24 images would take 0.18 GiB; embed.max_gib allows 0.02" in said
@@ -190,7 +190,7 @@ def test_defaults_freeze_everything() -> None:
 
 
 @pytest.mark.fault("T16")
-def test_views_and_augmentation_that_nobody_sees_are_refused() -> None:
+def test_views_and_augmentation_that_nobody_sees_are_errors() -> None:
     turned = Augmentation(rotation_degrees=10)
     with pytest.raises(ParamsError, match=r"embed\.views is 3 and has no effect: embed\.fre"):
         check_effects(Params(freeze="none", views=3), 0)

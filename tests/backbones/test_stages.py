@@ -123,10 +123,10 @@ class Flat(nn.Sequential):
         (Flat(), r"Flat has no layer that gives a map or tokens .* Choose another backbone"),
     ],
 )
-def test_what_cannot_be_cut_is_refused_in_one_line(network: nn.Module, message: str) -> None:
-    with pytest.raises(WeightsError, match=message) as refusal:
+def test_what_cannot_be_cut_is_an_error_in_one_line(network: nn.Module, message: str) -> None:
+    with pytest.raises(WeightsError, match=message) as error:
         cut(network, 32)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.fault("T18")

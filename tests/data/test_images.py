@@ -50,7 +50,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_only_where_that_is_en
     assert (np.asarray(read_upright(data)[0]) == by_pillow(None)).all()
 
 
-def refused(data: bytes) -> str:
+def reject_reason(data: bytes) -> str:
     with pytest.raises(ImageError) as caught:
         read_square(data, SMALL)
     return caught.value.reason
@@ -64,8 +64,8 @@ def refused(data: bytes) -> str:
         pytest.param(encoded(photo(), "JPEG")[:2000], "truncated", marks=pytest.mark.fault("D01")),
     ],
 )
-def test_what_is_no_image_is_refused_with_its_reason(data: bytes, reason: str) -> None:
-    assert refused(data) == reason
+def test_what_is_no_image_is_an_error_with_its_reason(data: bytes, reason: str) -> None:
+    assert reject_reason(data) == reason
 
 
 def _png_header(width: int, height: int) -> bytes:
@@ -76,16 +76,16 @@ def _png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.fault("D04", "D05")
 @pytest.mark.parametrize("side", [50_000, 13_000])
-def test_too_many_pixels_are_refused_before_decoding(side: int) -> None:
+def test_too_many_pixels_are_errors_before_decoding(side: int) -> None:
     tracemalloc.start()
-    assert refused(_png_header(side, side)) == "too_many_pixels"
+    assert reject_reason(_png_header(side, side)) == "too_many_pixels"
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
 
 
-def test_a_line_of_pixels_is_refused_before_it_is_resized() -> None:
+def test_a_line_of_pixels_is_an_error_before_it_is_resized() -> None:
     for size in ((1, 3000), (3000, 100)):
-        assert refused(encoded(Image.new("RGB", size))) == "too_thin"
+        assert reject_reason(encoded(Image.new("RGB", size))) == "too_thin"
     assert read_square(encoded(Image.new("RGB", (2000, 100))), SMALL)[0].shape == (64, 64, 3)
 
 
@@ -94,7 +94,7 @@ def test_a_wrong_checksum_is_corrupt() -> None:
     data = bytearray(encoded(photo()))
     position = data.index(b"IDAT") + 40
     data[position] ^= 0xFF
-    assert refused(bytes(data)) == "corrupt"
+    assert reject_reason(bytes(data)) == "corrupt"
 
 
 @pytest.mark.fault("D09")
@@ -140,10 +140,10 @@ def test_values_beyond_the_range_are_clipped_and_no_number_is_black() -> None:
 
 
 @pytest.mark.fault("D60")
-def test_a_picture_without_range_or_contrast_is_refused() -> None:
+def test_a_picture_without_range_or_contrast_is_an_error() -> None:
     gray = np.asarray(photo().convert("L")).astype(np.float32) / 255
     data = encoded(Image.fromarray(gray), "TIFF")
-    assert refused(data) == "value_range"
+    assert reject_reason(data) == "value_range"
     with pytest.raises(ImageError, match=r"constant: .* no contrast in the range from 0 to 65535"):
         read_square(data, SMALL.model_copy(update={"value_range": (0.0, 65535.0)}))
 
@@ -249,7 +249,7 @@ def test_other_formats_are_named_and_never_decoded(kind: str) -> None:
     factory, accepts = Image.OPEN[kind]
     Image.OPEN[kind] = (lambda *a: opened.append(a), accepts)
     try:
-        assert refused(data) == "format"
+        assert reject_reason(data) == "format"
     finally:
         Image.OPEN[kind] = (factory, accepts)
     assert not opened
@@ -292,23 +292,23 @@ def test_heic_is_read_where_its_plugin_is_installed() -> None:
     expected, _ = read_square(encoded(photo()), SMALL)
     assert np.abs(pixels.astype(int) - expected).max() <= 4
     assert (header.width, header.height, header.format) == (200, 150, "HEIF")
-    assert refused(data[: len(data) // 2]) in ("corrupt", "truncated")
+    assert reject_reason(data[: len(data) // 2]) in ("corrupt", "truncated")
 
 
 @pytest.mark.fault("D67")
 @pytest.mark.parametrize(
-    ("plugin", "refusal"),
+    ("plugin", "problem"),
     [
         ("raise ImportError('libheif.so.1: no such file')", "ImportError: libheif.so.1"),
         ("import a_module_that_is_not_there", "ModuleNotFoundError: No module named 'a_module"),
     ],
 )
 def test_a_broken_plugin_is_not_taken_for_none(
-    empty: Workspace, photos: Path, plugin: str, refusal: str
+    empty: Workspace, photos: Path, plugin: str, problem: str
 ) -> None:
     said = with_plugin(empty, photos, plugin, code=1)
     (line,) = [line for line in said.splitlines() if "tlpipe:" in line]
-    assert f"pillow-heif is installed and cannot be used: {refusal}" in line
+    assert f"pillow-heif is installed and cannot be used: {problem}" in line
     assert "Traceback" not in said
 
 
@@ -362,7 +362,7 @@ def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
     ],
 )
 def test_whatever_a_plugin_raises_becomes_a_reason(data: bytes, reason: str) -> None:
-    assert refused(data) == reason
+    assert reject_reason(data) == reason
 
 
 @pytest.mark.fault("D29")
@@ -482,7 +482,7 @@ def test_pillows_limit_is_that_of_the_program_around(tmp_path: Path) -> None:
 
 @pytest.mark.fault("D60")
 @pytest.mark.parametrize(("white", "is_usable"), [(65535, True), (32000, True), (4095, False)])
-def test_colours_of_16_bits_that_are_dark_in_their_high_byte_are_refused(
+def test_colours_of_16_bits_that_are_dark_in_their_high_byte_are_errors(
     white: int, is_usable: bool
 ) -> None:
     """Pillow gives no more than that byte."""
@@ -500,7 +500,7 @@ def test_colours_of_16_bits_that_are_dark_in_their_high_byte_are_refused(
     if is_usable:
         assert read_square(data, SMALL)[0].max() > 100
     else:
-        assert refused(data) == "constant"
+        assert reject_reason(data) == "constant"
 
 
 @pytest.mark.fault("D18")

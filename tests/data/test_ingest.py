@@ -98,7 +98,7 @@ def test_any_file_name_works(empty: Workspace, photos: Path) -> None:
 
 
 @pytest.mark.fault("D26")
-def test_one_image_under_two_labels_is_refused_in_both(empty: Workspace, photos: Path) -> None:
+def test_one_image_under_two_labels_is_an_error_in_both(empty: Workspace, photos: Path) -> None:
     shutil.copy(photos / "dark" / "1.png", photos / "light" / "same.png")
     empty.set_source(photos)
     empty.ingest()
@@ -181,7 +181,7 @@ def test_warnings_of_libraries_carry_the_name_of_the_file(
         ),
     ],
 )
-def test_what_makes_no_data_set_is_refused(
+def test_what_makes_no_data_set_is_an_error(
     empty: Workspace, photos: Path, prepare: Callable[[Path], object], message: str
 ) -> None:
     prepare(photos)
@@ -218,7 +218,7 @@ def test_content_decides_and_a_wrong_extension_is_counted(empty: Workspace, phot
 
 
 @pytest.mark.fault("D17")
-def test_names_that_unicode_holds_equal_are_refused(empty: Workspace, photos: Path) -> None:
+def test_names_that_unicode_holds_equal_are_errors(empty: Workspace, photos: Path) -> None:
     for name in ("caf\u00e9.png", "cafe\u0301.png"):
         shutil.copy(photos / "dark" / "1.png", photos / "dark" / name)
     empty.set_source(photos)
@@ -261,7 +261,7 @@ def at_opening(
 
 @pytest.mark.fault("D27")
 @pytest.mark.parametrize("change", [grow, rewrite, replace])
-def test_a_file_that_changes_while_it_is_read_is_refused(
+def test_a_file_that_changes_while_it_is_read_is_an_error(
     empty: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
     at_opening(monkeypatch, photos / "dark" / "0.png", change)
@@ -402,7 +402,7 @@ def test_links_to_files_elsewhere_are_said_with_the_key_that_allows_them(
 
 
 @pytest.mark.fault("D53")
-def test_links_to_class_folders_are_refused_or_followed(
+def test_links_to_class_folders_are_errors_or_followed(
     empty: Workspace, photos: Path, tmp_path: Path
 ) -> None:
     """And where links lead round in a circle each folder is read once."""

@@ -232,7 +232,7 @@ def test_given_splits_are_kept_and_completed() -> None:
 
 
 @pytest.mark.fault("D24", "D25", "D31")
-def test_given_splits_that_share_images_are_refused_or_mended() -> None:
+def test_given_splits_that_share_images_are_errors_or_mended() -> None:
     train, test = entries(60, "train"), entries(40, "test", start=60)
     copies = [row._replace(path=f"copy/{i}", split="train") for i, row in enumerate(test[:3])]
     with pytest.raises(
@@ -253,7 +253,7 @@ def test_a_small_class_stands_in_every_split() -> None:
 
 
 @pytest.mark.fault("D21")
-def test_a_class_that_cannot_is_refused_or_only_trains() -> None:
+def test_a_class_that_cannot_is_an_error_or_only_trains() -> None:
     row = entries(1, labels="c", start=1000)
     message = (
         r"class 'c' has 3 images, 1 of them distinct, and none for .*split.small_classes: train"
@@ -333,7 +333,7 @@ def test_folds_keep_groups_whole_and_old_images_in_place(empty: Workspace) -> No
     assert {path: after[path] for path in before} == before
 
 
-def test_folds_that_make_no_sense_are_refused(empty: Workspace) -> None:
+def test_folds_that_make_no_sense_are_errors(empty: Workspace) -> None:
     with pytest.raises(DataError, match=r"split.folds is 5, but the source gives splits"):
         splits(entries(50, "train") + entries(50, "test", start=50), folds=5)
     save_manifest(empty.path / "manifest.csv", entries(50))

@@ -252,7 +252,7 @@ def odd(root: Path, path: str, value: float, share: float = 0.0) -> None:
         (1.0, np.float32, 1, 1e30, 0.8),
     ],
 )
-def test_odd_pixels_that_ruin_the_measured_range_are_refused_with_the_file(
+def test_odd_pixels_that_ruin_the_measured_range_are_errors_with_the_file(
     empty: Workspace, white: float, dtype: type, which: int, value: float, share: float
 ) -> None:
     root = deep_set(empty.path / "set", white, dtype, "tif")
@@ -339,7 +339,7 @@ def test_the_bundle_turns_a_file_into_the_stored_pixels(workspace: Workspace) ->
 
 
 @pytest.mark.parametrize("value", [[1, 0], [0], "full", [0, "x"], 5])
-def test_a_range_that_is_none_is_refused(empty: Workspace, photos: Path, value: object) -> None:
+def test_a_range_that_is_none_is_an_error(empty: Workspace, photos: Path, value: object) -> None:
     empty.set_source(photos)
     empty.configure("ingest", value_range=value)
     assert "ingest.value_range" in empty.ingest(code=3)

@@ -280,7 +280,7 @@ def test_again_without_the_source_gives_the_same_bytes(
     assert sorted(changed) == ["??", "??", "M", "dvc.lock", "params.yaml", "splits.csv"]
 
 
-def test_without_folds_or_activations_it_is_refused(empty: Workspace) -> None:
+def test_without_folds_or_activations_it_is_an_error(empty: Workspace) -> None:
     dvc = Path(__file__).parents[2] / "dvc.yaml"
     (empty.path / "dvc.yaml").write_text(dvc.read_text())
     error = empty.run("tlpipe", "cross-validate", code=3).stderr

@@ -74,26 +74,26 @@ def test_no_threshold_answers_nothing_even_at_full_confidence() -> None:
     assert curves.threshold_for(confidence, hits, [""] * 400, 0.1, 0.95) == math.inf
 
 
-def upper_bound(wrong: int, images: int, certainty: float) -> float:
+def upper_bound(wrong: int, images: int, level: float) -> float:
     """Clopper and Pearson's, one-sided, from scipy's exact test."""
     test = stats.binomtest(wrong, images, alternative="less")
-    return float(test.proportion_ci(certainty, method="exact").high)
+    return float(test.proportion_ci(level, method="exact").high)
 
 
 @pytest.mark.fault("M03")
-@pytest.mark.parametrize(("rate", "certainty"), [(0.02, 0.95), (0.1, 0.9), (0.05, 0.99)])
-def test_where_all_are_right_so_many_images_are_enough(rate: float, certainty: float) -> None:
-    least = curves.images_needed(rate, certainty)
-    assert upper_bound(0, least, certainty) <= rate < upper_bound(0, least - 1, certainty)
+@pytest.mark.parametrize(("rate", "level"), [(0.02, 0.95), (0.1, 0.9), (0.05, 0.99)])
+def test_where_all_are_right_so_many_images_are_enough(rate: float, level: float) -> None:
+    least = curves.images_needed(rate, level)
+    assert upper_bound(0, least, level) <= rate < upper_bound(0, least - 1, level)
     confidence = np.linspace(1, 0.5, least)
     hits = np.ones(least, bool)
-    found = curves.threshold_for(confidence, hits, [""] * least, rate, certainty)
+    found = curves.threshold_for(confidence, hits, [""] * least, rate, level)
     assert found == 0.5
-    fewer = curves.threshold_for(confidence[1:], hits[1:], [""] * (least - 1), rate, certainty)
+    fewer = curves.threshold_for(confidence[1:], hits[1:], [""] * (least - 1), rate, level)
     assert fewer == math.inf
     copies = np.repeat(confidence[1:], 3), np.repeat(hits[1:], 3)
     groups = [str(number) for number in np.repeat(np.arange(least - 1), 3)]
-    assert curves.threshold_for(*copies, groups, rate, certainty) == math.inf, "copies are one"
+    assert curves.threshold_for(*copies, groups, rate, level) == math.inf, "copies are one"
 
 
 @pytest.mark.fault("M03")
@@ -125,18 +125,18 @@ def test_equal_confidences_are_answered_together() -> None:
 def test_new_images_keep_the_error_rate_as_often_as_promised(images: int, known: float) -> None:
     """P(wrong) is (1 - confidence) / 2: of answers above t, the exact error rate is (1 - t) / 4."""
     random = np.random.default_rng(0)
-    rate, certainty, times = 0.05, 0.9, 500
+    rate, level, times = 0.05, 0.9, 500
     exceeded, promised, observed_exceeded = 0, 0, 0
     for _ in range(times):
         confidence = random.random(images)
         hits = random.random(images) >= (1 - confidence) / 2
-        found = curves.threshold_for(confidence, hits, [""] * images, rate, certainty)
+        found = curves.threshold_for(confidence, hits, [""] * images, rate, level)
         promised += math.isfinite(found)
         exceeded += math.isfinite(found) and (1 - found) / 4 > rate
         observed = curves.observed_threshold(curves.coverage(confidence, hits), rate)
         observed_exceeded += (1 - observed) / 4 > rate
-    allowed = times * (1 - certainty)
-    assert exceeded <= allowed + 3 * (allowed * certainty) ** 0.5
+    allowed = times * (1 - level)
+    assert exceeded <= allowed + 3 * (allowed * level) ** 0.5
     assert promised > known * times
     assert observed_exceeded > 0.4 * times, "what was observed promises nothing"
 

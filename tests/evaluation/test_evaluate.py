@@ -55,11 +55,12 @@ def test_the_report_follows_from_the_predictions(artifacts: Path) -> None:
 
 def test_plots_and_examples_are_images(artifacts: Path) -> None:
     folder = artifacts / "evaluate"
-    names = "confusion coverage mistakes ranking reliability robustness slices training unsure"
-    assert sorted(p.stem for p in (folder / "plots").iterdir()) == names.split()
+    names = "confusion coverage least_confident mistakes ranking reliability robustness slices"
+    found = sorted(p.stem for p in (folder / "plots").iterdir())
+    assert found == [*names.split(), "training"]
     assert sorted(p.stem for p in (folder / "examples").iterdir()) == list("0123456789")
     # What plots show is in test_plots.py. Galleries: the background, and pictures of many colours.
-    for name in ("mistakes", "unsure"):
+    for name in ("mistakes", "least_confident"):
         with Image.open(folder / "plots" / f"{name}.png") as image:
             colours = {colour: count for count, colour in image.getcolors(1 << 24)}
         assert colours[(255, 255, 255, 255)] < 0.9 * image.size[0] * image.size[1]
@@ -130,7 +131,7 @@ def test_dvc_shows_metrics_and_plots(main_job: Workspace) -> None:
     assert "Confusion on the test split" in text
 
 
-def test_a_bundle_of_other_classes_is_refused(main_job: Workspace, empty: Workspace) -> None:
+def test_a_bundle_of_other_classes_is_an_error(main_job: Workspace, empty: Workspace) -> None:
     artifacts = main_job.path / "artifacts"
     split = (artifacts / "split" / "split.csv").read_text()
     (empty.path / "split.csv").write_text(split.replace(",7,", ",seven,"))

@@ -103,14 +103,14 @@ def test_a_test_split_of_another_camera_keeps_a_version_out_of_production(
     shown = wide.run("tlpipe", "summary", "artifacts/register/receipt.json").stdout
     assert "test accuracy is below it beyond chance: -0." in shown
     assert "alias challenger" in shown
-    refused = workspace.run("tlpipe", "promote", code=11)
-    assert sentence in refused.stderr
+    failed = workspace.run("tlpipe", "promote", code=11)
+    assert sentence in failed.stderr
     gate = {"max_validation_gap": -found["difference"]["high"] - 1e-6}
     workspace.configure("register", gate=gate)
-    refused = workspace.run("tlpipe", "promote", code=11)
+    failed = workspace.run("tlpipe", "promote", code=11)
     assert (
         f"expected test accuracy that is not below it by more than {gate['max_validation_gap']:g}"
-        in (refused.stderr)
+        in (failed.stderr)
     )
     workspace.run("tlpipe", "promote", "--force", "the test camera is broken")
     assert "the test camera is broken" in wide.run("tlpipe", "history").stdout

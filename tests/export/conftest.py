@@ -24,7 +24,7 @@ from tlpipe.backbones.backbone import Backbone, describe
 from tlpipe.backbones.weights import Weights
 from tlpipe.export import graph
 from tlpipe.export.parity import Sample
-from tlpipe.training.classifier import open_part, whole
+from tlpipe.training.classifier import full_network, open_part
 from tlpipe.training.model import Card, Model
 
 CLASSES = 5
@@ -55,7 +55,7 @@ def every_precision(artifacts: Path, shared: Path, cache_env: dict[str, str]) ->
     folder = shared / "every precision"
     with FileLock(shared / "every precision.lock"):
         if not (folder / "parity.json").exists():
-            asked = {"precisions": ["fp16", "int8"], "accuracy_loss": 0.99, "parity_images": 32}
+            asked = {"precisions": ["fp16", "int8"], "max_accuracy_drop": 0.99, "parity_images": 32}
             run_export(artifacts, folder, cache_env, **asked)
     return folder
 
@@ -152,7 +152,7 @@ def _telling_apart(
     # Features that all images share would drown what tells them apart.
     empty = np.zeros((1, width), np.float32), np.zeros(1, np.float32)
     with torch.inference_mode():
-        frozen = whole(backbone, weights, frozen_model(backbone, empty))[:-1]
+        frozen = full_network(backbone, weights, frozen_model(backbone, empty))[:-1]
         features = frozen(torch.from_numpy(images)).double().numpy()
     shared = features.mean(axis=0)
     weight = np.random.default_rng(0).normal(size=(CLASSES, width))

@@ -39,7 +39,7 @@ def test_a_precision_that_is_not_there_is_named(copied: Path) -> None:
             bundle.graph(name)
 
 
-def test_a_flipped_bit_anywhere_is_refused(copied: Path) -> None:
+def test_a_flipped_bit_anywhere_is_an_error(copied: Path) -> None:
     source = random.Random(0)
     for name in ("model.onnx", "labels.json", "preprocessing.json", "provenance.json"):
         path = copied / name
@@ -54,14 +54,14 @@ def test_a_flipped_bit_anywhere_is_refused(copied: Path) -> None:
 
 
 @pytest.mark.fault("R08")
-def test_permuted_labels_are_refused(copied: Path) -> None:
+def test_permuted_labels_are_errors(copied: Path) -> None:
     labels = json.loads((copied / "labels.json").read_text())
     (copied / "labels.json").write_text(json.dumps(labels[::-1], indent=2) + "\n")
     with pytest.raises(ArtifactError, match=r"labels.json has the sha256"):
         bundles.load(copied)
 
 
-def test_a_missing_or_extra_file_is_refused(copied: Path, tmp_path: Path) -> None:
+def test_a_missing_or_extra_file_is_an_error(copied: Path, tmp_path: Path) -> None:
     (copied / "extra.bin").write_bytes(b"x")
     with pytest.raises(ArtifactError, match=r"holds .*extra.bin.*; expected labels.json"):
         bundles.load(copied)
@@ -96,7 +96,7 @@ def wanting(location: str, place: str) -> bytes:
 
 @pytest.mark.fault("R07")
 @pytest.mark.parametrize("place", ["initializer", "constant", "branch"])
-def test_weights_in_another_file_are_refused_though_every_hash_is_right(
+def test_weights_in_another_file_are_errors_though_every_hash_is_right(
     copied: Path, tmp_path: Path, place: str
 ) -> None:
     old = bundles.load(copied)
@@ -140,7 +140,7 @@ def test_graphs_in_graphs_are_followed_to_any_depth(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("R07")
-def test_a_link_beside_the_graph_is_refused(copied: Path, tmp_path: Path) -> None:
+def test_a_link_beside_the_graph_is_an_error(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(bytes(12))
     seal = (copied / "SHA256SUMS").read_text()
     for link in (Path.symlink_to, Path.hardlink_to):
@@ -152,7 +152,7 @@ def test_a_link_beside_the_graph_is_refused(copied: Path, tmp_path: Path) -> Non
         (copied / "linked").unlink()
 
 
-def test_what_is_no_graph_is_refused(copied: Path) -> None:
+def test_what_is_no_graph_is_an_error(copied: Path) -> None:
     whole = (copied / "model.onnx").read_bytes()
     # The last one is the tag of the graph, with a bit more than others look at.
     hidden = b"\xba\x80\x80\x80\x10" + bytes(1)

@@ -134,7 +134,7 @@ def saturating(images: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.fault("E06")
-def test_a_pair_that_could_saturate_is_refused() -> None:
+def test_a_pair_that_could_saturate_is_an_error() -> None:
     """The bound is where the instruction begins to err, in any order that a kernel takes."""
     random = np.random.default_rng(0)
     brightest = np.full((1, 8), 255, np.uint8)

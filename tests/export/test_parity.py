@@ -1,4 +1,4 @@
-"""Which differences between two arrays of logits are refused."""
+"""Which differences between two arrays of logits are an error."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def logits() -> np.ndarray:
 
 
 @pytest.mark.fault("E05")
-def test_a_graph_that_differs_is_refused(logits: np.ndarray) -> None:
+def test_a_graph_that_differs_is_an_error(logits: np.ndarray) -> None:
     parity.check(parity.compare(logits, logits), 1e-4)
     near = logits.copy()
     near[3, 2] += 1e-3

@@ -24,7 +24,7 @@ def test_what_ships_is_what_the_report_does_not_refuse(every_precision: Path) ->
     shipped = bundles.load(every_precision / "bundle")
     found = verdicts(every_precision)
     assert set(found) == {"fp16", "int8"}
-    kept = {name for name, verdict in found.items() if not verdict["refused"]}
+    kept = {name for name, verdict in found.items() if not verdict["reason"]}
     assert set(shipped.graphs) == {"fp32", "any-size"} | kept
     exact = shipped.graphs["fp32"].stat().st_size
     head = onnx.load(shipped.graphs["fp32"]).graph.initializer
@@ -87,7 +87,7 @@ def test_many_classes_ship_in_eight_bits_too(family: Callable[[str], Family]) ->
     logits = parity.logits(parity.in_onnx(exact, 1), images, "")
     rows = np.arange(len(logits))
     held = HeldOut(rows, logits.argmax(axis=1), logits, np.zeros_like(rows))
-    params = export.Params(calibration_images=4, accuracy_loss=0.99)
+    params = export.Params(calibration_images=4, max_accuracy_drop=0.99)
     made = []
 
     def finish(model: onnx.ModelProto) -> bytes:
@@ -106,7 +106,7 @@ def test_many_classes_ship_in_eight_bits_too(family: Callable[[str], Family]) ->
     )
     assert len(made[0]) > precisions.MOST_BYTES["int8"] * len(exact)
     assert checks["int8"]["size"] < precisions.MOST_BYTES["int8"]
-    assert "size" not in checks["int8"]["refused"]
+    assert "size" not in checks["int8"]["reason"]
 
 
 def eye(truth: np.ndarray) -> np.ndarray:
@@ -114,22 +114,22 @@ def eye(truth: np.ndarray) -> np.ndarray:
 
 
 def judge(exact: np.ndarray, other: np.ndarray, truth: np.ndarray, **values: object) -> Verdict:
-    given = {"groups": [""] * len(truth), "size": 0.28, "loss": 0.01} | values
+    given = {"groups": [""] * len(truth), "size": 0.28, "max_drop": 0.01} | values
     return precisions.judge("int8", exact, other, truth, **given)  # type: ignore[arg-type]
 
 
-def test_what_falls_short_is_refused_with_its_numbers() -> None:
+def test_what_falls_short_is_an_error_with_its_numbers() -> None:
     truth = np.random.default_rng(0).integers(0, 3, 200)
     exact = eye(truth)
     other = exact.copy()
     other[:10] = np.roll(other[:10], 1, axis=1)
     verdict = judge(exact, other, truth, size=0.4)
-    assert "accuracy on 200 held-out images differs by -0.0500 (-0.0" in verdict.refused
-    assert "at least -0.01; its size without the last layer is 0.4000 of" in verdict.refused
-    assert verdict.refused.endswith("fp32's, expected at most 0.35")
-    assert judge(exact, exact, truth, loss=0.0).refused == ""
+    assert "accuracy on 200 held-out images differs by -0.0500 (-0.0" in verdict.reason
+    assert "at least -0.01; its size without the last layer is 0.4000 of" in verdict.reason
+    assert verdict.reason.endswith("fp32's, expected at most 0.35")
+    assert judge(exact, exact, truth, max_drop=0.0).reason == ""
     broken = np.full_like(exact, np.nan)
-    assert judge(exact, broken, truth, loss=0.999999).refused.startswith(
+    assert judge(exact, broken, truth, max_drop=0.999999).reason.startswith(
         "its logits are not finite; its accuracy on 200 held-out images differs by -1.0000"
     )
 
@@ -142,13 +142,13 @@ def test_what_few_images_cannot_tell_is_said() -> None:
         verdict = judge(eye(truth), eye(truth), truth)
         assert verdict.agreement["low"] == pytest.approx(low)
         assert verdict.can_tell == can_tell == (low >= 0.99)
-        assert verdict.refused == ""
+        assert verdict.reason == ""
         assert "the same answer for 100.0%" in str(verdict)
         assert ("too few images" in str(verdict)) != can_tell
     truth = np.arange(1000) % 3
     other = eye(truth)
     other[:15] = np.roll(other[:15], 1, axis=1)
-    assert judge(eye(truth), other, truth, loss=0.03).agreement["value"] == 0.985
+    assert judge(eye(truth), other, truth, max_drop=0.03).agreement["value"] == 0.985
 
 
 def test_images_of_one_group_are_drawn_together() -> None:
@@ -222,5 +222,5 @@ def test_a_lower_precision_is_checked_by_heads_that_have_not_seen_the_images(
     folder = run_export(tmp_path, tmp_path / "out", cache_env, precisions=["int8"])
     (verdict,) = verdicts(folder).values()
     assert verdict["accuracy_change"]["value"] < -0.7
-    assert "its accuracy on 203 held-out images differs by -0." in verdict["refused"]
+    assert "its accuracy on 203 held-out images differs by -0." in verdict["reason"]
     assert set(bundles.load(folder / "bundle").graphs) == {"fp32", "any-size"}

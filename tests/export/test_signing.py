@@ -21,7 +21,7 @@ def signed(artifacts: Path, empty: Workspace) -> Workspace:
     return empty
 
 
-def refused(workspace: Workspace, *options: str) -> str:
+def error_of(workspace: Workspace, *options: str) -> str:
     result = workspace.run("tlpipe", "verify", "bundle", *options, code=6)
     (line,) = result.stderr.splitlines()
     return line
@@ -33,12 +33,14 @@ def test_a_signature_says_who_made_it(signed: Workspace) -> None:
     digest = bundles.load(signed.path / "bundle").digest
     assert f"bundle is whole: {digest}" in said
     assert "signed by the owner of ours.pub" in said
-    assert "is not of bundle by the owner of theirs.pub" in refused(signed, "--key", "theirs.pub")
+    assert "is not of bundle by the owner of theirs.pub" in error_of(signed, "--key", "theirs.pub")
     (signed.path / "bundle/more.txt").write_text("x")
-    assert "is not of bundle by the owner of ours.pub" in refused(signed, "--key", "ours.pub")
+    assert "is not of bundle by the owner of ours.pub" in error_of(signed, "--key", "ours.pub")
     (signed.path / "bundle/more.txt").unlink()
     (signed.path / "bundle.sig").unlink()
-    assert "bundle is not signed: bundle.sig does not exist" in refused(signed, "--key", "ours.pub")
+    assert "bundle is not signed: bundle.sig does not exist" in error_of(
+        signed, "--key", "ours.pub"
+    )
 
 
 @pytest.mark.fault("R06")
@@ -53,7 +55,7 @@ def test_a_bundle_that_was_sealed_anew_is_not_the_signed_one(signed: Workspace) 
         provenance=old.provenance,
     )
     signed.run("tlpipe", "verify", "bundle")
-    assert "is not of bundle by the owner" in refused(signed, "--key", "ours.pub")
+    assert "is not of bundle by the owner" in error_of(signed, "--key", "ours.pub")
 
 
 def test_keys_that_are_none_are_named(signed: Workspace) -> None:
@@ -80,7 +82,7 @@ def test_a_thousand_flipped_bits_are_a_thousand_refusals(tmp_path: Path, artifac
         sums = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
         (folder / "SHA256SUMS").write_text("".join(line for line in sums if name not in line))
     bundles.load(folder)
-    source, refusals = random.Random(0), 0
+    source, errors = random.Random(0), 0
     paths = sorted(folder.iterdir())
     for number in range(1000):
         path = paths[number % len(paths)]
@@ -94,8 +96,8 @@ def test_a_thousand_flipped_bits_are_a_thousand_refusals(tmp_path: Path, artifac
             try:
                 bundles.load(folder)
             except ArtifactError:
-                refusals += 1
+                errors += 1
             file.seek(position)
             file.write(bytes([intact]))
-    assert refusals == 1000
+    assert errors == 1000
     bundles.load(folder)

@@ -63,11 +63,11 @@ def change_bundle(built: Workspace, **changes: object) -> bundles.Bundle:
 
 @dataclass
 class Said:
-    """What a command printed and, where it refused, how."""
+    """What a command printed and, where it failed, how."""
 
     code: int
     printed: str
-    refusal: str
+    error: str
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def tlpipe(built: Workspace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., S
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*words: str) -> Said:
-        with warnings.catch_warnings():  # of MLflow's, which no refusal may come from
+        with warnings.catch_warnings():  # of MLflow's, which no error may come from
             warnings.simplefilter("ignore")
             result = CliRunner().invoke(app, words)
         error = result.exception

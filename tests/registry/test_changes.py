@@ -35,8 +35,8 @@ def said(home: Path, name: str = "digits") -> list[str]:
     return changes.run(workspace=home, name=name)
 
 
-def refused(home: Path, name: str = "digits") -> str:
-    """Return what ``check`` refuses with; ``register`` does so, too."""
+def error_of(home: Path, name: str = "digits") -> str:
+    """Return the error of ``check``; ``register`` does so, too."""
     with pytest.raises(RegistryError) as error:
         said(home, name)
     return str(error.value)
@@ -59,7 +59,7 @@ def test_where_nothing_was_changed_nothing_is_said(home: Path, tmp_path: Path) -
 def test_a_deleted_experiment_is_restored_by_the_command_that_is_named(home: Path) -> None:
     with tracking.connection(home) as client:
         client.delete_experiment("1")
-    text = refused(home)
+    text = error_of(home)
     assert "the experiment digits was deleted in MLflow" in text
     with pytest.raises(RegistryError, match="the experiment digits was deleted in MLflow"):
         register(home)
@@ -133,7 +133,7 @@ def test_a_renamed_model_is_named_by_its_old_name_too(home: Path, again: bool) -
         client.rename_registered_model("digits", "numerals")
         if again:
             client.create_registered_model("digits")
-    by_old, by_new = refused(home), refused(home, "numerals")
+    by_old, by_new = error_of(home), error_of(home, "numerals")
     if not again:
         with (
             tracking.connection(home) as client,
@@ -171,9 +171,9 @@ def test_check_stops_before_training_where_register_would_after_it(
     assert tlpipe("check").code == 0
     client_of(built).delete_experiment("1")
     for command in (["check"], COMMAND[1:]):
-        refusal = tlpipe(*command)
-        assert refusal.code == 8
-        assert "the experiment digits was deleted in MLflow" in refusal.refusal
+        error = tlpipe(*command)
+        assert error.code == 8
+        assert "the experiment digits was deleted in MLflow" in error.error
     client_of(built).restore_experiment("1")
     client_of(built).delete_registered_model("digits")
     checked = tlpipe("check")

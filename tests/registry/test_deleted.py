@@ -37,10 +37,10 @@ def test_a_deleted_version_is_registered_anew_and_is_not_in_production(
     assert versions(built) == [(2, digest)]
     assert aliases(built) == {"challenger": 2}
     assert len(client_of(built).search_runs(["1"])) == 1
-    refused = tlpipe("predict", "x.png")
-    assert refused.code == 8
-    assert "the registry has no model digits@champion" in refused.refusal
-    assert "such as 2, challenger" in refused.refusal
+    failed = tlpipe("predict", "x.png")
+    assert failed.code == 8
+    assert "the registry has no model digits@champion" in failed.error
+    assert "such as 2, challenger" in failed.error
 
 
 @pytest.mark.fault("R12")
@@ -223,11 +223,11 @@ def test_an_account_that_only_reads_sees_history_and_is_answered(
     with read_only():
         assert "promotion" in tlpipe("history").printed
         assert tlpipe("predict", "--json", "artifacts/evaluate/examples/4.png").code == 0
-        refused = tlpipe("promote")
-        assert refused.code == 8  # before it writes: it is in production already
-        refused = tlpipe(*REGISTER)
-        assert refused.code == 8
-        assert "readonly database" in refused.refusal
+        failed = tlpipe("promote")
+        assert failed.code == 8  # before it writes: it is in production already
+        failed = tlpipe(*REGISTER)
+        assert failed.code == 8
+        assert "readonly database" in failed.error
 
 
 @pytest.mark.fault("R14")

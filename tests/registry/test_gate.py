@@ -95,12 +95,12 @@ def test_models_that_are_alike_are_hardly_ever_called_worse() -> None:
     The share follows from the binomial distribution, without a random number.
     """
     changed = 12
-    refused = sum(
+    failed = sum(
         stats.binom.pmf(losses, changed, 0.5)
         for losses in range(changed + 1)
         if decided(IMAGES, losses, changed - losses, 0.05).verdict == "fails"
     )
-    assert refused <= 0.05, refused
+    assert failed <= 0.05, failed
 
 
 def shares(images: int, lost: float, won: float, max_drop: float) -> Counter[str]:
@@ -420,16 +420,16 @@ def test_an_unknown_calibration_error_is_within_no_bound(
             for entry, is_test in zip(entries, tested, strict=True)
         ],
     )
-    refused = judge(artifacts, tmp_path / "manifest.csv", fewer, max_calibration_error=1.0)
-    assert refused.numbers["calibration_error"] is None
-    assert rule_of(refused, "calibration_error").verdict == "cannot tell"
-    assert refused.verdict == "fails"
-    assert refused.reasons.startswith(
+    failed = judge(artifacts, tmp_path / "manifest.csv", fewer, max_calibration_error=1.0)
+    assert failed.numbers["calibration_error"] is None
+    assert rule_of(failed, "calibration_error").verdict == "cannot tell"
+    assert failed.verdict == "fails"
+    assert failed.reasons.startswith(
         f"test_images 1, expected at least 20; calibration_error cannot tell: {metrics.UNKNOWN}, "
         f"expected at most 1.0000; test on images of two groups or more, or set "
         f"register.gate.max_calibration_error to null"
     )
-    assert refused.content()["numbers"]["calibration_error"] is None
+    assert failed.content()["numbers"]["calibration_error"] is None
 
 
 def mixed(main_job: Workspace, root: Path, white: float) -> list[bool]:

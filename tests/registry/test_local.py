@@ -461,10 +461,10 @@ except RegistryError as error:
     hidden = f"import os; os.chdir('/'); os.chdir({str(place)!r})\n" + program
     result = mounted(home, place, hidden)
     assert result.returncode == 0, result.stderr
-    read, refusal = result.stdout.splitlines()
+    read, error = result.stdout.splitlines()
     assert read == str([TEXT, TEXT])
-    assert "was made in another folder" in refusal
-    assert "cannot be written. Mount it so that it can be" in refusal
+    assert "was made in another folder" in error
+    assert "cannot be written. Mount it so that it can be" in error
     assert contents(home) == before
 
 

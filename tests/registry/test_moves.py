@@ -274,7 +274,7 @@ def test_who_lost_a_race_never_becomes_champion(local: Any, is_marked: bool) -> 
 
 
 @pytest.mark.fault("R15")
-def test_an_entry_that_is_deleted_as_soon_as_it_is_written_is_a_refusal(local: Any) -> None:
+def test_an_entry_that_is_deleted_as_soon_as_it_is_written_is_an_error(local: Any) -> None:
     first = promote(local, "1", None)
     client = Pausing(local, 1, lambda: local.delete_model_version(f"{NAME}-history", "2"))
     with pytest.raises(RegistryError, match="entry 2 of raced-history, just written, is gone"):

@@ -68,7 +68,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     folder = built.path / "artifacts/export/bundle"
     first = bundles.load(folder)
     whole = {name: path.read_bytes() for name, path in first.graphs.items()}
-    assert "there is no registry yet" in tlpipe("history").refusal
+    assert "there is no registry yet" in tlpipe("history").error
 
     # The first one passes the gate by its own numbers.
     assert tlpipe(*REGISTER).code == 0
@@ -76,14 +76,14 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     assert tags(built, 1)["gate"] == "passed"
     assert tags(built, 1)["gate.against"] == "none"
     again = tlpipe("promote")
-    assert (again.code, "is in production already" in again.refusal) == (8, True)
+    assert (again.code, "is in production already" in again.error) == (8, True)
     nowhere = tlpipe("rollback")
-    assert (nowhere.code, "there is none to go back to" in nowhere.refusal) == (8, True)
+    assert (nowhere.code, "there is none to go back to" in nowhere.error) == (8, True)
 
     # The next one only challenges, until somebody promotes it.
     second = change_bundle(built, provenance={**first.provenance, "l2": 0.5})
     unregistered = tlpipe("promote")
-    assert (unregistered.code, "what was registered from here" in unregistered.refusal) == (8, True)
+    assert (unregistered.code, "what was registered from here" in unregistered.error) == (8, True)
     tlpipe(*REGISTER)
     assert aliases(built) == {"challenger": 2, "champion": 1}
     assert tags(built, 2) == {}
@@ -103,7 +103,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     assert (beside["version"], beside["accuracy"]) == ("1", decision["numbers"]["accuracy"])
     assert beside["trained_on"] == 0
 
-    # One that is worse is refused with the numbers, and goes there by force alone.
+    # One that is worse fails with the numbers, and goes there by force alone.
     params = (built.path / "params.yaml").read_text()
     bounds = {
         "min_recall": 0.2,
@@ -114,39 +114,39 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     built.configure("register", gate=bounds)
     change_bundle(built, graphs=blinded(folder, 3))
     tlpipe(*REGISTER)
-    refused = tlpipe("promote")
-    assert refused.code == 11
-    assert "digits version 3 stays out of production" in refused.refusal
+    failed = tlpipe("promote")
+    assert failed.code == 11
+    assert "digits version 3 stays out of production" in failed.error
     assert re.search(
-        r"recall 0\.0000 \(class 3, \d+ test images\), expected at least 0\.2000", refused.refusal
+        r"recall 0\.0000 \(class 3, \d+ test images\), expected at least 0\.2000", failed.error
     )
-    assert "model_mb 13.4" in refused.refusal
-    assert "accuracy_change -0." in refused.refusal
+    assert "model_mb 13.4" in failed.error
+    assert "accuracy_change -0." in failed.error
     assert re.search(
         r"calibration_error (cannot tell: )?0\.\d{4} \(95% .*\), expected at most 0\.0010",
-        refused.refusal,
+        failed.error,
     )
-    assert "latency_ms" not in refused.refusal
-    assert "│ fails" in refused.printed
+    assert "latency_ms" not in failed.error
+    assert "│ fails" in failed.printed
     assert aliases(built) == {"challenger": 3, "champion": 2, "previous": 1}
-    assert tags(built, 3)["gate"] == "refused"
+    assert tags(built, 3)["gate"] == "failed"
     assert tags(built, 3)["gate.recall"].startswith("FAILS: 0.0000 (class 3, ")
     (built.path / "params.yaml").write_text(params)
     assert tlpipe("promote", "3", "--force", "a drill").code == 0
     assert aliases(built) == {"challenger": 3, "champion": 3, "previous": 2}
     assert tags(built, 3)["gate"] == "forced: a drill"
     assert "gate.model_mb" not in tags(built, 3)
-    assert [found["outcome"] for found in decisions(built, 3)] == ["refused", "forced: a drill"]
+    assert [found["outcome"] for found in decisions(built, 3)] == ["failed", "forced: a drill"]
 
     # Back, and further back, and to a named one.
     between = datetime.now(UTC)
     assert "version 2 is in production again" in tlpipe("rollback", "--why", "worse").printed
     assert aliases(built) == {"challenger": 3, "champion": 2, "previous": 3}
     assert "version 1 is in production again" in tlpipe("rollback").printed
-    assert "there is none to go back to" in tlpipe("rollback").refusal
+    assert "there is none to go back to" in tlpipe("rollback").error
     assert "version 3 is in production again" in tlpipe("rollback", "3").printed
     unknown = tlpipe("rollback", "7")
-    assert (unknown.code, "such as 1, 2, 3, challenger" in unknown.refusal) == (8, True)
+    assert (unknown.code, "such as 1, 2, 3, challenger" in unknown.error) == (8, True)
     history = tlpipe("history").printed
     rows = [
         [cell.strip() for cell in line.strip("│").split("│")]
@@ -167,7 +167,7 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
     assert "a drill" in then
     assert "worse" not in then
     assert "was in production at 2020-01-01" in tlpipe("history", "--at", "2020-01-01").printed
-    assert tlpipe("history", "--at", "soon").refusal.startswith("'soon' is no date")
+    assert tlpipe("history", "--at", "soon").error.startswith("'soon' is no date")
 
     # The champion is deleted: the last good one answers, and that is said.
     example = str(built.path / "artifacts/evaluate/examples/0.png")
@@ -186,13 +186,13 @@ def test_versions_go_in_and_out_of_production_and_all_is_written_down(
         built.make_keys(name)
     built.configure("register", gate={"public_key": "mine.pub"})
     unsigned = tlpipe("promote", "2")
-    assert (unsigned.code, "signature none, expected a signature by" in unsigned.refusal) == (
+    assert (unsigned.code, "signature none, expected a signature by" in unsigned.error) == (
         11,
         True,
     )
     tlpipe("sign", "digits@2", "--key", "other.pem")
     wrong = tlpipe("promote", "2")
-    assert (wrong.code, "is not of" in wrong.refusal) == (11, True)
+    assert (wrong.code, "is not of" in wrong.error) == (11, True)
     assert tlpipe("sign", "digits@2", "--key", "mine.pem").code == 0
     assert f"is whole: {second.digest}" in tlpipe("verify", "digits@2", "--key", "mine.pub").printed
     assert tlpipe("verify", "digits@2", "--key", "other.pub").code == 6
@@ -222,9 +222,9 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
     # What it sees is not what is stored here: nothing is said, nothing promoted.
     assert tlpipe(*REGISTER).code == 0
     assert aliases(built) == {"challenger": 1}
-    refused = tlpipe("promote")
-    assert refused.code == 11
-    assert "is not the data of the version to be promoted" in refused.refusal
+    failed = tlpipe("promote")
+    assert failed.code == 11
+    assert "is not the data of the version to be promoted" in failed.error
     # Somebody puts it in production by other means; it is taken over, and measured as it sees.
     client_of(built).set_registered_model_alias("digits", "champion", "1")
     kept = {name: path.read_bytes() for name, path in first.graphs.items()}
@@ -242,9 +242,9 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
     split = built.path / "artifacts/split/split.csv"
     table = split.read_bytes()
     split.write_bytes(table.replace(b",train,", b",test,", 1))
-    assert "is not the data of the version" in tlpipe("promote", "1").refusal
+    assert "is not the data of the version" in tlpipe("promote", "1").error
     split.unlink()
-    assert "split.csv is not here, so it cannot be compared" in tlpipe("promote", "1").refusal
+    assert "split.csv is not here, so it cannot be compared" in tlpipe("promote", "1").error
     split.write_bytes(table)
     change_bundle(built, provenance={**first.provenance, "l2": 0.5})
     tlpipe(*REGISTER)
@@ -252,13 +252,13 @@ def test_both_answer_for_the_candidate_s_test_images_or_nothing_is_said(
     (built.path / "data/digits.yaml").unlink()
     gone = tlpipe("promote", "3")
     assert gone.code == 11
-    assert "cannot be read again for it" in gone.refusal
+    assert "cannot be read again for it" in gone.error
     # Nothing is left to compare with: by force alone.
     for number in ("1", "2"):
         client_of(built).delete_model_version("digits", number)
     alone = tlpipe("promote", "3")
     assert alone.code == 11
-    assert "nothing that was in production is left to compare with" in alone.refusal
+    assert "nothing that was in production is left to compare with" in alone.error
     assert "digits version 3 is in production" in tlpipe("promote", "3", "--force", "lost").printed
     assert tags(built, 3)["gate"] == "forced: lost"
     assert tags(built, 3)["gate.comparison"].startswith("cannot tell: nothing that was")
@@ -280,10 +280,10 @@ def test_a_loss_once_forced_stays_in_sight_and_images_that_trained_the_other_do_
     assert tags(built, 2)["gate.accuracy_change"].startswith("FAILS: -0.")
     change_bundle(built, graphs=worse, provenance={**first.provenance, "l2": 0.5})
     tlpipe(*REGISTER)
-    refused = tlpipe("promote")
-    assert refused.code == 11
-    assert re.search(r"accuracy_change -0\.\d+ against version 1 \(95%", refused.refusal)
-    assert "the one that decides of 2 versions" in refused.refusal
+    failed = tlpipe("promote")
+    assert failed.code == 11
+    assert re.search(r"accuracy_change -0\.\d+ against version 1 \(95%", failed.error)
+    assert "the one that decides of 2 versions" in failed.error
     built.configure("register", gate={"compared_versions": 1, "max_validation_gap": 1.0})
     assert "version 3 is in production" in tlpipe("promote").printed
     # Another split: what version 3 trained on is no test of it.
@@ -297,8 +297,8 @@ def test_a_loss_once_forced_stays_in_sight_and_images_that_trained_the_other_do_
             lines[at + 1] = lines[at + 1].replace(",train,", ",test,")
             moved += 1
     split.write_bytes("".join(lines).encode())
-    parted = {**first.provenance, "split_sha256": files.sha256(split)}
-    change_bundle(built, graphs=whole, provenance=parted)
+    resplit = {**first.provenance, "split_sha256": files.sha256(split)}
+    change_bundle(built, graphs=whole, provenance=resplit)
     tlpipe(*REGISTER)
     assert "version 4 is in production" in tlpipe("promote", "--force", "its split").printed
     (decision,) = decisions(built, 4)
@@ -319,8 +319,8 @@ def test_other_labels_and_leaks_are_seen(built: Workspace, tlpipe: Tlpipe) -> No
     tlpipe(*REGISTER)
     permuted = tlpipe("promote")
     assert permuted.code == 11
-    assert "labels another order, expected the same, in the same order" in permuted.refusal
-    assert "accuracy_change -0." in permuted.refusal
+    assert "labels another order, expected the same, in the same order" in permuted.error
+    assert "accuracy_change -0." in permuted.error
     # Of two images that are nearly equal, one trains and one tests.
     grouped: dict[str, list[str]] = {}
     for row in built.rows("artifacts/ingest/manifest.csv"):
@@ -332,13 +332,13 @@ def test_other_labels_and_leaks_are_seen(built: Workspace, tlpipe: Tlpipe) -> No
         (at,) = (n for n, line in enumerate(lines) if line.startswith(f"{path},"))
         lines[at] = re.sub(",(train|validation|test),", f",{part},", lines[at])
     split.write_bytes("".join(lines).encode())
-    parted = {**first.provenance, "split_sha256": files.sha256(split)}
-    change_bundle(built, labels=first.labels, provenance=parted)
+    resplit = {**first.provenance, "split_sha256": files.sha256(split)}
+    change_bundle(built, labels=first.labels, provenance=resplit)
     tlpipe(*REGISTER)
     leaky = tlpipe("promote")
     assert leaky.code == 11
-    assert "leaks 1 test images, expected none that training has seen" in leaky.refusal
-    assert "labels" not in leaky.refusal
+    assert "leaks 1 test images, expected none that training has seen" in leaky.error
+    assert "labels" not in leaky.error
 
 
 def has_open(process: subprocess.Popen[str], file: Path) -> bool:

@@ -165,7 +165,7 @@ def test_what_is_stored_already_is_not_written_again(built: Workspace) -> None:
     assert after[stored_speed][2] == speed.read_bytes()
 
 
-def test_a_report_of_another_bundle_is_refused(built: Workspace) -> None:
+def test_a_report_of_another_bundle_is_an_error(built: Workspace) -> None:
     report = built.path / "artifacts/evaluate/report.json"
     kept = report.read_bytes()
     change_bundle(built, provenance={"origin": {}})
@@ -212,7 +212,7 @@ def test_others_use_it_with_mlflow_alone(built: Workspace, artifacts: Path) -> N
 
 
 @pytest.mark.fault("R01")
-def test_a_server_that_is_down_is_refused_soon_and_the_bundle_kept(built: Workspace) -> None:
+def test_a_server_that_is_down_is_an_error_soon_and_the_bundle_kept(built: Workspace) -> None:
     """Soon: after one request and four tries more, with nothing in between but growing pauses."""
     tries = 0
     with socket.create_server(("127.0.0.1", free_port())) as hanging_up:

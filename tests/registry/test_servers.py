@@ -59,8 +59,8 @@ def test_a_version_goes_from_the_workspace_to_production_and_back_out_of_it(
     assert tlpipe(*COMMAND[1:]).code == 0
     tlpipe("sign", "digits@1", "--key", "key.pem")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    refused = tlpipe("promote", "champion", "--to", down)
-    assert (refused.code, "does not answer as expected" in refused.refusal) == (8, True)
+    failed = tlpipe("promote", "champion", "--to", down)
+    assert (failed.code, "does not answer as expected" in failed.error) == (8, True)
 
     # To production, through its own gate.
     copied = tlpipe("promote", "champion", "--to", production)
@@ -76,10 +76,10 @@ def test_a_version_goes_from_the_workspace_to_production_and_back_out_of_it(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", production)
     assert tlpipe("verify", "digits@champion", "--key", "key.pub").code == 0
     again = tlpipe("promote", "champion", "--to", production)
-    assert "is in production already" in again.refusal
+    assert "is in production already" in again.error
     assert len(client.search_model_versions("name = 'digits'")) == 1
 
-    # Register, promote and roll back there: the registering was refused first, and is replayed.
+    # Register, promote and roll back there: the registering failed first, and is replayed.
     change_bundle(built, provenance={**first.provenance, "l2": 0.5})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", down)
     assert tlpipe(*COMMAND[1:]).code == 8

@@ -56,7 +56,7 @@ def test_it_lives_and_is_ready(artifacts: Path, port: int) -> None:
 
 @pytest.mark.fault("S11")
 @pytest.mark.parametrize("body", [b"", b"not an image", b"http://127.0.0.1/a.png", b"/etc/passwd"])
-def test_what_is_no_image_is_refused(port: int, body: bytes) -> None:
+def test_what_is_no_image_is_an_error(port: int, body: bytes) -> None:
     status, answer = ask(port, "POST", "/predict", body)
     assert status == 400
     assert "expected the bytes of one image file as the body" in answer["detail"]
@@ -69,7 +69,7 @@ def peak(pid: int) -> int:
 
 
 @pytest.mark.fault("S01")
-def test_a_body_beyond_the_cap_is_refused_also_in_chunks(served: tuple[int, int]) -> None:
+def test_a_body_beyond_the_cap_is_an_error_also_in_chunks(served: tuple[int, int]) -> None:
     port, pid = served
     ask(port, "POST", "/predict", b"x" * 2**24)
     before = peak(pid)
@@ -99,7 +99,7 @@ def test_without_a_model_it_lives_and_is_not_ready(tmp_path: Path) -> None:
         assert ask(number, "POST", "/predict", b"x") == (503, {"detail": "no model is loaded"})
 
 
-def test_a_port_that_is_taken_is_refused(artifacts: Path, port: int) -> None:
+def test_a_port_that_is_taken_is_an_error(artifacts: Path, port: int) -> None:
     command = ("tlpipe", "serve", "--model", str(artifacts / "export/bundle"), "--port", str(port))
     error = Workspace(artifacts.parent).run(*command, code=9).stderr
     assert f"tlpipe: cannot listen on 127.0.0.1:{port}: Address already in use" in error

@@ -122,7 +122,7 @@ def test_rows_that_cannot_be_used_are_named(empty: Workspace, photos: Path) -> N
          "the source holds 2 tables with path and label: labels.csv, more.csv; expected one"),
     ],
 )  # fmt: skip
-def test_a_table_that_makes_no_sense_is_refused(
+def test_a_table_that_makes_no_sense_is_an_error(
     empty: Workspace, photos: Path, change: Callable[[Path], object], message: str
 ) -> None:
     change(photos)
@@ -517,7 +517,7 @@ def test_a_damaged_first_annotation_is_one_reject(empty: Workspace, tmp_path: Pa
 
 
 @pytest.mark.fault("D41")
-def test_a_split_word_of_a_pattern_that_is_unknown_is_refused(
+def test_a_split_word_of_a_pattern_that_is_unknown_is_an_error(
     empty: Workspace, photos: Path
 ) -> None:
     (photos / "dark").rename(photos / "extra-dark")

@@ -18,7 +18,7 @@ def test_the_textures_are_split_by_region(empty: Workspace) -> None:
     assert counts["brick", "validation"] == counts["grass", "test"] == 48
 
 
-def test_a_mistyped_built_in_is_refused(empty: Workspace) -> None:
+def test_a_mistyped_built_in_is_an_error(empty: Workspace) -> None:
     (empty.path / "textures.yaml").write_text("package: skimage\npatch_px: 300\n")
     empty.set_source("textures.yaml")
     assert "patch_px is 300; it must be less than or equal to 64" in empty.ingest(code=3)

@@ -228,7 +228,7 @@ def test_what_others_write_is_read_and_said(name: str, tmp_path: Path) -> None:
     assert note in " ".join(source.notes)
 
 
-REFUSED = {
+ERRORS = {
     "boxes": (
         of(lambda _, rows: table(
             rows, header="filename,class,xmin,ymin,xmax,ymax", line="{},{},1,1,9,9"
@@ -327,9 +327,9 @@ REFUSED = {
 
 
 @pytest.mark.fault("D40", "D41")
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", ERRORS)
 def test_what_is_not_plain_is_an_error_that_names_the_key(name: str, tmp_path: Path) -> None:
-    write, message = REFUSED[name]
+    write, message = ERRORS[name]
     write(tmp_path / "data")
     with pytest.raises(DataError, match=message), listing.opened(str(tmp_path / "data")):
         pass
@@ -483,7 +483,7 @@ def test_a_file_beside_each_image_is_not_passed_over(suffix: str, tmp_path: Path
 
 
 def test_images_of_other_endings_are_images(tmp_path: Path) -> None:
-    """Nor are unknown endings refused where somebody has said that folders are classes."""
+    """Nor are unknown endings an error where somebody has said that folders are classes."""
     for i in range(4):
         put(tmp_path / "ant" / f"{i}.jfif")
         put(tmp_path / "bee" / f"{i}")

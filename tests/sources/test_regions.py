@@ -1,4 +1,4 @@
-"""Regions of annotations: what is refused is no background, and damaged numbers are rejects."""
+"""Regions of annotations: what is rejected is no background, and damaged numbers are rejects."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from tests.sources.test_cases import put
 
 HUGE = 10**400
 LEFT = {"bbox": [0, 0, 240, 200]}  # of a photo of 300 x 200 pixels
-REFUSED: dict[str, dict[str, Any]] = {
+REJECTED: dict[str, dict[str, Any]] = {
     "crowd": {"iscrowd": 1, **LEFT},
     "crowd of polygons": {"iscrowd": 1, "segmentation": [[0, 0, 240, 0, 240, 200, 0, 200]]},
     "unknown category": {**LEFT, "category_id": 91},
@@ -34,7 +34,7 @@ UNKNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-def refused(root: Path, cases: dict[str, dict[str, Any]]) -> None:
+def check_rejects(root: Path, cases: dict[str, dict[str, Any]]) -> None:
     """Write scenes with two boxes each, and one more annotation that is not used."""
     content = scenes(root, "all.json", len(cases))
     for number, (name, values) in enumerate(cases.items()):
@@ -49,14 +49,14 @@ def refused(root: Path, cases: dict[str, dict[str, Any]]) -> None:
 def test_no_background_is_taken_from_regions_of_refused_annotations(
     empty: Workspace, tmp_path: Path
 ) -> None:
-    refused(tmp_path / "coco", REFUSED)
+    check_rejects(tmp_path / "coco", REJECTED)
     empty.set_source(tmp_path / "coco", background="nothing", box_margin=0)
     empty.ingest()
     rows = {row["path"]: row["box"] for row in empty.rows("out/manifest.csv")}
     taken = {path: int(box.split()[0]) for path, box in rows.items() if path.endswith("#nothing")}
-    assert len(taken) == len(REFUSED)
+    assert len(taken) == len(REJECTED)
     assert min(taken.values()) >= 240
-    assert len(rows) == 3 * len(REFUSED)
+    assert len(rows) == 3 * len(REJECTED)
     assert set(empty.rejects().values()) == {
         "crowd", "no_label", "bad_annotation", "degenerate_box",
     }  # fmt: skip
@@ -66,7 +66,7 @@ def test_no_background_is_taken_from_regions_of_refused_annotations(
 def test_a_photo_with_a_region_that_is_not_known_gives_no_background(
     empty: Workspace, tmp_path: Path
 ) -> None:
-    refused(tmp_path / "coco", UNKNOWN)
+    check_rejects(tmp_path / "coco", UNKNOWN)
     empty.set_source(tmp_path / "coco", background="nothing", box_margin=0)
     empty.replace("params.yaml", "max_rejected: 0.5", "max_rejected: 1.0")
     assert "the class 'nothing'" not in empty.ingest()
@@ -76,7 +76,7 @@ def test_a_photo_with_a_region_that_is_not_known_gives_no_background(
     assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"red", "blue"}
 
 
-def test_an_object_of_voc_that_is_refused_is_no_background(tmp_path: Path) -> None:
+def test_an_object_of_voc_that_is_an_error_is_no_background(tmp_path: Path) -> None:
     for i, name in enumerate(pictures(tmp_path, "images")):
         text = voc(name, name, ("ant", "")[i % 2])
         put(tmp_path / "images" / f"{name[:-4]}.xml", text)

@@ -185,7 +185,7 @@ def test_where_nothing_listens_the_address_is_not_blamed(
 
 @pytest.mark.fault("D68")
 @pytest.mark.parametrize("status", [403, 503])
-def test_an_archive_that_is_refused_is_not_missing(web: str, status: int, no_pauses: None) -> None:
+def test_an_archive_that_is_an_error_is_not_missing(web: str, status: int, no_pauses: None) -> None:
     with (
         proxy(web, lambda *_: status) as address,
         pytest.raises(StoreError, match=f"photos.zip cannot be reached: .*{status}, message="),

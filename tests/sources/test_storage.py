@@ -92,7 +92,7 @@ def test_an_archive_of_another_kind_is_named(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.fault("D71")
-def test_an_encrypted_archive_is_refused_before_any_image_is_read(
+def test_an_encrypted_archive_is_an_error_before_any_image_is_read(
     photos: Path, tmp_path: Path
 ) -> None:
     """The flag stands in the directory of the archive."""
@@ -111,7 +111,7 @@ def test_an_encrypted_archive_is_refused_before_any_image_is_read(
 
 
 @pytest.mark.fault("D71")
-def test_a_part_of_a_split_archive_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_a_part_of_a_split_archive_is_an_error(photos: Path, tmp_path: Path) -> None:
     path = pack(photos, tmp_path / "packed.zip")
     data = bytearray(path.read_bytes())
     data[data.rfind(b"PK\5\6") + 4] = 2  # the number of this file
@@ -194,7 +194,7 @@ def set_to(**values: object) -> Callable[[tarfile.TarInfo], None]:
         (set_to(type=tarfile.FIFOTYPE, size=0), "a link, a pipe or a device"),
     ],
 )
-def test_a_tar_that_leads_outside_is_refused(
+def test_a_tar_that_leads_outside_is_an_error(
     empty: Workspace, photos: Path, change: Callable[[tarfile.TarInfo], None], what: str
 ) -> None:
     empty.set_source(tar_with("bad.tar", photos, change))
@@ -205,7 +205,7 @@ def test_a_tar_that_leads_outside_is_refused(
 
 @pytest.mark.fault("D15")
 @pytest.mark.parametrize("name", ["../evil.png", "/tmp/evil.png", "C:/evil.png", "link"])
-def test_a_zip_that_leads_outside_is_refused(empty: Workspace, photos: Path, name: str) -> None:
+def test_a_zip_that_leads_outside_is_an_error(empty: Workspace, photos: Path, name: str) -> None:
     path = pack(photos, photos.parent / "bad.zip")
     with zipfile.ZipFile(path, "a") as archive:
         member = zipfile.ZipInfo(name)
@@ -218,7 +218,7 @@ def test_a_zip_that_leads_outside_is_refused(empty: Workspace, photos: Path, nam
 
 
 @pytest.mark.fault("D16")
-def test_a_zip_bomb_is_refused_before_it_is_unpacked(empty: Workspace, photos: Path) -> None:
+def test_a_zip_bomb_is_an_error_before_it_is_unpacked(empty: Workspace, photos: Path) -> None:
     """By the sizes that its directory states, of which each alone would be allowed."""
     path = pack(photos, photos.parent / "bomb.zip")
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
@@ -320,7 +320,7 @@ def test_archives_in_place_of_class_folders_are_named(
 
 
 @pytest.mark.fault("D16")
-def test_a_compressed_tar_bomb_is_refused_at_the_cap(
+def test_a_compressed_tar_bomb_is_an_error_at_the_cap(
     empty: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert archives._SPARE_BYTES == 2**30
@@ -337,7 +337,7 @@ def test_a_compressed_tar_bomb_is_refused_at_the_cap(
 
 
 @pytest.mark.fault("D16")
-def test_a_million_members_are_refused(empty: Workspace, tmp_path: Path) -> None:
+def test_a_million_members_are_errors(empty: Workspace, tmp_path: Path) -> None:
     path = tmp_path / "million.zip"
     with path.open("wb") as file:
         for start in range(0, 1_000_000, 10_000):
@@ -358,7 +358,7 @@ def test_a_million_members_are_refused(empty: Workspace, tmp_path: Path) -> None
 
 
 @pytest.mark.fault("D17")
-def test_members_that_unicode_holds_equal_are_refused(empty: Workspace, photos: Path) -> None:
+def test_members_that_unicode_holds_equal_are_errors(empty: Workspace, photos: Path) -> None:
     path = pack(photos, photos.parent / "twice.zip")
     with zipfile.ZipFile(path, "a") as archive:
         for name in ("caf\u00e9.png", "cafe\u0301.png"):
@@ -391,7 +391,7 @@ def test_damaged_members_are_named_and_the_rest_goes_on(empty: Workspace, photos
         ("labels.csv", b"path,label\na.png,a\n", "A table is read from the folder that holds it"),
     ],
 )
-def test_what_is_no_archive_is_refused(
+def test_what_is_no_archive_is_an_error(
     empty: Workspace, tmp_path: Path, name: str, data: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(data)

@@ -76,7 +76,7 @@ def test_plots_are_shown_by_dvc(main_job: Workspace, tmp_path: Path) -> None:
         assert name in page
 
 
-def test_data_of_another_source_are_refused(main_job: Workspace, empty: Workspace) -> None:
+def test_data_of_another_source_are_errors(main_job: Workspace, empty: Workspace) -> None:
     folder = main_job.path / "artifacts"
     entries = list(load_manifest(folder / "ingest/manifest.csv"))
     save_manifest(empty.path / "manifest.csv", entries[:-1])

@@ -201,14 +201,14 @@ class Paused:
 
 
 @pytest.mark.fault("T12")
-def test_a_second_training_in_a_folder_is_refused_and_a_dead_one_is_not_waited_for(
+def test_a_second_training_in_a_folder_is_an_error_and_a_dead_one_is_not_waited_for(
     start: Callable[..., multiprocessing.Process], prepared: Workspace, tmp_path: Path
 ) -> None:
     reached = multiprocessing.get_context("forkserver").Event()
     process = start(tmp_path, Paused(reached))
     reached.wait()
-    refused = command(prepared, tmp_path, code=10)
-    assert f"runs in {tmp_path} already, as process {process.pid}; expected one" in refused
+    failed = command(prepared, tmp_path, code=10)
+    assert f"runs in {tmp_path} already, as process {process.pid}; expected one" in failed
     process.kill()
     killed(process)
     finished(start(tmp_path, epochs=1))

@@ -49,7 +49,7 @@ def test_the_history_is_the_path_of_l2_and_the_least_loss_is_chosen(main_job: Wo
     assert fitted == sorted(fitted, reverse=True)
 
 
-def test_activations_and_split_of_different_data_are_refused(
+def test_activations_and_split_of_different_data_are_errors(
     main_job: Workspace, empty: Workspace
 ) -> None:
     split = main_job.path / "artifacts/split/split.csv"
@@ -229,7 +229,7 @@ def test_the_shipped_params_are_taken() -> None:
 
 
 @pytest.mark.fault("P04")
-def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace) -> None:
+def test_what_cannot_be_trained_is_an_error(main_job: Workspace, empty: Workspace) -> None:
     empty.configure("train", reinitialise=1)
     folder = main_job.path / "artifacts"
     given = ("--activations", str(folder / "embed/activations"))
@@ -247,7 +247,7 @@ def test_what_cannot_be_trained_is_refused(main_job: Workspace, empty: Workspace
 
 
 @pytest.mark.fault("T16")
-def test_options_without_effect_are_refused_before_any_work(empty: Workspace) -> None:
+def test_options_without_effect_are_errors_before_any_work(empty: Workspace) -> None:
     empty.configure("train", epochs=20, mixup="mixup")
     said = empty.run("tlpipe", "check", code=3).stderr
     assert "train.epochs: 20, train.mixup: mixup have no effect: embed.freeze is all, which" in said

@@ -126,7 +126,7 @@ def test_fine_tuning_starts_from_a_head_that_has_not_seen_validation() -> None:
 
 @pytest.mark.fault("T16")
 @pytest.mark.parametrize("chosen", ["batch", "pretrained"])
-def test_statistics_of_layers_that_are_not_there_are_refused(chosen: Any) -> None:
+def test_statistics_of_layers_that_are_not_there_are_errors(chosen: Any) -> None:
     given = tiny.linear_task(torch.ones(2, 3), [0, 1])
     expected = rf"train\.batch_norm is {chosen}; no open stage has a BatchNorm layer"
     with pytest.raises(ParamsError, match=expected):
@@ -140,7 +140,7 @@ def test_statistics_of_layers_that_are_not_there_are_refused(chosen: Any) -> Non
     ("images", "recipe", "count", "least"),
     [(33, Recipe(batch_size=2), 4, "steps of 1"), (5, Recipe(batch_size=4), 3, "steps of 2")],
 )
-def test_steps_without_an_image_for_each_process_are_refused(
+def test_steps_without_an_image_for_each_process_are_errors(
     images: int, recipe: Recipe, count: int, least: str
 ) -> None:
     with pytest.raises(

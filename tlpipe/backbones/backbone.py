@@ -182,7 +182,7 @@ def load_network(backbone: Backbone, weights: Weights, seed: int = 0) -> "nn.Seq
 
 
 def _look_at(name: str) -> Backbone:
-    """Build a network without storage for its weights, and note what it is."""
+    """Build a network without storage for its weights, and record what it is."""
     import torch
 
     from tlpipe.backbones.stages import cut
@@ -276,7 +276,7 @@ def _torchvision_contract(name: str) -> tuple[Preprocessing, Pretrained | None]:
 
 
 def _from_url(url: str) -> Pretrained:
-    """Return weights at an address whose file is called by the beginning of its hash."""
+    """Return weights at an address whose file is named by the beginning of its hash."""
     digest = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
     return Pretrained(url=url, sha256=digest[1] if digest else "")
 

@@ -256,7 +256,7 @@ def _boundary_shape(backbone: Backbone, count: int, views: int) -> tuple[int, ..
 def _check_size(
     backbone: Backbone, images: int, shape: tuple[int, ...] | None, params: Params
 ) -> None:
-    """Say how much will be stored, and refuse more than is allowed."""
+    """Say how much will be stored; more than is allowed is an error."""
     views = 1 + params.views
 
     def gib(kib: float) -> float:

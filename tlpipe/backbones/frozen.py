@@ -153,7 +153,7 @@ def _every_stage(network: "nn.Sequential") -> "nn.Module":
 
 
 def _strip(model: "ModelProto") -> None:
-    """Take out what the exporter notes of its own run: stack traces with paths, module names."""
+    """Strip what the exporter records of its own run: stack traces with paths, module names."""
     graph = model.graph
     noted = [model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info]
     for part in [*noted, *graph.initializer]:

@@ -183,7 +183,7 @@ def read_tensors(path: Path) -> Mapping[str, "Tensor"]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle protocol; what matters is refused
+            warnings.simplefilter("ignore")  # of the pickle protocol; what matters is an error
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         line = " ".join(str(error).split())[:120]

@@ -22,8 +22,8 @@ def part_of(candidate: Candidate, frame: Frame, margin: float) -> Box:
     width, height = frame.upright
     if candidate.avoid is not None:
         boxes = [upright_box(box, candidate.drawn_in, frame) for box in candidate.avoid]
-        refused = [upright_box(box, candidate.drawn_in, frame) for box in candidate.occupied]
-        for box in (*boxes, *refused):
+        rejected = [upright_box(box, candidate.drawn_in, frame) for box in candidate.occupied]
+        for box in (*boxes, *rejected):
             if not _lies_in(box, frame.upright):
                 text = f"the box {_shown(box)} lies outside of {width} x {height} pixels, so what "
                 raise ImageError("no_background", f"{text}it is of may lie anywhere")
@@ -33,7 +33,7 @@ def part_of(candidate: Candidate, frame: Frame, margin: float) -> Box:
             sides = [min(round(candidate.side_px * (1 + 2 * margin)), *frame.upright)]
         if not (sides := [side for side in sides if side >= 1]):
             raise ImageError("no_background", "no box tells how large a square is to be")
-        return _beside([*boxes, *refused], sides, candidate.file, frame.upright)
+        return _beside([*boxes, *rejected], sides, candidate.file, frame.upright)
     assert candidate.box is not None
     box = upright_box(candidate.box, candidate.drawn_in, frame)
     left, upper, right, lower = box

@@ -83,10 +83,10 @@ def size_ticks(least: int, most: int) -> list[int]:
 
 
 def rejects(path: Path, reasons: Mapping[str, int], duplicates: Mapping[str, int]) -> None:
-    """Draw how many files were refused for which reason, and how many images have a twin."""
+    """Draw how many files were rejected for which reason, and how many images have a twin."""
     figure = pictures.new_figure(9, 1.6 + 0.3 * max(len(reasons), 2))
     left, right = figure.subplots(1, 2)
-    _bars(left, reasons, f"Refused: {sum(reasons.values())}")
+    _bars(left, reasons, f"Rejected: {sum(reasons.values())}")
     named = {name.replace("_", " "): count for name, count in duplicates.items()}
     _bars(right, named, "Kept, but equal to another image")
     pictures.save(figure, path)

@@ -55,7 +55,7 @@ class Chunks(Sequence[Array]):
         return picked
 
     def unmap(self) -> None:
-        """Let go of the chunks; they are mapped again when they are read."""
+        """Unmap the chunks; they are mapped again when they are read."""
         self._open.clear()
 
     def intact(self) -> npt.NDArray[np.bool_]:

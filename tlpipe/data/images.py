@@ -208,7 +208,7 @@ def crop_middle(pixels: Pixels, crop_px: int) -> Pixels:
 
 
 def check_aspect(width: float, height: float) -> None:
-    """Refuse a line of pixels, which would grow without bound when its shorter side is resized.
+    """Reject a line of pixels, which would grow without bound when its shorter side is resized.
 
     Raises:
         ImageError: one side is more than ``MAX_ASPECT`` times the other.
@@ -221,7 +221,7 @@ def check_aspect(width: float, height: float) -> None:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header only; refuse by kind and size before anything is decoded."""
+    """Read the header only; reject by kind and size before anything is decoded."""
     if not data:
         raise ImageError("empty", "the file has 0 bytes")
     try:
@@ -314,7 +314,7 @@ def _check_high_bytes(image: Image.Image) -> None:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode the pixels, and refuse what Pillow lets pass.
+    """Decode the pixels, and reject what Pillow lets pass.
 
     Raises:
         ImageError: libtiff has said that they make no sense, or a colour is not in the table.

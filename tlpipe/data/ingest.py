@@ -1,4 +1,4 @@
-"""Stage ``ingest``: read every file of the source once, refuse the bad ones, keep the pixels."""
+"""Stage ``ingest``: read every file of the source once, reject the bad ones, keep the pixels."""
 
 import logging
 import math
@@ -193,15 +193,15 @@ def run(
             measured.check()
         _say_range(measured, sampling, params)
         groups = journal.group(earlier)
-        refused = sorted([*journal.rejects, *source.rejects], key=lambda reject: reject.path)
-        save_rejects(rejects, refused)
+        rejected = sorted([*journal.rejects, *source.rejects], key=lambda reject: reject.path)
+        save_rejects(rejects, rejected)
         usable = journal.labels(groups.keep)
         if isinstance(params.value_range, tuple) and not measured.count:
             entries = journal.entries(groups, data_version)
             if not any(is_deep(entry.mode) for entry in entries):
                 reason = f"no picture of {params.source} has more than 8 bits"
                 check_effect("ingest", params, ("value_range",), reason)
-        _check_usable(source.counts, usable, refused, rejects, params.max_rejected)
+        _check_usable(source.counts, usable, rejected, rejects, params.max_rejected)
         writer = journal.pixels(groups.keep)
         entries = journal.entries(groups, data_version)
         described = _Description()
@@ -217,7 +217,7 @@ def run(
         "decoder": decoder,
         "compared": compared,
         "value_range": sampling.value_range,
-        "rejected": dict(sorted(Counter(reject.reason for reject in refused).items())),
+        "rejected": dict(sorted(Counter(reject.reason for reject in rejected).items())),
         "duplicates": {
             "equal": groups.equal,
             "nearly_equal": groups.nearly_equal,
@@ -230,7 +230,7 @@ def run(
         "%s images in %s classes, %s rejected, %s decoded; %s equal to another one, %s nearly so",
         usable.total(),
         len(usable),
-        len(refused),
+        len(rejected),
         journal.decoded,
         groups.equal,
         groups.nearly_equal,
@@ -305,7 +305,7 @@ def _say_range(measured: Measured, sampling: Sampling, params: Params) -> None:
 
 @contextmanager
 def opened(params: Params) -> Iterator[listing.Source]:
-    """Open the source and list it; what cannot be a data set is refused before any work.
+    """Open the source and list it; what cannot be a data set is an error before any work.
 
     Raises:
         DataError: as ``listing.opened``.
@@ -369,11 +369,11 @@ def _compared() -> str:
 def _check_usable(
     found: Counter[str],
     usable: Counter[str],
-    refused: Sequence[Reject],
+    rejected: Sequence[Reject],
     rejects: Path,
     max_rejected: float,
 ) -> None:
-    constant = [reject for reject in refused if reject.reason == "constant"]
+    constant = [reject for reject in rejected if reject.reason == "constant"]
     if constant and len(constant) >= usable.total():
         path, _, detail = constant[0]
         raise DataError(
@@ -385,32 +385,34 @@ def _check_usable(
             raise DataError(
                 f"the class {label!r} has 0 usable images of {found[label]}; expected at least 3: "
                 f"one each to train, to validate and to test. Add images or take the class out; "
-                f"{rejects} says what was refused."
+                f"{rejects} says what was rejected."
             )
-    check_rejected(refused, usable.total(), max_rejected, f"{rejects} names each")
+    check_rejected(rejected, usable.total(), max_rejected, f"{rejects} names each")
 
 
-def check_rejected(refused: Sequence[Reject], usable: int, max_rejected: float, where: str) -> None:
+def check_rejected(
+    rejected: Sequence[Reject], usable: int, max_rejected: float, where: str
+) -> None:
     """Check that not too large a share of the images was rejected; ``where`` says which.
 
     Raises:
         DataError: more than ``max_rejected``.
     """
     # A square beside the boxes is ours to look for: where there is none, nothing given is lost.
-    refused = [reject for reject in refused if reject.reason != "no_background"]
-    share = len(refused) / max(len(refused) + usable, 1)
+    rejected = [reject for reject in rejected if reject.reason != "no_background"]
+    share = len(rejected) / max(len(rejected) + usable, 1)
     if share > max_rejected:
         raise DataError(
-            f"{len(refused)} of {len(refused) + usable} images were rejected "
-            f"({counted(refused)}), a share of {share:.3f}; ingest.max_rejected is "
-            f"{max_rejected:g}. The first is {refused[0].path!r}: {refused[0].detail}. {where}; "
+            f"{len(rejected)} of {len(rejected) + usable} images were rejected "
+            f"({counted(rejected)}), a share of {share:.3f}; ingest.max_rejected is "
+            f"{max_rejected:g}. The first is {rejected[0].path!r}: {rejected[0].detail}. {where}; "
             f"repair or remove them, or raise ingest.max_rejected."
         )
 
 
-def counted(refused: Iterable[Reject]) -> str:
+def counted(rejected: Iterable[Reject]) -> str:
     """Return how many were rejected for each reason, as text, the most frequent first."""
-    reasons = Counter(reject.reason for reject in refused)
+    reasons = Counter(reject.reason for reject in rejected)
     return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
 
 

@@ -1,4 +1,4 @@
-"""The tables of a data set: which images it has, which files were refused, who is in which split.
+"""The tables of a data set: which images it has, which files were rejected, who is in which split.
 
 The three formats have their ``save`` and ``load`` here. Row *i* of the manifest, of the split
 table and of the pixels is the same image; the order is that of the paths.
@@ -107,7 +107,7 @@ def entry_of(values: Sequence[str]) -> Entry:
 
 
 def save_rejects(path: Path, rejects: Iterable[Reject]) -> None:
-    """Write the table of refused files as CSV."""
+    """Write the table of rejected files as CSV."""
     files.write_csv(path, Reject._fields, rejects)
 
 

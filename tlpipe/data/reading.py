@@ -82,8 +82,8 @@ class FirstPass:
                 _, entry, row = known
                 _, stamp = self._stamps.take(part.name) or ("", "")
                 found.append(Usable(entry, row, self.pixels.thumbnails[row], stamp))
-            elif (refused := self._rejects.take(part.name)) is not None:
-                found.append(refused[1])
+            elif (rejected := self._rejects.take(part.name)) is not None:
+                found.append(rejected[1])
         usable = [outcome for outcome in found if isinstance(outcome, Usable)]
         is_plain = usable and not any(is_deep(outcome.entry.mode) for outcome in usable)
         return found if is_plain and len(found) == len(parts) else None

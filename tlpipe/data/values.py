@@ -18,7 +18,7 @@ _BLOCK = 256  # rows that are converted at a time
 LEVELS = 32  # that a picture's darkest and brightest pixel, of 256, span at least
 UNREADABLE = ("value_range", "constant")  # reasons that another range may do away with
 
-# When a measured range is refused: see Measured.check.
+# When a measured range is an error: see Measured.check.
 _SEEN_VALUES = 65_536  # of a picture, evenly spread
 _ENDS = (0.1, 99.9)  # percentiles of a picture, which a few pixels do not move
 _FEW = 0.05  # share of pictures

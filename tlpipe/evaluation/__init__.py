@@ -1,4 +1,4 @@
-"""What it is worth: the bundle, judged on the test split through the predictor that serves it.
+"""Evaluation: the bundle, measured on the test split through the predictor that serves it.
 
 In: bundle, pixels, split table. Out: the report, every prediction, plots, example images.
 Stage: ``evaluate``.

@@ -1,4 +1,4 @@
-"""Ask a classifier for its answers: on a part of the stored images, on changed ones, on others."""
+"""Predictions of a bundle: on splits of the stored images, corrupted ones, and OOD ones."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress

@@ -1,4 +1,4 @@
-"""What cameras, light and networks do to pictures, to measure how much of it a classifier stands.
+"""Common corruptions of images, to measure robustness: blur, noise, JPEG, brightness.
 
 Source of the idea and of the kinds: Hendrycks and Dietterich (2019), Benchmarking neural network
 robustness to common corruptions and perturbations.

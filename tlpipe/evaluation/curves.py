@@ -1,4 +1,4 @@
-"""What a classifier trades for what: curves from probabilities and true labels. Pure functions."""
+"""Curves from probabilities and true labels: reliability, risk-coverage, ROC, precision-recall."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from tlpipe.resampling import group_numbers
 
 
 class Bin(NamedTuple):
-    """Images whose confidence lies in one bin: how sure the classifier is, and how often right."""
+    """Images whose confidence lies in one bin: their mean confidence and accuracy."""
 
     confidence: float
     accuracy: float
@@ -74,14 +74,15 @@ def threshold_for(
     hits: npt.NDArray[np.bool_],
     groups: Sequence[str],
     error_rate: float,
-    certainty: float,
+    confidence_level: float,
 ) -> float:
     """Return a threshold whose answers are wrong at most so often on other images too.
 
     ``confidence``, ``hits``, ``groups``: (N,), of images that did not train; one of each group
     counts, the first. An image is answered where its confidence is at least the threshold. With
-    probability ``certainty`` over such images its error rate is at most ``error_rate``; ``inf``
-    where no threshold is known to be so good. ``images_needed`` says from how many images on.
+    probability ``confidence_level`` over such images its error rate is at most ``error_rate``;
+    ``inf`` where no threshold is known to be so good. ``images_needed`` says from how many images
+    on.
 
     So many answers may be wrong that more would be likely at the error rate: the binomial bound of
     Geifman and El-Yaniv (2017), Selective classification for deep neural networks. From the most
@@ -96,7 +97,7 @@ def threshold_for(
     curve = coverage(confidence[alone], hits[alone])
     answered = np.rint(curve.coverage * len(alone)).astype(np.int64)
     wrong = answered - np.rint(curve.accuracy * answered).astype(np.int64)
-    allowed = binom.ppf(1 - certainty, np.arange(len(alone) + 1), error_rate) - 1
+    allowed = binom.ppf(1 - confidence_level, np.arange(len(alone) + 1), error_rate) - 1
     sizes = np.flatnonzero(np.diff(allowed, prepend=-1) > 0)
     threshold = math.inf
     for size in [*sizes, len(alone)]:
@@ -108,9 +109,9 @@ def threshold_for(
     return threshold
 
 
-def images_needed(error_rate: float, certainty: float) -> int:
+def images_needed(error_rate: float, confidence_level: float) -> int:
     """Return how many images ``threshold_for`` needs, were all answers right."""
-    return math.ceil(math.log(1 - certainty) / math.log(1 - error_rate))
+    return math.ceil(math.log(1 - confidence_level) / math.log(1 - error_rate))
 
 
 class Ranking(NamedTuple):

@@ -42,7 +42,8 @@ class Params(Section):
         default=0.02,
         gt=0,
         lt=1,
-        description="Share of wrong answers, at most, where unsure ones are not given.",
+        description="Selective prediction: share of wrong answers, at most, above the threshold "
+        "below which the classifier abstains.",
     )
     columns: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
         default=("format",),
@@ -207,10 +208,10 @@ def selective_prediction(
     where there is none. ``images`` counts independent images held out: those of a group are one;
     ``images_needed`` is the least number of them that a threshold can be known from.
     """
-    rate, certainty = params.error_rate, params.confidence
-    sure, hits, place = held_out.confidence, held_out.hits, group_numbers(groups)
-    observed = curves.observed_threshold(curves.coverage(sure, hits), rate)
-    proven = curves.threshold_for(sure, hits, held_out_groups, rate, certainty)
+    rate, confidence_level = params.error_rate, params.confidence
+    confidence, hits, place = held_out.confidence, held_out.hits, group_numbers(groups)
+    observed = curves.observed_threshold(curves.coverage(confidence, hits), rate)
+    proven = curves.threshold_for(confidence, hits, held_out_groups, rate, confidence_level)
 
     def applied(threshold: float) -> dict[str, Any]:
         if math.isinf(threshold):
@@ -219,7 +220,7 @@ def selective_prediction(
         accuracy = None
         if answered.any():
             inside = place[answered]
-            accuracy = share_interval(given.hits[answered], inside, certainty)
+            accuracy = share_interval(given.hits[answered], inside, confidence_level)
         return {
             "threshold": threshold,
             "coverage": float(answered.mean()),
@@ -228,9 +229,9 @@ def selective_prediction(
 
     return {
         "error_rate": rate,
-        "confidence": certainty,
+        "confidence": confidence_level,
         "images": int(group_numbers(held_out_groups).max()) + 1,
-        "images_needed": curves.images_needed(rate, certainty),
+        "images_needed": curves.images_needed(rate, confidence_level),
         **applied(proven),
         "observed": applied(observed),
     }

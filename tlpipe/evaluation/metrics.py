@@ -173,10 +173,10 @@ def calibration_error(
     agree, so the interval also spans what that of the accuracy leaves open: the mean square is at
     least the square of the difference between mean confidence and accuracy.
     """
-    sure = probabilities.max(axis=1).astype(np.float64)
+    confidences = probabilities.max(axis=1).astype(np.float64)
     right = probabilities.argmax(axis=1) == truth
-    gaps, place = sure - right, group_numbers(groups)
-    numbers = calibration_bins(sure, place)
+    gaps, place = confidences - right, group_numbers(groups)
+    numbers = calibration_bins(confidences, place)
     if numbers is None:
         return None
     distinct = int(place.max()) + 1
@@ -197,7 +197,7 @@ def calibration_error(
     low, high = ends(drawn - drawn.mean(), confidence)
     value = math.sqrt(max(square, 0.0))
     accuracy = share_interval(right, place, confidence)
-    mean = float(sure.mean())
+    mean = float(confidences.mean())
     closest = mean - min(max(mean, accuracy["low"]), accuracy["high"])
     furthest = max(abs(mean - accuracy[end]) for end in ("low", "high"))
     down = max(high, (mean - accuracy["value"]) ** 2 - closest**2)
@@ -209,10 +209,10 @@ def calibration_error(
     }
 
 
-def calibration_bins(sure: Weights, place: Labels) -> Labels | None:
+def calibration_bins(confidences: Weights, place: Labels) -> Labels | None:
     """Return the bin of each image (N,): equally many in each, equal confidences together.
 
-    ``sure``: (N,) confidences; ``place``: (N,) number of each image's group, from 0.
+    ``confidences``: (N,) confidences; ``place``: (N,) number of each image's group, from 0.
 
     There are (number of groups)^(2/5) bins, at most ``BINS``: with more, the estimate follows the
     noise, with fewer it misses errors that cancel out within a bin. Where that leaves a bin with
@@ -225,8 +225,8 @@ def calibration_bins(sure: Weights, place: Labels) -> Labels | None:
     """
     groups = int(place.max()) + 1
     for bins in range(min(BINS, int(groups**0.4)), 0, -1):
-        edges = np.quantile(sure, np.arange(1, bins) / bins, method="inverted_cdf")
-        numbers = np.searchsorted(edges, sure, side="left").astype(np.int64)
+        edges = np.quantile(confidences, np.arange(1, bins) / bins, method="inverted_cdf")
+        numbers = np.searchsorted(edges, confidences, side="left").astype(np.int64)
         of_bins = np.bincount(np.unique(numbers * groups + place) // groups)
         if (of_bins != 1).all():  # some have no image, where many confidences are equal
             return numbers

@@ -1,4 +1,4 @@
-"""Draw what people would rather look at than read."""
+"""Plots of the report: confusion, calibration, ROC, coverage, robustness, slices, training."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -143,14 +143,17 @@ def ranking(given: Answers, labels: Sequence[str]) -> "Figure":
 def coverage(
     given: Answers, abstention: Mapping[str, Any], ood: Mapping[str, Any] | None
 ) -> "Figure":
-    """Draw how many answers are right where only the surest are given."""
+    """Draw accuracy over coverage: of only the most confident answers, how many are right."""
     curve = curves.coverage(given.confidence, given.hits)
     figure = pictures.new_figure(5.5, 4.2)
     axes = figure.subplots()
     axes.step(curve.coverage, curve.accuracy, where="post", label="test images")
     axes.axhline(1 - abstention["error_rate"], color="gray", linestyle=":", label="asked for")
-    sure = f"kept with {abstention['confidence']:.0%} confidence"
-    for found, kept in ((abstention, sure), (abstention["observed"], "kept on images held out")):
+    promised = f"kept with {abstention['confidence']:.0%} confidence"
+    for found, kept in (
+        (abstention, promised),
+        (abstention["observed"], "kept on images held out"),
+    ):
         if found["accuracy"]:
             label = f"threshold {_near_one(found['threshold'])}, {kept}"
             axes.plot(found["coverage"], found["accuracy"]["value"], "o", label=label)
@@ -243,13 +246,15 @@ def training(history: Path) -> "Figure":
 
 
 def galleries(folder: Path, squares: Chunks, shown: Sequence[Shown], most: int) -> None:
-    """Show the most confident mistakes, and the answers that are least sure."""
+    """Show the most confident mistakes, and the least confident answers."""
     wrong = [a for a in shown if a.prediction.label != a.entry.label]
     worst = sorted(wrong, key=lambda a: -a.prediction.probability)[:most]
     title = f"Most confident mistakes: {len(worst)} of {len(wrong)}"
     _gallery(folder / "mistakes.png", squares, worst, title)
-    unsure = sorted(shown, key=lambda a: a.prediction.probability)[:most]
-    _gallery(folder / "unsure.png", squares, unsure, f"The {len(unsure)} least sure answers")
+    least = sorted(shown, key=lambda a: a.prediction.probability)[:most]
+    _gallery(
+        folder / "least_confident.png", squares, least, f"The {len(least)} least confident answers"
+    )
 
 
 def _gallery(path: Path, squares: Chunks, shown: Sequence[Shown], title: str) -> None:

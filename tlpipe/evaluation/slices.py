@@ -1,4 +1,4 @@
-"""How right a classifier is on parts of the test images: by file, by size, by light, by twins."""
+"""Accuracy on slices of the test images: by column, file size, brightness, near duplicates."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

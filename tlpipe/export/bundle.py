@@ -106,7 +106,7 @@ def save(
     preprocessing: Preprocessing,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write a bundle whole or not at all; ``graphs``: ONNX files by their names in ``GRAPHS``."""
+    """Write a bundle atomically; ``graphs``: ONNX files by their names in ``GRAPHS``."""
     contents = {
         **{GRAPHS[name]: content for name, content in graphs.items()},
         LABELS: files.json_bytes(list(labels)),

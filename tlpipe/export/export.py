@@ -63,7 +63,7 @@ class Params(Section):
         description="Training images that set the ranges of int8; four times as many fit its "
         "last layer, at most.",
     )
-    accuracy_loss: float = Field(
+    max_accuracy_drop: float = Field(
         default=0.01, ge=0, lt=1, description="Of a lower precision, on validation, at most."
     )
 
@@ -72,7 +72,7 @@ class Params(Section):
         if "int8" not in self.precisions:
             of_int8 = ("calibration_images",) if "fp16" not in self.precisions else ()
             reason = f"export.precisions is {list(self.precisions)}"
-            none = () if self.precisions else ("accuracy_loss",)
+            none = () if self.precisions else ("max_accuracy_drop",)
             check_effect("export", self, (*of_int8, *none), reason)
         return self
 
@@ -195,11 +195,11 @@ def _lower_precisions(
             held.labels,
             images.groups,
             size=(len(content) - head) / (len(exact) - head),
-            loss=params.accuracy_loss,
+            max_drop=params.max_accuracy_drop,
         )
         checks[name] = asdict(verdict)
-        if verdict.refused:
-            _log.warning("%s does not ship: %s", name, verdict.refused)
+        if verdict.reason:
+            _log.warning("%s does not ship: %s", name, verdict.reason)
         else:
             _log.info("%s ships: %s", name, verdict)
             shipped[name] = content

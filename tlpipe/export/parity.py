@@ -18,7 +18,7 @@ from tlpipe.export.bundle import IMAGES, LOGITS
 from tlpipe.export.graph import last_layer
 from tlpipe.progress import track
 from tlpipe.runtime import open_session
-from tlpipe.training.classifier import whole
+from tlpipe.training.classifier import full_network
 from tlpipe.training.model import Model
 
 _BATCH = 4
@@ -47,7 +47,7 @@ def in_torch(model: Model, backbone: Backbone, weights: Weights) -> Compute:
     import torch
 
     torch.set_num_threads(model.card.origin.threads)
-    network = whole(backbone, weights, model)
+    network = full_network(backbone, weights, model)
 
     def compute(images: Pixels) -> Logits:
         with torch.inference_mode():
@@ -130,7 +130,7 @@ def compare(trained: Logits, exported: Logits) -> Parity:
 
 
 def check(parity: Parity, tolerance: float, what: str = "the exported graph") -> None:
-    """Refuse a graph that differs.
+    """Raise an error for a graph that differs.
 
     ``tolerance``: largest difference of a logit, for logits whose spread is 1 or less; larger ones
     may differ by as much of their spread, since rounding errors grow with them.
@@ -139,7 +139,7 @@ def check(parity: Parity, tolerance: float, what: str = "the exported graph") ->
         ParityError: a logit differs by more, or a top label differs.
     """
     allowed = tolerance * _scale(parity.logit_spread)
-    # Written so that a NaN is refused too.
+    # Written so that a NaN is an error too.
     if not (parity.max_difference <= allowed and parity.same_top1 == parity.images):
         raise ParityError(
             f"{what} differs from the trained model: logits, which spread by "

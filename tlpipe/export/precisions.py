@@ -29,15 +29,15 @@ class Verdict:
         accuracy_change: with its interval.
         agreement: share of images with the same answer, with its interval.
         size: share of fp32's bytes, the last layer left out of both.
-        refused: why it does not ship, or empty.
-        can_tell: whether a change below the bound is ruled out at 95 %; a graph that is not refused
+        reason: why it does not ship, or empty.
+        can_tell: whether a change below the bound is ruled out at 95 %; a graph that is good enough
             ships without that, as no more than some 400 images rule out one per cent.
     """
 
     accuracy_change: dict[str, Any]
     agreement: dict[str, Any]
     size: float
-    refused: str
+    reason: str
     can_tell: bool
 
     def __str__(self) -> str:
@@ -74,12 +74,12 @@ def judge(
     groups: Sequence[str],
     *,
     size: float,
-    loss: float,
+    max_drop: float,
 ) -> Verdict:
     """Compare the answers of two graphs (N, C) for the same held-out images.
 
     ``groups``: (N,) names of images that belong together, or empty ones; ``size``: as in
-    ``Verdict``; ``loss``: of accuracy, the most.
+    ``Verdict``; ``max_drop``: of accuracy.
 
     Processors differ in the last bits of logits, and where they do, an image that lies between two
     classes may count on one and not on the other. So that this does not decide what ships, an
@@ -93,10 +93,10 @@ def judge(
     reasons = []
     if not np.isfinite(other).all():
         reasons.append("its logits are not finite")
-    if change["value"] < -loss:
+    if change["value"] < -max_drop:
         reasons.append(
             f"its accuracy on {len(truth)} held-out images differs by {change['value']:+.4f} "
-            f"({change['low']:+.4f} to {change['high']:+.4f}), expected at least {-loss:+g}"
+            f"({change['low']:+.4f} to {change['high']:+.4f}), expected at least {-max_drop:+g}"
         )
     if size > MOST_BYTES[name]:
         reasons.append(
@@ -105,7 +105,7 @@ def judge(
         )
     # Accuracy cannot change by more than the share of answers that changed.
     least = max(change["low"], same["low"] - 1)
-    return Verdict(change, same, size, "; ".join(reasons), can_tell=least >= -loss)
+    return Verdict(change, same, size, "; ".join(reasons), can_tell=least >= -max_drop)
 
 
 def hits(logits: Logits, truth: Labels, tie: float) -> npt.NDArray[np.float64]:

@@ -141,17 +141,17 @@ def _copies(found: Mapping[str, Any]) -> str:
 
 def _abstention(found: Mapping[str, Any]) -> str:
     """Say below which probability answers should be left to people, or why none is known."""
-    rate, certainty = f"{found['error_rate']:.1%}", f"{found['confidence']:.0%}"
+    rate, confidence_level = f"{found['error_rate']:.1%}", f"{found['confidence']:.0%}"
     if found["threshold"] is not None:
         return (
             f"Answers below a probability of {found['threshold']:.3f} should be left to people: "
-            f"above it at most {rate} are wrong, with {certainty} confidence. "
+            f"above it at most {rate} are wrong, with {confidence_level} confidence. "
             f"{_answered(found)}"
         )
     text = (
         f"No probability is known above which at most {rate} of answers are wrong "
-        f"({certainty} confidence): of {found['images']} independent images held out too many "
-        f"are wrong, or they are too few ({found['images_needed']} at least)."
+        f"({confidence_level} confidence): of {found['images']} independent images held out too "
+        f"many are wrong, or they are too few ({found['images_needed']} at least)."
     )
     observed = found["observed"]
     if observed["threshold"] is None:

@@ -171,7 +171,7 @@ class Measured:
     split: Path
 
     def check(self, bundle: Bundle) -> None:
-        """Check that these are the images that the bundle was made with, parted as then.
+        """Check that these are the images that the bundle was made with, split as then.
 
         Raises:
             GateError: they are others, so nothing can be said.
@@ -519,12 +519,12 @@ def _seen_by(
     }
     if not wanted:
         return
-    writer, places, refused = packed.Writer(folder, theirs), dict[bytes, int](), set[bytes]()
+    writer, places, unreadable = packed.Writer(folder, theirs), dict[bytes, int](), set[bytes]()
     try:
         for outcome in ingest.some(source, theirs, wanted.keys()):
             if isinstance(outcome, Reject):
                 if outcome.reason in UNREADABLE:
-                    refused.add(wanted[outcome.path])
+                    unreadable.add(wanted[outcome.path])
                 continue
             key = outcome.entry.key
             if key == wanted[outcome.entry.path] and key not in places:
@@ -538,7 +538,7 @@ def _seen_by(
     finally:
         writer.close()
     writer.finish(decoder="", data_sha256="", data_version="")
-    _check_all_there(wanted, {*places, *refused}, source, theirs)
+    _check_all_there(wanted, {*places, *unreadable}, source, theirs)
     which = [i for i, entry in enumerate(part.entries) if wanted.get(entry.path) in places]
     if which:
         rows = [places[part.entries[i].key] for i in which]

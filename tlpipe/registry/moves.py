@@ -391,7 +391,7 @@ def _born(client: "MlflowClient", name: str) -> str:
 def _append(
     client: "MlflowClient", name: str, to: Seen, *, after: Move | None, kind: str, why: str
 ) -> tuple[str, str]:
-    """Write an entry, whole or not at all; return its token and number.
+    """Write an entry atomically; return its token and number.
 
     Raises:
         RegistryError: the model was made again since the version was looked at.

@@ -59,7 +59,7 @@ def promote(
 ) -> Move:
     """Compare a version, by its number or alias, with the champion, and put it in production.
 
-    ``force``: why it is to go there although the gate refuses it, for the record. ``show`` gets the
+    ``force``: why it is to go there although the gate fails, for the record. ``show`` gets the
     decision once it is made.
 
     Raises:
@@ -238,8 +238,8 @@ def _record(
 ) -> None:
     """Write the decision to the tags of the version and, with every number, to its run."""
     verdict = decision.verdict
-    refused = "refused" if verdict == "fails" else verdict
-    outcome = "passed" if verdict == "holds" else f"forced: {force}" if force else refused
+    failed = "failed" if verdict == "fails" else verdict
+    outcome = "passed" if verdict == "holds" else f"forced: {force}" if force else failed
     now = datetime.now(UTC)
     who = {"at": now.isoformat(), "by": user(), "outcome": outcome}
     assert version.run_id is not None  # its bundle came from there

@@ -330,7 +330,7 @@ def _scratch_folder() -> Path:
 
 
 def check_no_archives(storage: Storage, address: str) -> None:
-    """Refuse a source that holds archives in place of class folders.
+    """Raise an error for a source that holds archives in place of class folders.
 
     Raises:
         DataError: it holds no folder, and archives on top.

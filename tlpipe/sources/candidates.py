@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """One refused file or part: ``reason`` is a code, ``detail`` a sentence."""
+    """One rejected file or part: ``reason`` is a code, ``detail`` a sentence."""
 
     path: str
     reason: str

@@ -339,7 +339,7 @@ def _by_name(
 
 
 def _check_no_other_labels(others: Mapping[str, str], address: str) -> None:
-    """Refuse files that may hold other labels than the names of folders: nobody has said which.
+    """Raise an error for files that may hold other labels than the names of folders.
 
     Raises:
         DataError: there is one.

@@ -20,7 +20,7 @@ class Photo:
     Attributes:
         size: width and height of the picture that boxes were drawn in, where they are stated.
         labels: name, label and box of each annotation; without a box it is of the whole photo.
-        occupied: the boxes of annotations that are refused; None for one that cannot be told.
+        occupied: the boxes of annotations that are rejected; None for one that cannot be told.
     """
 
     file: str
@@ -30,7 +30,7 @@ class Photo:
     occupied: list[Edges | None] = field(default_factory=list)
 
     def occupy(self, region: Callable[[], Edges | None]) -> None:
-        """Add the box of a refused annotation, which ``region`` reads."""
+        """Add the box of a rejected annotation, which ``region`` reads."""
         try:
             self.occupied.append(region())
         except UNUSABLE:
@@ -42,12 +42,12 @@ def candidates(
 ) -> list[Candidate]:
     """Return the boxes of photos as candidates, and a photo whose label is of the whole of it.
 
-    ``background``: the label of a square in each photo, which touches no stated box, be it one
-    that is refused. Where the region of an annotation is not known, or is the whole photo, there is
-    none. It has the side of one of the photo's own boxes, since the class could be told by its
-    sharpness otherwise; in a photo without boxes, of a box of the photo that follows it by the hash
-    of names, which others that come or go seldom change. That side is in pixels of the picture that
-    the other box was drawn in: whether its file is larger or smaller is not known before it is
+    ``background``: the label of a square in each photo, which touches no stated box, be it
+    one that is rejected. Where the region of an annotation is not known, or is the whole photo,
+    there is none. It has the side of one of the photo's own boxes, since the class could be told by
+    its sharpness otherwise; in a photo without boxes, of a box of the photo that follows it by the
+    hash of names, which others that come or go seldom change. That side is in pixels of the picture
+    that the other box was drawn in: whether its file is larger or smaller is not known before it is
     read.
     """
     found: list[Candidate] = []
@@ -100,7 +100,7 @@ def _has_room(photo: Photo, background: str, rejects: list[Reject]) -> bool:
 
 
 def _refused(photo: Photo, sound: list[tuple[str, str, Edges]]) -> tuple[Edges, ...]:
-    """Return the boxes of refused annotations, with edges in order."""
+    """Return the boxes of rejected annotations, with edges in order."""
     taken = {box for _, _, box in sound}
     boxes = [*(box for _, _, box in photo.labels), *photo.occupied]
     return tuple(

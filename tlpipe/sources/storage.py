@@ -55,7 +55,7 @@ class Storage(Protocol):
         """Return what changes when a file does, found without reading it; or nothing."""
 
     def close(self) -> None:
-        """Let go of everything; refuse if what was read has changed meanwhile."""
+        """Close everything; raise an error if what was read has changed meanwhile."""
 
 
 class Listed:
@@ -262,7 +262,7 @@ class Folder:
 
 
 def check_inside(name: str) -> None:
-    """Refuse a name that leads out of where it is looked for.
+    """Raise an error for a name that leads out of where it is looked for.
 
     Raises:
         ImageError: it is absolute or goes upwards.
@@ -273,7 +273,7 @@ def check_inside(name: str) -> None:
 
 
 def check_size(file_bytes: int) -> None:
-    """Refuse a file that is no image any more, before it is read.
+    """Raise an error for a file that is no image any more, before it is read.
 
     Raises:
         ImageError: it has more than ``MAX_FILE_BYTES``.
@@ -284,7 +284,7 @@ def check_size(file_bytes: int) -> None:
 
 
 def check_collisions(where: str, names: Collection[str]) -> None:
-    """Refuse names that some file systems hold equal.
+    """Raise an error for names that some file systems hold equal.
 
     Raises:
         DataError: two names have the same normal form.

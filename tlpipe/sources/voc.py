@@ -69,15 +69,15 @@ def parse(data: bytes) -> ElementTree.Element:
         ValueError: it is no XML, or declares a document type.
     """
 
-    def refuse(*_: object) -> None:
+    def forbid(*_: object) -> None:
         raise ValueError("the XML has a document type, which may hold entities; expected none")
 
     builder = ElementTree.TreeBuilder()
     try:
         # By the parser itself, since bytes mean other characters in other encodings.
         parser = expat.ParserCreate()
-        parser.StartDoctypeDeclHandler = refuse
-        parser.EntityDeclHandler = refuse
+        parser.StartDoctypeDeclHandler = forbid
+        parser.EntityDeclHandler = forbid
         parser.StartElementHandler = builder.start
         parser.EndElementHandler = builder.end
         parser.CharacterDataHandler = builder.data

@@ -160,7 +160,7 @@ def restore(backbone: Backbone, weights: Weights, model: Model) -> Classifier:
     return Classifier(stages, layers).eval()
 
 
-def whole(backbone: Backbone, weights: Weights, model: Model) -> nn.Module:
+def full_network(backbone: Backbone, weights: Weights, model: Model) -> nn.Module:
     """Return frozen and trained stages together: from images (N, H, W, 3) uint8 RGB to logits."""
     network = from_pixels(load_network(backbone, weights), backbone.preprocessing)
     frozen = list(network)[: 1 + backbone.position(model.card.origin.boundary)]

@@ -80,7 +80,7 @@ class Learned:
 
 
 def save(folder: Path, model: Model, held_out: HeldOut) -> None:
-    """Write the model and its held-out predictions whole or not at all."""
+    """Write the model and its held-out predictions atomically."""
     from safetensors.numpy import save as to_bytes
 
     tensors = {_STAGES + name: np.asarray(t, order="C") for name, t in model.stages.items()}

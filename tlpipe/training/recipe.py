@@ -1,4 +1,4 @@
-"""How a classifier is trained: what users may set, and what is good where they do not."""
+"""Hyperparameters of training, and their defaults."""
 
 from typing import Annotated, Literal
 

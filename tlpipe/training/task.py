@@ -1,4 +1,4 @@
-"""What is trained, on what and where; and how right it is by now."""
+"""The training task (classifier, data, device), and its metrics on a split."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

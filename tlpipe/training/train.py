@@ -98,8 +98,8 @@ def check_open(data: Dataset, params: Recipe) -> None:
     """Check that every option that is set can have its effect on what is open.
 
     Raises:
-        ParamsError: an option has none, frozen weights are to be drawn anew, parts of what is no
-            image mixed, or a batch is larger than the data.
+        ParamsError: an option has none, frozen weights are to be re-initialised, parts of what is
+            no image mixed, or a batch is larger than the data.
     """
     origin = data.activations.origin
     check_effects(params, origin.freeze, data.open_stages)
@@ -126,7 +126,7 @@ def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
     stage.
 
     Raises:
-        ParamsError: one is, or frozen weights are to be drawn anew.
+        ParamsError: one is, or frozen weights are to be re-initialised.
     """
     if params.reinitialise > open_stages:
         raise ParamsError(
