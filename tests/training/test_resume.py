@@ -108,7 +108,7 @@ def behind_the_model() -> None:
     die_at(models, "save", 1)
 
 
-# Where a training is killed, and from where the next one goes on. An epoch has five steps, and a
+# Where a training is killed, and from where the next one resumes. An epoch has five steps, and a
 # checkpoint is saved after each of them and behind each epoch.
 KILLS: list[tuple[Kill, str]] = [
     (after_a_step, "epoch 1, step 3"),  # the third one is lost
@@ -168,7 +168,7 @@ def test_a_killed_training_ends_in_the_same_bytes(
     said = (disturbed / "log.txt").read_text()
     resumed = re.findall(r"resumed from the checkpoint at (epoch \d, step \d)", said)
     assert resumed == [place for _, place in KILLS]
-    assert "going on" not in (undisturbed / "log.txt").read_text()
+    assert "resumed" not in (undisturbed / "log.txt").read_text()
 
 
 @pytest.mark.fault("T06")
@@ -248,7 +248,7 @@ def test_who_is_asked_to_stop_says_how_to_go_on_and_does(
             *_, last = process.stderr
         assert process.returncode == 130
         assert "stopped in epoch" in last
-        assert last.endswith("everything is kept. Run 'dvc repro' to go on.\n")
+        assert last.endswith("everything is kept. Run 'dvc repro' to resume.\n")
         assert not (tmp_path / "out" / "model").exists()
 
     stop_by(signal.SIGINT, "epoch 0 of 500: validation loss")

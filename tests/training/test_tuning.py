@@ -1,4 +1,4 @@
-"""What training starts from: statistics of BatchNorm, and stages that are drawn anew."""
+"""What training starts from: BatchNorm statistics, and stages that are re-initialised."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,6 +1,6 @@
-"""Other ways to compute BatchNorm layers, under the same names of tensors.
+"""BatchNorm layers computed otherwise, under the same names of tensors.
 
-``synchronise``: over the batches of several processes. ``fold``: where statistics are kept, a
+``synchronise``: over the batches of several processes. ``fold``: with pretrained statistics, a
 normalisation behind a convolution is a scale of its weights, and need not be computed on images.
 """
 
@@ -30,7 +30,7 @@ def synchronise(module: nn.Module, device: torch.device) -> None:
 
 
 def fold(module: nn.Module, inputs: Tensor) -> int:
-    """Fold BatchNorm layers whose statistics are kept into the convolutions before them.
+    """Fold BatchNorm layers with pretrained statistics into the convolutions before them.
 
     TensorFlow's padding has its odd row at the end, torch's at the beginning; so networks that came
     from there pad in a step of its own, which costs as much as the convolution. Where a network
@@ -146,7 +146,7 @@ class _FoldedNorm(ReplacedNorm):
 
 
 class _FoldedConvolution(nn.Module):
-    """A convolution that also normalises, by kept statistics."""
+    """A convolution that also normalises, with pretrained statistics."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None

@@ -63,7 +63,7 @@ class Checkpoints:
             raise TrainingError(
                 f"the checkpoint {tensors} cannot be written: {error}. The one before it is "
                 f"intact: "
-                f"make room, then run 'dvc repro' to go on from there."
+                f"make room, then run 'dvc repro' to resume from there."
             ) from None
         for old in numbers[_KEPT - 1 :]:
             for suffix in (".json", ".safetensors"):

@@ -59,7 +59,7 @@ class Classifier(nn.Module):
             layer.bias.copy_(torch.from_numpy(head.bias))
 
     def adapt(self, inputs: Iterable[Tensor]) -> float:
-        """Estimate the statistics of BatchNorm layers anew, and train by those of batches.
+        """Estimate the BatchNorm statistics anew, and train with batch statistics.
 
         Returns: by how much the logarithms of standard deviations differ from those before, on
         average over channels and layers.

@@ -1,7 +1,7 @@
 """Fine-tuning, step by step, in plain torch.
 
 What is drawn depends on the seed, the epoch and the step alone, so that a training that was stopped
-goes on as if it had not been.
+resumes as if it had not been.
 """
 
 import copy
@@ -72,7 +72,7 @@ def fine_tune(
     ``checkpoints``: to resume from, or None; ``record``: is given all epochs so far after each.
 
     Raises:
-        Interrupted: somebody asked to stop; the next call goes on from there.
+        Interrupted: somebody asked to stop; the next call resumes from there.
         TrainingError: a loss is not finite, or a checkpoint cannot be written.
     """
     with stop_requests() as stop:
@@ -198,14 +198,14 @@ class Training:
                     self._save()
                     raise Interrupted(
                         f"stopped in epoch {state.epoch + 1} of {recipe.epochs} after step "
-                        f"{state.step} of {steps}; everything is kept. Run 'dvc repro' to go on."
+                        f"{state.step} of {steps}; everything is kept. Run 'dvc repro' to resume."
                     )
                 if time.monotonic() - saved > 60 * recipe.checkpoint_minutes:
                     self._save()
                     saved = time.monotonic()
 
     def set_learning_rates(self, factor: float) -> None:
-        """Let every part learn at this share of its peak learning rate."""
+        """Set every learning rate to this share of its peak."""
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
@@ -219,7 +219,7 @@ class Training:
             group["lr"] = group["peak_lr"] * factor
 
     def end_epoch(self) -> None:
-        """Measure, keep the best, save."""
+        """Evaluate, keep the best weights, save a checkpoint."""
         state = self.state
         train_loss = state.loss_sum / state.images
         state.epoch, state.step, state.loss_sum, state.images = state.epoch + 1, 0, 0.0, 0

@@ -62,7 +62,8 @@ class Recipe(Section):
     )
     batch_norm: Literal["auto", "pretrained", "batch"] = Field(
         default="auto",
-        description="Statistics of open BatchNorm layers: kept, of batches, or as images differ.",
+        description="Statistics of open BatchNorm layers: pretrained, of batches, or, with auto, "
+        "whichever suits how far the images differ from those of pretraining.",
     )
     warmup: float = Field(
         default=0.1,

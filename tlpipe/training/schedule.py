@@ -28,7 +28,7 @@ def default_learning_rates(*, is_token_normalised: bool, optimiser: str) -> Lear
 
 
 def lr_factor(step: int, steps: int, warmup: float, opened: int = 0) -> float:
-    """Return the share of its peak learning rate that a part has at a step.
+    """Return the factor on a part's peak learning rate at a step: warm-up, then cosine decay.
 
     Half a cosine from 1 to 0 behind the warm-up, times a linear rise from the step at which the
     part was opened: the first updates of an optimiser without statistics are of full size.

@@ -56,7 +56,7 @@ def run(
         ArtifactError: activations and split table are of different data.
         ParamsError: more is asked for than is open, or an option can have no effect.
         TrainingError: another training runs in this folder, or this one cannot go on.
-        Interrupted: somebody asked to stop; the same command goes on from there.
+        Interrupted: somebody asked to stop; the same command resumes from there.
     """
     data = datasets.load(activations, split)
     check_open(data, params)

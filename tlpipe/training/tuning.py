@@ -29,7 +29,7 @@ from tlpipe.training.recipe import Recipe
 from tlpipe.training.task import Task, autocast, predict
 
 _log = logging.getLogger(__name__)
-# All code that has a part in the weights: a training goes on only where it is what it was.
+# All code that has a part in the weights: a training resumes only where it is what it was.
 _CODE = (
     "tlpipe.data.chunks",
     "tlpipe.data.folds",
@@ -66,7 +66,7 @@ def tune(
     ``record`` is given the start and every epoch so far, after each.
 
     Raises:
-        Interrupted: somebody asked to stop; the next call goes on from there.
+        Interrupted: somebody asked to stop; the next call resumes from there.
         TrainingError: training cannot go on.
     """
     with signals.out_of_memory_explained(recipe), distributed.process_group() as (rank, count):
@@ -184,7 +184,7 @@ def _feed(data: Dataset, pixels: Path, device: torch.device) -> Feed:
 
 
 def choose_batch_stats(classifier: Classifier, feed: Feed, train: Examples, recipe: Recipe) -> None:
-    """Settle whether open BatchNorm layers keep their statistics or go by those of batches.
+    """Choose pretrained or batch statistics for the open BatchNorm layers.
 
     Pretrained statistics misjudge images of another kind; those of few images are worse than those
     of a million, where the images are alike. So they are estimated anew over the training images,
