@@ -90,13 +90,13 @@ def test_groups_that_always_disagree_count_no_more_than_their_images() -> None:
 
 @pytest.mark.parametrize("groups", [4, 12, 60])
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
-@pytest.mark.parametrize("likeness", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("correlation", [0.1, 0.5, 0.9])
 def test_intervals_of_grouped_images_hold_the_truth_as_often_as_they_say(
-    groups: int, share: float, likeness: float
+    groups: int, share: float, correlation: float
 ) -> None:
     """Groups of one to nine images, whose shares are beta distributed with that correlation."""
     random = np.random.default_rng(0)
-    spread = (1 - likeness) / likeness
+    spread = (1 - correlation) / correlation
     held, times = 0, 400
     for _ in range(times):
         place = np.repeat(np.arange(groups), random.integers(1, 10, groups))

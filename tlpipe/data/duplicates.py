@@ -26,9 +26,9 @@ Rows = npt.NDArray[np.int32]
 Keys = npt.NDArray[np.uint64]
 
 # Measured on 2,000 photographs with planted copies (tests/data/test_duplicates.py): copies that
-# lose up to 6 % of each side lie within 0.36, in the lowest frequencies within 0.22; their likeness
-# is at least 0.97 already in a coarse look. Of 5,000 handwritten digits, all alike, a handful of
-# pairs passes both likenesses.
+# lose up to 6 % of each side lie within 0.36, in the lowest frequencies within 0.22; their
+# similarity is at least 0.97 already in a coarse look. Of 5,000 handwritten digits, all alike, a
+# handful of pairs passes both similarities.
 _RADIUS, _LOW_RADIUS = 0.38, 0.28
 _LIKE_AREAS, _LIKE_CONTOURS, _MAYBE = 0.98, 0.96, 0.96
 _FREQUENCIES, _LOWEST = 6, 8
@@ -292,20 +292,20 @@ def _are_same(thumbnails: Thumbnails, pairs: Rows) -> Flags:
     mirrored = pairs[:, 2] == 1
     others[mirrored] = others[mirrored][:, :, ::-1]
     same = np.zeros(len(pairs), dtype=bool)
-    coarse, _ = likeness(_shrink(images, 2), _shrink(others, 2), levels=((16, 3),))
+    coarse, _ = similarity(_shrink(images, 2), _shrink(others, 2), levels=((16, 3),))
     maybe = np.flatnonzero(coarse > _MAYBE)
     if len(maybe) == 0:
         return same
-    areas, contours = likeness(images[maybe], others[maybe])
+    areas, contours = similarity(images[maybe], others[maybe])
     same[maybe] = (areas > _LIKE_AREAS) & (contours > _LIKE_CONTOURS)
     # A part is found in the whole more surely than the other way round.
     if len(maybe := maybe[~same[maybe] & (areas > _MAYBE)]):
-        areas, contours = likeness(others[maybe], images[maybe])
+        areas, contours = similarity(others[maybe], images[maybe])
         same[maybe] = (areas > _LIKE_AREAS) & (contours > _LIKE_CONTOURS)
     return same
 
 
-def likeness(
+def similarity(
     images: Floats, others: Floats, levels: tuple[tuple[int, int], ...] = ((16, 4), (32, 4))
 ) -> tuple[Floats, Floats]:
     """Align each other image to its image by stretch and shift; return how alike they are then.

@@ -43,12 +43,12 @@ _BLOCK = 512
 class Pair:
     """A held-out image and the training image that is most like it, by their rows.
 
-    ``likeness``: the lesser of the correlations of gray levels and of contours after alignment.
+    ``similarity``: the lesser of the correlations of gray levels and of contours after alignment.
     """
 
     row: int
     other: int
-    likeness: float
+    similarity: float
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Found:
     """What was found in a sample.
 
     ``pairs``: of each held-out split, one for each image looked at, the most alike first;
-    ``threshold``: the likeness from which on a pair counts as copies of one original.
+    ``threshold``: the similarity from which on a pair counts as copies of one original.
     """
 
     pairs: dict[str, list[Pair]]
@@ -65,7 +65,7 @@ class Found:
 
     def copies(self, split: str) -> list[Pair]:
         """Return the pairs of a held-out split that count as copies."""
-        return [pair for pair in self.pairs[split] if pair.likeness >= self.threshold]
+        return [pair for pair in self.pairs[split] if pair.similarity >= self.threshold]
 
     def is_above_clean(self, split: str) -> bool:
         """Return whether more images have a copy in train than in clean sets, beyond chance."""
@@ -86,7 +86,7 @@ class Found:
                     {
                         "path": assignments[pair.row].path,
                         "train": assignments[pair.other].path,
-                        "likeness": round(pair.likeness, 4),
+                        "similarity": round(pair.similarity, 4),
                     }
                     for pair in copies[:examples]
                 ],
@@ -130,7 +130,7 @@ def find(thumbnails: Thumbnails, assignments: Sequence[Assignment]) -> Found:
     pairs, start = {}, 0
     for split, some in held.items():
         mine = best[start : start + len(some)]
-        pairs[split] = sorted(mine, key=lambda pair: (-pair.likeness, pair.row))
+        pairs[split] = sorted(mine, key=lambda pair: (-pair.similarity, pair.row))
         start += len(some)
     return Found(pairs, max(_LEAST, 1 - (1 - usual) * (1 - _GAP)), len(trains))
 
@@ -177,7 +177,7 @@ def _structured(thumbnails: Thumbnails, rows: Sequence[int]) -> Rows:
 def _nearest(
     thumbnails: Thumbnails, assignments: Sequence[Assignment], asked: Rows, trains: Rows
 ) -> tuple[list[Pair], list[float]]:
-    """Return the best training image of each one asked, and the best likeness to other classes."""
+    """Return the best training image for each one asked, and the similarity to other classes."""
     labels, others = (
         np.array([assignments[row].label for row in rows]) for rows in (asked, trains)
     )
@@ -186,18 +186,18 @@ def _nearest(
     results = []
     for table, count in ((correlations, _CANDIDATES), (strangers, _STRANGERS)):
         columns = np.argsort(-table, axis=1, kind="stable")[:, :count]
-        likeness = np.zeros(columns.shape, np.float32)
+        similarity = np.zeros(columns.shape, np.float32)
         places = np.argwhere(np.take_along_axis(table, columns, axis=1) > -2)
         for start in range(0, len(places), _BLOCK):
             i, k = places[start : start + _BLOCK].T
             column = columns[i, k]
             templates, images = thumbnails[asked[i]], thumbnails[trains[column]]
-            likeness[i, k] = _likeness(templates, images, _linear_maps(shifts[i, column]))
-        results.append((columns, likeness))
-    (columns, likeness), (_, of_strangers) = results
-    best = likeness.argmax(axis=1)
+            similarity[i, k] = _similarity(templates, images, _linear_maps(shifts[i, column]))
+        results.append((columns, similarity))
+    (columns, similarity), (_, of_strangers) = results
+    best = similarity.argmax(axis=1)
     pairs = [
-        Pair(int(row), int(trains[columns[i, best[i]]]), float(likeness[i, best[i]]))
+        Pair(int(row), int(trains[columns[i, best[i]]]), float(similarity[i, best[i]]))
         for i, row in enumerate(asked)
     ]
     return pairs, of_strangers.max(axis=1).tolist()
@@ -249,7 +249,7 @@ def _linear_maps(shifts: npt.NDArray[np.int16]) -> Floats:
     return maps.transpose(2, 0, 1)
 
 
-def _likeness(templates: Thumbnails, images: Thumbnails, maps: Floats) -> Floats:
+def _similarity(templates: Thumbnails, images: Thumbnails, maps: Floats) -> Floats:
     """Align each image to its template by an affine map; return how alike they are then.
 
     ``templates``, ``images``: (P, 64, 64) gray; ``maps``: (P, 2, 2) linear parts to start from.
@@ -295,14 +295,14 @@ def _likeness(templates: Thumbnails, images: Thumbnails, maps: Floats) -> Floats
     contours = [
         _contours(part.reshape(square)).reshape(len(part), -1) for part in (template, warped)
     ]
-    likeness = np.minimum(
+    similarity = np.minimum(
         _correlation(template, warped, overlap),
         _correlation(contours[0], contours[1], inner.reshape(overlap.shape)),
     )
     stretches = np.linalg.svd(affine[:, :, :2], compute_uv=False)
     is_copy = (stretches[:, 1] > _LEAST_STRETCH) & (stretches[:, 0] < _MOST_STRETCH)
     is_copy &= overlap.sum(axis=1) > _LEAST_OVERLAP * disk.sum()
-    return np.where(is_copy, likeness, 0).astype(np.float32)
+    return np.where(is_copy, similarity, 0).astype(np.float32)
 
 
 def _shrink(images: Thumbnails, size: int) -> Floats:

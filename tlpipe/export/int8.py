@@ -200,11 +200,9 @@ def corrected(weight: Single, bias: Single, exact: Single, seen: Single) -> tupl
     spread = np.maximum(spread, _FLOOR * np.sqrt((spread**2).mean()) or 1.0)
     standard = (taken - mean) / spread
     missing = (exact.astype(np.float64) - taken) @ old.T
-    likeness = standard @ standard.T
-    ridge = _RIDGE * np.trace(likeness) / len(likeness)
-    shares = np.linalg.solve(
-        likeness + ridge * np.eye(len(likeness)), missing - missing.mean(axis=0)
-    )
+    gram = standard @ standard.T
+    ridge = _RIDGE * np.trace(gram) / len(gram)
+    shares = np.linalg.solve(gram + ridge * np.eye(len(gram)), missing - missing.mean(axis=0))
     change = (standard.T @ shares).T / spread
     shift = missing.mean(axis=0) - change @ mean
     return (old + change).astype(np.float32), (bias + shift).astype(np.float32)

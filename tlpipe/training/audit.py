@@ -193,14 +193,14 @@ def _draw_copies(
 ) -> None:
     """Draw the held-out images that are most like a training image, each beside it."""
     pairs = sorted(
-        (pair for some in found.pairs.values() for pair in some if pair.likeness > 0),
-        key=lambda pair: (-pair.likeness, pair.row),
+        (pair for some in found.pairs.values() for pair in some if pair.similarity > 0),
+        key=lambda pair: (-pair.similarity, pair.row),
     )[:_PAIRS]
     shown, captions = [], []
     for pair in pairs:
-        verdict = "copy" if pair.likeness >= found.threshold else "no copy"
+        verdict = "copy" if pair.similarity >= found.threshold else "no copy"
         shown += [squares[pair.row], squares[pair.other]]
-        captions += [assignments[pair.row].split, f"train, {pair.likeness:.2f}: {verdict}"]
+        captions += [assignments[pair.row].split, f"train, {pair.similarity:.2f}: {verdict}"]
     title = "Held-out images and the training images most like them"
     pictures.gallery(path, shown, captions, title=title)
 
