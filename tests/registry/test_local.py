@@ -217,8 +217,10 @@ def test_experiments_with_a_place_of_their_own_keep_it(
     home: Path, tmp_path: Path, is_mounted: bool
 ) -> None:
     disk = tmp_path / "disk/mlartifacts"
+    beside = (home / "pictures").as_uri()  # in the folder, and no artifact of the registry
     with tracking.connection(home) as client:
         client.create_experiment("large", disk.as_uri())
+        client.create_experiment("beside", beside)
     register(home, "large")
     before = mentions(home, disk.parent)
     assert texts(home, "large") == [TEXT, TEXT] and any("logged_models" in row for row in before)
@@ -226,6 +228,8 @@ def test_experiments_with_a_place_of_their_own_keep_it(
     away = disk if is_mounted else disk.rename(tmp_path / "away")
     assert texts(there) == [TEXT, TEXT]
     assert mentions(there, disk.parent) == before
+    with tracking.connection(there) as client:
+        assert client.get_experiment_by_name("beside").artifact_location == beside
     away.rename(disk)
     assert texts(there, "large") == [TEXT, TEXT]
 

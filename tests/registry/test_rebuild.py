@@ -52,16 +52,22 @@ def test_the_repository_that_a_tag_names_is_not_run(
 
 
 @pytest.mark.fault("R13")
-@pytest.mark.parametrize("is_absolute", [True, False])
+@pytest.mark.parametrize("how", ["absolute", "upwards", "link"])
 def test_a_folder_outside_of_the_repository_is_not_run(
-    empty: Workspace, tmp_path: Path, cache_env: dict[str, str], is_absolute: bool
+    empty: Workspace, tmp_path: Path, cache_env: dict[str, str], how: str
 ) -> None:
-    """The tag leads out of the clone, which lies in a temporary folder."""
+    """The tag leads out of the clone, which lies in a temporary folder; or a link in it does."""
     trace = tmp_path / "was run"
-    own, commit = repository(tmp_path / "own", cache_env, "mkdir bundle")
+    own, made_at = repository(tmp_path / "own", cache_env, "mkdir bundle")
     evil, _ = repository(tmp_path / "evil", cache_env, f"touch '{trace}' && mkdir bundle")
     upwards = "../" * 20 + str(evil.path).lstrip("/")
-    registered(empty, git_commit=commit, git_folder=str(evil.path) if is_absolute else upwards)
+    if how == "link":
+        (own.path / "inner").symlink_to(evil.path)
+        own.run("git", "add", "inner")
+        commit(own, "link")
+        made_at = own.run("git", "rev-parse", "HEAD").stdout.strip()
+    folder = {"absolute": str(evil.path), "upwards": upwards, "link": "inner"}[how]
+    registered(empty, git_commit=made_at, git_folder=folder)
     said = empty.run(
         "tlpipe", "rebuild", "digits@1", "--repository", str(own.path), "--yes", code=None
     )
