@@ -82,7 +82,7 @@ def test_a_killed_promotion_that_a_hand_took_back_is_not_promoted_again_by_itsel
         moves.move(dying, "digits", judged, after=after, kind=moves.PROMOTION, why="")
     assert aliases(built)["champion"] == 2
     client.set_registered_model_alias("digits", "champion", "1")
-    built.configure("register", promote="auto", gate={"images": 1})
+    built.configure("register", promote="auto", gate={"min_test_images": 1})
     for _ in range(2):
         assert tlpipe(*REGISTER).code == 0
         assert aliases(built)["champion"] == 1
