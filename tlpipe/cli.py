@@ -76,12 +76,8 @@ def main() -> None:
         print(f"tlpipe: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        if error.filename is None or error.errno not in (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-        ):
+        known = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+        if error.filename is None or error.errno not in known:
             raise
         print(
             f"tlpipe: {_printable(str(error.filename))}: {error.strerror}; expected a folder that "

@@ -126,6 +126,15 @@ def history(client: "MlflowClient", name: str) -> list[Move]:
     return [found[number] for number in sorted(found)]
 
 
+def last_to(client: "MlflowClient", name: str, version: str) -> Move | None:
+    """Return the last move that put a version in production; no more is read than it takes."""
+    last = tail(client, name)
+    if last is not None and last.champion == version:
+        return last
+    moves = _newest_first(client, name)
+    return next((move for move in moves if move.took_effect and move.champion == version), None)
+
+
 def taken_back(client: "MlflowClient", name: str) -> list[Move]:
     """Return the moves that began and count for nothing: a hand has undone them, or may have."""
     return [move for move in _newest_first(client, name, lost=True) if move.began]

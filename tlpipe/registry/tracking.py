@@ -275,10 +275,8 @@ def check_promoted(client: "MlflowClient", version: "ModelVersion") -> None:
     Raises:
         RegistryError: somebody has changed the version's tags since, and maybe its files.
     """
-    last = moves.tail(client, version.name)
-    log = [*moves.history(client, version.name), *([last] if last else [])]
-    found, number = version.tags.get(BUNDLE_TAG, ""), str(version.version)
-    last = next((move for move in reversed(log) if move.champion == number), None)
+    last = moves.last_to(client, version.name, str(version.version))
+    found = version.tags.get(BUNDLE_TAG, "")
     if last is not None and last.bundle != found:
         raise RegistryError(
             f"{version.name} version {version.version} is not what was put in production: its tag "
