@@ -8,7 +8,9 @@ ENV VIRTUAL_ENV=/opt/venv \
     DO_NOT_TRACK=1
 RUN python -m venv /opt/venv && pip install --no-cache-dir uv==0.13.8
 WORKDIR /app
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml constraints.txt prefect.yaml README.md LICENSE ./
+COPY data data
+COPY flows flows
 COPY tlpipe tlpipe
 
 # Answers over HTTP from a bundle: no torch, no MLflow, no root.

@@ -1,16 +1,20 @@
 # make run    set up, reproduce the pipeline, say what came out
 # make test   set up, check, and run the tests that take seconds
 # make test-slow   the other tests: whole runs, real servers, kills
+# make coverage   the share of the code that the tests of 'make test' run; fails below a floor
 # make flow   the pipeline as a Prefect flow
 # make ui     MLflow's pages over this workspace's registry
+# make docs   the documentation, into site/
+# make pictures   the pictures and transcripts in docs/, from real runs
 # make constraints   pin the dependencies anew
 
 PYTHON ?= python3
 # onnxruntime-gpu where an NVIDIA driver is found; ask for it with RUNTIME=gpu.
 RUNTIME ?= $(shell if [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null; then echo gpu; else echo cpu; fi)
 PORT ?= 5000
-# Tests mostly wait for what they start: a third process fills two cores, and none spins.
-PYTEST = OMP_WAIT_POLICY=passive pytest -n 3 --dist worksteal $(PYTEST_OPTIONS)
+# Tests often wait for what they start: four processes fill two cores, and none spins.
+IN_PARALLEL = -n 4 --dist worksteal $(PYTEST_OPTIONS)
+PYTEST = OMP_WAIT_POLICY=passive pytest $(IN_PARALLEL)
 READY = .venv/ready-$(RUNTIME)
 PACKAGES = -c constraints.txt -e '.[pipeline,serve,dev,$(RUNTIME)]'
 
@@ -21,12 +25,10 @@ export MLFLOW_DISABLE_TELEMETRY = true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: run setup test test-slow flow ui constraints
+.PHONY: run setup test lint quick test-slow coverage flow ui docs pictures constraints
 
 run: setup
-	@tlpipe check
-	dvc repro
-	@tlpipe summary artifacts/register/receipt.json
+	@tlpipe run
 
 setup: $(READY)
 
@@ -37,29 +39,48 @@ $(READY): pyproject.toml constraints.txt
 	@# The two runtimes hold the same files: only one may ever be installed.
 	.venv/bin/python -m pip uninstall -q -y onnxruntime onnxruntime-gpu
 	if command -v uv >/dev/null; then \
-	  uv pip install -q --python .venv/bin/python --compile-bytecode $(PACKAGES); \
+	  uv pip install -q --python .venv/bin/python $(PACKAGES); \
 	else \
-	  .venv/bin/python -m pip install -q --disable-pip-version-check --compile $(PACKAGES); \
+	  .venv/bin/python -m pip install -q --disable-pip-version-check --no-compile $(PACKAGES); \
 	fi
+	@# On all cores, where pip would take one. Some packages hold files that this Python cannot read.
+	.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 test: setup
+	@$(MAKE) --no-print-directory -j 2 lint quick
+
+lint:
 	ruff check
 	ruff format --check
 	mypy
-	lint-imports
+	@# Its cache goes by the times of files, and several processes write it.
+	lint-imports --no-cache
 	hadolint Dockerfile
+
+quick:
 	$(PYTEST) -m 'not slow'
 
 test-slow: setup
 	$(PYTEST) -m slow
 
+coverage: setup
+	coverage erase
+	OMP_WAIT_POLICY=passive coverage run -m pytest $(IN_PARALLEL) -m 'not slow'
+	coverage combine -q
+	coverage report
+
 flow: setup
-	@tlpipe check
-	python -m flows.pipeline
+	@tlpipe flow
 
 ui: setup
 	tlpipe ui --port $(PORT)
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+pictures: run
+	python docs/pictures.py
 
 # Names and versions only, for Python 3.11 and 3.12 and both runtimes.
 constraints:

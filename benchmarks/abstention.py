@@ -17,11 +17,12 @@ from accuracy import ROOT, Case, prepare
 from linear_probe import features
 from rich.console import Console
 from rich.table import Table
+from scipy.special import softmax
 
+from tlpipe import held_out
 from tlpipe.data.manifest import load_split
-from tlpipe.evaluation import curves
-from tlpipe.evaluation.metrics import softmax
-from tlpipe.export import temperature
+from tlpipe.evaluation import metrics
+from tlpipe.graph import PATHS
 from tlpipe.training import linear_probe
 from tlpipe.training.recipe import Recipe
 
@@ -57,21 +58,21 @@ def main() -> None:
                 data, test = prepare(folder, source, case, seed)
                 fitted = linear_probe.fit(linear_probe.stored(data), data, data.labelled, Recipe())
                 held = fitted.held_out(data.labelled)
-                divisor = temperature.fit(held.logits, held.labels)
-                seen = softmax(held.logits / np.float32(divisor))
+                divisor = held_out.fit_temperature(held.logits, held.labels)
+                seen = softmax(held.logits / np.float32(divisor), axis=1)
                 confidence, hits = (
                     seen.max(axis=1).astype(float),
                     seen.argmax(axis=1) == held.labels,
                 )
                 logits = fitted.head.logits(fitted.standard.apply(features(data, test)))
-                asked = softmax((logits / divisor).astype(np.float32))
+                asked = softmax((logits / divisor).astype(np.float32), axis=1)
                 right = asked.argmax(axis=1) == test.labels
-                assigned = load_split(folder / "split.csv")
+                assigned = load_split(folder / PATHS["split"])
                 groups = [assigned[row].group for row in held.rows]
                 for rate in RATES:
                     pair = (
-                        curves.threshold_for(confidence, hits, groups, rate, CONFIDENCE_LEVEL),
-                        curves.observed_threshold(curves.coverage(confidence, hits), rate),
+                        metrics.threshold_for(confidence, hits, groups, rate, CONFIDENCE_LEVEL),
+                        metrics.observed_threshold(metrics.coverage(confidence, hits), rate),
                     )
                     found[rate].append([outcome(asked.max(axis=1), right, t) for t in pair])
             for rate, runs in found.items():

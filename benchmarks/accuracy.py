@@ -27,13 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tlpipe import files
-from tlpipe.data import pixels as packed
+from tlpipe.data import pixels
 from tlpipe.data.manifest import load_split
-from tlpipe.training import dataset as datasets
-from tlpipe.training import linear_probe, loop, tuning
-from tlpipe.training.dataset import Dataset, Examples
+from tlpipe.graph import PATHS
+from tlpipe.project import Project
+from tlpipe.training import linear_probe, model, trainer, tuning
+from tlpipe.training.model import Dataset, Examples
 from tlpipe.training.recipe import Recipe
-from tlpipe.training.task import evaluate
+from tlpipe.training.trainer import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 # Student's t for 95 %, by the number of seeds.
@@ -93,11 +94,10 @@ CASES = [
 ]
 
 
-def tlpipe(folder: Path, stage: str, **options: str) -> None:
+def tlpipe(folder: Path, stage: str) -> None:
     """Run a stage."""
-    flat = [word for name, path in options.items() for word in (f"--{name}", path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tlpipe", stage, *flat]
+    command = [sys.executable, "-m", "tlpipe", stage]
     subprocess.run(command, cwd=folder, check=True, env=environment, stderr=subprocess.DEVNULL)
 
 
@@ -109,32 +109,25 @@ def configure(folder: Path, source: Path, case: Case, seed: int) -> None:
     params["embed"] |= {"freeze": case.freeze, "views": case.views}
     params["embed"]["augmentation"] = dict(case.augmentation)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    Project(folder).generate()
 
 
 def prepare(folder: Path, source: Path, case: Case, seed: int) -> tuple[Dataset, Examples]:
     """Return the data, embedded and split anew, and the test images."""
     configure(folder, source, case, seed)
-    if not (folder / "pixels").exists():
-        tlpipe(
-            folder, "ingest", manifest="manifest.csv", rejects="rejects.csv",
-            duplicates="duplicates.csv", pixels="pixels", report="report.json",
-        )  # fmt: skip
-    (folder / "splits.csv").unlink(missing_ok=True)
-    tlpipe(
-        folder, "split", manifest="manifest.csv", split="split.csv", report="split.json",
-        placements="splits.csv",
-    )  # fmt: skip
-    activations = folder / case.level / "activations"
-    if not activations.exists():
-        tlpipe(
-            folder, "embed", manifest="manifest.csv", pixels="pixels",
-            activations=f"{case.level}/activations",
-        )  # fmt: skip
-    data = datasets.load(activations, folder / "split.csv")
-    test = test_images(data, folder / "split.csv")
+    if not (folder / PATHS["pixels"]).exists():
+        tlpipe(folder, "ingest")
+    (folder / PATHS["placements"]).unlink(missing_ok=True)
+    tlpipe(folder, "split")
+    kept = folder / case.level  # one for each level, which other seeds look at again
+    if not kept.exists():
+        tlpipe(folder, "embed")
+        (folder / PATHS["activations"]).parent.rename(kept)
+    data = model.load_dataset(kept / "activations", folder / PATHS["split"])
+    test = test_images(data, folder / PATHS["split"])
     if case.few:
-        parts = {"train": data.train, "validation": data.validation}
-        data = replace(data, **{name: first(part, case.few) for name, part in parts.items()})
+        train, validation = first(data.train, case.few), first(data.validation, case.few)
+        data = replace(data, train=train, validation=validation)
     return data, test
 
 
@@ -162,16 +155,16 @@ def accuracy(folder: Path, source: Path, case: Case, seed: int) -> float:
         features = np.concatenate(list(linear_probe.stored(data)(test.rows, False)))
         logits = found.head.logits(found.standard.apply(features))
         return float((logits.argmax(axis=1) == test.labels).mean())
-    task, _ = tuning.prepare(data, folder / "pixels", recipe)
-    loop.fine_tune(task, recipe, None, lambda _: None)
+    task, _ = tuning.prepare(data, folder / PATHS["pixels"], recipe)
+    trainer.fine_tune(task, recipe, None, lambda _: None)
     return evaluate(task, task.classifier, test).accuracy
 
 
 def fastai(folder: Path, epochs: int, seed: int) -> float:
     """Return the accuracy of fastai's ``fine_tune`` on the same split of the stored images."""
-    squares, rows = packed.load(folder / "pixels").array, []
+    squares, rows = pixels.load(folder / PATHS["pixels"]).array, []
     (folder / "png").mkdir(exist_ok=True)
-    for number, row in enumerate(load_split(folder / "split.csv")):
+    for number, row in enumerate(load_split(folder / PATHS["split"])):
         path = folder / "png" / f"{number}.png"
         if not path.exists():
             Image.fromarray(squares[number]).save(path, compress_level=1)
@@ -220,7 +213,7 @@ def main() -> None:
                 ours.append(accuracy(folder, source, case, seed))
                 if given.fastai:
                     peer.append(fastai(folder, given.fastai, seed))
-            with (folder / "split.csv").open(newline="") as file:
+            with (folder / PATHS["split"]).open(newline="") as file:
                 splits = [(row["split"], row["label"]) for row in csv.DictReader(file)]
             classes = len({label for _, label in splits})
             train = case.few * classes or sum(split == "train" for split, _ in splits)

@@ -34,18 +34,15 @@ from rich.console import Console
 from rich.table import Table
 from training import ENVIRONMENT, MEMORY, ROOT, in_turns
 
+from tlpipe import bundle as bundles
 from tlpipe import files
-from tlpipe.data import pixels as packed
+from tlpipe.bundle import ANY_SIZE, Bundle
+from tlpipe.data import pixels
 from tlpipe.data.images import crop_middle
 from tlpipe.data.manifest import evenly, load_split
-from tlpipe.evaluation import answers, corruptions, evaluate, speed
-from tlpipe.export import bundle as bundles
-from tlpipe.export.bundle import ANY_SIZE, Bundle
+from tlpipe.evaluation import answers, evaluate
+from tlpipe.project import Project
 
-STAGES = {
-    name: shlex.split(stage["cmd"])[1:]
-    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items()
-}
 ROUNDS, COMMAND_ROUNDS = 20, 2
 TIMES = {1: 10, 32: 2}  # how often so many images are answered for in one turn
 COMPARED = 64  # images whose answers are compared
@@ -117,7 +114,7 @@ class Report:
 def run_stages(folder: Path, *names: str) -> None:
     """Run stages of the pipeline, with the files that DVC would give them."""
     for name in names:
-        measure([sys.executable, "-m", "tlpipe", *STAGES[name]], folder, ENVIRONMENT)
+        measure([sys.executable, "-m", "tlpipe", name], folder, ENVIRONMENT)
 
 
 def export_main_job(work: Path, threads: int, images: int) -> Given:
@@ -127,11 +124,12 @@ def export_main_job(work: Path, threads: int, images: int) -> Given:
     params["embed"]["threads"] = threads
     params["export"]["max_accuracy_drop"] = 0.05  # int8 is to be timed, however little it may lose
     (work / "params.yaml").write_text(yaml.safe_dump(params))
+    Project(work).generate()
     run_stages(work, "ingest", "split", "embed", "train", "export")
     bundle = bundles.load(work / "artifacts/export/bundle")
     assigned = load_split(work / "artifacts/split/split.csv")
     test = [row for row, image in enumerate(assigned) if image.split == "test"]
-    squares = packed.load(work / "artifacts/ingest/pixels").array[evenly(test, COMPARED)]
+    squares = pixels.load(work / "artifacts/ingest/pixels").array[evenly(test, COMPARED)]
     np.save(work / "squares.npy", crop_middle(squares, bundle.preprocessing.crop_px))
     return Given(work, bundle, work / "squares.npy", threads, images)
 
@@ -141,6 +139,7 @@ class Contender:
 
     def __init__(self, command: list[str], answers: Path) -> None:
         """Start it and read what it calls itself."""
+        self._command = command
         self._process = subprocess.Popen(
             command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -160,7 +159,7 @@ class Contender:
     def _read(self) -> str:
         assert self._process.stdout
         if not (line := self._process.stdout.readline().strip()):
-            raise SystemExit(f"{shlex.join(map(str, self._process.args))} ended")
+            raise SystemExit(f"{shlex.join(self._command)} ended")
         return line
 
 
@@ -275,10 +274,10 @@ def make_digits(folder: Path, images: int) -> None:
     rows = []
     for number, split in enumerate(splits):
         digit = order[number // variants]
-        shift = tuple(map(int, random.integers(-2, 3, size=2)))
+        right, down = map(int, random.integers(-2, 3, size=2))
         angle = random.uniform(-15, 15)
         image = Image.fromarray(digits[digit])
-        image.rotate(angle, Image.Resampling.BICUBIC, translate=shift).save(
+        image.rotate(angle, Image.Resampling.BICUBIC, translate=(right, down)).save(
             folder / f"{number}.png"
         )
         rows.append((f"{number}.png", str(labels[digit]), split))
@@ -291,20 +290,20 @@ def bare_plan(given: Given) -> dict[str, Any]:
     Stored images stand in for changed ones and for those of no class.
     """
     params = evaluate.Params(**yaml.safe_load((given.work / "params.yaml").read_text())["evaluate"])
-    stored = packed.load(given.work / "artifacts/ingest/pixels").array
+    stored = pixels.load(given.work / "artifacts/ingest/pixels").array
     rows: dict[str, list[int]] = {}
     for row, image in enumerate(load_split(given.work / "artifacts/split/split.csv")):
         rows.setdefault(image.split, []).append(row)
     models = {n: str(p) for n, p in given.bundle.graphs.items() if n != ANY_SIZE}
     exact, few = models["fp32"], evenly(rows["test"], params.corrupted_images)
-    changes = sum(map(len, corruptions.STRENGTHS.values()))
+    changes = sum(map(len, answers.STRENGTHS.values()))
     asked = [(exact, rows["test"], answers.BATCH)]
     asked += [(p, rows["test"], answers.BATCH) for n, p in models.items() if n != "fp32"]
     asked += [(exact, rows["validation"], answers.BATCH)]
     asked += [(exact, evenly(rows["test"], params.ood_images), answers.BATCH)]
     asked += [(exact, few, answers.BATCH)] * (changes + 1)
     for path in models.values():
-        asked += [(path, list(range(n)) * (1 + times), n) for n, times in speed.TIMED.items()]
+        asked += [(path, list(range(n)) * (1 + times), n) for n, times in answers.TIMED.items()]
     return {
         "threads": given.bundle.provenance["origin"]["threads"],
         "crop_px": given.bundle.preprocessing.crop_px,
@@ -343,7 +342,7 @@ def evaluating(report: Report, given: Given) -> None:
     plan, logits = given.work / "plan.json", given.work / "logits.npy"
     files.write_json(plan, bare_plan(given))
     bare = peers.bare_evaluation(plan, logits)
-    whole = [sys.executable, "-c", MEMORY, *STAGES["evaluate"]]
+    whole = [sys.executable, "-c", MEMORY, "evaluate"]
     turns = [
         [measure(command, given.work, ENVIRONMENT) for command in (bare, whole)]
         for _ in range(COMMAND_ROUNDS)

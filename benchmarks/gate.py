@@ -48,14 +48,10 @@ def main() -> None:
     """Print the table."""
     default = Bounds().max_accuracy_drop
     print(f"register.gate.max_accuracy_drop {default}, its default; 95 % intervals\n")
-    equal = next(
-        number
-        for number in itertools.count(1)
-        if paired_difference(*np.ones((2, number), bool), list(map(str, range(number))), 0.95)[
-            "low"
-        ]
-        >= -Bounds().max_accuracy_drop
-    )
+    for equal in itertools.count(1):
+        right = np.ones(equal, bool)
+        if paired_difference(right, right, [*map(str, range(equal))], 0.95)["low"] >= -default:
+            break
     print(f"two that answer alike hold from {equal} independent test images on\n")
     print("test images  true drop   coin  |  holds  cannot tell  fails  |  shows a drop from")
     for images in SIZES:

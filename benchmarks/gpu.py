@@ -36,14 +36,16 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from tlpipe.backbones.backbone import describe
-from tlpipe.backbones.device import training_device
 from tlpipe.backbones.forward import open_forward
 from tlpipe.backbones.weights import Weights
-from tlpipe.data import pixels as packed
-from tlpipe.training import dataset as datasets
-from tlpipe.training import loop, tuning
+from tlpipe.data import pixels
+from tlpipe.graph import PATHS
+from tlpipe.project import Project
+from tlpipe.training import model as datasets
+from tlpipe.training import trainer, tuning
 from tlpipe.training.batches import batches
 from tlpipe.training.recipe import Recipe
+from tlpipe.training.tuning import training_device
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10
@@ -85,18 +87,14 @@ def prepare(given: Given) -> None:
     params["ingest"] |= {"source": str(given.photos)} | sampling
     params["embed"] |= {"backbone": given.backbone, "weights": "none", "freeze": "none"}
     (given.work / "params.yaml").write_text(yaml.safe_dump(params))
-    for command in (
-        "ingest --manifest m.csv --rejects r.csv --duplicates d.csv --pixels pixels "
-        "--report r.json",
-        "split --manifest m.csv --split split.csv --report s.json --placements splits.csv",
-        "embed --manifest m.csv --pixels pixels --activations activations",
-    ):
+    Project(given.work).generate()
+    for stage in ("ingest", "split", "embed"):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        words = [sys.executable, "-m", "tlpipe", *command.split()]
+        words = [sys.executable, "-m", "tlpipe", stage]
         subprocess.run(words, cwd=given.work, check=True, env=environment)
 
 
-def repeated(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def repeated(loader: DataLoader[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches for ever."""
     while True:
         yield from loader
@@ -145,7 +143,7 @@ def with_torchvision(given: Given) -> Step:
     )
     images = torchvision.datasets.ImageFolder(str(given.photos), shown)
     pinned = given.device.type == "cuda"
-    loader: DataLoader = DataLoader(
+    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
         images, given.batch, shuffle=True, num_workers=given.workers, pin_memory=pinned
     )
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -169,8 +167,8 @@ def by_hand(given: Given) -> Step:
     """Return a step with all that is known to help: compiled, bf16, images on the GPU."""
     model = torchvision.models.get_model(given.backbone, num_classes=CLASSES)
     model.to(given.device, memory_format=torch.channels_last).train()
-    compiled = torch.compile(model)
-    squares = packed.load(given.work / "pixels").array
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model)
+    squares = pixels.load(given.work / PATHS["pixels"]).array
     resident = torch.from_numpy(squares[range(len(squares))]).to(given.device)
     labels = torch.arange(len(resident), device=given.device) % CLASSES
     on_gpu = given.device.type == "cuda"
@@ -200,9 +198,9 @@ def with_tlpipe(given: Given, batch_norm: str) -> Step:
     recipe = Recipe.model_validate(
         {"epochs": epochs, "batch": given.batch, "batch_norm": batch_norm}
     )
-    data = datasets.load(given.work / "activations", given.work / "split.csv")
-    task, _ = tuning.prepare(data, given.work / "pixels", recipe)
-    training = loop.Training(task, recipe, None)
+    data = datasets.load_dataset(given.work / PATHS["activations"], given.work / PATHS["split"])
+    task, _ = tuning.prepare(data, given.work / PATHS["pixels"], recipe)
+    training = trainer.Training(task, recipe, None)
     training.model.open_last(len(training.model.stages))
     training.set_learning_rates(0.01)
 
@@ -220,13 +218,14 @@ def forwards(given: Given) -> tuple[Step, Step]:
     backbone = describe(given.backbone)
     ours = open_forward(backbone, Weights(None, ""), [backbone.stages[-1].name], threads=2)
     side = backbone.preprocessing.crop_px
-    squares = packed.load(given.work / "pixels").array
+    squares = pixels.load(given.work / PATHS["pixels"]).array
     pictures = np.resize(
         squares[range(min(len(squares), given.batch))], (given.batch, *squares.shape[1:])
     )
     pictures = np.ascontiguousarray(pictures[:, :side, :side])
     model = torchvision.models.get_model(given.backbone, num_classes=CLASSES).eval()
-    compiled = torch.compile(model.to(given.device, memory_format=torch.channels_last))
+    model.to(given.device, memory_format=torch.channels_last)
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model)
     there = torch.from_numpy(pictures).to(given.device).permute(0, 3, 1, 2)
     on_gpu = given.device.type == "cuda"
 
@@ -307,8 +306,8 @@ def main() -> None:
         for (what, (_, goal)), speed in zip(tasks.items(), found, strict=True):
             share = f"{speed * work_of_a_step / asked.peak / 1e12:.1%}"
             ratio = found[0] / speed
-            goal_cells = ("", "") if goal is None else (f">= {goal:g}", _yes(ratio >= goal))
-            table.add_row(what, f"{speed:.0f}", share, f"{ratio:.2f} x", *goal_cells)
+            reached = ("", "") if goal is None else (f">= {goal:g}", _yes(ratio >= goal))
+            table.add_row(what, f"{speed:.0f}", share, f"{ratio:.2f} x", *reached)
         own, bare = speeds(given, *forwards(given))
         share = f"{own * flops(given.backbone) / asked.peak / 1e12:.1%}"
         goal_cells = (f"{bare / own:.2f} x slower", "<= 1.3", _yes(bare / own <= 1.3))

@@ -25,8 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from tlpipe.data import duplicates
-from tlpipe.data import pixels as packed
+from tlpipe.data import duplicates, pixels
 from tlpipe.data.images import Sampling, crop_middle, read_square, read_upright, square
 from tlpipe.errors import ImageError
 
@@ -40,7 +39,8 @@ from pathlib import Path
 from tlpipe import params
 from tlpipe.data import ingest
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-outputs = {name: Path(name) for name in ("manifest", "rejects", "duplicates", "pixels", "report")}
+names = ("manifest", "rejects", "duplicates", "pixels", "data_report")
+outputs = {name: Path(name) for name in names}
 section = ingest.Params(**params.read_yaml(Path("params.yaml"))["ingest"])
 ingest.run(**outputs, data_version="", params=section)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
@@ -113,10 +113,14 @@ def decoding(table: Table, photos: Sequence[bytes]) -> None:
     """Compare one image's way from bytes to pixels."""
     for size, count, goal in (((4000, 3000), 8, 5.0), ((500, 375), 120, 1.1)):
         files = resized(photos, size, count)
-        peer, ours = in_turns(
-            lambda files=files: [plain(data) for data in files],
-            lambda files=files: [read_square(data, SAMPLING) for data in files],
-        )
+
+        def by_pillow(files: Sequence[bytes] = files) -> object:
+            return [plain(data) for data in files]
+
+        def by_tlpipe(files: Sequence[bytes] = files) -> object:
+            return [read_square(data, SAMPLING) for data in files]
+
+        peer, ours = in_turns(by_pillow, by_tlpipe)
         row(table, f"{size[0]} x {size[1]} JPEG to pixels, ms", peer, ours, len(files), goal)
     worst = max(
         int(np.abs(plain(data).astype(int) - read_square(data, SAMPLING)[0]).max())
@@ -142,9 +146,9 @@ def safety(table: Table, photos: Sequence[bytes]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for data in files:
                 hashlib.sha256(data).hexdigest()
-            small = np.stack([packed.thumbnail(kept) for kept in squares])
+            small = np.stack([pixels.thumbnail(kept) for kept in squares])
             np.save(Path(folder, "thumbnails.npy"), small)
-            thumbnails = packed.Thumbnails(Path(folder), len(files))
+            thumbnails = pixels.Thumbnails(Path(folder), len(files))
             list(duplicates.near_pairs(thumbnails))
             thumbnails.close()
 
@@ -183,15 +187,15 @@ def epoch(table: Table, photos: Sequence[bytes], folder: Path) -> None:
         target = folder / "epoch" / "ab"[number % 2] / f"{number}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
-    writer = packed.Writer(folder, SAMPLING)
+    writer = pixels.Writer(folder, SAMPLING)
     for number, data in enumerate(files):
         kept = square(read_upright(data)[0], SAMPLING)
-        writer.append(number.to_bytes(8), np.asarray(kept), packed.thumbnail(kept))
+        writer.append(number.to_bytes(8), np.asarray(kept), pixels.thumbnail(kept))
     writer.close()
     writer.finish(decoder="", data_sha256="", data_version="")
     steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()]
     images = datasets.ImageFolder(folder / "epoch", transforms.Compose(steps))
-    array = packed.load(folder).array
+    array = pixels.load(folder).array
 
     def peer() -> None:
         for _ in DataLoader(images, batch_size=32, shuffle=True, num_workers=2):
@@ -240,8 +244,8 @@ def generate(
 def ingest(workspace: Path, source: Path, side: int) -> tuple[float, float]:
     """Run the stage; return its CPU seconds and its peak memory in MB."""
     params = (ROOT / "params.yaml").read_text()
-    params = params.replace("source: data/digits.yaml ", f"source: {source} ")
-    params = params.replace("short_side_px: 256", f"short_side_px: {side}")
+    resizing = f"short_side_px: {side}\n  interpolation: bicubic\n"
+    params = params.replace("source: data/digits.yaml ", f"{resizing}  source: {source} ")
     workspace.mkdir(exist_ok=True)
     (workspace / "params.yaml").write_text(params)
     command = [sys.executable, "-c", STAGE]

@@ -106,7 +106,7 @@ def read(folder: Path, source: Path, **params: Any) -> None:
         rejects=folder / "rejects.csv",
         duplicates=folder / "duplicates.csv",
         pixels=folder / "pixels",
-        report=folder / "report.json",
+        data_report=folder / "report.json",
         data_version="",
         params=ingest.Params(source=str(source), **params),
     )
@@ -117,7 +117,7 @@ def look(folder: Path, seed: int) -> Result:
     split.run(
         manifest=folder / "manifest.csv",
         split=folder / "split.csv",
-        report=folder / "split.json",
+        split_report=folder / "split.json",
         placements=folder / f"placements-{seed}.csv",
         params=split.Params(seed=seed),
     )

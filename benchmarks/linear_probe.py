@@ -22,12 +22,12 @@ import yaml
 from accuracy import ROOT, Case, first, prepare
 from rich.console import Console
 from rich.table import Table
+from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
-from tlpipe.export import temperature
-from tlpipe.training import head as heads
+from tlpipe import held_out
 from tlpipe.training import linear_probe
-from tlpipe.training.dataset import Dataset, Examples
+from tlpipe.training.model import Dataset, Examples
 from tlpipe.training.recipe import Recipe
 
 Floats = npt.NDArray[np.float64]
@@ -49,29 +49,29 @@ def ours(data: Dataset) -> tuple[Answer, float, float]:
     """Return what gives logits of features, the temperature, and the l2."""
     found = linear_probe.fit(linear_probe.stored(data), data, data.labelled, Recipe())
     held = found.held_out(data.labelled)
-    divisor = temperature.fit(held.logits, held.labels)
+    divisor = held_out.fit_temperature(held.logits, held.labels)
     return lambda x: found.head.logits(found.standard.apply(x)), divisor, found.best.l2
 
 
 def by_validation(data: Dataset) -> tuple[Answer, float, float]:
     """Do the same by one standard error over decades, on the training split alone."""
     train, validation = (features(data, part) for part in (data.train, data.validation))
-    standard = heads.standardisation([train])
+    standard = linear_probe.standardisation([train])
     tried = []
     for l2 in DECADES:
         model = LogisticRegression(C=1 / (l2 * len(train)), max_iter=3000, tol=1e-5)
         model.fit(standard.apply(train), data.train.labels)
         logits = answer(model, standard)(validation)
-        losses = -heads.log_softmax(logits)[np.arange(len(logits)), data.validation.labels]
+        losses = -log_softmax(logits, axis=1)[np.arange(len(logits)), data.validation.labels]
         tried.append((model, l2, logits, losses))
     best = min(tried, key=lambda t: t[3].mean())[3]
     allowed = best.mean() + best.std() / np.sqrt(len(best))
     model, l2, logits, _ = next(t for t in tried if t[3].mean() <= allowed)
-    divisor = temperature.fit(logits.astype(np.float32), data.validation.labels)
+    divisor = held_out.fit_temperature(logits.astype(np.float32), data.validation.labels)
     return answer(model, standard), divisor, l2
 
 
-def answer(model: LogisticRegression, standard: heads.Standardisation) -> Answer:
+def answer(model: LogisticRegression, standard: linear_probe.Standardisation) -> Answer:
     """Return what gives logits (N, C), also where there are two classes."""
 
     def logits(x: Floats) -> Floats:
@@ -94,7 +94,7 @@ def measure(
     logits_of, divisor, l2 = way(data)
     seconds = time.process_time() - start
     logits = logits_of(features(data, test))
-    losses = -heads.log_softmax(logits / divisor)[np.arange(len(logits)), test.labels]
+    losses = -log_softmax(logits / divisor, axis=1)[np.arange(len(logits)), test.labels]
     hits = logits.argmax(axis=1) == test.labels
     return float(hits.mean()), float(losses.mean()), l2, seconds
 
@@ -116,16 +116,18 @@ def main() -> None:
                 drawn = yaml.safe_load((ROOT / "data" / "digits.yaml").read_text())
                 source = folder / "digits.yaml"
                 source.write_text(yaml.safe_dump(drawn | {"images_per_class": case.digits}))
-            found: dict[int | None, list[list[tuple[float, ...]]]] = {}
+            found: dict[int | None, list[list[tuple[float, float, float, float]]]] = {}
             for seed in range(given.seeds):
                 whole, test = prepare(folder, source, case, seed)
                 least = np.bincount(whole.train.labels).min()
                 for count in IMAGES:
                     data = whole
                     if count is not None:
-                        parts = {"train": whole.train, "validation": whole.validation}
-                        few = {name: first(part, count) for name, part in parts.items()}
-                        data = replace(whole, **few)
+                        train, validation = (
+                            first(whole.train, count),
+                            first(whole.validation, count),
+                        )
+                        data = replace(whole, train=train, validation=validation)
                     if count is None or count <= least:
                         pair = [measure(way, data, test) for way in (ours, by_validation)]
                         found.setdefault(count, []).append(pair)

@@ -32,37 +32,39 @@ ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 
 MODULES = {
-    "training": "loop optimiser schedule batches checkpoint head linear_probe batchnorm",
-    "backbones": "embed activations forward frozen stages freeze augment",
-    "export": "graph precisions parity any_size temperature int8 fp16",
-    "evaluation": "metrics curves generalisation slices corruptions",
-    "data": "chunks folds split placements images duplicates manifest",
+    "training": "trainer recipe batches checkpoint linear_probe classifier",
+    "backbones": "embed activations forward frozen stages augment",
+    "export": "graph precisions",
+    "evaluation": "metrics evaluate answers",
+    "data": "pixels split images duplicates manifest",
     "registry": "moves gate promotion",
-    "": "resampling files held_out code_digest",
+    "": "resampling files held_out bundle code_digest",
 }
 # Beside tests/ROOM/test_MODULE.py: files whose tests of a module are quick and thorough.
 ALSO = {
     "data/duplicates": ["data/test_ingest.py"],
-    "data/folds": ["training/test_linear_probe.py", "data/test_split.py"],
-    "data/chunks": ["data/test_ingest.py"],
-    "data/placements": ["data/test_split.py"],
+    "data/pixels": ["data/test_ingest.py"],
     "data/manifest": ["data/test_ingest.py", "data/test_split.py"],
-    "backbones/activations": ["backbones/test_cache.py", "backbones/test_embed.py"],
+    "backbones/activations": [
+        "backbones/test_cache.py",
+        "backbones/test_embed.py",
+        "backbones/test_stages.py",
+        "test_params.py",
+    ],
     "backbones/embed": ["backbones/test_cache.py"],
-    "backbones/freeze": ["backbones/test_stages.py", "test_params.py"],
     "backbones/stages": ["export/test_families.py"],
-    "training/head": ["training/test_linear_probe.py"],
-    "training/linear_probe": ["training/test_head.py"],
-    "training/loop": ["training/test_distributed.py"],
-    "training/optimiser": ["training/test_loop.py"],
-    "evaluation/slices": ["evaluation/test_evaluate.py"],
-    "evaluation/corruptions": ["evaluation/test_evaluate.py"],
+    "training/trainer": ["training/test_distributed.py"],
+    "evaluation/evaluate": ["evaluation/test_slices.py"],
+    "evaluation/metrics": ["evaluation/test_slices.py"],
+    "evaluation/answers": ["evaluation/test_evaluate.py"],
     "backbones/forward": ["backbones/test_embed.py"],
-    "export/any_size": ["export/test_export.py"],
-    "export/graph": ["export/test_export.py"],
-    "export/parity": ["export/test_export.py"],
+    "export/graph": ["export/test_export.py", "export/test_parity.py"],
     "registry/gate": ["registry/test_promotion.py"],
-    "resampling": ["evaluation/test_metrics.py"],
+    "resampling": [
+        "evaluation/test_metrics.py",
+        "training/test_linear_probe.py",
+        "data/test_split.py",
+    ],
 }
 # What differs in these does not differ in what is computed.
 SAYING = re.compile(r"^(_?log(ger|ging)?\.|warnings\.|print\(|track\()")
@@ -172,19 +174,16 @@ class Finder(ast.NodeVisitor):
         for child in children:
             self.visit(child)
 
-    def _add(self, node: ast.AST, kind: str, new: ast.AST | str) -> None:
-        start, end = (
-            self._offset(node.lineno, node.col_offset),
-            self._offset(  # type: ignore[attr-defined]
-                node.end_lineno,
-                node.end_col_offset,  # type: ignore[attr-defined]
-            ),
-        )
+    def _add(self, node: ast.expr | ast.stmt, kind: str, new: ast.AST | str) -> None:
+        assert node.end_lineno is not None and node.end_col_offset is not None  # as parsed
+        start = self._offset(node.lineno, node.col_offset)
+        end = self._offset(node.end_lineno, node.end_col_offset)
         text = new if isinstance(new, str) else ast.unparse(new)
         if isinstance(new, ast.expr) and not isinstance(new, ast.Constant | ast.Call):
             text = f"({text})"
-        line = node.lineno  # type: ignore[attr-defined]
-        self.found.append(Mutation(self.module, line, start, kind, self.source[start:end], text))
+        self.found.append(
+            Mutation(self.module, node.lineno, start, kind, self.source[start:end], text)
+        )
 
     def _offset(self, line: int, column: int) -> int:
         # ast counts bytes of UTF-8.
@@ -194,17 +193,12 @@ class Finder(ast.NodeVisitor):
         match node:
             case ast.Compare(ops=[op]) if type(op) in COMPARED:
                 for other in COMPARED[type(op)]:
-                    changed = copy.copy(node)
-                    changed.ops = [other()]
-                    self._add(node, "comparison", changed)
+                    self._add(node, "comparison", _changed(node, ops=[other()]))
             case ast.BinOp(op=op) if type(op) in COMPUTED and not _is_text(node):
-                changed = copy.copy(node)
-                changed.op = COMPUTED[type(op)]()
-                self._add(node, "operator", changed)
+                self._add(node, "operator", _changed(node, op=COMPUTED[type(op)]()))
             case ast.BoolOp(op=op):
-                changed = copy.copy(node)
-                changed.op = ast.Or() if isinstance(op, ast.And) else ast.And()
-                self._add(node, "and/or", changed)
+                swapped = _changed(node, op=ast.Or() if isinstance(op, ast.And) else ast.And())
+                self._add(node, "and/or", swapped)
             case ast.UnaryOp(op=ast.Not()):
                 self._add(node, "removed not", node.operand)
             case ast.UnaryOp(op=ast.USub()) if not isinstance(node.operand, ast.Constant):
@@ -218,9 +212,8 @@ class Finder(ast.NodeVisitor):
             case ast.If() | ast.IfExp() | ast.While() if not isinstance(node.test, ast.Compare):
                 self._add(node.test, "condition", ast.UnaryOp(ast.Not(), node.test))
             case ast.Call(args=[first, second, *rest]) if _are_alike(first, second):
-                changed = copy.copy(node)
-                changed.args = [second, first, *rest]
-                self._add(node, "swapped arguments", changed)
+                swapped = _changed(node, args=[second, first, *rest])
+                self._add(node, "swapped arguments", swapped)
             case ast.Call(func=func, args=[only], keywords=[]) if (
                 not isinstance(only, ast.Starred | ast.GeneratorExp)
                 and ast.unparse(func) not in CONVERSIONS
@@ -250,6 +243,13 @@ def _are_alike(first: ast.expr, second: ast.expr) -> bool:
         and all(isinstance(argument, values) for argument in (first, second))
         and not any(re.match(r"(np|torch)\.(u?int|float|bool|str)|path\b", text) for text in texts)
     )
+
+
+def _changed(node: ast.expr, **fields: object) -> ast.expr:
+    """Return a copy of a node in which these fields are others."""
+    changed = copy.copy(node)
+    vars(changed).update(fields)
+    return changed
 
 
 def _is_text(node: ast.BinOp) -> bool:

@@ -86,7 +86,7 @@ def main() -> None:
         idle = measure(["dvc", "repro"], clone, env)
         row("dvc repro with nothing to do, wall", idle.wall_s, "s", 3)
         with prefect_server(env) as client:
-            flow = measure([sys.executable, "-m", "flows.pipeline"], clone, client)
+            flow = measure([sys.executable, "-P", "flows/pipeline.py"], clone, client)
         row("the Prefect flow with nothing to do, server up, wall", flow.wall_s, "s", 12)
 
         usage = measure(["tlpipe", "--help"], clone, env)

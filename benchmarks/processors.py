@@ -16,8 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tlpipe.export import bundle as bundles
-from tlpipe.export.bundle import ANY_SIZE
+from tlpipe import bundle
+from tlpipe.bundle import ANY_SIZE
 
 ANSWER = """
 import sys
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--cpu", default="Haswell", help="As 'qemu-x86_64 -cpu help' lists them.")
     given = parser.parse_args()
-    shipped = bundles.load(given.bundle)
+    shipped = bundle.load(given.bundle)
     side = shipped.preprocessing.crop_px
     coarse = np.random.default_rng(0).integers(0, 256, (given.images, 7, 7, 3), dtype=np.uint8)
     pictures = np.stack([np.kron(one, np.ones((side // 7 + 1,) * 2 + (1,))) for one in coarse])

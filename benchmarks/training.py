@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tlpipe import files
-from tlpipe.backbones import activations as stored
+from tlpipe.backbones import activations
 from tlpipe.backbones.activations import Origin
 from tlpipe.backbones.backbone import describe
 from tlpipe.data.manifest import Assignment, image_key, load_split, save_split
-from tlpipe.training import dataset as datasets
-from tlpipe.training import model as models
+from tlpipe.graph import FILE, LOCK, PARAMS, PATHS
+from tlpipe.project import Project
+from tlpipe.training import model
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -48,14 +49,15 @@ finally:
 STEPS = """
 import sys, time
 from pathlib import Path
-from tlpipe.training import dataset, loop, tuning
+from tlpipe.graph import PATHS
+from tlpipe.training import model, trainer, tuning
 from tlpipe.training.batches import batches
 from tlpipe.training.recipe import Recipe
 root, count = Path(sys.argv[1]), int(sys.argv[2])
 recipe = Recipe()
-data = dataset.load(root / "embed/activations", root / "split.csv")
-task, _ = tuning.prepare(data, root / "pixels", recipe)
-training = loop.Training(task, recipe, None)
+data = model.load_dataset(root / PATHS["activations"], root / PATHS["split"])
+task, _ = tuning.prepare(data, root / PATHS["pixels"], recipe)
+training = trainer.Training(task, recipe, None)
 training.model.open_last(len(training.model.stages))
 training.set_learning_rates(0.1)
 order = batches(task.train, size=32, seed=0, epoch=0, weights=None)
@@ -76,32 +78,18 @@ def settings(folder: Path, photos: Path, freeze: str, epochs: int = 10) -> None:
     params["ingest"]["source"] = str(photos)
     params["embed"]["freeze"] = freeze
     params["train"]["epochs"] = epochs
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    (folder / PARAMS).write_text(yaml.safe_dump(params))
+    Project(folder).generate()
 
 
 def ours(folder: Path, env: Mapping[str, str] = ENVIRONMENT) -> Cost:
     """Run everything from the files to the trained model, anew."""
     for path in folder.iterdir():
-        if path.name != "params.yaml":
+        if path.name not in (FILE, PARAMS, LOCK):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     tlpipe = [sys.executable, "-m", "tlpipe"]
-    outputs = {"--rejects": "rejects.csv", "--duplicates": "duplicates.csv"}
-    ingest = {"--manifest": "manifest.csv", "--pixels": "pixels", "--report": "report.json"}
-    split = {"--manifest": "manifest.csv", "--split": "split.csv", "--report": "split.json"}
-    split["--placements"] = "splits.csv"
-    embed = {
-        "--manifest": "manifest.csv",
-        "--pixels": "pixels",
-        "--activations": "embed/activations",
-    }
-    known = {"--activations": "embed/activations", "--pixels": "pixels", "--split": "split.csv"}
-    train = {**known, "--model": "train/model", "--history": "train/history.csv"}
-    stages = {"ingest": ingest | outputs, "split": split, "embed": embed, "train": train}
-    costs = []
-    for stage, options in stages.items():
-        flat = [word for option in options.items() for word in option]
-        costs.append(measure([*tlpipe, stage, *flat], folder, env))
-    return total(costs)
+    stages = ("ingest", "split", "embed", "train")
+    return total([measure([*tlpipe, stage], folder, env) for stage in stages])
 
 
 def in_turns(rounds: int, *tasks: Callable[[], float]) -> list[float]:
@@ -117,11 +105,12 @@ def cpu_s(command: list[str]) -> float:
 
 def made_activations(folder: Path, images: int, origin: Origin) -> None:
     """Write activations of random numbers, and a split table of as many images."""
-    (folder / "embed" / "activations").mkdir(parents=True)
+    (folder / PATHS["activations"]).mkdir(parents=True)
+    (folder / PATHS["split"]).parent.mkdir()
     random = np.random.default_rng(0)
     shape = LITE0.stages[LITE0.position(OPEN_TWO) - 1].shape
-    writer = stored.Writer(
-        folder / "embed" / "activations",
+    writer = activations.Writer(
+        folder / PATHS["activations"],
         origin,
         width=1280,
         boundary=(1, *shape),
@@ -138,7 +127,7 @@ def made_activations(folder: Path, images: int, origin: Origin) -> None:
         features = random.standard_normal(1280, dtype=np.float32).astype(np.float16)
         writer.append(image_key(sha256, ""), features, one)
     writer.finish()
-    save_split(folder / "split.csv", rows)
+    save_split(folder / PATHS["split"], rows)
 
 
 class Report:
@@ -176,12 +165,13 @@ def head_only(report: Report, photos: Path, work: Path) -> None:
 def against_fastai(report: Report, photos: Path, work: Path) -> None:
     """Compare the solved head with fastai's defaults on the same split."""
     own = ours(work)
-    data = datasets.load(work / "embed" / "activations", work / "split.csv")
-    test = test_images(data, work / "split.csv")
-    ((weight, bias),) = models.load(work / "train" / "model").head
+    split = work / PATHS["split"]
+    data = model.load_dataset(work / PATHS["activations"], split)
+    test = test_images(data, split)
+    ((weight, bias),) = model.load(work / PATHS["model"]).head
     logits = data.activations.features[test.rows].astype(np.float32) @ weight.T + bias
     accuracy = (logits.argmax(1) == test.labels).mean()
-    rows = [(photos / row.path, row.label, row.split) for row in load_split(work / "split.csv")]
+    rows = [(photos / row.path, row.label, row.split) for row in load_split(split)]
     files.write_csv(work.parent / "table.csv", ("path", "label", "split"), rows)
     peer = measure(peers.fastai(work.parent / "table.csv", 1, 0), ROOT)
     report.smaller("fine_tune(1) of fastai, CPU", peer.cpu_s, own.cpu_s, "s", 1 / 3)
@@ -225,12 +215,11 @@ def memory(report: Report, photos: Path, root: Path, origin: Origin) -> None:
         folder.mkdir()
         settings(folder, photos, OPEN_TWO, epochs=1)
         made_activations(folder, images, origin)
-        paths = ["--activations", "embed/activations", "--pixels", "p", "--split", "split.csv"]
-        out = ["--model", "model", "--history", "history.csv"]
-        command = [sys.executable, "-c", MEMORY, "train", *paths, *out]
+        command = [sys.executable, "-c", MEMORY, "train"]
         peaks.append(float(measure(command, folder, ENVIRONMENT).said))
         shutil.rmtree(folder)
-    report.smaller("peak memory, 20,000 against 2,000 images", *peaks, "MB", 1.1)
+    few, many = peaks
+    report.smaller("peak memory, 20,000 against 2,000 images", few, many, "MB", 1.1)
 
 
 def main() -> None:
@@ -248,7 +237,8 @@ def main() -> None:
         if not given.no_fastai:
             against_fastai(report, given.photos, work)
         last_stages(report, given.photos, work)
-        memory(report, given.photos, Path(name), stored.load(work / "embed/activations").origin)
+        origin = activations.load(work / "embed/activations").origin
+        memory(report, given.photos, Path(name), origin)
         steps(report, given.photos, work)
     Console(width=110).print(report.table)
 

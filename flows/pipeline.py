@@ -1,10 +1,24 @@
 """The pipeline as a Prefect flow: DVC's graph, one task a stage.
 
-Run it with ``python -m flows.pipeline``, or deploy it: ``prefect.yaml`` has a nightly schedule.
+Run it with ``tlpipe flow``, or deploy it: ``prefect.yaml`` has a nightly schedule.
 """
 
+# ruff: noqa: E402
+import os
+import sys
 from pathlib import Path
 from typing import Any, cast
+
+# Read when prefect is imported: no telemetry, and time enough for its own server to start.
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
+# Nothing is imported from a project, whatever is in it: prefect.yaml says so for Prefect's process,
+# not for the stages, and Prefect puts two folders of it first when it loads this file.
+os.environ.pop("PYTHONSAFEPATH", None)
+_flows = Path(__file__).resolve().parent
+if __name__ != "__main__" and sys.path[:2] == [str(_flows), str(_flows.parent)]:
+    del sys.path[:2]
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -13,7 +27,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows import graph
+from tlpipe import graph
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

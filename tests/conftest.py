@@ -13,8 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.request
+import venv
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -26,6 +28,8 @@ import pytest
 import yaml
 from filelock import FileLock
 from PIL import Image
+
+from tlpipe import graph, project
 
 # How long anything may take before it counts as hanging. No test says how fast something is: a
 # machine that runs other things beside this suite is a slow one, not a broken one.
@@ -99,6 +103,17 @@ class Workspace:
         assert found == code, f"{words}\n{printed.getvalue()}\n{said.getvalue()}"
         return subprocess.CompletedProcess(words, code, printed.getvalue(), said.getvalue())
 
+    def reproduce(self, last: str = "register") -> str:
+        """Run the stages up to one as 'dvc repro' would anew, in this process; return what is said.
+
+        For what is not about DVC. ``last``: its stage; ``audit`` runs where nothing else is last.
+        """
+        stages = list(graph.STAGES)
+        upto = stages[: stages.index(last) + 1]
+        if last not in ("audit", "register"):
+            upto = [stage for stage in upto if stage != "audit"]
+        return "".join(self.call(stage).stderr for stage in upto)
+
     def environment(self) -> dict[str, str]:
         """Return the environment, with this Python's commands first."""
         inherited = {
@@ -136,14 +151,24 @@ class Workspace:
         lines = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in options.items())
         self.replace("params.yaml", "  source: data/digits.yaml ", f"{lines}  source: {source} ")
 
+    def use_small_network(self) -> None:
+        """Train on a network that computes next to nothing, and knows as much."""
+        self.configure("embed", backbone="timm/test_resnet", weights="none")
+
     def ingest(self, *, code: int = 0) -> str:
-        """Run the stage ``ingest`` alone, into ``out``; return what it says."""
+        """Run the stage ``ingest`` alone; return what it says."""
         return self.call(*INGEST, code=code).stderr
 
-    def embed(self, activations: str = "out/activations", *, code: int = 0) -> str:
+    def embed(self, *, code: int = 0) -> str:
         """Run the stage ``embed`` alone, on what ``ingest`` has written; return what it says."""
-        known = ("--manifest", "out/manifest.csv", "--pixels", "out/pixels")
-        return self.run("tlpipe", "embed", *known, "--activations", activations, code=code).stderr
+        return self.call("embed", code=code).stderr
+
+    def take(self, other: "Workspace", *names: str) -> None:
+        """Link to what stages have written in another workspace, by its names in the graph."""
+        for name in names:
+            path = self.path / graph.PATHS[name]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(other.path / graph.PATHS[name])
 
     def rows(self, table: str) -> list[dict[str, str]]:
         """Return the rows of a CSV table."""
@@ -158,18 +183,16 @@ class Workspace:
 
     def rejects(self) -> dict[str, str]:
         """Return the reason of each rejected file after ``ingest``."""
-        return {row["path"]: row["reason"] for row in self.rows("out/rejects.csv")}
+        return {row["path"]: row["reason"] for row in self.rows("artifacts/ingest/rejects.csv")}
 
 
-INGEST = (
-    *("ingest", "--manifest", "out/manifest.csv", "--rejects", "out/rejects.csv"),
-    *("--duplicates", "out/duplicates.csv"),
-    *("--pixels", "out/pixels", "--report", "out/report.json"),
-)
+INGEST = ("ingest",)
 
+# What is computed is not to depend on how many cores this machine has.
+THREADS = ("  weights: imagenet\n", "  weights: imagenet\n  threads: 2\n")
 # What most tests of the pipeline do not look at: eight bits, and hundreds of images to check with.
 LESS = {
-    "  parity_images: 256\n": "  parity_images: 32\n  precisions: []\n",
+    "  parity_tolerance:": "  parity_images: 32\n  precisions: []\n  parity_tolerance:",
     "  mistakes: 18\n": "  mistakes: 18\n  corrupted_images: 8\n  ood_images: 8\n",
 }
 
@@ -181,6 +204,9 @@ def copy_repository(target: Path, env: Mapping[str, str], *, is_whole: bool = Fa
     """
     shutil.copytree(_template(is_whole), target, dirs_exist_ok=True)
     return Workspace(target, env)
+
+
+lock = functools.cache(project.lock)
 
 
 @functools.cache
@@ -199,6 +225,8 @@ def _template(is_whole: bool) -> Path:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((ROOT / name).read_bytes())
     workspace = Workspace(target)
+    (target / graph.LOCK).write_text(lock())  # whatever was last committed
+    workspace.replace("params.yaml", *THREADS)
     if not is_whole:
         for much, less in LESS.items():
             workspace.replace("params.yaml", much, less)
@@ -229,21 +257,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache_env(shared: Path) -> dict[str, str]:
-    """A user's cache folder that starts empty: the frozen part is exported in this session."""
-    return {"XDG_CACHE_HOME": str(shared / "cache"), "DVC_SITE_CACHE_DIR": str(shared / "dvc")}
+def kept(shared: Path, pytestconfig: pytest.Config) -> Path:
+    """The folder of the main job and its cache, which several sessions may share."""
+    return Path(pytestconfig.getoption("--main-job") or shared / "main job").resolve()
 
 
 @pytest.fixture(scope="session")
-def main_job(shared: Path, cache_env: dict[str, str], pytestconfig: pytest.Config) -> Workspace:
+def cache_env(kept: Path) -> dict[str, str]:
+    """A user's cache folder that starts empty: the frozen part is exported in this session."""
+    return {"XDG_CACHE_HOME": str(kept / "cache"), "DVC_SITE_CACHE_DIR": str(kept / "dvc")}
+
+
+@pytest.fixture(scope="session")
+def main_job(kept: Path, cache_env: dict[str, str]) -> Workspace:
     """A workspace after its first 'dvc repro'. Tests read it and register nothing else in it.
 
     Of several test processes, the first one that needs it makes it.
     """
-    folder = Path(pytestconfig.getoption("--main-job") or shared / "main job").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    target, made = folder / "copy", folder / "made"
-    with FileLock(folder / "lock"):
+    kept.mkdir(parents=True, exist_ok=True)
+    target, made = kept / "copy", kept / "made"
+    with FileLock(kept / "lock"):
         if made.exists():
             return Workspace(target, cache_env)
         workspace = copy_repository(target, cache_env, is_whole=True)
@@ -260,23 +293,66 @@ def workspace(tmp_path: Path, cache_env: dict[str, str]) -> Workspace:
 
 @pytest.fixture
 def empty(tmp_path: Path, cache_env: dict[str, str]) -> Workspace:
-    """A folder with nothing but ``params.yaml``."""
+    """A folder with nothing but parameters and the lock of the code that is tested."""
     # A few images, of which some are bad on purpose: a larger share than the default may be so.
     text = (ROOT / "params.yaml").read_text()
-    (tmp_path / "params.yaml").write_text(text.replace("max_rejected: 0.02", "max_rejected: 0.5"))
+    text = text.replace("max_rejected: 0.02", "max_rejected: 0.5").replace(*THREADS)
+    (tmp_path / "params.yaml").write_text(text)
+    (tmp_path / graph.LOCK).write_text(lock())
     return Workspace(tmp_path, cache_env)
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Two classes of twelve tiny images each, as PNG files in class folders."""
-    root = tmp_path / "photos"
+    return make_photos(tmp_path / "photos")
+
+
+def make_photos(root: Path) -> Path:
+    """Write two classes of twelve tiny images each, as PNG files in class folders."""
     for number, label in enumerate(("dark", "light")):
         (root / label).mkdir(parents=True)
         for i in range(12):
             shade = 40 + 150 * number + 3 * i
             Image.new("RGB", (40 + i, 48), (shade, shade // 2, i)).save(root / label / f"{i}.png")
     return root
+
+
+def install(source: Path, folder: Path) -> Path:
+    """Build the wheel of a source and install it; return the environment's folder of commands.
+
+    All other packages are those that are tested with. What makes this repository importable is a
+    .pth file among them, which counts in an environment's own folder alone.
+    """
+    pip = (sys.executable, "-m", "pip")
+    build = [*pip, "wheel", "-q", "--no-deps", "-w", str(folder), str(source)]
+    subprocess.run(build, check=True)
+    (wheel,) = folder.glob("*.whl")
+    venv.create(folder / "env", with_pip=False)
+    python = folder / "env" / "bin" / "python"
+    asked = (python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+    own = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    to = (*pip, "--python", str(python), "install", "-q", "--no-deps")
+    subprocess.run([*to, str(wheel)], check=True)
+    Path(own, "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python.parent
+
+
+@pytest.fixture(scope="session")
+def installed(shared: Path) -> Path:
+    """The commands of an environment with this source's wheel, which does not see this folder."""
+    folder = shared / "installed"
+    with FileLock(shared / "installed.lock"):
+        return folder / "env" / "bin" if folder.exists() else install(ROOT, folder)
+
+
+def elsewhere(commands: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment that runs these commands, and has no network but this machine's."""
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+    dead = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+    offline = {**dead, **{name.upper(): address for name, address in dead.items()}}
+    here = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
+    return {**env, **offline, **here, "PATH": path, "PYTHONPATH": ""}
 
 
 @pytest.fixture(scope="session")
@@ -292,7 +368,7 @@ def shared_data() -> Callable[[str], Path]:
     return folder
 
 
-# Every case of the catalogue, with its status: "tested", or the issue that will build it.
+# Every case of the catalogue, with its status: "tested" or "planned".
 CATALOGUE = {
     cells[1].strip(): cells[4].strip()
     for line in (ROOT / "docs" / "faults.md").read_text().splitlines()
@@ -306,6 +382,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="keep the finished main job there, and take it from there the next time, whatever has "
         "changed since: saves a minute while a test is written",
+    )
+    parser.addoption(
+        "--every-family",
+        action="store_true",
+        help="export every family of backbones, also those whose graphs are like others': for "
+        "changes of backbones/, export/ or constraints.txt, and before a release",
     )
     parser.addoption(
         "--faults", metavar="FILE", help="print docs/faults.md with the outcomes collected in FILE"
@@ -420,7 +502,7 @@ def answers(address: str) -> bool:
     """Return whether the address answers 200."""
     try:
         with urllib.request.urlopen(address, timeout=60) as response:
-            return response.status == 200
+            return bool(response.status == 200)
     except OSError:
         return False
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tlpipe.backbones.forward import CODE
-from tlpipe.code_digest import of_modules, versions
+from tlpipe.code_digest import of_closure, of_modules, versions
+from tlpipe.graph import STAGES
 
 SOURCE = '''"""What it is."""
 
@@ -93,12 +94,13 @@ def other_python(request: pytest.FixtureRequest) -> str:
     """Another Python than this one, without any package; of this machine's, or the test skips."""
     name = f"python{request.param}"
     of_pyenv = (Path.home() / ".pyenv" / "versions").glob(f"*/bin/{name}")
-    found = [shutil.which(name), *of_pyenv]
+    installed = shutil.which(name)
+    found = [*([installed] if installed else []), *map(str, of_pyenv)]
     asked = "import sys; print(*sys.version_info[:2], sep='.')"
-    for program in filter(None, found):
+    for program in found:
         run = subprocess.run([program, "-c", asked], capture_output=True, text=True)
         if run.stdout.strip() == request.param:
-            return str(program)
+            return program
     pytest.skip(f"there is no {name} here")
 
 
@@ -118,9 +120,9 @@ def test_another_python_compiles_all_code_and_gives_it_the_same_digest(
     # Alone, since packages import what this Python does not have.
     files = {name: str(ROOT / f"{name.replace('.', '/')}.py") for name in names}
     program = (
-        "import json, sys\nfrom types import SimpleNamespace\nfrom tlpipe import code_digest\n"
+        "import json, sys\nfrom pathlib import Path\nfrom tlpipe import code_digest\n"
         "files = json.load(sys.stdin)\n"
-        "code_digest.find_spec = lambda name: SimpleNamespace(origin=files[name])\n"
+        "code_digest._source = lambda name: Path(files[name])\n"
         "print(code_digest.of_modules(*files))"
     )
     found = subprocess.run(
@@ -135,7 +137,7 @@ def test_another_python_compiles_all_code_and_gives_it_the_same_digest(
 
 
 def test_order_does_not_count_but_names_do() -> None:
-    one, two = "tlpipe.seeds", "tlpipe.runtime"
+    one, two = "tlpipe.progress", "tlpipe.runtime"
     assert of_modules(one, two) == of_modules(two, one)
     assert len({of_modules(one), of_modules(two), of_modules(one, two)}) == 3
 
@@ -144,6 +146,73 @@ def test_a_module_without_source_is_an_error() -> None:
     for name in ("tlpipe.nothing", "zlib"):
         with pytest.raises(ModuleNotFoundError, match=rf"the source of {name} is missing"):
             of_modules(name)
+
+
+def test_a_closure_holds_what_is_imported_at_any_depth_and_not_for_types_alone(
+    tmp_path: Path,
+) -> None:
+    texts = {
+        "__init__": "from shapes import typed\n",
+        "circle": "import math\nfrom typing import TYPE_CHECKING\nfrom . import area\n"
+        "if TYPE_CHECKING:\n    from shapes import typed\nelse:\n    import shapes.other\n"
+        "if not TYPE_CHECKING:\n    import shapes.run\n"
+        "if IS_NO_TYPE_CHECKING:\n    import shapes.named\n",
+        "area": "def of(radius):\n    from shapes.deep import PI\n    return radius**2 * PI\n",
+        "deep/__init__": "from .values import PI\nfrom ..circle import math\n",
+        "deep/values": "PI = 3\n",
+        "deep/unused": "",
+        "named": "",
+        "other": "",
+        "run": "",
+        "typed": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / "shapes" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "shapes" / f"{name}.py").write_text(text)
+    program = "from tlpipe import code_digest as c; print(*sorted(c.closure('shapes.circle')))"
+    command = (sys.executable, "-B", "-c", program)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = ("area", "circle", "deep", "deep.values", "named", "other", "run")
+    assert run.stdout.split() == [f"shapes.{name}" for name in found]
+
+
+@pytest.mark.parametrize(
+    ("edits", "concerned"),
+    [
+        # Imported by functions alone.
+        ({"training/trainer.py": "_IS_ANOTHER = 1"}, {"train"}),
+        # The second is what a package runs when it is imported; register imports of it, too.
+        (
+            {
+                "export/precisions.py": "_IS_ANOTHER = 1",
+                "evaluation/__init__.py": "_IS_ANOTHER = 1",
+            },
+            {"export", "evaluate", "register"},
+        ),
+        # The last names what is public.
+        (
+            {"files.py": '"""More."""', "data/ingest.py": "# A word.", "__init__.py": "A = 1"},
+            set(),
+        ),
+    ],
+)
+def test_a_line_of_code_is_code_of_the_stages_that_run_it(
+    tmp_path: Path, edits: dict[str, str], concerned: set[str]
+) -> None:
+    shutil.copytree(ROOT / "tlpipe", tmp_path / "tlpipe", ignore=shutil.ignore_patterns("*.pyc"))
+    for name, line in edits.items():
+        with (tmp_path / "tlpipe" / name).open("a") as file:
+            file.write(f"\n{line}\n")
+    program = (
+        "from tlpipe import code_digest, graph\n"
+        "for name, stage in graph.STAGES.items():\n"
+        "    print(name, code_digest.of_closure(stage.module))"
+    )
+    command = (sys.executable, "-B", "-c", program)
+    run = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, check=True)
+    after = dict(line.split() for line in run.stdout.splitlines())
+    before = {name: of_closure(stage.module) for name, stage in STAGES.items()}
+    assert {name for name in before if before[name] != after[name]} == concerned
 
 
 def test_versions_are_those_of_the_installed_packages() -> None:
@@ -156,19 +225,16 @@ def test_versions_are_those_of_the_installed_packages() -> None:
 # recorded by its name; what makes stored pixels is part of their decoder, which keys name.
 NO_NUMBERS = {
     "tlpipe.data.values",
-    "tlpipe.data.libtiff",  # says which images are damaged
     "tlpipe.code_digest",
     "tlpipe.errors",
-    "tlpipe.backbones.device",
     "tlpipe.files",
     "tlpipe.params",
     "tlpipe.progress",
-    "tlpipe.sources.candidates",
 }
 
 
 def test_the_key_of_activations_covers_all_code_that_makes_them() -> None:
-    graph = grimp.build_graph("tlpipe")
+    graph = grimp.build_graph("tlpipe", cache_dir=None)
     closure = graph.find_upstream_modules("tlpipe.backbones.forward")
     packages = {module for module in graph.modules if graph.find_children(module)}
     made_by = {"tlpipe.backbones.forward", *closure} - packages
@@ -179,7 +245,7 @@ def test_the_key_of_activations_covers_all_code_that_makes_them() -> None:
 def test_the_keys_of_the_graph_and_of_descriptions_cover_what_makes_them() -> None:
     from tlpipe.backbones import backbone, frozen
 
-    graph = grimp.build_graph("tlpipe")
+    graph = grimp.build_graph("tlpipe", cache_dir=None)
     packages = {module for module in graph.modules if graph.find_children(module)}
     # Of these the preprocessing alone is used, and its values stand in the key.
     values = {"tlpipe.data.images"}

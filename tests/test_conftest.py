@@ -42,8 +42,7 @@ def test_processes_are_told_by_their_folder(empty: Workspace) -> None:
 
 def test_a_command_in_this_process_ends_as_the_command_does(empty: Workspace) -> None:
     empty.replace("params.yaml", "seed: 0", "seed: x")
-    paths = ("split", "--manifest", "m", "--split", "s", "--report", "r", "--placements", "p")
-    apart, here = empty.run("tlpipe", *paths, code=3), empty.call(*paths, code=3)
+    apart, here = empty.run("tlpipe", "split", code=3), empty.call("split", code=3)
     assert (apart.stdout, apart.stderr) == (here.stdout, here.stderr)
     assert "split.seed is 'x'" in here.stderr
 

@@ -1,4 +1,4 @@
-"""docs/faults.md promises what tests prove, and names the issue for everything else."""
+"""docs/faults.md promises what tests prove; everything else in it is planned."""
 
 import ast
 import re
@@ -38,11 +38,10 @@ def test_every_id_of_a_test_stands_in_the_catalogue() -> None:
     assert [(fault, where) for fault, where, _ in carried() if fault not in CATALOGUE] == []
 
 
-def test_every_case_is_tested_or_names_its_issue() -> None:
+def test_every_case_has_a_test_or_is_planned() -> None:
     tested = {fault for fault, _, expected_to_fail in carried() if not expected_to_fail}
-    assert {fault for fault, status in CATALOGUE.items() if status == "tested"} == tested
-    others = [status for status in CATALOGUE.values() if status != "tested"]
-    assert all(re.fullmatch(r"issue [1-9]\d*", status) for status in others), others
+    expected = {fault: "tested" if fault in tested else "planned" for fault in CATALOGUE}
+    assert expected == CATALOGUE
 
 
 def test_no_row_of_the_catalogue_is_overlooked() -> None:

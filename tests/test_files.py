@@ -130,7 +130,7 @@ def test_any_file_name_survives_a_table(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_or_of_another_kind_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"none.json is missing.*Run 'dvc repro'"):
+    with pytest.raises(ArtifactError, match=r"none.json is missing.*Run 'tlpipe run'"):
         files.read_json(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"a": ')
     with pytest.raises(ArtifactError, match=r"half.json cannot be read as JSON"):

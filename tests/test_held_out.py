@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from tests.conftest import Workspace
-from tlpipe import held_out as held_outs
+from tlpipe import held_out
 from tlpipe.backbones import activations
 from tlpipe.data.manifest import load_manifest, load_split
 from tlpipe.errors import ArtifactError
@@ -35,9 +36,9 @@ def assert_equal(found: HeldOut, expected: HeldOut) -> None:
 def test_what_is_saved_is_loaded_and_equal_predictions_are_equal_bytes(
     few: HeldOut, tmp_path: Path
 ) -> None:
-    held_outs.save(tmp_path / "one", few)
-    held_outs.save(tmp_path / "other", few)
-    assert_equal(held_outs.load(tmp_path / "one"), few)
+    held_out.save(tmp_path / "one", few)
+    held_out.save(tmp_path / "other", few)
+    assert_equal(held_out.load(tmp_path / "one"), few)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
 
@@ -50,20 +51,20 @@ def test_some_rows_keep_their_order(few: HeldOut) -> None:
 
 
 def test_a_damaged_file_is_an_error(few: HeldOut, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"held cannot be read: .*Run 'dvc repro'"):
-        held_outs.load(tmp_path / "held")
-    held_outs.save(tmp_path / "held", few)
+    with pytest.raises(ArtifactError, match=r"held cannot be read: .*Run 'tlpipe run'"):
+        held_out.load(tmp_path / "held")
+    held_out.save(tmp_path / "held", few)
     content = (tmp_path / "held").read_bytes()
     (tmp_path / "held").write_bytes(content[:-9])
     with pytest.raises(ArtifactError, match="cannot be read"):
-        held_outs.load(tmp_path / "held")
+        held_out.load(tmp_path / "held")
 
 
 def test_every_labelled_image_is_answered_by_the_head_that_has_not_seen_its_group(
     main_job: Workspace,
 ) -> None:
     folder = main_job.path / "artifacts"
-    held = held_outs.load(folder / "train/model/held_out.safetensors")
+    held = held_out.load(folder / "train/model/held_out.safetensors")
     assignments = load_split(folder / "split/split.csv")
     card = json.loads((folder / "train/model/model.json").read_text())
     labelled = [i for i, row in enumerate(assignments) if row.split in ("train", "validation")]
@@ -93,7 +94,7 @@ def test_the_temperature_is_that_of_the_predictions_held_out(main_job: Workspace
     from scipy.special import log_softmax
 
     folder = main_job.path / "artifacts"
-    held = held_outs.load(folder / "train/model/held_out.safetensors")
+    held = held_out.load(folder / "train/model/held_out.safetensors")
     temperatures = np.geomspace(0.5, 2.0, 4001)
     images = np.arange(len(held.rows))
     losses = [
@@ -102,3 +103,22 @@ def test_the_temperature_is_that_of_the_predictions_held_out(main_job: Workspace
     ]
     parity = json.loads((folder / "export/parity.json").read_text())
     assert parity["temperature"] == pytest.approx(temperatures[np.argmin(losses)], rel=0.01)
+
+
+def drawn(factor: float, images: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of a classifier that is too sure by a factor, and labels drawn as it should be."""
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 2, (images, 5))
+    probabilities = softmax(logits, axis=1)
+    labels = np.array([random.choice(5, p=row) for row in probabilities])
+    return (factor * logits).astype(np.float32), labels
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_it_finds_by_how_much_logits_are_too_sure(factor: float) -> None:
+    assert held_out.fit_temperature(*drawn(factor)) == pytest.approx(factor, rel=0.05)
+
+
+def test_few_images_that_are_all_right_do_not_make_certainty() -> None:
+    found = held_out.fit_temperature(np.array([[3.0, 0], [0, 3.0]], np.float32), np.array([0, 1]))
+    assert 0.2 < found < 1

@@ -39,9 +39,9 @@ def build(tmp_path: Path) -> Callable[[str], Workspace]:
     def run(target: str) -> Workspace:
         app, environment = tmp_path / "app", tmp_path / "venv"
         app.mkdir()
-        for name in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE)[0].split():
-            (app / name).write_bytes((ROOT / name).read_bytes())
-        subprocess.run(["cp", "-r", str(ROOT / "tlpipe"), str(app)], check=True)
+        for names in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE):
+            copied = [str(ROOT / name) for name in names.split()]
+            subprocess.run(["cp", "-r", *copied, str(app)], check=True)
         venv.create(environment, with_pip=True)
         path = f"{environment / 'bin'}:/usr/local/bin:/usr/bin:/bin"
         workspace = Workspace(app, {"VIRTUAL_ENV": str(environment)})
@@ -106,7 +106,7 @@ def test_serving_imports_without_what_its_target_lacks() -> None:
         f"sys.modules.update(dict.fromkeys({blocked}))\n"
         "from tlpipe import cli\n"
         "from tlpipe.serving import serve\n"
-        "from tlpipe.inference import predictor\n"
+        "from tlpipe import predict\n"
         "from tlpipe.runtime import open_session\n"
         "import onnxruntime"
     )

@@ -15,8 +15,7 @@ def error_of(empty: Workspace, content: str) -> str:
     """Run a stage on a params.yaml and return the one line of the error."""
     (empty.path / "params.yaml").write_text(content)
     before = empty.names()
-    paths = ("--manifest", "m.csv", "--split", "s.csv", "--report", "r.json", "--placements", "p")
-    result = empty.call("split", *paths, code=3)
+    result = empty.call("split", code=3)
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("tlpipe: ")
@@ -55,7 +54,9 @@ def changed(section: str, key: str, value: object) -> str:
             "audit.label_issues is 241; it must be less than or equal to 240",
         ),
         ("audit", "sheet_images", 0, "audit.sheet_images is 0; it must be greater than or equal"),
-        ("embed", "threads", 0, "embed.threads is 0; it must be greater than or equal to 1"),
+        ("embed", "threads", "two", "embed.threads is 'two'; it must be 'auto', or a valid int"),
+        ("ingest", "short_side_px", 8, "ingest.short_side_px is 8; it must be 'auto', or greater"),
+        ("embed", "threads", 0, "embed.threads is 0; it must be 'auto', or greater than"),
         ("train", "l2", [0.1, -1], "train.l2.1 is -1; it must be greater than 0"),
         ("train", "l2", [], r"train.l2 is \[\]; .*at least 1 item"),
         ("register", "name", "a/b", "register.name is 'a/b'"),
@@ -64,7 +65,7 @@ def changed(section: str, key: str, value: object) -> str:
             "register",
             "name",
             "a-history",
-            "register.name is .*-history ends the name of what keeps the moves",
+            "register.name is .*, and without -history last, which is for what keeps the moves",
         ),
         ("ingest", "source", "", "ingest.source is ''; .*at least 1 character"),
     ],
@@ -123,7 +124,17 @@ def test_what_makes_no_sense_is_an_error_before_any_work(empty: Workspace) -> No
     line = error_of(empty, changed("ingest", "short_side_px", 128))
     assert line == (
         "ingest.short_side_px is 128; the backbone efficientnet_lite0 was trained with 256. "
-        "Set ingest.short_side_px: 256 in params.yaml."
+        "Set ingest.short_side_px: auto in params.yaml, or take it out."
+    )
+
+
+@pytest.mark.parametrize("asked", ["0", "257", "two", ""])
+def test_threads_that_cannot_be_are_an_error(empty: Workspace, asked: str) -> None:
+    changed_threads = changed("embed", "threads", "auto")
+    workspace = Workspace(empty.path, {**empty.env, "TLPIPE_THREADS": asked})
+    line = error_of(workspace, changed_threads)
+    assert line == (
+        f"TLPIPE_THREADS is {asked!r}; expected a number from 1 to 256. Change or unset it."
     )
 
 
@@ -222,7 +233,7 @@ def test_packages_of_other_versions_than_pinned_are_said(empty: Workspace, photo
 def test_a_cache_that_cannot_be_written_is_one_line(empty: Workspace, photos: Path) -> None:
     (empty.path / "file").touch()
     cache = str(empty.path / "file" / "cache")
-    stuck = Workspace(empty.path, empty.env | {"XDG_CACHE_HOME": cache})
+    stuck = Workspace(empty.path, {**empty.env, "XDG_CACHE_HOME": cache})
     stuck.set_source(photos)
     (line,) = stuck.run("tlpipe", "check", code=6).stderr.splitlines()
     assert line.startswith(f"tlpipe: the cache {cache}/tlpipe/backbones cannot be written: Not a d")
@@ -249,8 +260,9 @@ def test_what_is_no_mapping_is_an_error(empty: Workspace) -> None:
     assert error_of(empty, "ingest: [1]\n").startswith("ingest is [1]; it must be")
     assert "params.yaml: line 2:" in error_of(empty, "split: [1\n")
     (empty.path / "params.yaml").unlink()
-    paths = ("--manifest", "m", "--split", "s", "--report", "r", "--placements", "p")
-    result = empty.call("split", *paths, code=3)
+    result = empty.call("split", code=3)
+    assert f"{empty.path} is in no project: there is no params.yaml in it or above" in result.stderr
+    result = empty.call("split", "--params", "params.yaml", code=3)
     assert "params.yaml is missing" in result.stderr
 
 
@@ -270,3 +282,19 @@ def test_editors_get_the_schema_of_the_models() -> None:
     assert first == "# yaml-language-server: $schema=params.schema.json"
     sections = json.loads(printed)["properties"]
     assert set(yaml.safe_load((ROOT / "params.yaml").read_text())) == set(sections)
+
+
+@pytest.mark.fault("P28")
+def test_a_word_that_yaml_reads_as_true_or_false_is_explained(empty: Workspace) -> None:
+    path = empty.path / "params.yaml"
+    path.write_text(re.sub(r"\n  freeze: .*", "\n  freeze: No", path.read_text()))
+    said = empty.call("check", code=3).stderr
+    assert "embed.freeze is False (YAML reads No, off and false so: put quotes around" in said
+
+
+@pytest.mark.fault("P28")
+def test_a_word_that_is_like_no_key_is_not_guessed(empty: Workspace) -> None:
+    empty.configure("train", rate=0.1)
+    said = empty.call("check", code=3).stderr
+    assert "train.rate is no known key; " in said
+    assert "did you mean" not in said

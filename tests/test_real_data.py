@@ -3,22 +3,27 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from tests.conftest import Workspace
-from tlpipe.export import bundle as bundles
-from tlpipe.inference.predictor import Predictor
+from tlpipe import bundle as bundles
+from tlpipe.predict import Predictor
 from tlpipe.runtime import open_session
 
 
-def reproduce(workspace: Workspace, source: Path, name: str, *stages: str) -> dict:
+def reproduce(
+    workspace: Workspace, source: Path, name: str, last: str = "register"
+) -> dict[str, Any]:
     workspace.configure("ingest", source=str(source))
     workspace.configure("register", name=name)
-    workspace.run("dvc", "repro", *stages)
-    return json.loads((workspace.path / "artifacts/evaluate/report.json").read_text())
+    workspace.reproduce(last)
+    report = (workspace.path / "artifacts/evaluate/report.json").read_text()
+    found: dict[str, Any] = json.loads(report)
+    return found
 
 
 @pytest.mark.slow
@@ -28,11 +33,12 @@ def test_ants_and_bees_with_given_splits(
     """Needs the main job for the frozen part that it exported."""
     unknown, photos = shared_data("sign-digits"), shared_data("hymenoptera")
     workspace.configure("evaluate", ood=str(unknown), ood_images=40)
+    workspace.call("upgrade")  # DVC watches them
     report = reproduce(workspace, photos, "ants-and-bees")
     assert report["images"] == 153
     assert report["labels"] == ["ants", "bees"]
     assert report["precisions"]["fp32"]["accuracy"]["value"] >= 0.93
-    table = workspace.run("tlpipe", "summary", "artifacts/register/receipt.json").stdout
+    table = workspace.run("tlpipe", "summary").stdout
     assert "ants-and-bees version 1, alias challenger, champion" in table
     assert report["ood"]["images"] == 40
     assert report["ood"]["source"] == "sign-digits"

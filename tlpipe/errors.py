@@ -14,7 +14,8 @@
     |   `-- UnreachableError    it does not answer, or not as expected
     |-- ServingError        9   the address to serve on is not free
     |-- TrainingError      10   training cannot go on: no number, no memory, no room
-    |-- GateError           11   a version that must not go into production, or cannot be compared
+    |-- GateError           11   a version that must not go into production
+    |   `-- ComparisonError 8   versions that cannot be compared here: nothing is said of them
     `-- Interrupted       130   somebody asked it to stop; it can be resumed
 
 A message is one line: what is wrong, what was found, what was expected, what to do.
@@ -103,6 +104,12 @@ class GateError(TlpipeError):
     """A version must not go into production, or cannot be compared with the one that is."""
 
     exit_code = 11
+
+
+class ComparisonError(GateError):
+    """Two versions cannot be compared here, so nothing is said of either."""
+
+    exit_code = 8
 
 
 class Interrupted(TlpipeError):  # noqa: N818  as Python's own

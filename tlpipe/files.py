@@ -1,4 +1,8 @@
-"""Write files so that nothing half-written looks finished, and equal content gives equal bytes."""
+"""Write files so that nothing half-written looks finished, and equal content gives equal bytes.
+
+Locks are the system's own: ``filelock`` opens what it locks to write, and here a scratch folder is
+its own lock; nor would it say which process holds a lock, which ``locked`` writes into its file.
+"""
 
 import csv
 import errno
@@ -10,7 +14,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -141,20 +145,34 @@ def locked(path: Path, what: str) -> Iterator[None]:
     Raises:
         TrainingError: another process is inside; it is named.
     """
+
+    def error(process: str) -> TrainingError:
+        return TrainingError(
+            f"{what} runs in {path.parent} already, as process {process or '?'}; expected one at a "
+            f"time. Wait for it, or stop it."
+        )
+
+    with exclusive(path, error):
+        yield
+
+
+@contextmanager
+def exclusive(path: Path, error: Callable[[str], Exception]) -> Iterator[int]:
+    """Hold a lock until the last process that has its file descriptor ends; yield that.
+
+    ``error``: gets the number of the process that holds it, as text, and returns what is raised.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise TrainingError(
-                f"{what} runs in {path.parent} already, as process {file.read().strip() or '?'}; "
-                f"expected one at a time. Wait for it, or stop it."
-            ) from None
+            raise error(file.read().strip()) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        yield file.fileno()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -179,7 +197,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(
-            f"{path} is missing; the stage that writes it has not run. Run 'dvc repro'."
+            f"{path} is missing; the stage that writes it has not run. Run 'tlpipe run'."
         ) from None
     except (ValueError, OSError) as error:
         raise ArtifactError(
@@ -208,13 +226,19 @@ def read_csv(path: Path, header: Sequence[str]) -> Iterator[list[str]]:
         file = open_csv(path, "r")
     except FileNotFoundError:
         raise ArtifactError(
-            f"{path} is missing; the stage that writes it has not run. Run 'dvc repro'."
+            f"{path} is missing; the stage that writes it has not run. Run 'tlpipe run'."
         ) from None
     reader = csv.reader(file)
     if (found := next(reader, [])) != list(header):
         file.close()
         raise ArtifactError(f"{path} has the columns {found}; expected {list(header)}.")
     return _rows(path, file, reader, header)
+
+
+def count_rows(path: Path) -> int:
+    """Return how many rows a CSV table has, its header left out."""
+    with open_csv(path, "r") as file:
+        return max(0, sum(1 for _ in csv.reader(file)) - 1)
 
 
 def open_csv(path: Path, mode: Literal["r", "w"]) -> TextIO:

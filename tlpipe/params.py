@@ -86,8 +86,10 @@ def validate(path: Path, model: type[Section], content: object, *, prefix: str =
         return model.model_validate(content)
     except ValidationError as error:
         # An unknown key first: it is often the misspelling of one that is missing.
-        first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-        raise ParamsError(_explain(path, model, first, prefix)) from None
+        found = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        # A key that may have several types has an error for each.
+        same = [detail for detail in found if _location(detail) == _location(found[0])]
+        raise ParamsError(_explain(path, model, same, prefix)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -96,12 +98,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ParamsError: the file is missing or holds anything else.
     """
+    return parse(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    """Read a file of parameters.
+
+    Raises:
+        ParamsError: it is missing or cannot be read.
+    """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing; run tlpipe in the folder that holds it.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} cannot be read: {error}.") from None
+
+
+def parse(text: str, path: Path) -> dict[str, Any]:
+    """Return a YAML mapping as ``read_yaml`` does; messages name ``path``.
+
+    Raises:
+        ParamsError: the text is anything else.
+    """
+    try:
+        content = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
@@ -151,20 +172,34 @@ _StrictLoader.add_implicit_resolver(
 
 
 _TYPES = ("str", "int", "float", "bool")
+_TRIED = re.compile(r"literal\[|constrained-|function-")
 
 
-def _explain(path: Path, model: type[Section], error: ErrorDetails, prefix: str) -> str:
+def _location(error: ErrorDetails) -> list[str]:
+    """Return where an error is, without which of the types that a key may have was tried."""
     location = [str(part) for part in error["loc"]]
-    if location and location[-1] in _TYPES:
-        location.pop()  # of the types that a key may have, the one that was tried
+    if location and (location[-1] in _TYPES or _TRIED.match(location[-1])):
+        location.pop()
+    return location
+
+
+def _explain(path: Path, model: type[Section], errors: list[ErrorDetails], prefix: str) -> str:
+    """Say what is wrong with one key; ``errors``: one for each type that it may have."""
+    location, error = _location(errors[0]), errors[0]
     key = ".".join([prefix, *location] if prefix else location)
     if error["type"] == "extra_forbidden":
         return _unknown(path, key, location[-1], _fields_at(model, location[:-1]))
     if error["type"] == "missing":
         return f"{key} is missing. Set it in {path}."
-    expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    said = [each["msg"].removeprefix("Value error, ") for each in errors]
+    expected = " or ".join(said).replace("Input should be", "it must be", 1)
+    expected = expected.replace(" or Input should be", ", or")
     expected = expected.replace("a valid tuple", "a list").replace("a valid dict", "a mapping")
-    return f"{key} is {error['input']!r}; {expected}. Change it in {path}."
+    shown = repr(error["input"])
+    if isinstance(error["input"], bool) and "valid string" in expected:
+        read = "No, off and false" if error["input"] is False else "Yes, on and true"
+        shown += f" (YAML reads {read} so: put quotes around a word)"
+    return f"{key} is {shown}; {expected}. Change it in {path}."
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, object]:
@@ -179,7 +214,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, 
 
 
 def _unknown(path: Path, key: str, name: object, known: Mapping[str, object]) -> str:
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
     stem = key.rpartition(".")[0]
     guess = f"did you mean {stem + '.' if stem else ''}{nearest[0]}? " if nearest else ""
     return f"{key} is no known key; {guess}Known here: {', '.join(known)}. Change it in {path}."

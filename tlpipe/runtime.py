@@ -1,17 +1,44 @@
-"""Open ONNX Runtime sessions: the one way, for the frozen part, for parity and for serving."""
+"""How this process computes: ONNX Runtime sessions, random numbers, memory that is freed.
 
+Sessions are opened in one way, for the frozen part, for parity and for serving. Random numbers come
+from a seed and a purpose.
+"""
+
+import ctypes
+import hashlib
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     from onnxruntime import InferenceSession, SessionOptions
+
 
 _log = logging.getLogger(__name__)
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
+THREADS = "TLPIPE_THREADS"  # what embed.threads: auto is, where this variable is set
 Provider = tuple[str, dict[str, str]]
+# Of mallopt in glibc's malloc.h.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library can: glibc does."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None:
+        give_back(0)
+
+
+def keep_freed() -> None:
+    """Keep freed memory: training asks for the same again and again, and each new page costs."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MMAP_MAX, 0)
+        set_option(_TRIM_THRESHOLD, 2**31 - 1)
+        set_option(_TOP_PAD, 2**26)
 
 
 def open_session(
@@ -36,6 +63,13 @@ def open_session(
         # The CUDA libraries come with torch's packages, not with the system's loader path.
         onnxruntime.preload_dlls()
     return start_session(model, options, wanted)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: its affinity and its container's limit count."""
+    import joblib
+
+    return int(joblib.cpu_count())
 
 
 def providers(available: Collection[str], device: Literal["auto", "cpu"]) -> list[Provider]:
@@ -64,3 +98,19 @@ def start_session(
     if session.get_providers()[0] != wanted[0][0]:
         _log.warning("%s did not start; running on the CPU", wanted[0][0])
     return session
+
+
+def generator(seed: int, purpose: str) -> "np.random.Generator":
+    """Return a generator that depends on ``seed`` and ``purpose`` only."""
+    import numpy as np
+
+    return np.random.default_rng(_digest(seed, purpose))
+
+
+def uniform(seed: int, key: str) -> float:
+    """Return a number in [0, 1) that depends on ``seed`` and ``key`` only, not on any order."""
+    return (_digest(seed, key) >> 11) * 2.0**-53
+
+
+def _digest(seed: int, text: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8])

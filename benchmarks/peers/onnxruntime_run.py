@@ -6,7 +6,7 @@ from pathlib import Path
 import onnxruntime
 from answering import Images, Logits, answer
 
-from tlpipe.export.bundle import IMAGES, LOGITS, PROBABILITIES
+from tlpipe.bundle import IMAGES, LOGITS, PROBABILITIES
 from tlpipe.runtime import open_session
 
 model, images, threads, answers = sys.argv[1:]

@@ -42,17 +42,17 @@ normalise = transforms.Normalize([0.5] * 3, [0.5] * 3)
 middle = [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
 varied = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
 shown = {"train": middle if given.plain else varied, "val": middle}
-loaders = {
-    part: torch.utils.data.DataLoader(
-        datasets.ImageFolder(
-            f"{given.data}/{part}", transforms.Compose([*steps, transforms.ToTensor(), normalise])
-        ),
-        batch_size=32,
-        shuffle=part == "train",
+images_of = {
+    part: datasets.ImageFolder(
+        f"{given.data}/{part}", transforms.Compose([*steps, transforms.ToTensor(), normalise])
     )
     for part, steps in shown.items()
 }
-model = nn.Sequential(stages, nn.Linear(1280, len(loaders["train"].dataset.classes)))
+loaders = {
+    part: torch.utils.data.DataLoader(of_part, batch_size=32, shuffle=part == "train")
+    for part, of_part in images_of.items()
+}
+model = nn.Sequential(stages, nn.Linear(1280, len(images_of["train"].classes)))
 layout = torch.channels_last if given.tuned else torch.contiguous_format
 model = model.to(memory_format=layout)
 criterion = nn.CrossEntropyLoss()
@@ -89,7 +89,7 @@ for _ in range(given.epochs):
 print(
     json.dumps(
         {
-            "accuracy": hits / len(loaders["val"].dataset),
+            "accuracy": hits / len(images_of["val"]),
             "ms_an_image": 1000 * (time.process_time() - start) / max(images, 1),
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }

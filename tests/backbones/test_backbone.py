@@ -55,6 +55,7 @@ def test_the_packaged_weights_are_the_ones_that_recognise_insects(imagenet: Weig
     folder = SHARED / "data" / "hymenoptera" / "val"
     if not folder.is_dir():
         pytest.skip("the real data hymenoptera is not here")
+    assert imagenet.path is not None
     state = torch.load(imagenet.path, weights_only=True)
     network = from_pixels(load_network(LITE0, imagenet), LITE0.preprocessing)
     hits = total = 0
@@ -71,6 +72,7 @@ def test_the_packaged_weights_are_the_ones_that_recognise_insects(imagenet: Weig
 
 def test_safetensors_are_read_too(imagenet: Weights, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
+    assert imagenet.path is not None
     tensors = torch.load(imagenet.path, weights_only=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     network = load_network(LITE0, find_weights(LITE0, str(path), digest(path)))
@@ -98,6 +100,7 @@ def test_a_pickle_payload_is_an_error_and_not_run(tmp_path: Path) -> None:
 @pytest.mark.fault("T11")
 def test_other_bytes_than_the_pinned_ones_are_errors(imagenet: Weights, tmp_path: Path) -> None:
     path = tmp_path / "altered.pth"
+    assert imagenet.path is not None
     shutil.copy(imagenet.path, path)
     with path.open("r+b") as file:
         file.seek(5000)
@@ -139,7 +142,7 @@ def test_embed_refuses_in_one_line_and_leaves_nothing(
     empty.ingest()
     setting = setting.format(path=path, sha256=digest(path))
     empty.replace("params.yaml", "weights: imagenet", setting)
-    result = empty.embed("a", code=5)
+    result = empty.embed(code=5)
     *_, line = result.splitlines()
     assert line.startswith("tlpipe: ")
     assert message in line
@@ -342,13 +345,13 @@ def test_another_backbone_embeds_and_says_what_it_was_trained_on(
 ) -> None:
     empty.replace("params.yaml", "backbone: efficientnet_lite0", "backbone: resnet18")
     empty.replace("params.yaml", "weights: imagenet", "weights: none")
-    empty.set_source(photos)
+    empty.set_source(photos, interpolation="bicubic")
     failed = empty.ingest(code=3)
     assert "ingest.interpolation is bicubic; the backbone resnet18 was trained with bili" in failed
-    empty.replace("params.yaml", "interpolation: bicubic", "interpolation: bilinear")
+    empty.replace("params.yaml", 'interpolation: "bicubic"', "interpolation: auto")
     empty.ingest()
-    empty.embed("out/activations")
-    found = activations.load(empty.path / "out" / "activations")
+    empty.embed()
+    found = activations.load(empty.path / "artifacts/embed" / "activations")
     origin = found.origin
     assert found.features.shape == (24, 512)
     assert (origin.backbone, origin.weights, origin.boundary) == ("resnet18", "none", "layer4")

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import INGEST, ROOT, Workspace
-from tlpipe import files
-from tlpipe.backbones import activations as stored
-from tlpipe.backbones import frozen
+from tests.conftest import INGEST, ROOT, Workspace, lock
+from tlpipe import files, graph
+from tlpipe.backbones import activations, frozen
 from tlpipe.backbones.augment import Augmentation
 from tlpipe.backbones.backbone import describe
 from tlpipe.backbones.forward import PACKAGES
@@ -36,6 +35,7 @@ def photographs(folder: Path) -> None:
 
 def ingest(workspace: Workspace) -> str:
     """Run the stage as a process of its own, which imports the code that PYTHONPATH names."""
+    workspace.run("tlpipe", "upgrade")
     return workspace.run("tlpipe", *INGEST).stderr
 
 
@@ -45,9 +45,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, cache_env: dict[str, str]) ->
     path = tmp_path_factory.mktemp("made")
     (path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     workspace = Workspace(path, cache_env)
+    (path / graph.LOCK).write_text(lock())
+    shutil.copy(ROOT / graph.FILE, path)
+    shutil.copytree(ROOT / ".tlpipe", path / ".tlpipe")
     photographs(path / "photos")
     workspace.set_source("photos")
-    workspace.configure("embed", freeze="blocks5", views=1)
+    workspace.use_small_network()
+    workspace.configure("embed", freeze="layer2", views=1)
     workspace.ingest()
     workspace.embed()
     return workspace
@@ -75,17 +79,18 @@ class Case:
 
     def embed(self) -> int:
         """Run 'embed'; return of how many images the rows were taken over."""
-        said = self.workspace.embed()
+        self.workspace.run("tlpipe", "upgrade")
+        said = self.workspace.run("tlpipe", "embed").stderr
         found = re.search(rf"(\d+) of {IMAGES} images are known already", said)
         return int(found[1]) if found else 0
 
     @property
     def kept(self) -> Path:
-        return self.workspace.path / "out" / ".activations"
+        return self.workspace.path / "artifacts/embed" / ".activations"
 
     @property
     def written(self) -> Path:
-        return self.workspace.path / "out" / "activations"
+        return self.workspace.path / "artifacts/embed" / "activations"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -97,11 +102,11 @@ def case(made: Workspace, tmp_path: Path) -> Case:
     path = tmp_path / "copy"
     shutil.copytree(made.path, path)
     env = {**made.env, "PYTHONPATH": f"{path / 'code'}:{ROOT}"}
-    return Case(Workspace(path, env), contents(path / "out" / "activations"))
+    return Case(Workspace(path, env), contents(path / "artifacts/embed" / "activations"))
 
 
 def boundary(folder: Path) -> np.ndarray:
-    found = stored.load(folder).boundary
+    found = activations.load(folder).boundary
     assert found is not None
     return found[:].astype(np.float32)
 
@@ -140,7 +145,7 @@ def test_a_changed_line_of_the_augmentation_changes_every_view(case: Case) -> No
     assert case.embed() == 0
     after = boundary(case.written)
     assert (after[:, 0] == before[:, 0]).all()
-    assert (np.abs(after[:, 1] - before[:, 1]).max((1, 2, 3)) > 0.01).all()
+    assert (np.abs(after[:, 1] - before[:, 1]).max((1, 2, 3)) > 0.003).all()
 
 
 @pytest.mark.slow
@@ -161,7 +166,7 @@ def test_another_onnxruntime_is_another_computation(case: Case) -> None:
     after = contents(case.written)
     differ = [name for name in case.before if case.before[name] != after[name]]
     assert differ == ["index.json"]
-    assert stored.load(case.written).origin.packages["onnxruntime"] == "99.0"
+    assert activations.load(case.written).origin.packages["onnxruntime"] == "99.0"
     assert case.embed() == IMAGES
 
 
@@ -184,7 +189,7 @@ def test_another_pillow_decodes_and_computes_anew(case: Case) -> None:
     assert case.embed() == IMAGES  # the pixels are still those of the old one
     assert f"{IMAGES} decoded" in ingest(case.workspace)
     assert case.embed() == 0
-    assert "pillow 99.0" in stored.load(case.written).origin.decoder
+    assert "pillow 99.0" in activations.load(case.written).origin.decoder
 
 
 @pytest.mark.parametrize(
@@ -192,8 +197,8 @@ def test_another_pillow_decodes_and_computes_anew(case: Case) -> None:
     [
         {"augmentation": Augmentation(colour_jitter=0.3)},
         {"views": 2},
-        {"boundary": "blocks4"},
-        {"threads": 1},
+        {"boundary": "layer1"},
+        {"threads": 99},
         {"weights_sha256": "0" * 64},
         {"graph": "0" * 16},
         {"code": "0" * 16},
@@ -205,11 +210,11 @@ def test_another_pillow_decodes_and_computes_anew(case: Case) -> None:
 def test_what_another_computation_has_left_is_not_used(
     case: Case, update: dict[str, object]
 ) -> None:
-    origin = stored.load(case.written).origin
+    origin = activations.load(case.written).origin
     for same in ({}, {"data_sha256": "0" * 64}, {"data_version": "other"}, {"freeze": 7}):
-        assert stored.load_kept(case.kept, origin.model_copy(update=same)) is not None
+        assert activations.load_kept(case.kept, origin.model_copy(update=same)) is not None
     assert getattr(origin, next(iter(update))) != next(iter(update.values()))
-    assert stored.load_kept(case.kept, origin.model_copy(update=update)) is None
+    assert activations.load_kept(case.kept, origin.model_copy(update=update)) is None
 
 
 def cut_off(path: Path) -> bytes:
@@ -227,9 +232,9 @@ def one_bit(path: Path) -> bytes:
 def test_damaged_rows_are_told(
     case: Case, part: str, damage: Callable[[Path], bytes] | None
 ) -> None:
-    origin = stored.load(case.written).origin
+    origin = activations.load(case.written).origin
     harm(case, part, damage)
-    found = stored.load_kept(case.kept, origin)
+    found = activations.load_kept(case.kept, origin)
     if part == "keys.npy":
         assert found is None
     else:
@@ -261,19 +266,22 @@ def harm(case: Case, part: str, damage: Callable[[Path], bytes] | None) -> None:
 def test_a_second_embed_is_an_error_and_takes_nothing_away(case: Case) -> None:
     with files.locked(case.written.with_name(".embed.lock"), "an embedding"):
         said = case.workspace.embed(code=10)
-    assert re.search(r"an embedding runs in out already, as process \d+; expected one at", said)
+    place = "artifacts/embed"
+    assert re.search(
+        rf"an embedding runs in {place} already, as process \d+; expected one at", said
+    )
     assert contents(case.written) == contents(case.kept) == case.before
 
 
 def test_the_digest_is_of_the_content_not_of_the_images(case: Case, tmp_path: Path) -> None:
-    before = stored.load(case.written)
+    before = activations.load(case.written)
     digests = []
     for number, change in enumerate((0, 0, 1)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        writer = stored.Writer(folder, before.origin, width=1280, boundary=None, known=None)
+        writer = activations.Writer(folder, before.origin, width=96, boundary=None, known=None)
         for key, row in zip(before.keys, before.features, strict=True):
             writer.append(int(key).to_bytes(8), row + np.float16(change), 0)
         writer.finish()
-        digests.append(stored.digest(folder))
+        digests.append(activations.digest(folder))
     assert digests[0] == digests[1] != digests[2]

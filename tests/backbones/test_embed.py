@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 
 from tests.conftest import Workspace
-from tlpipe.backbones import activations as stored
+from tlpipe.backbones import activations
+from tlpipe.backbones.activations import frozen_stages
 from tlpipe.backbones.augment import UNIFORMS, Augmentation, apply, sample
 from tlpipe.backbones.backbone import describe, load_network
 from tlpipe.backbones.embed import Params, check_effects
-from tlpipe.backbones.freeze import frozen_stages
 from tlpipe.backbones.frozen import from_pixels
 from tlpipe.backbones.weights import IMAGENET, find
-from tlpipe.data import pixels as packed
+from tlpipe.data import pixels
 from tlpipe.errors import ParamsError
-from tlpipe.seeds import generator
+from tlpipe.runtime import generator
 
 LITE0 = describe("efficientnet_lite0")
 
@@ -43,12 +43,12 @@ def test_levels_are_numbers_of_stages(freeze: str | int, images: int, expected: 
     assert frozen_stages(freeze, LITE0.stages, labels) == expected
 
 
-def embedded(workspace: Workspace, **settings: object) -> stored.Activations:
+def embedded(workspace: Workspace, **settings: object) -> activations.Activations:
     text = (workspace.path / "params.yaml").read_text()
     workspace.configure("embed", **settings)
     workspace.embed()
     (workspace.path / "params.yaml").write_text(text)
-    return stored.load(workspace.path / "out" / "activations")
+    return activations.load(workspace.path / "artifacts/embed" / "activations")
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def in_torch(images: np.ndarray) -> dict[str, np.ndarray]:
 def assert_rounded(found: np.ndarray, expected: np.ndarray) -> None:
     """Check that these are the same numbers in float16, but for the order of sums in float32."""
     assert found.dtype == np.float16 and found.shape == expected.shape
-    near = {"rtol": 2**-11, "atol": 2e-4 * float(expected.std())}
-    np.testing.assert_allclose(found.astype(np.float32), expected, **near)
+    near = 2e-4 * float(expected.std())
+    np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-11, atol=near)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def noisy(empty: Workspace, photos: Path) -> Workspace:
 
 @pytest.mark.slow
 def test_activations_are_those_of_torch_at_every_boundary(noisy: Workspace) -> None:
-    squares = packed.load(noisy.path / "out" / "pixels").array[:6]
+    squares = pixels.load(noisy.path / "artifacts/ingest" / "pixels").array[:6]
     expected = in_torch(squares[:, 16:240, 16:240])
     for freeze, boundary in (("stem", "stem"), (4, "blocks2"), ("blocks5", "blocks5")):
         found = embedded(noisy, freeze=freeze)
@@ -109,7 +109,7 @@ def test_views_at_a_boundary_are_those_of_torch(noisy: Workspace) -> None:
     augmentation = Augmentation(colour_jitter=0.3, rotation_degrees=10)
     found = embedded(noisy, freeze="blocks5", views=2, augmentation=augmentation.model_dump())
     assert found.boundary is not None
-    squares = packed.load(noisy.path / "out" / "pixels").array[:6]
+    squares = pixels.load(noisy.path / "artifacts/ingest" / "pixels").array[:6]
     for view in range(2):
         for row in (0, 5):  # alone, where the stage has batches of eight
             key = int(found.keys[row]).to_bytes(8).hex()
@@ -119,7 +119,7 @@ def test_views_at_a_boundary_are_those_of_torch(noisy: Workspace) -> None:
             assert_rounded(found.boundary[row][1 + view], in_torch(shown)["blocks5"][0])
 
 
-def rows(found: stored.Activations) -> dict[int, np.ndarray]:
+def rows(found: activations.Activations) -> dict[int, np.ndarray]:
     assert found.boundary is not None
     return {int(key): found.boundary[row] for row, key in enumerate(found.keys)}
 
@@ -128,28 +128,33 @@ def rows(found: stored.Activations) -> dict[int, np.ndarray]:
 def test_only_what_is_new_is_computed_and_the_result_is_the_same(
     ingested: Workspace, photos: Path
 ) -> None:
-    before = rows(embedded(ingested, freeze="blocks5", views=1))
+    ingested.use_small_network()
+    ingested.ingest()
+    before = rows(embedded(ingested, freeze="layer2", views=1))
     shade = Image.new("RGB", (60, 60), (10, 200, 30))
     shade.save(photos / "dark" / "new.png")
     (photos / "light" / "3.png").unlink()
     ingested.ingest()
-    ingested.configure("embed", freeze="blocks5", views=1)
+    ingested.configure("embed", freeze="layer2", views=1)
     said = ingested.embed()
     assert "23 of 24 images are known already" in said
-    after = stored.load(ingested.path / "out" / "activations")
+    after = activations.load(ingested.path / "artifacts/embed" / "activations")
     found = rows(after)
     assert len(found.keys() - before.keys()) == 1
     assert all((before[key] == found[key]).all() for key in found.keys() & before.keys())
-    shutil.rmtree(ingested.path / "out" / ".activations")
-    shutil.move(ingested.path / "out" / "activations", ingested.path / "first")
+    shutil.rmtree(ingested.path / "artifacts/embed" / ".activations")
+    shutil.move(ingested.path / "artifacts/embed" / "activations", ingested.path / "first")
     assert "known" not in ingested.embed()
     for part in ("boundary", "features", "index.json", "keys.npy"):
-        one, two = ingested.path / "first" / part, ingested.path / "out/activations" / part
+        one, two = (
+            ingested.path / "first" / part,
+            ingested.path / "artifacts/embed/activations" / part,
+        )
         for path in one.iterdir() if one.is_dir() else [one]:
             other = two / path.name if one.is_dir() else two
             assert path.read_bytes() == other.read_bytes(), path
     # Another boundary, or other weights, are another computation.
-    ingested.configure("embed", freeze="blocks4")
+    ingested.configure("embed", freeze="layer1")
     assert "known" not in ingested.embed()
 
 
@@ -161,7 +166,7 @@ def test_views_differ_from_image_to_image_and_are_drawn_once(ingested: Workspace
     for one in range(4):
         for two in range(one):
             assert np.abs(views[:, one] - views[:, two]).max(axis=1).min() > 1e-3
-    shutil.rmtree(ingested.path / "out" / ".activations")
+    shutil.rmtree(ingested.path / "artifacts/embed" / ".activations")
     again = embedded(ingested, freeze="all", views=3)
     assert again.boundary is not None and (again.boundary[:] == found.boundary[:]).all()
 
@@ -172,7 +177,7 @@ def test_too_much_is_an_error_before_it_is_computed(ingested: Workspace) -> None
     assert "the activations of 24 images would take 0.18 GiB; embed.max_gib allows 0.02" in said
     assert re.search(r"By embed.freeze, freeze up to blocks2 \(0.0\d+ GiB\), blocks3 ", said)
     assert "; or freeze none; store fewer embed.views, or raise embed.max_gib." in said
-    assert not (ingested.path / "out" / "activations").exists()
+    assert not (ingested.path / "artifacts/embed" / "activations").exists()
 
 
 def test_the_size_is_said_beforehand(ingested: Workspace) -> None:
@@ -180,7 +185,7 @@ def test_the_size_is_said_beforehand(ingested: Workspace) -> None:
     said = ingested.embed().splitlines()
     assert said[0] == ("frozen: 7 of 9 stages, up to blocks5, 2,353,408 of 3,371,008 parameters")
     assert said[1] == "activations of 24 images: 0.000478 GiB"
-    folder = ingested.path / "out" / "activations"
+    folder = ingested.path / "artifacts/embed" / "activations"
     size = sum(path.stat().st_size for path in folder.rglob("*.npy"))
     assert size == pytest.approx(0.000478 * 2**30, rel=0.02)
 

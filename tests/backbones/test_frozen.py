@@ -1,11 +1,15 @@
 import hashlib
-import subprocess
-import sys
+import multiprocessing
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conftest import PATIENCE_S, ROOT, Workspace
+from tests.conftest import ROOT, Workspace
+from tlpipe.backbones.backbone import describe
+from tlpipe.backbones.frozen import whole_graph
+from tlpipe.backbones.weights import IMAGENET, Weights, find
 
 EXPORT = """
 from tlpipe.backbones.backbone import describe
@@ -16,77 +20,50 @@ print(whole_graph(backbone, find(backbone.name, backbone.pretrained, IMAGENET, N
 """
 
 
-def export(cache: Path, **env: str) -> Path:
-    workspace = Workspace(ROOT, {"XDG_CACHE_HOME": str(cache), **env})
-    return Path(workspace.run("python", "-c", EXPORT).stdout.strip())
-
-
-@pytest.mark.slow
-def test_exported_twice_the_bytes_are_equal_and_say_nothing_of_the_machine(tmp_path: Path) -> None:
-    first = export(tmp_path / "one", PYTHONHASHSEED="1", TZ="Asia/Tokyo")
-    second = export(tmp_path / "two", PYTHONHASHSEED="2", LC_ALL="C")
-    content = first.read_bytes()
-    assert content == second.read_bytes()
-    for trace in (b".py", b"site-packages", str(ROOT).encode(), b"stack_trace"):
-        assert trace not in content
-
-
-def test_a_damaged_cache_is_made_anew(tmp_path: Path, main_job: Workspace) -> None:
-    cached = export(Path(main_job.env["XDG_CACHE_HOME"]))
+def test_a_damaged_cache_is_made_anew_with_bytes_that_say_nothing_of_the_machine(
+    tmp_path: Path, main_job: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a process in other surroundings than those of the main job."""
+    monkeypatch.setenv("XDG_CACHE_HOME", main_job.env["XDG_CACHE_HOME"])
+    backbone = describe("efficientnet_lite0")
+    cached = whole_graph(backbone, find(backbone.name, backbone.pretrained, IMAGENET, None))
     mine = tmp_path / "cache" / "tlpipe" / "frozen" / cached.name
     mine.parent.mkdir(parents=True)
     mine.with_suffix(".sha256").write_bytes(cached.with_suffix(".sha256").read_bytes())
     mine.write_bytes(cached.read_bytes()[:-1000])
-    assert export(tmp_path / "cache") == mine
-    wanted = hashlib.sha256(cached.read_bytes()).hexdigest()
-    assert hashlib.sha256(mine.read_bytes()).hexdigest() == wanted
+    surroundings = {"PYTHONHASHSEED": "1", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
+    workspace = Workspace(ROOT, {"XDG_CACHE_HOME": str(tmp_path / "cache"), **surroundings})
+    assert workspace.run("python", "-c", EXPORT).stdout.strip() == str(mine)
+    content = mine.read_bytes()
+    assert content == cached.read_bytes()
+    for trace in (b".py", b"site-packages", str(ROOT).encode(), b"stack_trace"):
+        assert trace not in content
 
 
-# Waits for the others before it looks into the cache.
-TOGETHER = """
-import sys
-from pathlib import Path
-from tlpipe.backbones.backbone import describe
-from tlpipe.backbones.frozen import whole_graph
-from tlpipe.backbones.weights import Weights
-import torch.onnx, onnxscript
-backbone = describe("timm/test_resnet")
-print("ready", flush=True)
-sys.stdin.readline()
-path = whole_graph(backbone, Weights(None, ""))
-print(path, path.read_bytes() == whole_graph(backbone, Weights(None, "")).read_bytes())
-"""
+def export_together(cache: Path, everybody: Any, exported: Any) -> None:
+    """Wait for the others, then export; send the path, and whether the cache is used again."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    backbone = describe("timm/test_resnet")
+    everybody.wait()
+    path = whole_graph(backbone, Weights(None, ""))
+    again = whole_graph(backbone, Weights(None, ""))
+    exported.put((path, path.read_bytes() == again.read_bytes()))
 
 
 @pytest.mark.slow
 def test_processes_that_export_into_one_cache_leave_one_intact_file(tmp_path: Path) -> None:
-    workspace = Workspace(ROOT, {"XDG_CACHE_HOME": str(tmp_path / "cache")})
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", TOGETHER],
-            cwd=ROOT,
-            env=workspace.environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "torchvision", "torch.onnx", "onnxscript"])
+    arguments = (tmp_path / "cache", context.Barrier(2), context.SimpleQueue())
+    processes = [context.Process(target=export_together, args=arguments) for _ in range(2)]
     for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        process.start()
     for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ends
-    (printed,) = {out for out, _ in ends}
-    name, is_same = printed.split()
-    assert is_same == "True"
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    ((path, is_same),) = {arguments[-1].get() for _ in processes}
+    assert is_same
     folder = tmp_path / "cache" / "tlpipe" / "frozen"
-    path = Path(name)
     assert sorted(folder.iterdir()) == [path, path.with_suffix(".sha256")]
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.with_suffix(".sha256").read_text() == sha256

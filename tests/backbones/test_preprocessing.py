@@ -6,11 +6,11 @@ decoded at half size; transparency is laid over white; images are turned upright
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import timm
+import torch
 import torchvision
 from PIL import Image
 
@@ -30,22 +30,24 @@ NAMES = (
 )
 
 
-def transform(name: str) -> Callable[[Image.Image], Any]:
+def transform(name: str) -> Callable[[Image.Image], torch.Tensor]:
     """Return what the library itself does to an image."""
+    made: Callable[[Image.Image], torch.Tensor]
     if not name.startswith("timm/") and "lite" not in name:
-        made: Callable[[Image.Image], Any]
         made = torchvision.models.get_model_weights(name).DEFAULT.transforms()
         return made
     known = timm.get_pretrained_cfg(name.removeprefix("timm/").replace("eff", "tf_eff"))
-    return timm.data.create_transform(
+    made = timm.data.create_transform(
         **timm.data.resolve_data_config({}, pretrained_cfg=known.to_dict())
     )
+    return made
 
 
 def levels(normalised: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """Return (3, H, W) in levels of 0 to 255."""
     mean, std = (np.array(getattr(preprocessing, n))[:, None, None] for n in ("mean", "std"))
-    return (normalised * std + mean) * 255
+    found: np.ndarray = (normalised * std + mean) * 255
+    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,7 +77,8 @@ def test_photos_are_seen_as_the_library_shows_them(
 def _difference(ours: np.ndarray, theirs: np.ndarray, by: int, is_wide: bool) -> np.ndarray:
     """Return how far two images differ, one of them moved along the longer side of the photo."""
     moved = np.roll(ours, by, axis=2 if is_wide else 1)
-    return np.abs(moved - theirs)[:, 1:-1, 1:-1]
+    apart: np.ndarray = np.abs(moved - theirs)
+    return apart[:, 1:-1, 1:-1]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import torch
 import torchvision
 from torch import nn
 
+from tlpipe.backbones.activations import frozen_stages
 from tlpipe.backbones.backbone import describe
-from tlpipe.backbones.freeze import frozen_stages
 from tlpipe.backbones.stages import cut
 from tlpipe.errors import WeightsError
 
@@ -59,7 +59,7 @@ def built(name: str) -> nn.Module:
         without: nn.Module = timm.create_model(name.removeprefix("timm/"), num_classes=0)
         return without
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    network = torchvision.models.get_model(name, weights=None, **options)
+    network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     # Those of the auxiliary outputs stand before the last stages.
     *_, classifier = (path for path, m in network.named_modules() if isinstance(m, nn.Linear))
     network.set_submodule(classifier, nn.Identity())

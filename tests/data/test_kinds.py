@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Workspace
-from tlpipe.data import pixels as packed
+from tlpipe.data import pixels
 from tlpipe.data.images import FORMATS
 
 
@@ -31,8 +31,8 @@ def put(path: Path, data: bytes) -> None:
 
 def squares(workspace: Workspace) -> dict[str, np.ndarray]:
     """Return the stored pixels of each image, as signed numbers, by its path."""
-    stored = packed.load(workspace.path / "out/pixels").array
-    rows = enumerate(workspace.rows("out/manifest.csv"))
+    stored = pixels.load(workspace.path / "artifacts/ingest/pixels").array
+    rows = enumerate(workspace.rows("artifacts/ingest/manifest.csv"))
     return {entry["path"]: np.asarray(stored[row]).astype(int) for row, entry in rows}
 
 
@@ -65,7 +65,7 @@ def test_a_set_of_all_kinds_shows_the_pictures_that_people_see(empty: Workspace)
     for path, image in expected.items():
         reference = image.resize((341, 256), Image.Resampling.BICUBIC).crop((42, 0, 298, 256))
         assert np.abs(found[path] - np.asarray(reference)).mean() < 8, path
-    formats = Counter(row["format"] for row in empty.rows("out/manifest.csv"))
+    formats = Counter(row["format"] for row in empty.rows("artifacts/ingest/manifest.csv"))
     assert formats["AVIF"] == 2 and len(formats) == 7
 
 
@@ -118,7 +118,7 @@ def test_odd_names_are_read_and_never_become_lines_or_options(empty: Workspace) 
     put(root / "10" / "two\nrejected.png", b"no picture")
     empty.set_source(root)
     said = empty.ingest()
-    rows = empty.rows("out/manifest.csv")
+    rows = empty.rows("artifacts/ingest/manifest.csv")
     assert {*odd} <= {row["path"] for row in rows} and len(rows) == 27
     assert {row["label"] for row in rows} == {*labels}
     assert empty.rejects() == {"10/two\nrejected.png": "not_image"}
@@ -141,7 +141,7 @@ def test_photos_of_telephones_are_never_silently_half_of_the_data(empty: Workspa
     note = "8 of 30 files are called .heic and cannot be read here: the extra heic (pip"
     assert (note in empty.call("check").stdout) == ("HEIF" not in FORMATS)
     said = empty.ingest()
-    assert len(empty.rows("out/manifest.csv")) == 20
+    assert len(empty.rows("artifacts/ingest/manifest.csv")) == 20
     reasons = Counter(empty.rejects().values())
     assert reasons["format"] == (2 if "HEIF" in FORMATS else 10)
     assert (note in said) == ("HEIF" not in FORMATS)

@@ -222,28 +222,20 @@ def test_audit_says_what_bytes_do_not_show(
     empty.set_source("pictures")
     empty.configure("embed", freeze="all")
     empty.ingest()
-    assert len({row["group"] for row in empty.rows("out/manifest.csv")}) > 100
-    known = ("--manifest", "out/manifest.csv")
-    split = ("--split", "out/split.csv")
-    empty.call("split", *known, *split, "--report", "out/split.json", "--placements", "splits.csv")
+    assert len({row["group"] for row in empty.rows("artifacts/ingest/manifest.csv")}) > 100
+    empty.call("split")
     empty.embed()
-    audit = (
-        *("audit", *known, *split, "--pixels", "out/pixels"),
-        *("--activations", "out/activations", "--data-report", "out/report.json"),
-        *("--label-issues", "out/label_issues.csv", "--leaks", "out/leaks.json"),
-        *("--plots", "out/plots"),
-    )
-    said = "".join(empty.call(*audit).stderr.split())
+    said = "".join(empty.call("audit").stderr.split())
     assert "accuracypromisestoomuch:" in said
     assert "rotated,mirroredorshearedcopiesoftrainingimages" in said
     assert "Keepthecopiesofanoriginalinonesplit" in said
     assert "warning" in {record.levelname.lower() for record in caplog.records}
-    content = json.loads((empty.path / "out/leaks.json").read_text())
+    content = json.loads((empty.path / "artifacts/audit/leaks.json").read_text())
     assert content["is_above_clean"]
     example = content["splits"]["test"]["examples"][0]
     originals = [int(Path(example[key]).stem) // 5 for key in ("path", "train")]
     assert originals[0] == originals[1]
-    assert shades(empty.path / "out/plots/copies.png") > 20
+    assert shades(empty.path / "artifacts/audit/plots/copies.png") > 20
 
 
 def shades(path: Path) -> int:

@@ -6,23 +6,21 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, Workspace
-from tlpipe.data import placements
+from tlpipe.data import manifest
 from tlpipe.data.manifest import Assignment, Entry, load_split, save_manifest
 from tlpipe.data.split import Params, Result, _shares, assign
 from tlpipe.errors import DataError, ParamsError
-from tlpipe.seeds import uniform
+from tlpipe.runtime import uniform
 
-SPLIT = (
-    *("split", "--manifest", "manifest.csv"),
-    *("--split", "out/split.csv", "--report", "out/report.json", "--placements", "splits.csv"),
-)
+SPLIT = ("split",)
+MANIFEST = "artifacts/ingest/manifest.csv"
 
 
 def entries(count: int, split: str = "", labels: str = "ab", start: int = 0) -> list[Entry]:
@@ -55,9 +53,9 @@ def splits(rows: list[Entry], **params: object) -> list[str]:
 
 def run(empty: Workspace, rows: list[Entry], code: int = 0) -> dict[str, str]:
     """Run the stage; return the split of each path."""
-    save_manifest(empty.path / "manifest.csv", sorted(rows, key=lambda row: row.path))
+    save_manifest(empty.path / MANIFEST, sorted(rows, key=lambda row: row.path))
     empty.call(*SPLIT, code=code)
-    return {row["path"]: row["split"] for row in empty.rows("out/split.csv")}
+    return {row["path"]: row["split"] for row in empty.rows("artifacts/split/split.csv")}
 
 
 def test_shares_are_those_asked_for_in_every_class() -> None:
@@ -101,11 +99,11 @@ def test_nor_do_those_that_join_a_group_or_fill_a_class(empty: Workspace) -> Non
 def test_a_grown_data_set_is_split_alike_in_a_fresh_clone(empty: Workspace) -> None:
     run(empty, entries(8))
     grown = run(empty, entries(400))
-    report = (empty.path / "out/report.json").read_bytes()
-    shutil.rmtree(empty.path / "out")  # in Git there is splits.csv alone
+    report = (empty.path / "artifacts/split/report.json").read_bytes()
+    shutil.rmtree(empty.path / "artifacts/split")  # in Git there is splits.csv alone
     assert run(empty, entries(400)) == grown
-    assert (empty.path / "out/report.json").read_bytes() == report
-    for name in ("splits.csv", "out/split.csv"):
+    assert (empty.path / "artifacts/split/report.json").read_bytes() == report
+    for name in ("splits.csv", "artifacts/split/split.csv"):
         (empty.path / name).unlink()
     assert run(empty, entries(400)) != grown
 
@@ -126,7 +124,7 @@ def test_an_image_like_two_old_ones_in_different_splits_tests(
     rows = [row._replace(group="one") if row in (a, b) else row for row in old]
     after = run(empty, [*rows, bridge])
     assert after == {**before, bridge.path: other, a.path: "unused"}
-    report = (empty.path / "out/report.json").read_text()
+    report = (empty.path / "artifacts/split/report.json").read_text()
     assert json.loads(report)["leaks"] == 1
     # What was set aside is used again where its like is gone.
     assert run(empty, old) == before
@@ -145,13 +143,13 @@ def test_like_images_that_two_branches_placed_apart_measure_nothing_learned(
     run(empty, old)
     first = [row._replace(group=row.sha256[:16]) for row in theirs]
     merged(empty, old + ours, old + first)
-    known = placements.load(
+    known = manifest.load_placements(
         empty.path / "splits.csv", f"seed=0 folds={folds}" if folds else KNOWN
     ).places
     rows = sorted(old + ours + theirs, key=lambda row: row.path)
-    save_manifest(empty.path / "manifest.csv", rows)
+    save_manifest(empty.path / MANIFEST, rows)
     said = empty.call(*SPLIT).stderr
-    table = empty.rows("out/split.csv")
+    table = empty.rows("artifacts/split/split.csv")
     apart = [
         pair for pair in zip(ours, theirs, strict=True) if len({known[r.sha256] for r in pair}) > 1
     ]
@@ -171,22 +169,22 @@ def test_like_images_that_two_branches_placed_apart_measure_nothing_learned(
     # So the gate's rule leaks, which asks for groups, has nothing to find.
     groups = {s: {row["group"] for row in table if row["split"] == s} for s in after.values()}
     assert groups["test"].isdisjoint(groups["train"] | groups["validation"])
-    report = json.loads((empty.path / "out/report.json").read_text())
+    report = json.loads((empty.path / "artifacts/split/report.json").read_text())
     assert report["leaks"] == len(apart) == len(report["apart"])
     assert f"{len(apart)} images are left unused, since splits.csv places images like them" in said
     for path, was, like, place in report["apart"][:5]:
         assert f"{path} ({was}) is like {like} ({place})" in said
     # The same in a fresh clone, and from the run's own table, with which rebuild starts.
-    written = (empty.path / "out/split.csv").read_bytes()
-    shutil.rmtree(empty.path / "out")
+    written = (empty.path / "artifacts/split/split.csv").read_bytes()
+    shutil.rmtree(empty.path / "artifacts/split")
     empty.call(*SPLIT)
-    assert (empty.path / "out/split.csv").read_bytes() == written
+    assert (empty.path / "artifacts/split/split.csv").read_bytes() == written
     drawn = f"seed=0 folds={folds}" if folds else KNOWN
-    own = placements.of_table(load_split(empty.path / "out/split.csv"))
-    placements.save(empty.path / "splits.csv", placements.Placements(drawn, own))
-    shutil.rmtree(empty.path / "out")
+    own = manifest.of_table(load_split(empty.path / "artifacts/split/split.csv"))
+    manifest.save_placements(empty.path / "splits.csv", manifest.Placements(drawn, own))
+    shutil.rmtree(empty.path / "artifacts/split")
     empty.call(*SPLIT)
-    assert (empty.path / "out/split.csv").read_bytes() == written
+    assert (empty.path / "artifacts/split/split.csv").read_bytes() == written
 
 
 def test_another_seed_draws_anew_and_keeps_the_earlier_rows(empty: Workspace) -> None:
@@ -198,7 +196,7 @@ def test_another_seed_draws_anew_and_keeps_the_earlier_rows(empty: Workspace) ->
         "no row of splits.csv was drawn by seed=1 validation=0.2 test=0.2, as params.yaml says "
         "now: all images are drawn anew, and the 100 rows of other drawings stay" in said
     )
-    assert {row["path"]: row["split"] for row in empty.rows("out/split.csv")} != before
+    assert {row["path"]: row["split"] for row in empty.rows("artifacts/split/split.csv")} != before
     assert Counter(row["drawn_by"] for row in empty.rows("splits.csv")) == {
         "seed=0 validation=0.2 test=0.2": 100,
         "seed=1 validation=0.2 test=0.2": 100,
@@ -314,7 +312,7 @@ def test_what_is_left_out_is_said(empty: Workspace) -> None:
     copies = [row._replace(path=f"copy/{i}", split="train") for i, row in enumerate(test[:3])]
     empty.replace("params.yaml", "leaks: error", "leaks: drop")
     for rows, said in ((train + test, False), (train + test + copies, True)):
-        save_manifest(empty.path / "manifest.csv", sorted(rows, key=lambda row: row.path))
+        save_manifest(empty.path / MANIFEST, sorted(rows, key=lambda row: row.path))
         printed = empty.call(*SPLIT).stderr
         assert ("3 images left unused: their like stands in a held-out split" in printed) is said
         assert ("images left unused" in printed) is said
@@ -323,20 +321,20 @@ def test_what_is_left_out_is_said(empty: Workspace) -> None:
 def test_folds_keep_groups_whole_and_old_images_in_place(empty: Workspace) -> None:
     empty.replace("params.yaml", "test: 0.2\n", "test: 0.2\n  folds: 4\n")
     rows = [row._replace(group=f"{i // 2:016x}") for i, row in enumerate(entries(80))]
-    save_manifest(empty.path / "manifest.csv", rows)
+    save_manifest(empty.path / MANIFEST, rows)
     empty.call(*SPLIT)
-    before = {row["path"]: row["fold"] for row in empty.rows("out/split.csv")}
+    before = {row["path"]: row["fold"] for row in empty.rows("artifacts/split/split.csv")}
     assert set(before.values()) == {"0", "1", "2", "3"}
     assert all(before[rows[i].path] == before[rows[i + 1].path] for i in range(0, 80, 2))
     run(empty, rows + entries(40, start=500))
-    after = {row["path"]: row["fold"] for row in empty.rows("out/split.csv")}
+    after = {row["path"]: row["fold"] for row in empty.rows("artifacts/split/split.csv")}
     assert {path: after[path] for path in before} == before
 
 
 def test_folds_that_make_no_sense_are_errors(empty: Workspace) -> None:
     with pytest.raises(DataError, match=r"split.folds is 5, but the source gives splits"):
         splits(entries(50, "train") + entries(50, "test", start=50), folds=5)
-    save_manifest(empty.path / "manifest.csv", entries(50))
+    save_manifest(empty.path / MANIFEST, entries(50))
     empty.replace("params.yaml", "test: 0.2\n", "test: 0.2\n  folds: 4\n  fold: 4\n")
     error = empty.call(*SPLIT, code=ParamsError.exit_code).stderr
     assert "fold must be below split.folds; 4 is not" in error
@@ -360,15 +358,16 @@ def test_leaks_between_given_folders_are_found(
         small = image.resize((image.width // 2, image.height // 2))
         small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(source / "val/ants/planted.jpg")
     workspace.set_source(source)
-    error = workspace.run("dvc", "repro", "split", code=None).stderr
+    workspace.call("ingest")
+    error = workspace.call("split", code=4).stderr
     assert "1 images stand in two of the given splits, equal or nearly so: " in error
     assert f"train/ants/{original.name} is in train, val/ants/planted.jpg in test" in error
     workspace.replace("params.yaml", "leaks: error", "leaks: drop")
-    workspace.run("dvc", "repro", "split")
+    workspace.call("split")
     rows = {row["path"]: row["split"] for row in workspace.rows("artifacts/split/split.csv")}
     assert rows[f"train/ants/{original.name}"] == "unused"
     assert rows["val/ants/planted.jpg"] == "test"
-    workspace.run("dvc", "repro", "train")
+    workspace.reproduce("train")
 
 
 def test_the_images_themselves_say_where_they_are(empty: Workspace) -> None:
@@ -376,11 +375,11 @@ def test_the_images_themselves_say_where_they_are(empty: Workspace) -> None:
     old = entries(40)
     before = run(empty, old)
     for name in ("split.csv", "report.json"):
-        (empty.path / "out" / name).unlink()
+        (empty.path / "artifacts/split" / name).unlink()
     renamed = [row._replace(group=f"renamed {row.group}") for row in old]
     after = run(empty, [*renamed, *entries(20, start=40)])
     assert {path: after[path] for path in before} == before
-    for name in ("splits.csv", "out/split.csv"):
+    for name in ("splits.csv", "artifacts/split/split.csv"):
         (empty.path / name).unlink()
     assert run(empty, renamed) != before
 
@@ -415,10 +414,10 @@ KNOWN = "seed=0 validation=0.2 test=0.2"
 )
 def test_a_line_that_cannot_be_read_moves_no_image(empty: Workspace, line: str, found: str) -> None:
     run(empty, entries(40))
-    placements, split = empty.path / "splits.csv", empty.path / "out/split.csv"
+    placements, split = empty.path / "splits.csv", empty.path / "artifacts/split/split.csv"
     placements.write_text(placements.read_text() + line + "\n")
     content, table = placements.read_text(), split.read_bytes()
-    save_manifest(empty.path / "manifest.csv", sorted(entries(60), key=lambda row: row.path))
+    save_manifest(empty.path / MANIFEST, sorted(entries(60), key=lambda row: row.path))
     said = empty.call(*SPLIT, code=6).stderr
     assert re.search(rf"line 42 of splits.csv is .*{re.escape(found)}.*; expected sha256,", said)
     assert "keep the rows of both sides" in said
@@ -436,13 +435,15 @@ def merged(empty: Workspace, ours: list[Entry], theirs: list[Entry]) -> None:
     empty.run(*commit, "commit", "-qm", "main")
     for branch, rows in (("ours", ours), ("theirs", theirs)):
         empty.run("git", "checkout", "-q", "-b", branch, "main")
-        shutil.rmtree(empty.path / "out", ignore_errors=True)  # each in a clone of its own
+        shutil.rmtree(
+            empty.path / "artifacts/split", ignore_errors=True
+        )  # each in a clone of its own
         run(empty, rows)
         empty.run("git", "add", "splits.csv")
         empty.run(*commit, "commit", "-qm", branch)
     empty.run("git", "checkout", "-q", "ours")
     empty.run(*commit, "merge", "-q", "theirs", "-m", "both")
-    shutil.rmtree(empty.path / "out")
+    shutil.rmtree(empty.path / "artifacts/split")
 
 
 @pytest.mark.fault("L01")
@@ -467,7 +468,7 @@ def test_an_image_that_two_branches_placed_differently_is_an_error(empty: Worksp
     # In one branch the new image is like an image that trains, in the other like one that tests.
     merged(empty, [*old, new[0]], [*old, new[1]])
     content = (empty.path / "splits.csv").read_text()
-    save_manifest(empty.path / "manifest.csv", sorted([*old, new[0]], key=lambda row: row.path))
+    save_manifest(empty.path / MANIFEST, sorted([*old, new[0]], key=lambda row: row.path))
     said = empty.call(*SPLIT, code=6).stderr
     assert re.search(
         rf"splits.csv has 1 images in two splits, the first is {SHA} in (train|test) \(line \d+\) "
@@ -491,26 +492,27 @@ def test_rows_that_were_lost_move_no_image(empty: Workspace, folds: int | None) 
     given = drawn_now.folds if folds else drawn_now.splits
     # As if each had joined a group: none stands where its hash alone would place it.
     old = {r.sha256: p for r, p in zip(rows[::-1], given, strict=True)}
-    placements.save(empty.path / "splits.csv", placements.Placements(drawn, old))
+    manifest.save_placements(empty.path / "splits.csv", manifest.Placements(drawn, old))
     before = run(empty, rows)
     whole = (empty.path / "splits.csv").read_text()
-    table = (empty.path / "out/split.csv").read_bytes()
+    table = (empty.path / "artifacts/split/split.csv").read_bytes()
     header, *lines = whole.splitlines(keepends=True)
     (empty.path / "splits.csv").write_text(header + "".join(lines[-25:]))
     said = empty.call(*SPLIT, code=6).stderr
     assert re.search(
-        r"splits.csv has no row of 45 images that out/split.csv has placed, and \d+ of them would "
-        r"move, the first is ./\d+ from \w+ to \w+; expected the rows of all.*"
-        r"'git checkout -- splits.csv'.*on purpose, or after a change of branches, delete out/",
+        r"splits.csv has no row of 45 images that artifacts/split/split.csv has placed, and \d+ "
+        r"of them would move, the first is ./\d+ from \w+ to \w+; expected the rows of all.*"
+        r"'git checkout -- splits.csv'.*on purpose, or after a change of branches, delete "
+        r"artifacts/split/",
         said,
     )
     assert len((empty.path / "splits.csv").read_text().splitlines()) == 26
-    assert (empty.path / "out/split.csv").read_bytes() == table
+    assert (empty.path / "artifacts/split/split.csv").read_bytes() == table
     (empty.path / "splits.csv").write_text(whole)
     assert run(empty, rows) == before
     (empty.path / "splits.csv").unlink()
     empty.call(*SPLIT, code=6)
-    (empty.path / "out/split.csv").unlink()
+    (empty.path / "artifacts/split/split.csv").unlink()
     assert run(empty, rows) != before
     # Rows of images that are gone move none, nor do those of another drawing.
     run(empty, rows[:50])
@@ -547,7 +549,7 @@ def test_a_class_that_rows_keep_out_of_a_split_is_told_why(empty: Workspace) -> 
     rows = entries(60)
     before = run(empty, rows)
     left = [row for row in rows if (row.label, before[row.path]) != ("b", "test")]
-    save_manifest(empty.path / "manifest.csv", sorted(left, key=lambda row: row.path))
+    save_manifest(empty.path / MANIFEST, sorted(left, key=lambda row: row.path))
     said = empty.call(*SPLIT, code=4).stderr
     count = sum(row.label == "b" for row in left)
     counts = Counter(before[row.path] for row in left if row.label == "b")
@@ -566,12 +568,12 @@ def test_a_class_that_rows_keep_out_of_a_split_is_told_why(empty: Workspace) -> 
     path, theirs = empty.path / "splits.csv", {row.sha256 for row in left if row.label == "b"}
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if line[:64] not in theirs))
-    (empty.path / "out/split.csv").unlink()
+    (empty.path / "artifacts/split/split.csv").unlink()
     run(empty, left)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line_and_found_by_check(empty: Workspace) -> None:
-    save_manifest(empty.path / "manifest.csv", sorted(entries(40), key=lambda row: row.path))
+    save_manifest(empty.path / MANIFEST, sorted(entries(40), key=lambda row: row.path))
     unprivileged: tuple[str, ...] = ()
     if os.geteuid() == 0:  # root may write everywhere, unless it gives that up
         dropped = "-dac_override"
@@ -613,7 +615,7 @@ def test_a_set_of_other_bytes_is_said_to_be_drawn_anew(empty: Workspace) -> None
     rows = entries(60)
     run(empty, rows)
     other = [row._replace(sha256=row.sha256[::-1]) for row in rows]
-    save_manifest(empty.path / "manifest.csv", sorted(other, key=lambda row: row.path))
+    save_manifest(empty.path / MANIFEST, sorted(other, key=lambda row: row.path))
     said = empty.call(*SPLIT).stderr
     assert "splits.csv places 60 images, of which 0 are in the source; the other 60 of it" in said
 
@@ -622,13 +624,13 @@ def test_a_file_gives_a_table_or_does_not(tmp_path: Path) -> None:
     rows = entries(30)
     result = assign(rows, Params())
     table, path = assigned(rows, result), tmp_path / "splits.csv"
-    places = placements.of_table(table)
-    placements.save(path, placements.Placements(KNOWN, places))
-    assert placements.gives(path, KNOWN, table)
-    assert placements.gives(path, KNOWN, table[:-1])  # more rows than images do no harm
-    assert not placements.gives(path, "seed=1 validation=0.2 test=0.2", table)
-    placements.save(path, placements.Placements(KNOWN, dict(list(places.items())[1:])))
-    assert not placements.gives(path, KNOWN, table)
+    places = manifest.of_table(table)
+    manifest.save_placements(path, manifest.Placements(KNOWN, places))
+    assert manifest.gives(path, KNOWN, table)
+    assert manifest.gives(path, KNOWN, table[:-1])  # more rows than images do no harm
+    assert not manifest.gives(path, "seed=1 validation=0.2 test=0.2", table)
+    manifest.save_placements(path, manifest.Placements(KNOWN, dict(list(places.items())[1:])))
+    assert not manifest.gives(path, KNOWN, table)
 
 
 @pytest.mark.parametrize("folds", [None, 4])
@@ -645,13 +647,13 @@ def test_a_table_gives_itself(folds: int | None) -> None:
         if folds is None and seed % 2:
             given = random.choice(["", "", "train", "test"], len(rows))
             rows = [row._replace(split=str(g)) for row, g in zip(rows, given, strict=True)]
-        leaks = "error" if folds else "drop"
+        leaks: Literal["error", "drop"] = "error" if folds else "drop"
         params = Params(folds=folds, leaks=leaks, small_classes="train", seed=seed)
         alone = {row.path: row._replace(group=row.sha256[:16]) for row in rows[:100]}
         earlier = assign(list(alone.values()), params)
         table = assigned(list(alone.values()), earlier)
-        grown = assign(rows, params, placements.of_table(table))
-        again = assign(rows, params, placements.of_table(assigned(rows, grown)))
+        grown = assign(rows, params, manifest.of_table(table))
+        again = assign(rows, params, manifest.of_table(assigned(rows, grown)))
         assert (again.splits, again.folds) == (grown.splits, grown.folds)
 
 
@@ -663,16 +665,18 @@ def assigned(rows: list[Entry], result: Result) -> list[Assignment]:
 
 
 def shares(empty: Workspace) -> dict[str, dict[str, Any]]:
-    found: dict[str, Any] = json.loads((empty.path / "out/report.json").read_text())["shares"]
+    found: dict[str, Any] = json.loads((empty.path / "artifacts/split/report.json").read_text())[
+        "shares"
+    ]
     return found
 
 
 @pytest.mark.fault("L02")
 def test_large_groups_that_move_a_share_are_said(empty: Workspace) -> None:
     rows = [row._replace(group=f"{i // 40:016x}") for i, row in enumerate(entries(800))]
-    save_manifest(empty.path / "manifest.csv", sorted(rows, key=lambda row: row.path))
+    save_manifest(empty.path / MANIFEST, sorted(rows, key=lambda row: row.path))
     said = empty.call(*SPLIT).stderr
-    counts = Counter(row["split"] for row in empty.rows("out/split.csv"))
+    counts = Counter(row["split"] for row in empty.rows("artifacts/split/split.csv"))
     for name in ("test", "validation"):
         share = counts[name] / 800
         found = shares(empty)[name]
@@ -700,7 +704,7 @@ def test_images_placed_earlier_that_move_a_share_are_said(empty: Workspace) -> N
     ]
     everything = sorted([*old, *new], key=lambda row: row.path)
     everything = [row._replace(group=f"like {row.group}") for row in everything]
-    save_manifest(empty.path / "manifest.csv", everything)
+    save_manifest(empty.path / MANIFEST, everything)
     said = empty.call(*SPLIT).stderr
     share = 6 * len(tested) / len(everything)
     reason = "images that were placed earlier stay where they are"
@@ -754,13 +758,13 @@ def test_a_set_drawn_evenly_keeps_its_rows_as_it_grows(empty: Workspace) -> None
     everything = sorted(old + entries(80, start=100, labels="abc"), key=by_path)
     after = run(empty, everything)
     assert {path: after[path] for path in before} == before
-    shutil.rmtree(empty.path / "out")
+    shutil.rmtree(empty.path / "artifacts/split")
     (empty.path / "splits.csv").write_text(committed)  # what a fresh clone has
     assert run(empty, everything) == after
-    table = load_split(empty.path / "out/split.csv")
-    again = assign(everything, Params(seed=4), placements.of_table(table))
+    table = load_split(empty.path / "artifacts/split/split.csv")
+    again = assign(everything, Params(seed=4), manifest.of_table(table))
     assert again.splits == [row.split for row in table]
-    assert placements.gives(empty.path / "splits.csv", drawn, table)
+    assert manifest.gives(empty.path / "splits.csv", drawn, table)
 
 
 def by_path(row: Entry) -> str:
@@ -783,9 +787,9 @@ def test_classes_held_out_unevenly_are_said(empty: Workspace) -> None:
     """Seven classes in few large groups each: no draw can even them out; the worst are named."""
     rows = entries(700, labels="abcdefg")
     rows = [row._replace(group=f"{row.label}{i // 140}") for i, row in enumerate(rows)]
-    save_manifest(empty.path / "manifest.csv", sorted(rows, key=by_path))
+    save_manifest(empty.path / MANIFEST, sorted(rows, key=by_path))
     said = empty.call(*SPLIT).stderr
-    table = empty.rows("out/split.csv")
+    table = empty.rows("artifacts/split/split.csv")
     found = shares(empty)["test"]
     count = Counter(row["label"] for row in table if row["split"] == "test")
     off = [label for label in "abcdefg" if abs(count[label] - 20) > 5]

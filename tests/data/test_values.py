@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Workspace
+from tlpipe.bundle import load
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import Sampling, read_square
 from tlpipe.errors import ImageError
-from tlpipe.export.bundle import load
-from tlpipe.inference.predictor import Predictor
+from tlpipe.predict import Predictor
 from tlpipe.registry.gate import sampling_of
 from tlpipe.sources import storage
 
@@ -27,7 +27,8 @@ def gray(number: int, kind: int) -> np.ndarray:
     lines = np.sin(x / 3) > 0 if kind else np.sin(x / 3) * np.sin(y / 3) > 0
     noise = np.random.default_rng(1000 * kind + number).integers(0, 200, (6, 6), dtype=np.uint8)
     small = Image.fromarray(noise).resize((60, 48), Image.Resampling.BICUBIC)
-    return np.asarray(small) + 55 * lines.astype(np.uint8)
+    drawn: np.ndarray = np.asarray(small) + 55 * lines.astype(np.uint8)
+    return drawn
 
 
 def deep_set(root: Path, white: float, dtype: type, kind: str, images: int = 6) -> Path:
@@ -41,17 +42,17 @@ def deep_set(root: Path, white: float, dtype: type, kind: str, images: int = 6) 
 
 
 def levels(workspace: Workspace) -> np.ndarray:
-    stored = packed.load(workspace.path / "out/pixels")
+    stored = packed.load(workspace.path / "artifacts/ingest/pixels")
     return np.stack([stored.array[row] for row in range(len(stored.array))])
 
 
 def report(workspace: Workspace) -> dict[str, object]:
-    return dict(json.loads((workspace.path / "out/report.json").read_text()))
+    return dict(json.loads((workspace.path / "artifacts/ingest/report.json").read_text()))
 
 
 def tables(workspace: Workspace) -> dict[str, bytes]:
     """Return the bytes of what ``ingest`` has written, without notes of how files lie."""
-    out = workspace.path / "out"
+    out = workspace.path / "artifacts/ingest"
     found = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name[0] != "."]
     return {path.name: path.read_bytes() for path in found}
 
@@ -96,7 +97,7 @@ def test_a_new_picture_that_widens_the_range_changes_all_as_in_a_fresh_run(
     assert "13 decoded" in empty.ingest()  # all but the one of 8 bits
     assert report(empty)["value_range"] == [0, 1023]
     grown = tables(empty)
-    for path in (empty.path / "out").iterdir():
+    for path in (empty.path / "artifacts/ingest").iterdir():
         path.rename(empty.path / f"old {path.name}")
     empty.ingest()
     assert tables(empty) == grown
@@ -110,7 +111,7 @@ def test_a_new_picture_that_widens_the_range_changes_all_as_in_a_fresh_run(
         Image.fromarray(plain).save(path)
     empty.ingest()
     assert report(empty)["value_range"] is None
-    assert packed.load(empty.path / "out/pixels").sampling.value_range is None
+    assert packed.load(empty.path / "artifacts/ingest/pixels").sampling.value_range is None
 
 
 @pytest.mark.fault("D60")
@@ -124,13 +125,13 @@ def test_another_range_finds_other_near_copies_as_in_a_fresh_run(empty: Workspac
     empty.set_source(root)
     empty.configure("ingest", value_range=[0, 1023])
     empty.ingest()
-    pairs = {(row["path"], row["other"]) for row in empty.rows("out/duplicates.csv")}
+    pairs = {(row["path"], row["other"]) for row in empty.rows("artifacts/ingest/duplicates.csv")}
     empty.configure("ingest", value_range=[0, 255])
     empty.ingest()
-    now = {(row["path"], row["other"]) for row in empty.rows("out/duplicates.csv")}
+    now = {(row["path"], row["other"]) for row in empty.rows("artifacts/ingest/duplicates.csv")}
     assert ("checks/beyond 0.png", "checks/beyond 1.png") in now - pairs
     again = tables(empty)
-    for path in (empty.path / "out").iterdir():
+    for path in (empty.path / "artifacts/ingest").iterdir():
         path.rename(empty.path / f"old {path.name}")
     empty.ingest()
     assert tables(empty) == again
@@ -180,21 +181,24 @@ def test_one_deep_picture_among_others_is_all_that_is_read_twice(
 
     empty.set_source(root)
     monkeypatch.setattr(storage, "open", opening, raising=False)
+    monkeypatch.setattr(storage, "_SURE_NS", -(10**12))  # both times, however fast this runs
     said = empty.ingest()
     assert "42 images in 2 classes, 1 rejected, 42 decoded" in said
     assert opened["5 deep.png"] == opened["broken.png"] == 2
     assert opened["again.png"] == 1
     assert [opened[f"{i}.png"] for i in range(20)] == [2] * 20  # one of each class
-    auto, seen = tables(empty), (empty.path / "out/.seen.csv").read_bytes()
+    auto, seen = tables(empty), (empty.path / "artifacts/ingest/.seen.csv").read_bytes()
     assert empty.rejects().keys() == {"checks/broken.png"}
     # As where the range is known from the beginning.
-    for path in (empty.path / "out").iterdir():
+    for path in (empty.path / "artifacts/ingest").iterdir():
         path.rename(empty.path / f"old {path.name}")
     empty.configure("ingest", value_range=[0, 4095])
     empty.ingest()
     assert tables(empty) == auto
-    assert (empty.path / "out/.seen.csv").read_bytes() == seen
-    assert not [path for path in (empty.path / "out/pixels").iterdir() if path.is_dir()]
+    assert (empty.path / "artifacts/ingest/.seen.csv").read_bytes() == seen
+    assert not [
+        path for path in (empty.path / "artifacts/ingest/pixels").iterdir() if path.is_dir()
+    ]
 
 
 @pytest.mark.fault("D30", "D60")
@@ -226,7 +230,7 @@ def test_parts_of_photos_and_their_rejects_are_taken_from_the_first_reading(
     empty.ingest()
     auto, rejects = tables(empty), empty.rejects()
     assert set(rejects.values()) == {"box_outside", "no_background"}
-    for path in (empty.path / "out").iterdir():
+    for path in (empty.path / "artifacts/ingest").iterdir():
         path.rename(empty.path / f"old {path.name}")
     empty.configure("ingest", value_range=[0, 4095])
     empty.ingest()
@@ -264,7 +268,7 @@ def test_odd_pixels_that_ruin_the_measured_range_are_errors_with_the_file(
     named = re.search(r"'(.*)' has the value (\S+), so ingest.value_range: auto makes", said)
     assert named and named[1] in paths[:which] and float(named[2]) == pytest.approx(value)
     assert re.search(r"leaves the median of 12 pictures .* of 256 levels; expected 64 at", said)
-    assert not (empty.path / "out/manifest.csv").exists()
+    assert not (empty.path / "artifacts/ingest/manifest.csv").exists()
     empty.configure("ingest", value_range=[0, white])
     empty.ingest()
 
@@ -319,7 +323,7 @@ def test_gray_needs_as_many_levels_as_colour(levels: int) -> None:
 def test_the_bundle_turns_a_file_into_the_stored_pixels(workspace: Workspace) -> None:
     root = deep_set(workspace.path / "set", 4000, np.uint16, "png", images=10)
     workspace.set_source(root)
-    workspace.run("dvc", "repro", "export")
+    workspace.reproduce("export")
     artifacts = workspace.path / "artifacts"
     bundle = load(artifacts / "export" / "bundle")
     assert bundle.preprocessing.value_range == (0, 4095)

@@ -1,23 +1,22 @@
 import csv
 import json
-import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
-from tests.conftest import ROOT, Workspace
-from tlpipe.data import pixels as packed
+from tests.conftest import Workspace
+from tlpipe.data import pixels
 from tlpipe.data.manifest import Entry, load_split
 from tlpipe.evaluation import evaluate
-from tlpipe.evaluation.answers import Shown
-from tlpipe.evaluation.corruptions import STRENGTHS
-from tlpipe.evaluation.metrics import METRICS
-from tlpipe.inference.predictor import Prediction
+from tlpipe.evaluation.answers import STRENGTHS, Shown
+from tlpipe.evaluation.metrics import METRICS, why_no_threshold
+from tlpipe.graph import PATHS, STAGES
+from tlpipe.predict import Prediction
 
 
 def test_the_digits_are_recognised(artifacts: Path) -> None:
@@ -62,10 +61,12 @@ def test_plots_and_examples_are_images(artifacts: Path) -> None:
     # What plots show is in test_plots.py. Galleries: the background, and pictures of many colours.
     for name in ("mistakes", "least_confident"):
         with Image.open(folder / "plots" / f"{name}.png") as image:
-            colours = {colour: count for count, colour in image.getcolors(1 << 24)}
-        assert colours[(255, 255, 255, 255)] < 0.9 * image.size[0] * image.size[1]
+            counted = image.getcolors(1 << 24)
+        assert counted is not None
+        colours = {colour: count for count, colour in counted}
+        assert colours[(255, 255, 255)] < 0.9 * image.size[0] * image.size[1]
     # An example is the first test image of its class, as it is stored.
-    squares = packed.load(artifacts / "ingest" / "pixels").array
+    squares = pixels.load(artifacts / "ingest" / "pixels").array
     rows = load_split(artifacts / "split" / "split.csv")
     for label in "0123456789":
         known = next(i for i, row in enumerate(rows) if (row.split, row.label) == ("test", label))
@@ -132,21 +133,14 @@ def test_dvc_shows_metrics_and_plots(main_job: Workspace) -> None:
 
 
 def test_a_bundle_of_other_classes_is_an_error(main_job: Workspace, empty: Workspace) -> None:
-    artifacts = main_job.path / "artifacts"
-    split = (artifacts / "split" / "split.csv").read_text()
-    (empty.path / "split.csv").write_text(split.replace(",7,", ",seven,"))
-    result = empty.run(
-        *("tlpipe", "evaluate", "--bundle", str(artifacts / "export" / "bundle")),
-        *("--pixels", str(artifacts / "ingest" / "pixels"), "--split", "split.csv"),
-        *("--manifest", str(artifacts / "ingest" / "manifest.csv")),
-        *("--held-out", str(artifacts / "train" / "model" / "held_out.safetensors")),
-        *("--history", str(artifacts / "train" / "history.csv")),
-        *("--report", "r", "--speed", "s", "--predictions", "p", "--tables", "t"),
-        *("--plots", "pl", "--examples", "e"),
-        code=6,
-    )
+    split = (main_job.path / PATHS["split"]).read_text()
+    empty.take(main_job, *(name for name in STAGES["evaluate"].reads if name != "split"))
+    (empty.path / PATHS["split"]).parent.mkdir()
+    (empty.path / PATHS["split"]).write_text(split.replace(",7,", ",seven,"))
+    before = sorted(empty.path.rglob("*"))
+    result = empty.run("tlpipe", "evaluate", code=6)
     assert "has the classes seven, which the bundle does not know" in result.stderr
-    assert empty.names() == ["params.yaml", "split.csv"]
+    assert sorted(empty.path.rglob("*")) == before
 
 
 @pytest.mark.slow
@@ -156,23 +150,21 @@ def test_ood_images_are_those_of_the_project(
 ) -> None:
     """Built-in ones say nothing about other classes; a folder without folders in it will do."""
 
-    def measured(**values: object) -> dict | None:
+    def measured(**values: object) -> dict[str, Any] | None:
         empty.configure("evaluate", corrupted_images=1, mistakes=0, **values)
-        stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-        words = shlex.split(stages["evaluate"]["cmd"])[2:]
-        named = [
-            str(artifacts.parent / word) if word.startswith("artifacts/") and not output else word
-            for word, output in zip(words, outputs(words), strict=True)
-        ]
-        said = empty.call("evaluate", *named).stderr
+        said = empty.call("evaluate").stderr
         report = json.loads((empty.path / "artifacts/evaluate/report.json").read_text())
+        found: dict[str, Any] | None = report["ood"]
         left_out = "evaluate.ood is data/textures.yaml, an example for built-in classes, and"
-        assert (left_out in said) == (report["ood"] is None)
-        return report["ood"]
+        assert (left_out in said) == (found is None)
+        return found
 
-    def outputs(words: list[str]) -> list[bool]:
-        return [word.startswith("artifacts/evaluate/") for word in words]
-
+    main_job = Workspace(artifacts.parent)
+    empty.take(main_job, *(name for name in STAGES["evaluate"].reads if name != "split"))
+    (empty.path / PATHS["split"]).parent.mkdir()
+    *ten, others = (main_job.path / PATHS["split"]).read_text().split(",test,", 10)
+    few = ",test,".join([*ten, others.replace(",test,", ",train,")])  # that are answered
+    (empty.path / PATHS["split"]).write_text(few)
     empty.set_source(photos)
     assert measured() is None
     flat = empty.path / "flat"
@@ -184,3 +176,13 @@ def test_ood_images_are_those_of_the_project(
     assert found is not None
     assert (found["source"], found["images"]) == ("flat", 6)
     assert 0 <= found["auroc"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [(40, "40 independent images held out are too few, 149 or more"), (798, "too many of 798 ")],
+)
+def test_why_there_is_no_threshold_is_one_reason(images: int, said: str) -> None:
+    text = why_no_threshold({"images": images, "images_needed": 149})
+    assert text.startswith(said)
+    assert ("too few" in text) == (images < 149)

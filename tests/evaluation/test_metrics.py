@@ -1,3 +1,5 @@
+import json
+import math
 import subprocess
 import sys
 import tracemalloc
@@ -6,9 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
+from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
-from tlpipe.evaluation import metrics
-from tlpipe.resampling import group_numbers, resamples
+from tlpipe import files
+from tlpipe.evaluation import evaluate, metrics
+from tlpipe.evaluation.answers import Answers
+from tlpipe.resampling import group_numbers, resamples, share_interval
 
 # All that lie in [0, 1] and are 1 at best.
 SHARES = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "top_2_accuracy")
@@ -16,7 +21,8 @@ SHARES = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "top_2_accuracy"
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (raised / raised.sum(axis=1, keepdims=True)).astype(np.float32)
+    found: np.ndarray = (raised / raised.sum(axis=1, keepdims=True)).astype(np.float32)
+    return found
 
 
 def drawn(
@@ -32,7 +38,8 @@ def drawn(
 
 def certain(answers: np.ndarray, classes: int) -> np.ndarray:
     """Return probabilities of answers that are sure of themselves, but not more than they may."""
-    return (0.9 * np.eye(classes)[answers] + 0.1 / classes).astype(np.float32)
+    found: np.ndarray = (0.9 * np.eye(classes)[answers] + 0.1 / classes).astype(np.float32)
+    return found
 
 
 @pytest.mark.parametrize(("images", "classes", "decimals"), [(300, 4, 9), (80, 9, 0), (60, 2, 1)])
@@ -40,7 +47,8 @@ def test_the_numbers_are_scikit_learn_s(images: int, classes: int, decimals: int
     """With ties too, and with one class more than is tested."""
     probabilities, truth = drawn(images, classes, decimals=decimals)
     unseen = np.full((images, 1), 0.01, np.float32)
-    probabilities = np.concatenate([probabilities, unseen], axis=1) / np.float32(1.01)
+    joined = np.concatenate([probabilities, unseen], axis=1) / np.float32(1.01)
+    probabilities = joined.astype(np.float32)
     labels = range(classes + 1)
     tested = sorted(set(truth.tolist()))
     assert len(tested) == classes
@@ -75,11 +83,11 @@ def test_the_numbers_are_scikit_learn_s(images: int, classes: int, decimals: int
     for i, row in enumerate(measured["per_class"]):
         found = (row["precision"], row["recall"], row["f1"], row["images"])
         assert found == pytest.approx(tuple(column[i] for column in expected))
-    found = np.zeros((classes + 1, classes + 1), int)
+    confusion = np.zeros((classes + 1, classes + 1), int)
     for true, answer, images in metrics.confusion_pairs(truth, predicted):
-        found[true, answer] = images
+        confusion[true, answer] = images
     known = sklearn_metrics.confusion_matrix(truth, predicted, labels=labels)
-    assert found.tolist() == known.tolist()
+    assert confusion.tolist() == known.tolist()
 
 
 def test_auroc_is_the_one_against_the_rest_of_scikit_learn() -> None:
@@ -158,13 +166,13 @@ def interval_of(
     if name == "auroc":
         return metrics.auroc(probabilities, truth, groups, 0.95)
     if name == "accuracy":
-        return metrics.share_interval(right, groups, 0.95)
+        return share_interval(right, groups, 0.95)
     if name == "top_2_accuracy":
         true = probabilities[np.arange(len(truth)), truth]
         among = (probabilities > true[:, None]).sum(axis=1) < 2
-        return metrics.share_interval(among, groups, 0.95)
+        return share_interval(among, groups, 0.95)
     weights = metrics.class_weights(truth, probabilities.argmax(axis=1))[name]
-    return metrics.share_interval(right, groups, 0.95, weights=weights, classes=truth)
+    return share_interval(right, groups, 0.95, weights=weights, classes=truth)
 
 
 def test_measure_gives_each_headline_that_interval() -> None:
@@ -224,7 +232,16 @@ def test_log_loss_has_the_interval_of_the_bootstrap() -> None:
     assert found["high"] == pytest.approx(losses.mean() + half, abs=0.1 * half)
 
 
-def binned(right: dict[float, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+def calibration_error(
+    probabilities: np.ndarray, truth: np.ndarray, groups: list[str]
+) -> dict[str, float]:
+    """Return the calibration error with its interval; two groups at least have one."""
+    found = metrics.calibration_error(probabilities, truth, groups, 0.95)
+    assert found is not None
+    return found
+
+
+def binned(right: dict[float, tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Return answers of a few confidences, of which so many are right, so many are wrong."""
     rows, truth = [], []
     for confidence, (hits, misses) in right.items():
@@ -247,7 +264,7 @@ def test_calibration_error_is_the_published_estimator() -> None:
         for confidence, (hits, misses) in of_bins.items()
     )
     assert square > 0
-    found = metrics.calibration_error(*binned(of_bins), [""] * 100, 0.95)
+    found = calibration_error(*binned(of_bins), [""] * 100)
     assert found["value"] == pytest.approx(square**0.5, abs=1e-6)
 
 
@@ -262,7 +279,7 @@ def test_calibration_error_has_bins_of_equally_many_images(images: int, bins: in
     chunks = np.array_split((confidence - right)[confidence.argsort()], bins)
     # The square of a mean less its variance, the usual unbiased estimates of both.
     square = np.mean([chunk.mean() ** 2 - chunk.var(ddof=1) / len(chunk) for chunk in chunks])
-    found = metrics.calibration_error(probabilities, (~right).astype(int), [""] * images, 0.95)
+    found = calibration_error(probabilities, (~right).astype(int), [""] * images)
     assert square > 0
     assert found["value"] == pytest.approx(square**0.5, rel=1e-5)
 
@@ -279,7 +296,7 @@ def all_wrong(images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("images", range(2, 31))
 def test_few_images_that_are_all_wrong_have_their_calibration_error(images: int) -> None:
     """Were bins of one image taken for free of error, it would be 0."""
-    found = metrics.calibration_error(*all_wrong(images), [""] * images, 0.95)
+    found = calibration_error(*all_wrong(images), [""] * images)
     assert found["value"] == pytest.approx(0.95, abs=0.005)
     # One bin's error is the difference of mean confidence and accuracy: Wilson's interval of it.
     most = stats.binomtest(0, images).proportion_ci(0.95, method="wilson").high
@@ -295,13 +312,13 @@ def test_few_groups_that_are_all_wrong_have_their_calibration_error() -> None:
     ranked = probabilities[probabilities[:, 0].argsort()]
     most = stats.binomtest(0, 12).proportion_ci(0.95, method="wilson").high
     for given in (probabilities, ranked):
-        found = metrics.calibration_error(given, truth, photos, 0.95)
+        found = calibration_error(given, truth, photos)
         assert found["value"] == pytest.approx(0.95, abs=0.005)
         assert found["low"] == pytest.approx(0.95 - most, abs=0.03)
         assert found["value"] <= found["high"] <= 1
     # Of two photos whose confidences lie apart, one bin has both.
     halves = [str(number // 150) for number in range(300)]
-    found = metrics.calibration_error(ranked, truth, halves, 0.95)
+    found = calibration_error(ranked, truth, halves)
     assert found["value"] == pytest.approx(0.95, abs=0.005)
 
 
@@ -314,7 +331,7 @@ def test_the_calibration_error_lies_in_its_interval(groups: int) -> None:
         images = int(random.integers(groups, 4 * groups + 1))
         probabilities, truth = drawn(images, 3, skill=random.uniform(0, 3), seed=seed)
         place = np.concatenate([np.arange(groups), random.integers(groups, size=images - groups)])
-        found = metrics.calibration_error(probabilities, truth, [str(g) for g in place], 0.95)
+        found = calibration_error(probabilities, truth, [str(g) for g in place])
         assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
         assert found["low"] < found["high"]
 
@@ -325,11 +342,11 @@ def test_no_bin_has_the_images_of_one_group() -> None:
     confidence = np.linspace(0.5, 1, 198)
     place = np.concatenate([np.zeros(99, np.int64), np.arange(1, 100)])
     numbers = metrics.calibration_bins(confidence, place)
-    assert np.bincount(numbers).tolist() == [198]
+    assert numbers is not None and np.bincount(numbers).tolist() == [198]
     # Six bins have their places where that group is spread among all.
     np.random.default_rng(0).shuffle(place)
     numbers = metrics.calibration_bins(confidence, place)
-    assert np.bincount(numbers).tolist() == [33] * 6
+    assert numbers is not None and np.bincount(numbers).tolist() == [33] * 6
     assert all(len(np.unique(place[numbers == number])) > 1 for number in range(6))
 
 
@@ -355,7 +372,7 @@ def test_probabilities_that_hardly_differ_have_nearly_one_calibration_error() ->
             if not shift.any():
                 truth = (random.random(201) > sure).astype(int)
             probabilities = np.stack([sure, 1 - sure], axis=1).astype(np.float32)
-            found.append(metrics.calibration_error(probabilities, truth, [""] * 201, 0.95)["value"])
+            found.append(calibration_error(probabilities, truth, [""] * 201)["value"])
         changes.append(abs(found[0] - found[1]))
     # Fifteen bins: 0.015 and 0.055.
     assert np.mean(changes) < 0.011
@@ -374,10 +391,7 @@ def calibrated(images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("images", [100, 1000])
 def test_a_calibrated_classifier_has_next_to_no_calibration_error(images: int) -> None:
     """The plain sum of Guo et al. (2017) has a mean of 0.09 and 0.03 there."""
-    found = [
-        metrics.calibration_error(*calibrated(images, seed), [""] * images, 0.95)
-        for seed in range(40)
-    ]
+    found = [calibration_error(*calibrated(images, seed), [""] * images) for seed in range(40)]
     assert sum(each["low"] == 0 for each in found) >= 38
     assert sum(each["value"] == 0 for each in found) >= 10, "noise is taken off whole"
     assert np.mean([each["value"] for each in found]) < 0.5 / images**0.5
@@ -396,7 +410,7 @@ def test_intervals_of_the_calibration_error_hold_the_truth(copies: int) -> None:
         probabilities = np.stack([confidence, 1 - confidence], axis=1).astype(np.float32)
         groups = [str(number) for number in np.repeat(np.arange(400), copies)]
         many = np.repeat(probabilities, copies, axis=0), np.repeat(~right, copies).astype(int)
-        found = metrics.calibration_error(*many, groups, 0.95)
+        found = calibration_error(*many, groups)
         held += found["low"] <= 0.08 <= found["high"]
         values.append(found["value"])
         assert found["low"] <= found["value"] <= found["high"]
@@ -408,7 +422,7 @@ def test_intervals_of_the_calibration_error_hold_the_truth(copies: int) -> None:
 def test_a_calibration_error_of_zero_has_a_width() -> None:
     """All are right and fully sure: what the accuracy leaves open, the calibration leaves open."""
     sure = np.tile(np.array([[1, 0]], np.float32), (50, 1))
-    found = metrics.calibration_error(sure, np.zeros(50, np.int64), [""] * 50, 0.95)
+    found = calibration_error(sure, np.zeros(50, np.int64), [""] * 50)
     known = stats.binomtest(50, 50).proportion_ci(0.95, method="wilson")
     assert (found["value"], found["low"]) == (0, 0)
     assert found["high"] == pytest.approx(1 - known.low)
@@ -461,3 +475,190 @@ def test_metrics_reach_neither_torch_nor_scikit_learn() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout == "[]\n"
+
+
+def drawn_binary(images: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 3, images)
+    raw = random.random((images, 3)) + np.eye(3)[truth] * random.random((images, 1))
+    return (raw / raw.sum(1, keepdims=True)).astype(np.float32).round(2), truth
+
+
+def test_roc_and_precision_are_scikit_learn_s() -> None:
+    probabilities, truth = drawn_binary()
+    positive = truth == 1
+    found = metrics.ranking(probabilities[:, 1], positive)
+    false, true, _ = roc_curve(positive, probabilities[:, 1], drop_intermediate=False)
+    assert np.allclose(found.false_positives, false[1:])
+    assert np.allclose(found.recall, true[1:])
+    precision, recall, _ = precision_recall_curve(positive, probabilities[:, 1])
+    assert np.allclose(found.precision[::-1], precision[:-1])
+    assert np.allclose(found.recall[::-1], recall[:-1])
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 8])
+def test_separation_is_the_area_under_the_curve(decimals: int) -> None:
+    random = np.random.default_rng(0)
+    known = random.normal(1, 1, 300).round(decimals)
+    unknown = random.normal(0, 1, 80).round(decimals)
+    expected = roc_auc_score([1] * 300 + [0] * 80, np.concatenate([known, unknown]))
+    assert metrics.ood_auroc(known, unknown) == pytest.approx(expected)
+
+
+def test_separation_of_equal_and_of_separate_scores() -> None:
+    same = np.full(5, 0.7)
+    assert metrics.ood_auroc(same, same[:2]) == 0.5
+    assert metrics.ood_auroc(same, same[:2] - 0.1) == 1
+    assert metrics.ood_auroc(same, same[:2] + 0.1) == 0
+
+
+def test_coverage_counts_who_is_surer() -> None:
+    confidence = np.array([0.9, 0.8, 0.8, 0.5])
+    hits = np.array([True, True, False, False])
+    found = metrics.coverage(confidence, hits)
+    assert found.threshold.tolist() == [0.9, 0.8, 0.5]
+    assert found.coverage.tolist() == [0.25, 0.75, 1.0]
+    assert found.accuracy == pytest.approx([1, 2 / 3, 0.5])
+    assert metrics.observed_threshold(found, 0.4) == 0.8
+    assert metrics.observed_threshold(found, 0.1) == 0.9
+
+
+def test_reliability_bins_hold_every_image() -> None:
+    probabilities, truth = drawn_binary()
+    bins = metrics.reliability(probabilities, truth)
+    assert sum(b.images for b in bins) == len(truth)
+    hits = (probabilities.argmax(1) == truth).mean()
+    assert sum(b.images * b.accuracy for b in bins) / len(truth) == pytest.approx(hits)
+    assert [b.confidence for b in bins] == sorted(b.confidence for b in bins)
+
+
+@pytest.mark.fault("M03")
+def test_no_threshold_answers_nothing_even_at_full_confidence() -> None:
+    """The softmax of float32 reaches 1.0: a threshold of 1 would answer these."""
+    confidence, hits = np.ones(400), np.zeros(400, bool)
+    assert metrics.observed_threshold(metrics.coverage(confidence, hits), 0.1) == math.inf
+    assert metrics.threshold_for(confidence, hits, [""] * 400, 0.1, 0.95) == math.inf
+
+
+def upper_bound(wrong: int, images: int, level: float) -> float:
+    """Clopper and Pearson's, one-sided, from scipy's exact test."""
+    test = stats.binomtest(wrong, images, alternative="less")
+    return float(test.proportion_ci(level, method="exact").high)
+
+
+@pytest.mark.fault("M03")
+@pytest.mark.parametrize(("rate", "level"), [(0.02, 0.95), (0.1, 0.9), (0.05, 0.99)])
+def test_where_all_are_right_so_many_images_are_enough(rate: float, level: float) -> None:
+    least = metrics.images_needed(rate, level)
+    assert upper_bound(0, least, level) <= rate < upper_bound(0, least - 1, level)
+    confidence = np.linspace(1, 0.5, least)
+    hits = np.ones(least, bool)
+    found = metrics.threshold_for(confidence, hits, [""] * least, rate, level)
+    assert found == 0.5
+    fewer = metrics.threshold_for(confidence[1:], hits[1:], [""] * (least - 1), rate, level)
+    assert fewer == math.inf
+    copies = np.repeat(confidence[1:], 3), np.repeat(hits[1:], 3)
+    groups = [str(number) for number in np.repeat(np.arange(least - 1), 3)]
+    assert metrics.threshold_for(*copies, groups, rate, level) == math.inf, "copies are one"
+
+
+@pytest.mark.fault("M03")
+def test_the_threshold_is_the_last_whose_bound_holds() -> None:
+    """Wrong are the 200th, 330th and every image from the 400th on."""
+    confidence = np.linspace(1, 0.5, 600)
+    hits = np.ones(600, bool)
+    hits[[199, 329]] = False
+    hits[399:] = False
+    found = metrics.threshold_for(confidence, hits, [""] * 600, 0.02, 0.95)
+    answered = int((confidence >= found).sum())
+    assert 330 < answered < 400
+    # The fewest of which three may be wrong; the next, of which four may be, has 58.
+    assert upper_bound(3, answered, 0.95) <= 0.02 < upper_bound(3, answered - 1, 0.95)
+    hits[148] = False
+    assert metrics.threshold_for(confidence, hits, [""] * 600, 0.02, 0.95) == math.inf
+
+
+@pytest.mark.fault("M03")
+def test_equal_confidences_are_answered_together() -> None:
+    """The first 149 of 300 are right; all share one confidence, and ten of them are wrong."""
+    hits = np.arange(300) < 290
+    assert metrics.threshold_for(np.full(300, 0.9), hits, [""] * 300, 0.02, 0.95) == math.inf
+    assert metrics.threshold_for(np.full(300, 0.9), hits | True, [""] * 300, 0.02, 0.95) == 0.9
+
+
+@pytest.mark.fault("M03")
+@pytest.mark.parametrize(("images", "known"), [(300, 0.1), (1000, 0.5)])
+def test_new_images_keep_the_error_rate_as_often_as_promised(images: int, known: float) -> None:
+    """P(wrong) is (1 - confidence) / 2: of answers above t, the exact error rate is (1 - t) / 4."""
+    random = np.random.default_rng(0)
+    rate, level, times = 0.05, 0.9, 500
+    exceeded, promised, observed_exceeded = 0, 0, 0
+    for _ in range(times):
+        confidence = random.random(images)
+        hits = random.random(images) >= (1 - confidence) / 2
+        found = metrics.threshold_for(confidence, hits, [""] * images, rate, level)
+        promised += math.isfinite(found)
+        exceeded += math.isfinite(found) and (1 - found) / 4 > rate
+        observed = metrics.observed_threshold(metrics.coverage(confidence, hits), rate)
+        observed_exceeded += (1 - observed) / 4 > rate
+    allowed = times * (1 - level)
+    assert exceeded <= allowed + 3 * (allowed * level) ** 0.5
+    assert promised > known * times
+    assert observed_exceeded > 0.4 * times, "what was observed promises nothing"
+
+
+def answers(count: int, wrong: list[int], *, repeat: int = 1) -> Answers:
+    """Return answers for so many images, more and more confident, some of them wrong."""
+    confidence = np.repeat(np.linspace(0.6, 0.99, count), repeat).astype(np.float32)
+    truth = np.zeros(count, np.int64)
+    truth[wrong] = 1
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    return Answers(np.log(probabilities), probabilities, np.repeat(truth, repeat))
+
+
+@pytest.mark.fault("M03")
+def test_a_threshold_and_what_it_does_on_test_images() -> None:
+    held_out, test = answers(400, list(range(60))), answers(100, [0, 1, 2, 3, 50])
+    params = evaluate.Params(error_rate=0.02)
+    found = evaluate.selective_prediction(test, [""] * 100, held_out, [""] * 400, params)
+    assert (found["images"], found["images_needed"]) == (400, 149)
+    for part in (found, found["observed"]):
+        answered = test.confidence >= part["threshold"]
+        assert part["coverage"] == answered.mean()
+        assert part["accuracy"]["value"] == test.hits[answered].mean()
+        known = stats.binomtest(int(test.hits[answered].sum()), int(answered.sum()))
+        low, high = known.proportion_ci(0.95, method="wilson")
+        assert part["accuracy"]["low"] == pytest.approx(low)
+        assert part["accuracy"]["high"] == pytest.approx(high)
+    assert found["observed"]["threshold"] < found["threshold"] < 0.8
+
+
+@pytest.mark.fault("M03")
+def test_no_threshold_is_null_in_the_report() -> None:
+    few = answers(100, [])
+    found = evaluate.selective_prediction(few, [""] * 100, few, [""] * 100, evaluate.Params())
+    assert found["threshold"] is found["coverage"] is found["accuracy"] is None
+    assert found["observed"]["threshold"] == pytest.approx(0.6)
+    assert found["observed"]["accuracy"]["value"] == 1
+    all_wrong = answers(100, list(range(100)))
+    found = evaluate.selective_prediction(few, [""] * 100, all_wrong, [""] * 100, evaluate.Params())
+    assert found["observed"] == {"threshold": None, "coverage": None, "accuracy": None}
+    text = files.json_bytes(found).decode()
+    assert json.loads(text)["threshold"] is None
+    # A threshold above all test images: none of them is answered.
+    sure = answers(200, [])
+    halved = (few.probabilities / 2).astype(np.float32)
+    low = Answers(few.logits, halved, few.truth)
+    found = evaluate.selective_prediction(low, [""] * 100, sure, [""] * 200, evaluate.Params())
+    assert (found["coverage"], found["accuracy"]) == (0, None)
+
+
+@pytest.mark.fault("M01")
+def test_answers_above_a_threshold_count_groups() -> None:
+    held_out = answers(200, [])
+    once, many = answers(60, [3, 40]), answers(60, [3, 40], repeat=5)
+    groups = [str(number) for number in np.repeat(np.arange(60), 5)]
+    params = evaluate.Params()
+    found = evaluate.selective_prediction(once, [""] * 60, held_out, [""] * 200, params)
+    copied = evaluate.selective_prediction(many, groups, held_out, [""] * 200, params)
+    assert copied["accuracy"] == pytest.approx(found["accuracy"])

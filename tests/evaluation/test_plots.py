@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 from PIL import Image
-from sklearn import metrics
+from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
-from tlpipe import pictures
-from tlpipe.evaluation import corruptions, curves, plots
+from tlpipe.data import charts
+from tlpipe.evaluation import answers, metrics, plots
 from tlpipe.evaluation.answers import Answers
 
 
@@ -37,13 +38,14 @@ def test_the_confusion_is_shown_as_shares_and_counts(tmp_path: Path) -> None:
     assert texts == {(0, 0): "8", (1, 0): "2", (1, 1): "5"}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
     # As a picture: the full class is dark blue, the empty one white.
-    pictures.save(figure, tmp_path / "confusion.png")
+    charts.save_figure(figure, tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
 
     def colour(column: int, row: int) -> list[int]:
         x, y = axes.transData.transform((column + 0.35, row + 0.35))
-        return pixels[len(pixels) - round(y), round(x)].tolist()
+        found: list[int] = pixels[len(pixels) - round(y), round(x)].tolist()
+        return found
 
     assert colour(1, 1) == [8, 48, 107]
     assert colour(2, 2) == [247, 251, 255]
@@ -53,10 +55,11 @@ def test_reliability_shows_the_bins_and_the_error(given: Answers) -> None:
     error = {"value": 0.012, "low": 0.0, "high": 0.034}
     figure = plots.reliability(given, {"calibration_error": error, "calibration_error_before": 0.1})
     upper, lower = figure.axes
-    bins = curves.reliability(given.probabilities, given.truth)
+    bins = metrics.reliability(given.probabilities, given.truth)
     known = [b.confidence for b in bins], [b.accuracy for b in bins]
     assert line(upper, "answers") == known
-    assert [bar.get_height() for bar in lower.patches] == [b.images for b in bins]
+    bars = [bar.get_height() for bar in lower.patches if isinstance(bar, Rectangle)]
+    assert bars == [b.images for b in bins]
     assert upper.get_title() == (
         "Calibration error 0.012 (0.000 to 0.034), 0.100 without temperature"
     )
@@ -73,11 +76,11 @@ def test_ranking_shows_scikit_learn_s_curves(given: Answers) -> None:
     left, right = plots.ranking(given, ["a", "b", "c"]).axes
     for number, label in enumerate("abc"):
         positive, shown = given.truth == number, given.probabilities[:, number]
-        false, true, _ = metrics.roc_curve(positive, shown, drop_intermediate=False)
+        false, true, _ = roc_curve(positive, shown, drop_intermediate=False)
         x, y = line(left, label)
         assert np.allclose(x, false)
         assert np.allclose(y, true)
-        precision, recall, _ = metrics.precision_recall_curve(positive, shown)
+        precision, recall, _ = precision_recall_curve(positive, shown)
         x, y = line(right, label)
         assert np.allclose(x[::-1], recall[:-1])
         assert np.allclose(y[::-1], precision[:-1])
@@ -93,7 +96,7 @@ def test_many_classes_need_neither_a_wall_nor_thousands_of_points(tmp_path: Path
     # Classes 7 and 93 have mistakes, and are shown; of others there are 39 less two.
     answered = np.where(np.isin(truth, [7, 93]), 100 - truth, truth)
     figure = plots.confusion(truth, answered, labels)
-    pictures.save(figure, tmp_path / "c.png")
+    charts.save_figure(figure, tmp_path / "c.png")
     (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert len(names) == 40 and names[-1] == "61 others"
@@ -111,7 +114,7 @@ def test_many_classes_need_neither_a_wall_nor_thousands_of_points(tmp_path: Path
     for number in (0, 99):
         x, y = (np.asarray(data) for data in lines[number].get_data())
         area = float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))
-        known = metrics.roc_auc_score(truth == number, given.probabilities[:, number])
+        known = roc_auc_score(truth == number, given.probabilities[:, number])
         assert area == pytest.approx(known)
 
 
@@ -128,9 +131,12 @@ def abstention(known: dict[str, Any], observed: dict[str, Any]) -> dict[str, Any
 def test_coverage_shows_the_curve_and_both_thresholds(given: Answers) -> None:
     unknown = {"images": 50, "source": "walls", "answered": 0.25}
     (axes,) = plots.coverage(given, abstention(KNOWN, OBSERVED), unknown).axes
-    curve = curves.coverage(given.confidence, given.hits)
+    curve = metrics.coverage(given.confidence, given.hits)
     assert line(axes, "test images") == (curve.coverage.tolist(), curve.accuracy.tolist())
-    assert line(axes, "threshold 0.90, kept with 95% confidence") == ([0.6], [0.97])
+    assert line(axes, "threshold 0.90, kept with 95% confidence on images like these") == (
+        [0.6],
+        [0.97],
+    )
     assert line(axes, "threshold 0.70, kept on images held out") == ([0.8], [0.95])
     assert axes.get_title() == "Of 50 out-of-distribution images (walls), 25% would be answered"
 
@@ -147,15 +153,15 @@ def test_coverage_says_that_no_threshold_is_known(given: Answers) -> None:
     labels = {line.get_label() for line in axes.get_lines()}
     assert labels == {"test images", "asked for"}
     assert axes.get_title() == (
-        "No threshold is known to keep errors at 2.0%: of 120 independent images held out\n"
-        "too many are wrong, or they are too few (149 at least)"
+        "No threshold is known to keep errors at 2.0%:\n"
+        "120 independent images held out are too few, 149 or more are needed"
     )
 
 
 def test_robustness_shows_each_kind_from_none_to_strong() -> None:
     rows = {
         kind: [{"accuracy": 0.9 - 0.1 * step - 0.01 * number} for step in range(3)]
-        for number, kind in enumerate(corruptions.STRENGTHS)
+        for number, kind in enumerate(answers.STRENGTHS)
     }
     (axes,) = plots.robustness({"images": 64, "clean": {"accuracy": 0.95}, **rows}).axes
     for kind, found in rows.items():
@@ -195,7 +201,8 @@ def test_training_shows_a_probe_by_its_l2(tmp_path: Path) -> None:
     history.write_text(
         "step,train_loss,validation_loss,validation_accuracy,l2\n1,2.0,2.1,0.1,1.0\n2,1.0,1.2,0.6,0.3\n"
     )
-    left, right = plots.training(history).axes
+    figure = plots.training(history)
+    left, right = figure.axes
     assert line(left, "held out") == ([1.0, 0.3], [2.1, 1.2])
     for axes in (left, right):
         assert (axes.get_xlabel(), axes.get_xscale()) == (
@@ -204,7 +211,7 @@ def test_training_shows_a_probe_by_its_l2(tmp_path: Path) -> None:
         )
         assert axes.xaxis_inverted()
     # Numbers, not the formulas that Matplotlib writes on such axes.
-    pictures.save(left.figure, tmp_path / "training.png")
+    charts.save_figure(figure, tmp_path / "training.png")
     for axes in (left, right):
         shown = [label.get_text() for label in axes.get_xticklabels(which="both")]
         assert {"0.01", "0.1"} & set(shown)

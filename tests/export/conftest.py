@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,15 +16,16 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tests.conftest import ROOT, Workspace
-from tests.training.test_loop import build_network
+from tests.conftest import ROOT, Workspace, lock
+from tests.training.test_trainer import build_network
 from tlpipe import files
 from tlpipe.backbones.activations import Origin
 from tlpipe.backbones.augment import Augmentation
 from tlpipe.backbones.backbone import Backbone, describe
 from tlpipe.backbones.weights import Weights
-from tlpipe.export import graph
-from tlpipe.export.parity import Sample
+from tlpipe.export import graph as graphs
+from tlpipe.export.graph import Sample
+from tlpipe.graph import LOCK, PARAMS, PATHS
 from tlpipe.training.classifier import full_network, open_part
 from tlpipe.training.model import Card, Model
 
@@ -37,27 +39,24 @@ def run_export(artifacts: Path, folder: Path, env: dict[str, str], **params: obj
     folder.mkdir(parents=True)
     given = yaml.safe_load((ROOT / "params.yaml").read_text())
     given["export"] |= params
-    (folder / "params.yaml").write_text(yaml.safe_dump(given))
-    inputs = {
-        "--model": "train/model",
-        "--pixels": "ingest/pixels",
-        "--split": "split/split.csv",
-    }
-    named = [word for option, path in inputs.items() for word in (option, str(artifacts / path))]
-    outputs = ("--bundle", "bundle", "--parity", "parity.json")
-    Workspace(folder, env).run("tlpipe", "export", *named, *outputs)
-    return folder
+    (folder / PARAMS).write_text(yaml.safe_dump(given))
+    (folder / LOCK).write_text(lock())
+    workspace = Workspace(folder, env)
+    workspace.take(Workspace(artifacts.parent), "model", "pixels", "split")
+    workspace.run("tlpipe", "export")
+    return (folder / PATHS["bundle"]).parent
 
 
 @pytest.fixture(scope="session")
 def every_precision(artifacts: Path, shared: Path, cache_env: dict[str, str]) -> Path:
     """The main job's model with int8 and fp16, whatever accuracy they lose: bundle, parity.json."""
     folder = shared / "every precision"
+    made = (folder / PATHS["bundle"]).parent
     with FileLock(shared / "every precision.lock"):
-        if not (folder / "parity.json").exists():
+        if not (made / "parity.json").exists():
             asked = {"precisions": ["fp16", "int8"], "max_accuracy_drop": 0.99, "parity_images": 32}
             run_export(artifacts, folder, cache_env, **asked)
-    return folder
+    return made
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Family:
 
     @property
     def graph(self) -> onnx.ModelProto:
-        return graph.classifier(self.backbone, self.weights, self.model)
+        return graphs.classifier(self.backbone, self.weights, self.model)
 
     def sample(self, count: int | None = None) -> Sample:
         """The images, or the first of them, as the training images of an export."""
@@ -162,8 +161,13 @@ def _telling_apart(
 
 
 @pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Family]]:
-    """Return a family by the name of its backbone; its pretrained part is exported once."""
+def family(
+    shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Family]]:
+    """Return a family by the name of its backbone; its pretrained part is exported once.
+
+    By whichever test process needs it first: the cache is one for all.
+    """
     folder = tmp_path_factory.mktemp("families")
 
     @cache
@@ -179,9 +183,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
         return Family(backbone, weights, images, frozen_model(backbone, head))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("XDG_CACHE_HOME", str(shared / "families"))
         yield make
 
 
-def verdicts(folder: Path) -> dict:
-    return json.loads((folder / "parity.json").read_text())["precisions"]
+def verdicts(folder: Path) -> dict[str, Any]:
+    report: dict[str, dict[str, Any]] = json.loads((folder / "parity.json").read_text())
+    return report["precisions"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tlpipe.errors import ParityError
-from tlpipe.export import parity
+from tlpipe.export import graph
 
 
 @pytest.fixture
@@ -14,19 +14,19 @@ def logits() -> np.ndarray:
 
 @pytest.mark.fault("E05")
 def test_a_graph_that_differs_is_an_error(logits: np.ndarray) -> None:
-    parity.check(parity.compare(logits, logits), 1e-4)
+    graph.check_parity(graph.measure_parity(logits, logits), 1e-4)
     near = logits.copy()
     near[3, 2] += 1e-3
     with pytest.raises(ParityError, match=r"by up to 0.001, the top label on 0 of 20 images"):
-        parity.check(parity.compare(logits, near), 1e-4)
+        graph.check_parity(graph.measure_parity(logits, near), 1e-4)
     nan = logits.copy()
     nan[0, 0] = np.nan
     with pytest.raises(ParityError, match="by up to nan"):
-        parity.check(parity.compare(logits, nan), 1e-4)
+        graph.check_parity(graph.measure_parity(logits, nan), 1e-4)
     other = logits.copy()
     other[3] = np.roll(other[3], 1)
     with pytest.raises(ParityError, match=r"the any-size graph .*the top label on 1 of 20"):
-        parity.check(parity.compare(logits, other), 10, "the any-size graph")
+        graph.check_parity(graph.measure_parity(logits, other), 10, "the any-size graph")
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 1000.0])
@@ -40,13 +40,13 @@ def test_large_logits_may_differ_by_more_and_small_ones_by_no_less(
         exported = trained.copy()
         least = exported[7].argmin()  # no top label changes
         exported[7, least] -= np.float32(share * allowed)
-        measured = parity.compare(trained, exported)
+        measured = graph.measure_parity(trained, exported)
         assert measured.logit_spread == pytest.approx(scale, rel=1e-3)
         if is_allowed:
-            parity.check(measured, 1e-4)
+            graph.check_parity(measured, 1e-4)
         else:
             with pytest.raises(ParityError, match=f"expected at most {allowed:.2g} and 0"):
-                parity.check(measured, 1e-4)
+                graph.check_parity(measured, 1e-4)
 
 
 def test_a_tie_has_no_top_label_to_keep(logits: np.ndarray) -> None:
@@ -58,8 +58,8 @@ def test_a_tie_has_no_top_label_to_keep(logits: np.ndarray) -> None:
     exported[5, 0] -= np.float32(5e-5)
     exported[5, 1] += np.float32(5e-5)
     assert exported[5].argmax() != trained[5].argmax()
-    measured = parity.compare(trained, exported)
+    measured = graph.measure_parity(trained, exported)
     assert measured.same_top1 == 20
-    parity.check(measured, 1e-4)
+    graph.check_parity(measured, 1e-4)
     trained[5, 0] += np.float32(0.01)  # now the first is better, by more than rounding
-    assert parity.compare(trained, exported).same_top1 == 19
+    assert graph.measure_parity(trained, exported).same_top1 == 19

@@ -16,7 +16,7 @@ import yaml
 from tests.conftest import PATIENT, ROOT, Workspace, free_port, server, wait_until
 from tests.flows.test_graph import change
 from tests.flows.test_graph import repository as repository
-from tests.flows.test_pipeline import runs
+from tests.flows.test_pipeline import ask, runs
 
 pytestmark = pytest.mark.slow
 
@@ -122,6 +122,6 @@ def test_a_server_that_restarts_ends_no_run(repository: Workspace, tmp_path: Pat
             time.sleep(10)
             (root / "go").touch()
             final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-            wait_until(lambda: runs(mine)[-1]["type"] in final)
+            wait_until(lambda: ask(mine, "flow_runs")[-1]["state"]["type"] in final)
             (run,) = runs(mine)
-            assert run["state"] == "Completed", (run["message"], run["logs"])
+            assert run["name"] == "Completed", (run["message"], run["logs"])

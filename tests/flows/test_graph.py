@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from dvc.repo import Repo
 
-from flows import graph
 from tests.conftest import PATIENCE_S, Workspace, processes_in, wait_until
+from tlpipe import graph
 
 # Each of two waits until the other is there, which it never is when one runs after the other.
 MEET = "touch {0}.begun; until test -e {1}.begun; do sleep 0.1; done; cat a.txt > {0}.txt"
@@ -60,6 +62,31 @@ def test_the_graph_comes_in_an_order_that_can_run(repository: Workspace) -> None
         "d": ("b", "c"),
     }
     assert [stage.name for stage in stages][0::3] == ["a", "d"]
+
+
+def test_stages_of_every_form_wait_for_what_they_read(repository: Workspace) -> None:
+    """Of a user: in a loop, in another folder, by a parameter, through another file."""
+    inner = repository.path / "inner"
+    inner.mkdir()
+    (repository.path / "params.yaml").write_text("a: 1\nread: a.txt\n")
+    content = yaml.safe_load((repository.path / "dvc.yaml").read_text())
+    content["stages"] |= {
+        "loop": {"foreach": ["b", "c"], "do": {"cmd": "true", "deps": ["${item}.txt"]}},
+        "away": {"cmd": "true", "wdir": "inner", "deps": ["../d.txt"]},
+        "named": {"cmd": "true", "deps": ["${read}"]},
+        "last": {"cmd": "true", "deps": ["inner/e.txt"]},
+    }
+    (repository.path / "dvc.yaml").write_text(yaml.safe_dump(content))
+    other = {"e": {"cmd": "true", "deps": ["../a.txt"], "outs": ["e.txt"]}}
+    (inner / "dvc.yaml").write_text(yaml.safe_dump({"stages": other}))
+    upstream = {stage.name: stage.upstream for stage in graph.read(repository.path)}
+    assert {name: found for name, found in upstream.items() if name not in "abcd"} == {
+        "loop@b": ("b",),
+        "loop@c": ("c",),
+        "away": ("d",),
+        "named": ("a",),
+        "last": ("a",),
+    }
 
 
 def test_dvc_s_own_words_become_outcomes(repository: Workspace) -> None:
@@ -171,7 +198,7 @@ def test_one_flow_at_a_time_also_while_an_orphan_runs(repository: Workspace) -> 
         pass
     # A flow that is killed leaves its stage behind, which keeps the lock until it ends.
     program = (
-        "import sys, pathlib\nfrom flows import graph\nroot = pathlib.Path(sys.argv[1])\n"
+        "import sys, pathlib\nfrom tlpipe import graph\nroot = pathlib.Path(sys.argv[1])\n"
         "with graph.exclusive(root) as lock:\n"
         f"    runner = graph.Runner(root, timeout_s={PATIENCE_S}, inherit=(lock,))\n"
         "    runner.reproduce('a', print)\n"
@@ -198,7 +225,15 @@ def test_one_flow_at_a_time_also_while_an_orphan_runs(repository: Workspace) -> 
     wait_until(is_free)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 19: the lock makes a folder before dvc.yaml is read")
+@pytest.mark.fault("E23")
+def test_a_flow_below_a_repository_makes_none_of_its_own(repository: Workspace) -> None:
+    inner = repository.path / "inner"
+    inner.mkdir()
+    shutil.copy(repository.path / "dvc.yaml", inner)
+    with graph.exclusive(inner), graph.exclusive(repository.path):
+        assert Repo.find_root(str(inner)) == str(repository.path)
+
+
 def test_a_folder_without_a_pipeline_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), graph.exclusive(tmp_path):
         graph.read(tmp_path)

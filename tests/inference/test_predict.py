@@ -11,10 +11,10 @@ from onnx import numpy_helper
 from PIL import Image
 
 from tests.conftest import Workspace
-from tlpipe.data import pixels as packed
+from tlpipe.bundle import Bundle, load, save
+from tlpipe.data import pixels
 from tlpipe.data.manifest import load_split
-from tlpipe.export.bundle import Bundle, load, save
-from tlpipe.inference.predictor import Predictor
+from tlpipe.predict import Predictor
 
 
 @pytest.mark.parametrize("model", [[], ["--model", "artifacts/export/bundle"]])
@@ -65,19 +65,34 @@ def test_any_file_name_is_answered_for_and_escaped(artifacts: Path, tmp_path: Pa
     assert "\x1b" not in table
     for shown in (r"\udcff.png", r"\x1b[31mred.png", r"new\nline.png", "[bold].png"):
         assert shown in table
-    error = workspace.run(*command[:3], "\x1b[31mno", "x.png", code=6).stderr
-    assert r"\x1b[31mno is no bundle" in error
+    error = workspace.run(*command[:3], "\x1b[31mno", "x.png", code=3).stderr
+    assert r"\x1b[31mno names no model" in error
+
+
+@pytest.mark.fault("S38")
+def test_a_folder_is_answered_for_by_its_images(
+    main_job: Workspace, artifacts: Path, tmp_path: Path
+) -> None:
+    for name in ("2.png", "1.PNG"):
+        (tmp_path / name).write_bytes((artifacts / "evaluate/examples/0.png").read_bytes())
+    (tmp_path / "notes.txt").write_text("none")
+    (tmp_path / "empty").mkdir()
+    model = ("--model", str(artifacts / "export/bundle"))
+    answers = json.loads(main_job.call("predict", "--json", *model, str(tmp_path)).stdout)
+    assert [Path(answer["path"]).name for answer in answers] == ["1.PNG", "2.png"]
+    said = main_job.call("predict", *model, str(tmp_path / "empty"), code=3).stderr
+    assert "empty holds no images itself; expected one with images directly in it" in said
 
 
 def test_without_a_model_it_says_what_to_do(main_job: Workspace, empty: Workspace) -> None:
     result = main_job.run("tlpipe", "predict", "--model", "nobody@champion", "x.png", code=8)
-    assert "the registry has no model nobody@champion. Register what was built: " in result.stderr
+    assert "the registry has no model nobody@champion. 'tlpipe run' makes one here" in result.stderr
     result = main_job.run("tlpipe", "predict", "--model", "digits@previous", "x.png", code=8)
     assert "the registry has no model digits@previous." in result.stderr
     result = empty.run("tlpipe", "predict", "x.png", code=8)
     assert f"there is no registry yet: {empty.path}/mlflow.db is missing" in result.stderr
-    result = empty.run("tlpipe", "predict", "--model", "nowhere", "x.png", code=6)
-    assert "nowhere is no bundle" in result.stderr
+    result = empty.run("tlpipe", "predict", "--model", "nowhere", "x.png", code=3)
+    assert "nowhere names no model: there is no such folder; expected NAME@ALIAS" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -115,7 +130,7 @@ def test_the_precision_that_was_named_answers(doubled: Bundle, artifacts: Path) 
     roots = np.sqrt(exact)
     assert probabilities("--precision", "int8") == pytest.approx(roots / roots.sum(), rel=1e-4)
     error = workspace.run(*predict, "--precision", "fp16", code=3).stderr
-    assert "the bundle bundle has no graph of the precision fp16; it has fp32, int8." in error
+    assert "has no graph of the precision fp16; it has fp32, int8." in error
     served = ("tlpipe", "serve", "--model", "bundle", "--precision", "fp16")
     assert "has no graph of the precision fp16" in workspace.run(*served, code=3).stderr
 
@@ -123,7 +138,7 @@ def test_the_precision_that_was_named_answers(doubled: Bundle, artifacts: Path) 
 def test_batches_and_threads_do_not_change_answers(artifacts: Path) -> None:
     """One predictor, asked by several threads at once, for one image or for many."""
     bundle = load(artifacts / "export" / "bundle")
-    squares = packed.load(artifacts / "ingest" / "pixels").array[:6]
+    squares = pixels.load(artifacts / "ingest" / "pixels").array[:6]
     alone, shared = Predictor(bundle, threads=1), Predictor(bundle, threads=2)
     logits, probabilities = shared.scores(squares)
     assert logits.shape == probabilities.shape == (6, len(bundle.labels))
@@ -140,7 +155,7 @@ def test_serving_sees_the_pixels_that_were_evaluated(artifacts: Path) -> None:
     from tlpipe.sources.listing import opened
 
     predictor = Predictor(load(artifacts / "export" / "bundle"), threads=2)
-    stored = packed.load(artifacts / "ingest" / "pixels").array
+    stored = pixels.load(artifacts / "ingest" / "pixels").array
     rows = load_split(artifacts / "split" / "split.csv")
     with opened(str(artifacts.parent / "data" / "digits.yaml")) as source:
         candidates = list(source.candidates())

@@ -13,7 +13,8 @@ from tests.registry.conftest import COMMAND, Said
 from tests.registry.test_local import register, registered
 from tests.registry.test_promotion import client_of
 from tlpipe.errors import RegistryError
-from tlpipe.registry import changes, local, moves, promotion, tracking
+from tlpipe.registry import local, moves, promotion, tracking
+from tlpipe.registry.register import changed_by_others
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def home(promoted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def said(home: Path, name: str = "digits") -> list[str]:
-    return changes.run(workspace=home, name=name)
+    return changed_by_others(workspace=home, name=name)
 
 
 def error_of(home: Path, name: str = "digits") -> str:
@@ -165,17 +166,16 @@ def test_a_server_that_does_not_answer_stops_no_check(
 @pytest.mark.slow
 @pytest.mark.fault("R25")
 def test_check_stops_before_training_where_register_would_after_it(
-    built: Workspace, tlpipe: Callable[..., Said]
+    released: Workspace, tlpipe: Callable[..., Said]
 ) -> None:
-    tlpipe(*COMMAND[1:])
     assert tlpipe("check").code == 0
-    client_of(built).delete_experiment("1")
+    client_of(released).delete_experiment("1")
     for command in (["check"], COMMAND[1:]):
         error = tlpipe(*command)
         assert error.code == 8
         assert "the experiment digits was deleted in MLflow" in error.error
-    client_of(built).restore_experiment("1")
-    client_of(built).delete_registered_model("digits")
+    client_of(released).restore_experiment("1")
+    client_of(released).delete_registered_model("digits")
     checked = tlpipe("check")
     assert checked.code == 0
     assert "the model digits was deleted in MLflow" in checked.printed

@@ -12,13 +12,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import Workspace, free_port, server
+from tests.conftest import ROOT, Workspace, free_port, server
 from tlpipe.errors import RegistryError
 from tlpipe.registry import local, tracking
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 TEXT = "what a run keeps"
 KEPT = [".mlflow.db.lock", "mlartifacts", "mlflow.db", "model"]
@@ -42,6 +45,12 @@ def made(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "graph.txt").write_text(TEXT)
     return folder
+
+
+def location_of(client: "MlflowClient", experiment: str) -> str:
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    return found.artifact_location
 
 
 def texts(workspace: Path, name: str = "digits") -> list[str]:
@@ -178,10 +187,9 @@ def test_other_locations_stay_and_those_of_a_server_come_along(home: Path, tmp_p
         client.create_experiment(name, location)
     there = home.rename(tmp_path / "there")
     with tracking.connection(there) as client:
-        found = client.get_experiment_by_name("of the page").artifact_location
-        assert found == f"{there}/mlartifacts/{number}"
+        assert location_of(client, "of the page") == f"{there}/mlartifacts/{number}"
         for name, location in known.items():
-            assert client.get_experiment_by_name(name).artifact_location == location
+            assert location_of(client, name) == location
 
 
 @pytest.mark.fault("R20")
@@ -229,7 +237,7 @@ def test_experiments_with_a_place_of_their_own_keep_it(
     assert texts(there) == [TEXT, TEXT]
     assert mentions(there, disk.parent) == before
     with tracking.connection(there) as client:
-        assert client.get_experiment_by_name("beside").artifact_location == beside
+        assert location_of(client, "beside") == beside
     away.rename(disk)
     assert texts(there, "large") == [TEXT, TEXT]
 
@@ -311,15 +319,17 @@ def test_the_pages_of_a_moved_folder_show_what_is_there(home: Path, tmp_path: Pa
     import mlflow
 
     there = Workspace(home.rename(tmp_path / "there"))
+    for name in ("params.yaml", "tlpipe.lock.yaml"):  # a project
+        shutil.copy(ROOT / name, there.path)
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     with server(there, "tlpipe", "ui", "--port", str(port), ready=f"{address}/health"):
         register(there.path)  # beside it
         client = mlflow.MlflowClient(address)
         found = client.search_model_versions("name = 'digits'")
-        assert [client.list_artifacts(v.run_id, "kept")[0].path for v in found] == [
-            "kept/text.txt"
-        ] * 2
+        runs = [version.run_id for version in found if version.run_id]
+        kept = [client.list_artifacts(run, "kept")[0].path for run in runs]
+        assert kept == ["kept/text.txt"] * 2
     assert mentions(there.path, home) == []
 
 

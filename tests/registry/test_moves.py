@@ -23,12 +23,13 @@ RACERS, ROUNDS = 8, 12
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def address(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+def address(tmp_path: Path, fresh_database: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     """A server whose registry has a model with a version for each racer."""
     import mlflow
 
     with ExitStack() as stack:
-        database, workers = f"sqlite:///{tmp_path}/mlflow.db?timeout={PATIENCE_S}", 1
+        copied = shutil.copy(fresh_database, tmp_path)
+        database, workers = f"sqlite:///{copied}?timeout={PATIENCE_S}", 1
         if request.param == "postgresql":
             database, workers = stack.enter_context(postgres(tmp_path / "postgres")), 4
         found = stack.enter_context(mlflow_server(tmp_path, database, workers=workers))
@@ -91,22 +92,12 @@ def test_of_those_who_promote_at_once_one_wins_and_the_others_are_told_who(addre
     assert moves.during(log, begin, begin) == []
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SQLite registry without models: to set one up takes MLflow seconds."""
-    import mlflow
-
-    database = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{database}").search_registered_models()
-    return database
-
-
 @pytest.fixture
-def local(tmp_path: Path, empty: Path) -> Any:
+def local(tmp_path: Path, fresh_database: Path) -> Any:
     """A client of an SQLite registry with three versions."""
     import mlflow
 
-    copied = shutil.copy(empty, tmp_path)
+    copied = shutil.copy(fresh_database, tmp_path)
     return with_versions(mlflow.MlflowClient(f"sqlite:///{copied}"))
 
 
@@ -541,7 +532,9 @@ def test_who_is_between_two_steps_is_waited_for(
     begun = moves.tail(local, NAME)
     assert begun is not None
     # It was not killed, it is slow: it goes on while the other one waits.
-    monkeypatch.setattr(moves.time, "sleep", lambda _: moves._finish(local, NAME, begun))
+    monkeypatch.setattr(
+        "tlpipe.registry.moves.time.sleep", lambda _: moves._finish(local, NAME, begun)
+    )
     last = moves.settle(local, NAME)
     assert last is not None and (last.champion, last.took_effect) == ("2", True)
     assert aliases(local) == {"champion": "2", "previous": "1"}
@@ -617,16 +610,19 @@ def test_a_challenger_never_moves_back(local: Any) -> None:
 
 
 @pytest.mark.fault("R31")
-def test_promote_moves_what_it_has_judged(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promote_moves_what_the_gate_decided_about(
+    local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gate takes minutes; the version's tag changes meanwhile."""
     local.set_model_version_tag(NAME, "2", "tlpipe.bundle", "2" * 64)
     decision = gate.Decision("2", None, (), {})
 
-    def judge(*_: object) -> gate.Decision:
+    def decide(*_: object, **__: object) -> gate.Decision:
         local.set_model_version_tag(NAME, "2", "tlpipe.bundle", "f" * 64)
         return decision
 
-    monkeypatch.setattr(promotion, "_judge", judge)
+    monkeypatch.setattr(gate, "decide", decide)
+    monkeypatch.setattr(promotion, "of_version", lambda *_: None)
     monkeypatch.setattr(promotion, "_record", lambda *_: None)
     monkeypatch.setattr(tracking, "bundle_of", lambda *_: None)
     given: dict[str, Any] = {"source": None, "bounds": None}
@@ -638,12 +634,12 @@ def test_promote_moves_what_it_has_judged(local: Any, monkeypatch: pytest.Monkey
 
 @pytest.mark.fault("R31")
 @pytest.mark.parametrize("is_version", [True, False])
-def test_what_was_judged_is_what_is_moved(local: Any, is_version: bool) -> None:
-    """A version gets another bundle, or its model is made again, while the gate judges."""
+def test_what_the_gate_has_seen_is_what_is_moved(local: Any, is_version: bool) -> None:
+    """A version gets another bundle, or its model is made again, while the gate decides."""
     for version in ("1", "2", "3"):
         local.set_model_version_tag(NAME, version, "tlpipe.bundle", version * 64)
     first = promote(local, "1", None)
-    judged = seen(local, "3")
+    decided = seen(local, "3")
     if is_version:
         expected = "version 3 has the bundle ffffffffffffffff; .* has 3{16}"
     else:
@@ -652,7 +648,7 @@ def test_what_was_judged_is_what_is_moved(local: Any, is_version: bool) -> None:
         expected = "raced was deleted in MLflow and made again since version 3 was looked at"
     local.set_model_version_tag(NAME, "3", "tlpipe.bundle", "f" * 64)
     with pytest.raises(RegistryError, match=expected):
-        moves.move(local, NAME, judged, after=first, kind=moves.PROMOTION, why="")
+        moves.move(local, NAME, decided, after=first, kind=moves.PROMOTION, why="")
     assert aliases(local) == ({"champion": "1"} if is_version else {})
     last = moves.settle(local, NAME)
     assert last == (first if is_version else None)

@@ -1,5 +1,7 @@
 """What ``rebuild`` runs, and of whom."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,81 +10,106 @@ import yaml
 from PIL import Image
 
 from tests.conftest import Workspace
-from tests.test_versioning import commit
+from tests.sources.test_versioning import commit
+from tlpipe import bundle as bundles
 from tlpipe.data.manifest import load_manifest, load_split
 from tlpipe.data.split import Params, assign
-from tlpipe.export import bundle as bundles
 
 pytestmark = pytest.mark.slow
+Repository = Callable[..., tuple[Workspace, str]]
+Registered = Callable[..., None]
 
 
-def repository(path: Path, env: dict[str, str], command: str) -> tuple[Workspace, str]:
-    """Make a DVC repository whose stage ``export`` is a command; return its commit as well."""
-    path.mkdir(parents=True)
-    stages = {"stages": {"export": {"cmd": command, "outs": ["bundle"]}}}
-    (path / "dvc.yaml").write_text(yaml.safe_dump(stages))
-    made = Workspace(path, env)
-    made.run("git", "init", "-q")
-    made.run("dvc", "init", "-q")
-    commit(made, "all")
-    return made, made.run("git", "rev-parse", "HEAD").stdout.strip()
+@pytest.fixture(scope="session")
+def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of Git and DVC with nothing in it, to be copied."""
+    folder = tmp_path_factory.mktemp("blank")
+    Workspace(folder).run("git", "init", "-q")
+    Workspace(folder).run("dvc", "init", "-q")
+    return folder
 
 
-def registered(workspace: Workspace, **tags: str) -> None:
-    """Make a registry of a version with tags that somebody has set."""
-    import mlflow
+@pytest.fixture
+def repository(tmp_path: Path, blank: Path, cache_env: dict[str, str]) -> Repository:
+    def make(folder: str, command: str, *, top: str = ".") -> tuple[Workspace, str]:
+        """Make a DVC repository whose stage ``export`` is a command; return its commit as well.
 
-    client = mlflow.MlflowClient(f"sqlite:///{workspace.path / 'mlflow.db'}")
-    client.create_registered_model("digits")
-    named = {f"tlpipe.{name}": value for name, value in {"bundle": "0" * 64, **tags}.items()}
-    client.create_model_version("digits", source="s3://bucket/0", tags=named)
+        ``top``: where the repository lies, from the folder on.
+        """
+        path = tmp_path / folder
+        path.mkdir(parents=True)
+        stages = {"stages": {"export": {"cmd": command, "outs": ["bundle"]}}}
+        (path / "dvc.yaml").write_text(yaml.safe_dump(stages))
+        shutil.copytree(blank, path / top, dirs_exist_ok=True)
+        for name in ("params.yaml", "tlpipe.lock.yaml"):  # a project
+            (path / name).touch()
+        made = Workspace(path, cache_env)
+        commit(made, "all")
+        return made, head(made)
+
+    return make
+
+
+def head(workspace: Workspace) -> str:
+    return workspace.run("git", "rev-parse", "HEAD").stdout.strip()
+
+
+@pytest.fixture
+def registered(fresh_database: Path) -> Registered:
+    def register(workspace: Workspace, *versions: dict[str, str]) -> None:
+        """Make a registry of versions with tags that somebody has set."""
+        import mlflow
+
+        database = shutil.copy(fresh_database, workspace.path)
+        client = mlflow.MlflowClient(f"sqlite:///{database}")
+        client.create_registered_model("digits")
+        for tags in versions:
+            named = {f"tlpipe.{key}": value for key, value in ({"bundle": "0" * 64} | tags).items()}
+            client.create_model_version("digits", source="s3://bucket/0", tags=named)
+
+    return register
 
 
 @pytest.mark.fault("R13")
 def test_the_repository_that_a_tag_names_is_not_run(
-    empty: Workspace, tmp_path: Path, cache_env: dict[str, str]
+    empty: Workspace, tmp_path: Path, repository: Repository, registered: Registered
 ) -> None:
     trace = tmp_path / "was run"
-    evil, commit = repository(tmp_path / "evil", cache_env, f"touch '{trace}' && mkdir bundle")
-    registered(empty, git_commit=commit, git_remote=str(evil.path))
-    said = empty.run("tlpipe", "rebuild", "digits@1", "--yes", code=None)
+    evil, made_at = repository("evil", f"touch '{trace}' && mkdir bundle")
+    registered(empty, {"git_commit": made_at, "git_remote": str(evil.path)})
+    said = empty.call("rebuild", "digits@1", "--yes", code=8).stderr
     assert not trace.exists()
-    assert said.returncode == 8
-    assert "--repository" in said.stderr
+    assert "--repository" in said
 
 
 @pytest.mark.fault("R13")
-@pytest.mark.parametrize("how", ["absolute", "upwards", "link"])
 def test_a_folder_outside_of_the_repository_is_not_run(
-    empty: Workspace, tmp_path: Path, cache_env: dict[str, str], how: str
+    empty: Workspace, tmp_path: Path, repository: Repository, registered: Registered
 ) -> None:
     """The tag leads out of the clone, which lies in a temporary folder; or a link in it does."""
     trace = tmp_path / "was run"
-    own, made_at = repository(tmp_path / "own", cache_env, "mkdir bundle")
-    evil, _ = repository(tmp_path / "evil", cache_env, f"touch '{trace}' && mkdir bundle")
-    upwards = "../" * 20 + str(evil.path).lstrip("/")
-    if how == "link":
-        (own.path / "inner").symlink_to(evil.path)
-        own.run("git", "add", "inner")
-        commit(own, "link")
-        made_at = own.run("git", "rev-parse", "HEAD").stdout.strip()
-    folder = {"absolute": str(evil.path), "upwards": upwards, "link": "inner"}[how]
-    registered(empty, git_commit=made_at, git_folder=folder)
-    said = empty.run(
-        "tlpipe", "rebuild", "digits@1", "--repository", str(own.path), "--yes", code=None
-    )
+    own, _ = repository("own", "mkdir bundle")
+    evil, _ = repository("evil", f"touch '{trace}' && mkdir bundle")
+    (own.path / "inner").symlink_to(evil.path)
+    commit(own, "link")
+    folders = str(evil.path), "../" * 20 + str(evil.path).lstrip("/"), "inner"
+    registered(empty, *({"git_commit": head(own), "git_folder": folder} for folder in folders))
+    options = ("--repository", str(own.path), "--yes")
+    for number in (1, 2):
+        said = empty.call("rebuild", f"digits@{number}", *options, code=8).stderr
+        assert "it was made in the folder" in said
+    said = empty.run("tlpipe", "rebuild", "digits@3", *options, code=8).stderr
+    assert "has no folder 'inner', or it leads out of the repository" in said
     assert not trace.exists()
-    assert said.returncode == 8
-    assert "folder" in said.stderr
 
 
 @pytest.mark.fault("R13")
 def test_nothing_runs_that_nobody_confirmed(
-    empty: Workspace, tmp_path: Path, cache_env: dict[str, str]
+    empty: Workspace, tmp_path: Path, repository: Repository, registered: Registered
 ) -> None:
     trace = tmp_path / "was run"
-    own, made_at = repository(tmp_path / "own", cache_env, f"touch '{trace}' && mkdir bundle")
-    registered(empty, git_commit=made_at)
+    own, made_at = repository("own", f"touch '{trace}' && mkdir bundle")
+    registered(empty, {"git_commit": made_at})
     command = ("tlpipe", "rebuild", "digits@1", "--repository", str(own.path))
     said = empty.run(*command, code=8).stderr
     assert not trace.exists()
@@ -93,22 +120,33 @@ def test_nothing_runs_that_nobody_confirmed(
 
 
 @pytest.mark.fault("R13")
-@pytest.mark.parametrize("is_given", [True, False])
+@pytest.mark.fault("E23")
+@pytest.mark.parametrize(
+    ("is_given", "folder"), [(True, "own"), (False, "own"), (True, "repository/inner")]
+)
 def test_code_of_the_clone_sees_no_keys(
-    empty: Workspace, tmp_path: Path, cache_env: dict[str, str], is_given: bool
+    tmp_path: Path, repository: Repository, registered: Registered, is_given: bool, folder: str
 ) -> None:
-    """They serve the pull, if that was asked for, and are gone when the clone's code runs."""
+    """They serve the pull, if that was asked for, and are gone when the clone's code runs.
+
+    Also where the project is one of several in a repository, whose ``.dvc`` lies above.
+    """
     seen = tmp_path / "seen"
-    own, _ = repository(tmp_path / "own", cache_env, f"cp .dvc/config.local '{seen}'; mkdir bundle")
+    top = ".." if "/" in folder else "."
+    command = f"cp {top}/.dvc/config.local '{seen}'; mkdir bundle"
+    own, _ = repository(folder, command, top=top)
     (own.path / "photos").write_text("data")
     own.run("dvc", "add", "-q", "photos")
-    own.run("dvc", "remote", "add", "-q", "-d", "store", "https://nobody.invalid/")
+    config = "[core]\n    remote = store\n['remote \"store\"']\n    url = https://nobody.invalid/\n"
+    (own.path / top / ".dvc/config").write_text(config)
     commit(own, "data")
-    store = tmp_path / "store"
-    own.run("dvc", "remote", "add", "-q", "--local", "--force", "store", str(store))
-    own.run("dvc", "remote", "add", "-q", "--local", "other", "https://user:secret@nobody.invalid")
+    (own.path / top / ".dvc/config.local").write_text(
+        f"['remote \"store\"']\n    url = {tmp_path / 'store'}\n"
+        "['remote \"other\"']\n    url = https://user:secret@nobody.invalid\n"
+    )
     own.run("dvc", "push", "-q")
-    registered(own, git_commit=own.run("git", "rev-parse", "HEAD").stdout.strip())
+    where = folder.partition("/")[2]
+    registered(own, {"git_commit": head(own), "git_folder": where})
     options = ("--yes", "--with-credentials") if is_given else ("--yes",)
     said = own.run("tlpipe", "rebuild", "digits@1", *options, code=None).stderr
     assert seen.exists() == is_given
@@ -116,6 +154,36 @@ def test_code_of_the_clone_sees_no_keys(
         assert "secret" not in seen.read_text()
     else:
         assert "--with-credentials lets it use this project's .dvc/config.local" in said
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_folder_s_bundle_is_rebuilt_from_the_commit_that_it_names(
+    small_job: Workspace, tmp_path: Path, repository: Repository, is_same: bool
+) -> None:
+    """What the stage of its commit gives lies elsewhere: the same bundle, or another one."""
+    given = tmp_path / "given"
+    command = f"mkdir -p artifacts/export bundle && cp -r '{given}' artifacts/export/bundle"
+    own, commit_id = repository("own", command)
+    old = bundles.load(small_job.path / "artifacts/export/bundle")
+
+    def save(folder: Path, **changes: object) -> None:
+        bundles.save(
+            folder,
+            graphs={name: path.read_bytes() for name, path in old.graphs.items()},
+            labels=old.labels,
+            preprocessing=old.preprocessing,
+            provenance={**old.provenance, "git_commit": commit_id, **changes},
+        )
+
+    save(own.path / "mine")
+    save(given, **({} if is_same else {"l2": 0.5}))
+    said = own.run("tlpipe", "rebuild", "mine", "--yes", code=0 if is_same else 6)
+    if is_same:
+        digest = bundles.digest(own.path / "mine")
+        assert f"mine came out with the same bytes: {digest}" in said.stdout
+    else:
+        assert "mine was rebuilt with the digest" in said.stderr
+        assert "provenance.json came out different" in said.stderr
 
 
 def textures(workspace: Workspace, count: int) -> None:
@@ -129,20 +197,36 @@ def textures(workspace: Workspace, count: int) -> None:
             Image.fromarray(noise.repeat(grain, 0).repeat(grain, 1)).save(folder / f"{i}.png")
 
 
+def export(workspace: Workspace) -> None:
+    """Make the bundle in this process. DVC's lock is written before: the bundle holds its hash."""
+    before = ("ingest", "split", "embed", "train")
+    for stage in before:
+        workspace.call(stage)
+    workspace.run("dvc", "commit", "-q", "-f", *before)
+    workspace.call("export")
+
+
 @pytest.mark.fault("L01")
-def test_a_version_of_a_grown_data_set_is_rebuilt(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_version_of_a_grown_data_set_is_rebuilt(
+    workspace: Workspace, tmp_path: Path, registered: Registered
+) -> None:
     """Of three images each split got one, whatever their hashes say; each stays where it was."""
     workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
     workspace.set_source("data/photos")
-    for count, stage in ((3, "split"), (12, "export")):
+    workspace.use_small_network()
+    for count in (3, 12):
         textures(workspace, count)
         workspace.run("dvc", "add", "data/photos")
         commit(workspace, f"{count} images of each class")
-        workspace.run("dvc", "repro", stage)
+        if count == 3:
+            workspace.reproduce("split")
+        else:
+            export(workspace)
         commit(workspace, "what was made of them")
     workspace.run("dvc", "push", "data/photos.dvc")
     bundle = bundles.load(workspace.path / "artifacts/export/bundle")
-    registered(workspace, bundle=bundle.digest, git_commit=bundle.provenance["git_commit"])
+    made_at = bundle.provenance["git_commit"]
+    registered(workspace, {"bundle": bundle.digest, "git_commit": made_at})
     said = workspace.run("tlpipe", "rebuild", "digits@1", "--yes", code=None)
     assert said.returncode == 0, said.stderr
     assert f"came out with the same bytes: {bundle.digest}" in said.stdout
@@ -168,26 +252,28 @@ def grown(workspace: Workspace, count: int, copied: int) -> None:
 def test_every_version_of_a_growing_data_set_is_rebuilt(
     workspace: Workspace, tmp_path: Path, cache_env: dict[str, str]
 ) -> None:
-    """Also those whose commit has an older splits.csv, or none: the run keeps its split table."""
+    """Also those whose commit has an older splits.csv, or none: the run keeps its split table.
+
+    And those that were made where there were other cores: provenance holds the number of threads.
+    """
     as_user = ("git", "-c", "user.name=t", "-c", "user.email=t@example.invalid")
     workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
-    workspace.set_source("data/photos", short_side_px=168, interpolation="bilinear")
-    text = (workspace.path / "params.yaml").read_text()
-    for key in ("  short_side_px: 256\n", "  interpolation: bicubic\n"):
-        assert key in text
-        text = text.replace(key, "")
-    (workspace.path / "params.yaml").write_text(text)
-    workspace.configure("embed", backbone="timm/test_resnet", weights="none")
+    workspace.set_source("data/photos")
+    workspace.use_small_network()
+    workspace.configure("embed", threads="auto")
+    other_cores = Workspace(workspace.path, {**workspace.env, "TLPIPE_THREADS": "3"})
     digests = []
-    for version, (count, copied) in enumerate(((12, 0), (20, 4), (40, 8)), start=1):
+    for version, (count, copied) in enumerate(((12, 0), (32, 8)), start=1):
         grown(workspace, count, copied)
         workspace.run("dvc", "add", "data/photos")
         workspace.run("git", "add", "data", "params.yaml", ".dvc/config")
         workspace.run(*as_user, "commit", "-qm", f"data {version}")
-        said = workspace.run("dvc", "repro")
+        export(other_cores)
+        for stage in ("audit", "evaluate", "register"):
+            other_cores.call(stage)
         bundle = bundles.load(workspace.path / "artifacts/export/bundle")
-        head = workspace.run("git", "rev-parse", "HEAD").stdout.strip()
-        assert bundle.provenance["git_commit"] == head, said.stderr
+        assert bundle.provenance["git_commit"] == head(workspace)
+        assert bundle.provenance["origin"]["threads"] == 3
         digests.append(bundle.digest)
         entries = list(load_manifest(workspace.path / "artifacts/ingest/manifest.csv"))
         table = load_split(workspace.path / "artifacts/split/split.csv")

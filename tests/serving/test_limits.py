@@ -18,7 +18,7 @@ from PIL import Image
 from tests.conftest import PATIENCE_S, Workspace, free_port, server
 from tests.serving.test_serve import ask, peak
 from tests.serving.test_serve import served as served
-from tlpipe.export import bundle as bundles
+from tlpipe import bundle as bundles
 
 pytestmark = pytest.mark.slow
 SIDE, MANY, CROWD = 5000, 12, 300

@@ -6,12 +6,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from fastapi.testclient import TestClient
 
 from tests.conftest import PATIENCE_S, Workspace, free_port, server, wait_until
-from tlpipe.export.bundle import load
+from tlpipe.bundle import load
+from tlpipe.predict import Predictor
+from tlpipe.serving import serve
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def port(served: tuple[int, int]) -> int:
     return served[0]
 
 
-def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, dict]:
+def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, Any]]:
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)) as connection:
         connection.request(method, path, body=body)
         with connection.getresponse() as response:
@@ -52,6 +56,16 @@ def test_it_lives_and_is_ready(artifacts: Path, port: int) -> None:
     assert ask(port, "GET", "/v2/health/live") == (200, {"live": True})
     digest = load(artifacts / "export/bundle").digest
     assert ask(port, "GET", "/v2/health/ready") == (200, {"ready": True, "model": digest})
+
+
+@pytest.mark.fault("S39")
+def test_a_form_is_told_from_an_image(artifacts: Path) -> None:
+    app = serve.create_app(Predictor(artifacts / "export/bundle", threads=1))
+    image = (artifacts / "evaluate/examples/0.png").read_bytes()
+    answer = TestClient(app).post("/predict", files={"file": ("0.png", image)})
+    assert answer.status_code == 400
+    assert "a form was sent; expected the bytes of one image file as the body" in answer.text
+    assert "curl --data-binary @x.jpg" in answer.text
 
 
 @pytest.mark.fault("S11")
@@ -90,8 +104,8 @@ def test_a_body_beyond_the_cap_is_an_error_also_in_chunks(served: tuple[int, int
 def test_without_a_model_it_lives_and_is_not_ready(tmp_path: Path) -> None:
     number = free_port()
     program = (
-        "import uvicorn\nfrom tlpipe.serving.app import create\n"
-        f"uvicorn.run(create(None), port={number}, log_level='error')"
+        "import uvicorn\nfrom tlpipe.serving.serve import create_app\n"
+        f"uvicorn.run(create_app(None), port={number}, log_level='error')"
     )
     live = f"http://127.0.0.1:{number}/v2/health/live"
     with server(Workspace(tmp_path), sys.executable, "-c", program, ready=live):

@@ -2,7 +2,7 @@ import csv
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tests.conftest import Workspace
-from tlpipe.data import pixels as packed
+from tlpipe.data import pixels
 
 
-def table(photos: Path, rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
-    with (photos / "labels.csv").open("w", newline="") as file:
+def table(photos: Path, rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> Path:
+    path = photos / "labels.csv"
+    with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
+    return path
 
 
 def listed(photos: Path) -> list[tuple[str, str]]:
@@ -33,7 +35,7 @@ def test_a_table_names_labels_splits_and_groups(empty: Workspace, photos: Path) 
     table(photos, rows, header)
     empty.set_source(photos)
     empty.ingest()
-    manifest = empty.rows("out/manifest.csv")
+    manifest = empty.rows("artifacts/ingest/manifest.csv")
     assert {row["label"] for row in manifest} == {"is dark", "is light"}
     assert Counter(row["split"] for row in manifest) == {"train": 12, "validation": 6, "test": 6}
     groups = {row["path"]: row["group"] for row in manifest}
@@ -48,12 +50,12 @@ def test_a_parquet_table_is_read_alike(empty: Workspace, photos: Path) -> None:
     table(photos, listed(photos), ("path", "label"))
     empty.set_source(photos)
     empty.ingest()
-    expected = (empty.path / "out/manifest.csv").read_bytes()
+    expected = (empty.path / "artifacts/ingest/manifest.csv").read_bytes()
     (photos / "labels.csv").unlink()
     paths, labels = zip(*listed(photos), strict=True)
     parquet.write_table(pa.table({"label": labels, "path": paths}), photos / "labels.parquet")
     empty.ingest()
-    assert (empty.path / "out/manifest.csv").read_bytes() == expected
+    assert (empty.path / "artifacts/ingest/manifest.csv").read_bytes() == expected
 
 
 DIALECTS = [
@@ -78,7 +80,10 @@ def test_a_table_of_another_dialect_still_names_the_labels(
     (photos / "labels.csv").write_bytes(content.encode(encoding))
     empty.set_source(photos)
     empty.ingest()
-    assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"é dark", "é light"}
+    assert {row["label"] for row in empty.rows("artifacts/ingest/manifest.csv")} == {
+        "é dark",
+        "é light",
+    }
 
 
 @pytest.mark.fault("D42")
@@ -134,7 +139,10 @@ def test_a_kind_can_be_forced(empty: Workspace, photos: Path) -> None:
     table(photos, [(path, "x" + label) for path, label in listed(photos)], ("path", "label"))
     empty.set_source(photos, kind="folders")
     empty.ingest()
-    assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"dark", "light"}
+    assert {row["label"] for row in empty.rows("artifacts/ingest/manifest.csv")} == {
+        "dark",
+        "light",
+    }
     assert empty.rejects() == {}
     empty.replace("params.yaml", 'kind: "folders"', 'kind: "coco"')
     assert "ingest.kind is coco, but" in empty.ingest(code=4)
@@ -152,7 +160,7 @@ def test_a_pattern_says_what_folders_mean(empty: Workspace, photos: Path) -> Non
     pattern = r"^(?P<group>[^/]+)/(?P<split>[a-z]+)-(?P<label>[^/]+)/"
     empty.set_source(root, pattern=pattern)
     empty.ingest()
-    manifest = empty.rows("out/manifest.csv")
+    manifest = empty.rows("artifacts/ingest/manifest.csv")
     assert Counter(row["label"] for row in manifest) == {"dark": 12, "light": 12}
     assert Counter(row["split"] for row in manifest) == {"train": 12, "test": 12}
     assert len({row["group"] for row in manifest}) == 12
@@ -220,11 +228,11 @@ def test_photos_without_boxes_or_room(empty: Workspace, tmp_path: Path) -> None:
     (root / "annotations" / "all.json").write_text(json.dumps(content))
     empty.set_source(root, background="nothing", box_margin=0.0)
     empty.ingest()
-    manifest = {row["path"]: row for row in empty.rows("out/manifest.csv")}
+    manifest = {row["path"]: row for row in empty.rows("artifacts/ingest/manifest.csv")}
     empty_ones = [manifest[f"images/{number}.png#nothing"]["box"] for number in (98, 99)]
     assert all(short_side(box) in (60, 80, 200) for box in empty_ones)
     assert empty.rejects()["images/000.png#nothing"] == "no_background"
-    detail = {row["path"]: row["detail"] for row in empty.rows("out/rejects.csv")}
+    detail = {row["path"]: row["detail"] for row in empty.rows("artifacts/ingest/rejects.csv")}
     assert "no square of the side of a box (181 px) fits" in detail["images/000.png#nothing"]
 
 
@@ -233,14 +241,14 @@ def test_coco_boxes_become_images_with_their_margin(empty: Workspace, tmp_path: 
     coco(root, "all.json", 6)
     empty.set_source(root, box_margin=0.25, background="nothing")
     empty.ingest()
-    manifest = {row["path"]: row for row in empty.rows("out/manifest.csv")}
+    manifest = {row["path"]: row for row in empty.rows("artifacts/ingest/manifest.csv")}
     assert len(manifest) == 18
     assert manifest["images/000.png#1"]["label"] == "red"
     # 60 x 60 pixels and a quarter on each side; 40 x 80 is widened to a square of 120.
     assert manifest["images/000.png#1"]["box"] == "5 15 95 105"
     assert manifest["images/000.png#2"]["box"] == "110 80 230 200"
     assert len({row["group"] for row in manifest.values()}) == 6
-    stored = packed.load(empty.path / "out/pixels").array
+    stored = pixels.load(empty.path / "artifacts/ingest/pixels").array
     row = list(manifest).index("images/000.png#1")
     assert tuple(stored[row][128, 128]) == (255, 0, 0)
     assert tuple(stored[row][128, 60]) == (255, 0, 0)  # the box fills the middle two thirds
@@ -264,7 +272,7 @@ def test_several_coco_files_are_splits(empty: Workspace, tmp_path: Path) -> None
     coco(root, "instances_val2017.json", 3, start=6)
     empty.set_source(root)
     empty.ingest()
-    splits = Counter(row["split"] for row in empty.rows("out/manifest.csv"))
+    splits = Counter(row["split"] for row in empty.rows("artifacts/ingest/manifest.csv"))
     assert splits == {"train": 12, "test": 6}  # as with folders: none is called test
     (root / "annotations" / "instances_val2017.json").rename(root / "annotations" / "more.json")
     assert "the name of annotations/more.json says no split" in empty.ingest(code=4)
@@ -338,12 +346,12 @@ def test_a_polygon_or_mask_has_the_box_around_it(
     content = coco(tmp_path / "coco", "all.json", 6)
     empty.set_source(tmp_path / "coco")
     empty.ingest()
-    expected = empty.rows("out/manifest.csv")
+    expected = empty.rows("artifacts/ingest/manifest.csv")
     assert content["annotations"][0].pop("bbox") == [20, 30, 60, 60]
     content["annotations"][0]["segmentation"] = segmentation
     recorded(tmp_path / "coco", content)
     empty.ingest()
-    assert empty.rows("out/manifest.csv") == expected
+    assert empty.rows("artifacts/ingest/manifest.csv") == expected
 
 
 def test_of_equal_names_in_two_folders_the_stated_one_is_taken(
@@ -367,7 +375,7 @@ def test_image_ids_may_be_text(empty: Workspace, tmp_path: Path) -> None:
     recorded(tmp_path / "coco", content)
     empty.set_source(tmp_path / "coco")
     empty.ingest()
-    assert len(empty.rows("out/manifest.csv")) == 12
+    assert len(empty.rows("artifacts/ingest/manifest.csv")) == 12
 
 
 def test_an_unknown_category_is_one_reject(empty: Workspace, tmp_path: Path) -> None:
@@ -391,7 +399,7 @@ def test_boxes_of_the_originals_are_not_cut_from_smaller_copies(
     empty.set_source(tmp_path / "coco", box_margin=0)
     empty.replace("params.yaml", "max_rejected: 0.5", "max_rejected: 1.0")
     empty.ingest()
-    rows = {row["path"]: row["box"] for row in empty.rows("out/manifest.csv")}
+    rows = {row["path"]: row["box"] for row in empty.rows("artifacts/ingest/manifest.csv")}
     assert rows["images/000.png#1"] == "20 30 80 90"
 
 
@@ -414,11 +422,11 @@ def test_boxes_of_an_upright_photo_are_cut_from_it_upright(
     empty.set_source(root, box_margin=0)
     empty.ingest()
     assert empty.rejects() == {}
-    rows = {row["path"]: row["box"] for row in empty.rows("out/manifest.csv")}
+    rows = {row["path"]: row["box"] for row in empty.rows("artifacts/ingest/manifest.csv")}
     name = f"images/000.{kind.lower()}#1"
     assert rows[name] == "20 30 80 90"
-    stored = packed.load(empty.path / "out/pixels").array
-    assert (stored[list(rows).index(name)] == (255, 0, 0)).all()
+    squares = pixels.load(empty.path / "artifacts/ingest/pixels").array
+    assert (squares[list(rows).index(name)] == (255, 0, 0)).all()
 
 
 def test_coco_labels_of_whole_images(empty: Workspace, tmp_path: Path) -> None:
@@ -431,7 +439,7 @@ def test_coco_labels_of_whole_images(empty: Workspace, tmp_path: Path) -> None:
     empty.set_source(root)
     empty.ingest()
     assert empty.rejects() == {"images/000.png": "conflict"}
-    manifest = empty.rows("out/manifest.csv")
+    manifest = empty.rows("artifacts/ingest/manifest.csv")
     assert [row["label"] for row in manifest] == ["blue", "red"] * 3 + ["blue"]
     assert {row["box"] for row in manifest} == {""}
 
@@ -462,13 +470,13 @@ def test_voc_boxes_become_images(empty: Workspace, tmp_path: Path) -> None:
     (main / "red_train.txt").write_text("000 1\n")
     empty.set_source(root, box_margin=0)
     empty.ingest()
-    manifest = {row["path"]: row for row in empty.rows("out/manifest.csv")}
+    manifest = {row["path"]: row for row in empty.rows("artifacts/ingest/manifest.csv")}
     assert len(manifest) == 12
     assert manifest["JPEGImages/000.png#1"]["box"] == "20 30 80 90"
     assert manifest["JPEGImages/000.png#1"]["label"] == "red"
     assert Counter(row["split"] for row in manifest.values()) == {"train": 8, "test": 4}
     row = list(manifest).index("JPEGImages/000.png#1")
-    assert (packed.load(empty.path / "out/pixels").array[row] == (255, 0, 0)).all()
+    assert (pixels.load(empty.path / "artifacts/ingest/pixels").array[row] == (255, 0, 0)).all()
 
 
 @pytest.mark.fault("D30", "D34")
@@ -513,7 +521,7 @@ def test_a_damaged_first_annotation_is_one_reject(empty: Workspace, tmp_path: Pa
     empty.set_source(root)
     empty.ingest()
     assert empty.rejects() == {"Annotations/000.xml": "bad_annotation"}
-    assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"red", "blue"}
+    assert {row["label"] for row in empty.rows("artifacts/ingest/manifest.csv")} == {"red", "blue"}
 
 
 @pytest.mark.fault("D41")
@@ -553,7 +561,7 @@ def test_real_boxes_become_a_classifier(
 ) -> None:
     workspace.set_source(shared_data(name), **options)
     workspace.replace("params.yaml", "small_classes: error", "small_classes: train")
-    workspace.run("dvc", "repro", "evaluate")
+    workspace.reproduce("evaluate")
     data, found = (
         json.loads((workspace.path / "artifacts" / stage / "report.json").read_text())
         for stage in ("ingest", "evaluate")

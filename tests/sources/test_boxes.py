@@ -12,12 +12,11 @@ from PIL import Image
 
 from tests.conftest import Workspace
 from tests.sources.test_cases import put
-from tlpipe.data.boxes import upright_box
 from tlpipe.data.images import frame_of
+from tlpipe.data.reading import upright_box
 from tlpipe.errors import DataError, ImageError
-from tlpipe.sources import listing, storage
-from tlpipe.sources.candidates import Candidate
-from tlpipe.sources.masks import box_around
+from tlpipe.sources import Candidate, listing, storage
+from tlpipe.sources.coco import box_around
 
 CATEGORIES = [{"id": 3, "name": "ant"}, {"id": 7, "name": "bee"}]
 
@@ -203,7 +202,7 @@ def test_two_files_that_a_name_may_mean_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'000.jpg', which may be cam1/000.jpg, cam2/000.jpg"):
         read(tmp_path)
     write(tmp_path / "all.json", coco([f"elsewhere/cam2/{name}" for name in names]))
-    with pytest.raises(DataError, match=r"0 classes with files .* rejected: missing 4"):
+    with pytest.raises(DataError, match=r"0 classes with files;.* rejected: missing 4"):
         read(tmp_path)
     (tmp_path / "photos").mkdir()
     for camera in ("cam1", "cam2"):
@@ -500,6 +499,6 @@ def test_the_size_that_an_annotation_states_reaches_the_pixels(
         write(root / "all.json", content)
     empty.set_source(root, box_margin=0)
     empty.ingest()
-    assert {row["box"] for row in empty.rows("out/manifest.csv")} == {"40 20 80 60"}
+    assert {row["box"] for row in empty.rows("artifacts/ingest/manifest.csv")} == {"40 20 80 60"}
     reasons = {path.split("#")[0]: reason for path, reason in empty.rejects().items()}
     assert reasons == {f"images/{bad[0]}": "size_differs"}

@@ -8,7 +8,7 @@ def test_the_textures_are_split_by_region(empty: Workspace) -> None:
     empty.set_source("textures.yaml")
     assert "672 images in 3 classes, 0 rejected" in empty.ingest()
     columns: dict[str, set[int]] = {"train": set(), "validation": set(), "test": set()}
-    rows = empty.rows("out/manifest.csv")
+    rows = empty.rows("artifacts/ingest/manifest.csv")
     for row in rows:
         columns[row["split"]].add(int(row["path"].split("-")[1].split(".")[0]))
     assert max(columns["train"]) + 1 < min(columns["validation"])

@@ -13,22 +13,25 @@ import pytest
 from tests.conftest import ROOT, Workspace
 from tlpipe.errors import DataError
 from tlpipe.sources import listing
+from tlpipe.sources.tables import Role
 
 CLASSES = ("ant", "bee")
 Rows = list[tuple[str, str]]
 
 
-def put(path: Path, data: bytes | str = b"a picture") -> None:
+def put(path: Path, data: bytes | str = b"a picture") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
 
 
 def folders(
     root: Path, classes: tuple[str, ...] = CLASSES, images: int = 4, start: int = 0
-) -> None:
+) -> Path:
     for label in classes:
         for i in range(start, start + images):
             put(root / label / f"{label}_{i:03}.jpg", f"{label} {i}")
+    return root
 
 
 def flat(root: Path, images: int = 8, start: int = 0) -> Rows:
@@ -43,7 +46,7 @@ def table(rows: Rows, *, header: str = "path,label", line: str = "images/{},{}")
     return "".join(f"{text}\n" for text in [header, *(line.format(*row) for row in rows)])
 
 
-def three_splits(root: Path, write: Callable[[Path, str, Rows], None]) -> None:
+def three_splits(root: Path, write: Callable[[Path, str, Rows], object]) -> None:
     for split, images, start in (("train", 8, 0), ("valid", 4, 100), ("test", 4, 200)):
         write(root, split, flat(root / split, images, start))
 
@@ -86,10 +89,11 @@ def hugging_face(root: Path) -> None:
     put(root / "metadata.csv", table(flat(root), header="file_name,label", line="{},{}"))
 
 
-def roboflow_folders(root: Path) -> None:
+def roboflow_folders(root: Path) -> Path:
     for split, images, start in (("train", 4, 0), ("valid", 2, 100), ("test", 2, 200)):
         folders(root / split, images=images, start=start)
     put(root / "README.roboflow.txt")
+    return root
 
 
 def two_spellings(root: Path) -> None:
@@ -102,7 +106,7 @@ def with_slashes(root: Path) -> None:
     put(root / "labels.csv", table(rows))
 
 
-def of(text: Callable[[Path, Rows], str]) -> Callable[[Path], None]:
+def of(text: Callable[[Path, Rows], str]) -> Callable[[Path], Path]:
     return lambda root: put(root / "labels.csv", text(root, flat(root / "images")))
 
 
@@ -514,7 +518,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     rows = flat(tmp_path / "images")
     lines = table(rows, header="photo,species,label,part", line="images/{},{},x,val")
     put(tmp_path / "labels.csv", lines)
-    columns: dict[listing.tables.Role, str] = {
+    columns: dict[Role, str] = {
         "path": "photo",
         "label": "Species ",
         "split": "part",
@@ -566,7 +570,7 @@ def test_a_column_that_may_hold_splits_or_groups_is_asked_for(
         listing.opened(str(tmp_path)),
     ):
         pass
-    given = cast(listing.tables.Role, role)
+    given = cast(Role, role)
     with listing.opened(str(tmp_path), columns={given: None}) as source:
         assert source.counts == {"ant": 4, "bee": 4}
         assert f"not used: '{column}'" in " ".join(source.notes)
@@ -739,7 +743,7 @@ def test_the_home_folder_is_expanded_and_check_says_what_dvc_needs(
     home = Workspace(empty.path, {**empty.env, "HOME": str(photos.parent)})
     home.configure("ingest", source=path)
     home.ingest()
-    assert len(home.rows("out/manifest.csv")) == 24
+    assert len(home.rows("artifacts/ingest/manifest.csv")) == 24
     said = home.call("check", code=4).stderr
     assert f"ingest.source is {path}, which DVC would look for as it stands" in said
     assert f"Write {photos} into params.yaml" in said

@@ -52,7 +52,7 @@ def test_no_background_is_taken_from_regions_of_refused_annotations(
     check_rejects(tmp_path / "coco", REJECTED)
     empty.set_source(tmp_path / "coco", background="nothing", box_margin=0)
     empty.ingest()
-    rows = {row["path"]: row["box"] for row in empty.rows("out/manifest.csv")}
+    rows = {row["path"]: row["box"] for row in empty.rows("artifacts/ingest/manifest.csv")}
     taken = {path: int(box.split()[0]) for path, box in rows.items() if path.endswith("#nothing")}
     assert len(taken) == len(REJECTED)
     assert min(taken.values()) >= 240
@@ -73,7 +73,7 @@ def test_a_photo_with_a_region_that_is_not_known_gives_no_background(
     found = empty.rejects()
     for number in range(len(UNKNOWN)):
         assert found[f"images/{number:03}.png#nothing"] == "no_background"
-    assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"red", "blue"}
+    assert {row["label"] for row in empty.rows("artifacts/ingest/manifest.csv")} == {"red", "blue"}
 
 
 def test_an_object_of_voc_that_is_an_error_is_no_background(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_box_just_beside_the_photo_is_a_reject(
     outside = {path: why for path, why in empty.rejects().items() if "out" in path}
     assert outside == {f"images/00{i}.png#out {i}": "box_outside" for i in (0, 1)}
     assert empty.rejects()["images/000.png#nothing"] == "no_background"
-    boxes = [[*map(int, row["box"].split())] for row in empty.rows("out/manifest.csv")]
+    boxes = [[*map(int, row["box"].split())] for row in empty.rows("artifacts/ingest/manifest.csv")]
     assert all(right > left >= 0 and lower > upper >= 0 for left, upper, right, lower in boxes)
 
 

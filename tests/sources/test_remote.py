@@ -13,9 +13,9 @@ import pytest
 from tests.conftest import INGEST, Workspace, free_port
 from tests.proxy import DROP, Fate, proxy
 from tests.sources.test_storage import UPLOAD, contents, versioned
-from tlpipe import retries, versioning
+from tlpipe import versioning
 from tlpipe.errors import DataError, StoreError
-from tlpipe.sources import listing
+from tlpipe.sources import listing, storage
 
 # What s3fs does once more by itself is done once: its pauses grow.
 ONCE = {"AWS_MAX_ATTEMPTS": "1"}
@@ -23,8 +23,8 @@ ONCE = {"AWS_MAX_ATTEMPTS": "1"}
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert retries.PAUSES_S == (1.0, 2.0, 4.0)
-    monkeypatch.setattr(retries, "PAUSES_S", (0.01, 0.01, 0.01))
+    assert storage.PAUSES_S == (1.0, 2.0, 4.0)
+    monkeypatch.setattr(storage, "PAUSES_S", (0.01, 0.01, 0.01))
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -56,7 +56,8 @@ def client_of(bucket: dict[str, str]) -> Any:
 
 def failing_after(reads: int, status: int) -> Fate:
     """Answer with a status after so many images were fetched."""
-    lock, seen = threading.Lock(), set()
+    lock = threading.Lock()
+    seen: set[str] = set()
 
     def fate(method: str, path: str) -> int | None:
         if method != "GET" or not path.endswith(".png"):
@@ -77,7 +78,7 @@ def test_a_web_server_is_read_as_the_folder_behind_it(
     empty.ingest()
     expected = contents(empty)
     empty.replace("params.yaml", f"source: {photos} ", f"source: {web}/photos ")
-    (empty.path / "out" / "manifest.csv").unlink()
+    (empty.path / "artifacts/ingest" / "manifest.csv").unlink()
     empty.ingest()
     assert contents(empty) == expected
 
@@ -246,7 +247,7 @@ def test_a_bucket_that_fails_meanwhile_is_no_source_of_bad_images(
     assert said.returncode == 4, behind.rejects()
     assert "cannot be reached: " in said.stderr
     assert "Traceback" not in said.stderr
-    assert not (empty.path / "out" / "manifest.csv").exists()
+    assert not (empty.path / "artifacts/ingest" / "manifest.csv").exists()
 
 
 @pytest.mark.slow
@@ -284,7 +285,7 @@ def test_a_bucket_that_cannot_be_listed_is_not_empty(
     assert said.returncode == 4
     assert "cannot be reached: " in said.stderr
     assert len(asked) >= 4
-    assert not (empty.path / "out" / "manifest.csv").exists()
+    assert not (empty.path / "artifacts/ingest" / "manifest.csv").exists()
 
 
 @pytest.mark.slow

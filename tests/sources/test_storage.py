@@ -21,7 +21,7 @@ from tlpipe.sources import archives, listing
 
 def contents(workspace: Workspace) -> dict[str, bytes]:
     """Return what ingest wrote, but for the report, which names the source."""
-    out = workspace.path / "out"
+    out = workspace.path / "artifacts/ingest"
     names = [
         "manifest.csv",
         "rejects.csv",
@@ -46,11 +46,11 @@ def test_an_archive_is_read_as_the_folder_in_it(
     empty.ingest()
     expected = contents(empty)
     empty.replace("params.yaml", f"source: {photos} ", f"source: {archive} ")
-    shutil.rmtree(empty.path / "out")
+    shutil.rmtree(empty.path / "artifacts")
     before = empty.names()
     empty.ingest()
     assert contents(empty) == expected
-    assert empty.names() == sorted([*before, "out"])
+    assert empty.names() == sorted([*before, "artifacts"])
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
@@ -64,7 +64,7 @@ def test_members_of_every_compression_are_read(
         for file in photos.rglob("*.png"):
             archive.write(file, file.relative_to(photos))
     empty.replace("params.yaml", f"source: {photos} ", f"source: {tmp_path / 'packed.zip'} ")
-    shutil.rmtree(empty.path / "out")
+    shutil.rmtree(empty.path / "artifacts")
     empty.ingest()
     assert contents(empty) == expected
 
@@ -77,7 +77,10 @@ def test_a_zip_with_backslashes_is_read(empty: Workspace, photos: Path, tmp_path
             archive.writestr(member, file.read_bytes())
     empty.set_source(tmp_path / "packed.zip")
     empty.ingest()
-    assert {row["label"] for row in empty.rows("out/manifest.csv")} == {"dark", "light"}
+    assert {row["label"] for row in empty.rows("artifacts/ingest/manifest.csv")} == {
+        "dark",
+        "light",
+    }
 
 
 UNKNOWN = {"RAR": b"Rar!\x1a\x07\0", "7-Zip": b"7z\xbc\xaf'\x1c", "Zstandard": b"\x28\xb5\x2f\xfd"}
@@ -142,6 +145,24 @@ def test_a_name_that_is_not_utf_8_is_said_and_no_dead_store(photos: Path) -> Non
         versioning.check_hidden(root, photos)
     with pytest.raises(DataError, match=r"gr.*n.png' has a name that is not UTF-8.* Rename it"):
         versioning.data_version(root)
+
+
+@pytest.mark.fault("E23")
+def test_the_repository_above_a_project_is_that_which_dvc_takes(tmp_path: Path) -> None:
+    """Several projects in one repository: what DVC cannot read is refused in each."""
+    root = versioned(tmp_path / "root", "photos")
+    project = root / "below" / "project"
+    (project / "photos").mkdir(parents=True)
+    for folder in (root, project, project / "photos"):
+        assert versioning.dvc_root(folder) == Path(Repo.find_root(str(folder)))
+    assert versioning.dvc_root(tmp_path) is None
+    os.mkfifo(project / "photos" / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe.png is a pipe, a socket or a device, which DVC"):
+        versioning.check_hidden(project, project / "photos")
+    versioning.check_hidden(project, project / "photos", hide=True)
+    versioning.check_hidden(project, project / "photos")
+    with Repo(str(project)) as repo:
+        assert repo.dvcignore.is_ignored_file(str(project / "photos" / "pipe.png"))
 
 
 @pytest.mark.fault("D55")
@@ -214,7 +235,7 @@ def test_a_zip_that_leads_outside_is_an_error(empty: Workspace, photos: Path, na
         archive.writestr(member, "/etc/passwd")
     empty.set_source(path)
     assert f"{name!r}, a " in empty.ingest(code=4)
-    assert not (empty.path / "out").exists()
+    assert not (empty.path / "artifacts").exists()
 
 
 @pytest.mark.fault("D16")
@@ -423,7 +444,7 @@ def test_a_bucket_is_read_as_the_folder_in_it(
     last = str(photos)
     for address in ("s3://bucket/photos", "s3://bucket/p.zip"):
         remote.replace("params.yaml", f"source: {last} ", f"source: {address} ")
-        shutil.rmtree(empty.path / "out")
+        shutil.rmtree(empty.path / "artifacts")
         remote.run("tlpipe", *INGEST)
         assert contents(empty) == expected
         last = address

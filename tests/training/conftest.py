@@ -1,12 +1,15 @@
 """What tests of training share."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import Workspace, copy_repository
+from tests.conftest import Workspace, copy_repository, lock
+from tlpipe import graph
 
 
 @pytest.fixture(autouse=True)
@@ -31,5 +34,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache_env: dict[str, str]
     workspace = copy_repository(path / "copy", cache_env)
     workspace.set_source(path / "photos")
     workspace.configure("embed", freeze="blocks5")
-    workspace.run("dvc", "repro", "--quiet", "split", "embed")
+    workspace.reproduce("embed")
+    return workspace
+
+
+def beside(prepared: Workspace, folder: Path) -> Workspace:
+    """Make a project of its own that trains on what was prepared."""
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(prepared.path / graph.PARAMS, folder / graph.PARAMS)
+    (folder / graph.LOCK).write_text(lock())
+    workspace = Workspace(folder, prepared.env)
+    workspace.take(prepared, "activations", "pixels", "split")
     return workspace

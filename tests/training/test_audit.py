@@ -7,17 +7,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from tests.conftest import Workspace
-from tlpipe.backbones import activations as stored
-from tlpipe.data.folds import held_out_folds
+from tlpipe.backbones import activations
 from tlpipe.data.manifest import load_manifest, save_manifest
-from tlpipe.training import head as heads
+from tlpipe.graph import PATHS
+from tlpipe.resampling import held_out_folds
+from tlpipe.training import linear_probe
 from tlpipe.training.audit import Params, find_label_issues
 
 
 def test_swapped_labels_are_label_issues(main_job: Workspace) -> None:
     folder = main_job.path / "artifacts"
     entries = list(load_manifest(folder / "ingest/manifest.csv"))
-    features = stored.load(folder / "embed/activations").features
+    features = activations.load(folder / "embed/activations").features
     before = {issue.row for issue in find_label_issues(entries, features, Params())}
     swapped = range(5, 1000, 50)
     for row in swapped:
@@ -29,7 +30,7 @@ def test_swapped_labels_are_label_issues(main_job: Workspace) -> None:
     # scikit-learn's heads on the same folds, and cleanlab on what they answer, find the same.
     labels, groups = [e.label for e in entries], [e.group for e in entries]
     x = np.asarray(features[:], np.float64)
-    standard = heads.standardisation([x])
+    standard = linear_probe.standardisation([x])
     folds = held_out_folds(labels, groups, Params().folds)
     model = LogisticRegression(C=1 / (Params().l2 * 1000 * 2 / 3), max_iter=2000)
     probabilities = cross_val_predict(
@@ -45,7 +46,7 @@ def test_swapped_labels_are_label_issues(main_job: Workspace) -> None:
 def test_a_class_too_small_to_judge_is_left_out(main_job: Workspace) -> None:
     folder = main_job.path / "artifacts"
     entries = list(load_manifest(folder / "ingest/manifest.csv"))
-    features = stored.load(folder / "embed/activations").features
+    features = activations.load(folder / "embed/activations").features
     for row in (0, 100):
         entries[row] = entries[row]._replace(label="tiny")
     assert not {0, 100} & {s.row for s in find_label_issues(entries, features, Params())}
@@ -76,17 +77,11 @@ def test_plots_are_shown_by_dvc(main_job: Workspace, tmp_path: Path) -> None:
         assert name in page
 
 
-def test_data_of_another_source_are_errors(main_job: Workspace, empty: Workspace) -> None:
-    folder = main_job.path / "artifacts"
-    entries = list(load_manifest(folder / "ingest/manifest.csv"))
-    save_manifest(empty.path / "manifest.csv", entries[:-1])
-    paths = [
-        *("--manifest", "manifest.csv", "--pixels", str(folder / "ingest/pixels")),
-        *("--split", str(folder / "split/split.csv")),
-        *("--activations", str(folder / "embed/activations")),
-        *("--data-report", str(folder / "ingest/report.json")),
-    ]
-    outputs = ("--label-issues", "s.csv", "--leaks", "l.json", "--plots", "plots")
-    error = empty.run("tlpipe", "audit", *paths, *outputs, code=6).stderr
+def test_data_of_another_source_are_refused(main_job: Workspace, empty: Workspace) -> None:
+    empty.take(main_job, "pixels", "split", "activations", "data_report")
+    manifest = PATHS["manifest"]
+    entries = list(load_manifest(main_job.path / manifest))
+    save_manifest(empty.path / manifest, entries[:-1])
+    error = empty.run("tlpipe", "audit", code=6).stderr
     assert "manifest.csv holds 999 images" in error
-    assert not (empty.path / "plots").exists()
+    assert not (empty.path / PATHS["data_plots"]).exists()

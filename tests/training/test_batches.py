@@ -6,9 +6,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from tests.training.test_loop import build_network
+from tests.training.test_trainer import build_network
 from tlpipe.backbones.stages import cut
-from tlpipe.data import chunks
+from tlpipe.data import pixels
 from tlpipe.training.batches import (
     StoredActivations,
     _Store,
@@ -17,7 +17,7 @@ from tlpipe.training.batches import (
     soft,
     spatial_axes,
 )
-from tlpipe.training.dataset import Examples
+from tlpipe.training.model import Examples
 
 
 def examples(counts: tuple[int, ...]) -> Examples:
@@ -123,12 +123,12 @@ def test_where_height_and_width_stand_is_seen_at_every_boundary(
     assert inner and set(inner) == {expected} and last is None
 
 
-def stored(folder: Path, rows: np.ndarray) -> chunks.Chunks:
-    writer = chunks.Writer(folder, rows.shape[1:], "<f2")
+def stored(folder: Path, rows: np.ndarray) -> pixels.Chunks:
+    writer = pixels.ChunkWriter(folder, rows.shape[1:], "<f2")
     for number, row in enumerate(rows):
         writer.append(number.to_bytes(8), row)
     writer.close()
-    return chunks.Chunks(folder, tuple(writer.names), rows.shape[1:], "<f2")
+    return pixels.Chunks(folder, tuple(writer.names), rows.shape[1:], "<f2")
 
 
 @pytest.mark.fault("T19")

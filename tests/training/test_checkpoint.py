@@ -1,3 +1,5 @@
+"""Checkpoints that are damaged, foreign or without room, and what is said where memory is short."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,8 @@ import torch
 
 from tests.conftest import ROOT
 from tlpipe.errors import TrainingError
-from tlpipe.training.checkpoint import Checkpoint, Checkpoints
+from tlpipe.training.checkpoint import Checkpoint, Checkpoints, out_of_memory_explained
+from tlpipe.training.recipe import Recipe
 
 
 def made(number: int) -> Checkpoint:
@@ -118,3 +121,33 @@ def test_without_room_the_old_one_stays(filled: Checkpoints, tmp_path: Path) -> 
     assert newest(filled) == 4
     names = [f"{n:06d}{suffix}" for n in (3, 4) for suffix in (".json", ".safetensors")]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.fault("T08")
+@pytest.mark.parametrize(
+    ("recipe", "advice"),
+    [
+        (Recipe(), r"Lower train\.batch_size, now 32, or freeze more in embed\.freeze\."),
+        (
+            Recipe(batch_size=7),
+            r"Lower train\.batch_size, now 7, or freeze more in embed\.freeze\.",
+        ),
+        (Recipe(batch_size=1), r"kept\. Freeze more in embed\.freeze\."),
+    ],
+)
+def test_short_memory_is_explained(recipe: Recipe, advice: str) -> None:
+    said = r"^there is not enough memory to train \(.*can't allocate memory.*\); the last check.*"
+    with pytest.raises(TrainingError, match=said + advice), out_of_memory_explained(recipe):
+        torch.empty(2**50, dtype=torch.uint8)  # a pebibyte
+    with pytest.raises(TrainingError, match=advice), out_of_memory_explained(recipe):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(TrainingError, match=advice), out_of_memory_explained(recipe):
+        bytearray(2**60)
+
+
+def test_other_errors_pass() -> None:
+    with (
+        pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
+        out_of_memory_explained(Recipe()),
+    ):
+        torch.ones(2, 3) @ torch.ones(2, 3)

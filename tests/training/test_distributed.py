@@ -1,8 +1,8 @@
 """Several processes that train together, in float64: what is equal but for rounding is equal."""
 
-import shutil
+import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from torch.multiprocessing import start_processes
 
 from tests.conftest import Workspace
 from tests.training import tiny
-from tests.training.test_resume import arguments
+from tests.training.conftest import beside
 from tlpipe.errors import Interrupted, TrainingError
-from tlpipe.training import batchnorm, loop, tuning
-from tlpipe.training.checkpoint import Checkpoint, Checkpoints
-from tlpipe.training.distributed import local_rank
+from tlpipe.graph import PATHS
+from tlpipe.training import classifier, trainer, tuning
+from tlpipe.training.checkpoint import Checkpoint, Checkpoints, Stop
 from tlpipe.training.recipe import Recipe
-from tlpipe.training.signals import Stop
-from tlpipe.training.task import Task
+from tlpipe.training.trainer import Task
+from tlpipe.training.tuning import local_rank
 
 LABELS = [0, 0, 0, 1, 1] * 3  # three batches of five, shared out as three and two
 
@@ -68,7 +68,7 @@ def trained(
     for tensor in given.classifier.state_dict().values() if rank else ():
         tensor.add_(1)
     if batch_stats and count > 1:
-        batchnorm.synchronise(given.classifier, tiny.CPU)
+        classifier.synchronise_batch_norms(given.classifier, tiny.CPU)
     feed = Stopping(given.feed.inputs, stop, stop_in)  # type: ignore[attr-defined]
     task = Task(
         **{name: getattr(given, name) for name in Task.__dataclass_fields__} | {"feed": feed}
@@ -76,7 +76,7 @@ def trained(
     recipe = Recipe(
         **{"epochs": 3, "batch_size": 5, "backbone_lr": 0.01, "head_lr": 0.01} | options
     )
-    training = loop.Training(task, recipe, Checkpoints(folder / f"disk {rank}", "digest"))
+    training = trainer.Training(task, recipe, Checkpoints(folder / f"disk {rank}", "digest"))
     training.begin()
     try:
         while not training.is_over:
@@ -86,7 +86,7 @@ def trained(
         assert stop_in or count > 1
     tensors = {f"model.{n}": t for n, t in training.model.state_dict().items()}
     if training.ema is not None:
-        tensors |= {f"ema.{n}": t for n, t in training.ema.state_dict().items()}
+        tensors |= {f"ema.{n}": t for n, t in training.ema.module.state_dict().items()}
     for number, state in training.optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{number}.{n}": t for n, t in state.items() if t is not None}
     losses = [epoch.validation.loss for epoch in training.state.history]
@@ -105,12 +105,21 @@ def train_share(rank: int, folder: Path, options: dict[str, Any], stops: tuple[i
     dist.destroy_process_group()
 
 
+def in_two_processes(function: Callable[..., None], *arguments: object) -> None:
+    """Call it with the ranks 0 and 1; forked from a process that has imported torch and no more.
+
+    A fork of this one, in which some test may have computed gradients, could compute none.
+    """
+    multiprocessing.set_forkserver_preload(["tests.training.tiny", "tlpipe.training.tuning"])
+    start_processes(function, arguments, nprocs=2, start_method="forkserver")
+
+
 def together(
     folder: Path, options: dict[str, Any], stops: tuple[int, int] = (0, 0)
 ) -> list[dict[str, Tensor]]:
     """Train in two processes; return what each of them comes to."""
     folder.mkdir(exist_ok=True)
-    start_processes(train_share, (folder, options, stops), nprocs=2, start_method="fork")
+    in_two_processes(train_share, folder, options, stops)
     return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
 
@@ -182,20 +191,20 @@ def test_statistics_over_one_process_are_those_of_torch() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).double()
     shared = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).double()
     shared.load_state_dict(plain.state_dict())
-    batchnorm.synchronise(shared, tiny.CPU)
+    classifier.synchronise_batch_norms(shared, tiny.CPU)
     images = torch.randn(4, 3, 9, 9, dtype=torch.float64)
     for _ in range(3):
-        results = [network(images) for network in (plain, shared)]
-        assert torch.allclose(*results, atol=1e-10)
-        weights = torch.linspace(0, 1, results[0].numel(), dtype=torch.float64)
-        for network, result in zip((plain, shared), results, strict=True):
+        expected, found = plain(images), shared(images)
+        assert torch.allclose(expected, found, atol=1e-10)
+        weights = torch.linspace(0, 1, found.numel(), dtype=torch.float64)
+        for network, result in ((plain, expected), (shared, found)):
             network.zero_grad()
             (result.flatten() * weights).sum().backward()
     assert plain.state_dict().keys() == shared.state_dict().keys()
     for name, tensor in plain.state_dict().items():
         assert torch.allclose(tensor, shared.state_dict()[name], atol=1e-10), name
     gradients = zip(plain.parameters(), shared.parameters(), strict=True)
-    assert all(torch.allclose(a.grad, b.grad, atol=1e-8) for a, b in gradients)
+    assert all(torch.allclose(tiny.gradient(a), tiny.gradient(b), atol=1e-8) for a, b in gradients)
     shared.eval(), plain.eval()
     assert torch.allclose(plain(images), shared(images), atol=1e-10)
 
@@ -206,7 +215,7 @@ def test_statistics_of_bfloat16_are_computed_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     images = (3 + torch.randn(31, 2, 56, 56, generator=generator)).bfloat16()
     plain, shared = nn.Sequential(nn.BatchNorm2d(2)), nn.Sequential(nn.BatchNorm2d(2))
-    batchnorm.synchronise(shared, tiny.CPU)
+    classifier.synchronise_batch_norms(shared, tiny.CPU)
     expected = plain(images.float())
     found = shared(images)
     assert found.dtype == torch.bfloat16
@@ -230,7 +239,7 @@ def differ(rank: int, folder: Path) -> None:
 
 @pytest.mark.fault("T20")
 def test_a_process_that_trains_something_else_is_an_error(tmp_path: Path) -> None:
-    start_processes(differ, (tmp_path,), nprocs=2, start_method="fork")
+    in_two_processes(differ, tmp_path)
     assert (tmp_path / "0.txt").read_text() == "nothing"
     said = (tmp_path / "1.txt").read_text()
     assert "process 1 has other data, parameters or code than process 0 (digests 111111" in said
@@ -253,19 +262,16 @@ def test_torchrun_trains_what_one_process_trains(prepared: Workspace, tmp_path: 
     Real networks in float32 part by rounding, on each processor otherwise; how exactly several
     processes learn what one does is asked above, in float64.
     """
-    workspace = Workspace(tmp_path, prepared.env)
-    (tmp_path / "artifacts").symlink_to(prepared.path / "artifacts")
-    shutil.copyfile(prepared.path / "params.yaml", tmp_path / "params.yaml")
-    workspace.configure("train", epochs=1, batch_size=6, optimiser="sgd", batch_norm="batch")
-    _, *alone = arguments(tmp_path / "one")
-    workspace.run("tlpipe", *alone)
-    _, *both = arguments(tmp_path / "two")
+    alone, both = (beside(prepared, tmp_path / name) for name in ("one", "two"))
+    for workspace in (alone, both):
+        workspace.configure("train", epochs=1, batch_size=6, optimiser="sgd", batch_norm="batch")
+    alone.run("tlpipe", "train")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    said = workspace.run(sys.executable, *torchrun, "-m", "tlpipe", *both).stderr
+    said = both.run(sys.executable, *torchrun, "-m", "tlpipe", "train").stderr
     assert said.count("BatchNorm: statistics of these images") == 1  # the first one settles it
-    one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
+    one, two = (load_file(w.path / PATHS["model"] / "model.safetensors") for w in (alone, both))
     assert one.keys() == two.keys()
-    histories = [Workspace(tmp_path / name).rows("history.csv") for name in ("one", "two")]
+    histories = [workspace.rows(PATHS["history"]) for workspace in (alone, both)]
     starts = [float(history[0]["validation_loss"]) for history in histories]
     assert starts[0] == pytest.approx(starts[1], rel=1e-3)  # before the first step
     means = [name for name in one if name.endswith("running_mean")]

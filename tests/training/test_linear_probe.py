@@ -1,42 +1,137 @@
-"""The linear probe against scikit-learn, on the features of a small data set made here."""
+"""The linear probe against scikit-learn: solver, cross-validation, and what is held out."""
 
 import logging
 import os
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
-from tlpipe.data.folds import ALWAYS_TRAINS, held_out_folds
-from tlpipe.training import head as heads
+from tlpipe.backbones.activations import Activations, Origin
+from tlpipe.backbones.backbone import Backbone
+from tlpipe.data.pixels import Chunks
+from tlpipe.resampling import ALWAYS_TRAINS, held_out_folds
 from tlpipe.training import linear_probe
-from tlpipe.training.dataset import Examples
+from tlpipe.training.linear_probe import Floats, Head, Labels
+from tlpipe.training.model import Dataset, Examples
 from tlpipe.training.recipe import Recipe
+
+Blobs = tuple[Floats, Labels]
+
+
+@pytest.fixture(scope="module")
+def blobs() -> Blobs:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 400)
+    features = random.normal(size=(4, 20))[labels] + 1.5 * random.normal(size=(400, 20))
+    return features, labels
+
+
+def solve(blocks: list[Blobs], weights: Floats | None = None, **options: object) -> Head:
+    count = sum(len(labels) for _, labels in blocks)
+    given = np.ones(count) if weights is None else weights
+    defaults = {"classes": 4, "l2": 0.05, "max_iterations": 2000, "tolerance": 1e-14}
+    solution = linear_probe.solve(blocks, given, **{**defaults, **options})  # type: ignore[arg-type]
+    return solution.head
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_the_solution_is_scikit_learn_s(blobs: Blobs, is_weighted: bool) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels = blobs
+    weights = np.random.default_rng(1).uniform(0, 3, 400) if is_weighted else np.ones(400)
+    weights[:40] = 0
+    model = LogisticRegression(C=1 / (0.05 * weights.sum()), max_iter=20000, tol=1e-12)
+    model.fit(features, labels, sample_weight=weights)
+    head = solve([blobs], weights)
+    assert np.abs(head.weight - model.coef_).max() < 1e-4
+    # scikit-learn leaves the intercepts' mean free too; only their differences are determined.
+    assert np.abs(np.diff(head.bias) - np.diff(model.intercept_)).max() < 1e-4
+    probabilities = softmax(head.logits(features), axis=1)
+    assert np.abs(probabilities - model.predict_proba(features)).max() < 1e-5
+
+
+def test_the_training_loss_leaves_the_penalty_out(blobs: Blobs) -> None:
+    from sklearn.metrics import log_loss
+
+    weights = np.linspace(0.5, 2, 400)
+    solution = linear_probe.solve(
+        [blobs], weights, classes=4, l2=0.05, max_iterations=500, tolerance=1e-10
+    )
+    probabilities = softmax(solution.head.logits(blobs[0]), axis=1)
+    expected = log_loss(blobs[1], probabilities, sample_weight=weights)
+    assert solution.train_loss == pytest.approx(expected, abs=1e-9)
+    assert solution.converged and 10 < solution.iterations < 500
+
+
+def test_an_unfinished_solution_says_so(blobs: Blobs) -> None:
+    solution = linear_probe.solve(
+        [blobs], np.ones(400), classes=4, l2=1e-4, max_iterations=3, tolerance=1e-12
+    )
+    assert (solution.converged, solution.iterations) == (False, 3)
+
+
+def test_where_it_starts_does_not_matter(blobs: Blobs) -> None:
+    random = np.random.default_rng(3)
+    start = Head(random.normal(size=(4, 20)), random.normal(size=4))
+    assert np.abs(solve([blobs], start=start).weight - solve([blobs]).weight).max() < 1e-5
+
+
+def test_blocks_of_rows_give_what_all_rows_together_give(blobs: Blobs) -> None:
+    features, labels = blobs
+    blocks = [features[:150] * 3 + 7, features[150:151] * 3 + 7, features[151:] * 3 + 7]
+    whole, parts = (
+        linear_probe.standardisation([features * 3 + 7]),
+        linear_probe.standardisation(blocks),
+    )
+    assert np.allclose(whole.mean, parts.mean) and np.allclose(whole.scale, parts.scale)
+    weights = np.linspace(0, 1, 400)
+    split = [(features[:150], labels[:150]), (features[150:], labels[150:])]
+    assert np.abs(solve([blobs], weights).weight - solve(split, weights).weight).max() < 1e-6
+
+
+def test_standardisation_folds_into_the_head(blobs: Blobs) -> None:
+    features = blobs[0] * np.linspace(0.1, 9, 20) + 5
+    features[:, 3] = 7  # a constant feature
+    standard = linear_probe.standardisation([features])
+    assert standard.scale.min() > 0
+    head = Head(np.random.default_rng(2).normal(size=(4, 20)), np.arange(4.0))
+    folded = standard.fold(head)
+    expected = head.logits(standard.apply(features))
+    assert np.allclose(folded.logits(features), expected, atol=1e-9)
+
+
+def test_a_feature_that_hardly_varies_is_not_blown_up(blobs: Blobs) -> None:
+    """As from few images: a feature that is zero but for one image must not rule the head."""
+    features = np.hstack([blobs[0], 1e-3 * np.eye(400)[:, :1]])
+    standard = linear_probe.standardisation([features])
+    typical = np.sqrt((features.std(axis=0) ** 2).mean())
+    assert standard.scale == pytest.approx(np.maximum(features.std(axis=0), 0.3 * typical))
+    head = solve([(standard.apply(features), blobs[1])], l2=1e-3)
+    weight = np.abs(standard.fold(head).weight)
+    assert weight[:, -1].max() < weight[:, :-1].max()
+
 
 WIDTH, CLASSES = 12, 3
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a probe needs of a data set: 240 images in pairs that must stay together."""
-
-    train: Examples
-    validation: Examples
-    groups: tuple[str, ...]
-    labels: tuple[str, ...] = ("a", "b", "c")
-    labelled = property(
-        lambda self: Examples(
-            np.concatenate([self.train.rows, self.validation.rows]),
-            np.concatenate([self.train.labels, self.validation.labels]),
-        )
+def dataset(train: Examples, validation: Examples, groups: tuple[str, ...]) -> Dataset:
+    """Make a data set of which a probe sees its images; what they are stored as is left out."""
+    nothing = Chunks(Path(), [], (WIDTH,), "float16")
+    stored = Activations(nothing, None, np.empty(0, np.uint64), Origin.model_construct())
+    labels = ("a", "b", "c")
+    return Dataset(
+        stored, Backbone.model_construct(), labels, train, validation, groups, "", digest=""
     )
 
 
 @pytest.fixture(scope="module")
-def features() -> heads.Floats:
+def features() -> Floats:
     """(240, 2, 12): 240 images in two views, the first one plain, as float16 stores them."""
     random = np.random.default_rng(0)
     labels = np.arange(240) // 2 % CLASSES
@@ -46,14 +141,14 @@ def features() -> heads.Floats:
 
 
 @pytest.fixture(scope="module")
-def data() -> Data:
+def data() -> Dataset:
     labels = np.arange(240) // 2 % CLASSES
     groups = tuple(f"g{i // 2}" for i in range(240))
     train, validation = np.arange(180), np.arange(180, 240)
-    return Data(Examples(train, labels[train]), Examples(validation, labels[validation]), groups)
+    return dataset(Examples(train, labels[train]), Examples(validation, labels[validation]), groups)
 
 
-def reader(features: heads.Floats, block: int = 1000) -> linear_probe.Read:
+def reader(features: Floats, block: int = 1000) -> linear_probe.Read:
     def read(rows, every_view):  # type: ignore[no-untyped-def]
         views = 2 if every_view else 1
         for start in range(0, len(rows), block):
@@ -62,12 +157,12 @@ def reader(features: heads.Floats, block: int = 1000) -> linear_probe.Read:
     return read
 
 
-def plain(features: heads.Floats) -> linear_probe.Read:
+def plain(features: Floats) -> linear_probe.Read:
     """Return what reads the plain view alone, whatever is asked for."""
     return lambda rows, every_view: iter([features[rows, 0]])
 
 
-def reference(l2: float, weights: heads.Floats) -> LogisticRegression:
+def reference(l2: float, weights: Floats) -> LogisticRegression:
     return LogisticRegression(C=1 / (l2 * weights.sum()), max_iter=20000, tol=1e-10)
 
 
@@ -75,7 +170,7 @@ RECIPE = Recipe(l2=(1.0, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003))
 
 
 def test_the_l2_and_the_held_out_predictions_are_those_of_cross_validation(
-    features: heads.Floats, data: Data
+    features: Floats, data: Dataset
 ) -> None:
     found = linear_probe.fit(plain(features), data, data.labelled, RECIPE)
     standard = found.standard.apply(features[:, 0])
@@ -89,22 +184,22 @@ def test_the_l2_and_the_held_out_predictions_are_those_of_cross_validation(
         losses[l2] = log_loss(labels, expected)
         if l2 == found.best.l2:
             logits = found.best.logits.astype(np.float64)
-            assert np.abs(np.exp(heads.log_softmax(logits)) - expected).max() < 0.02
+            assert np.abs(softmax(logits, axis=1) - expected).max() < 0.02
     assert found.best.l2 == min(losses, key=losses.get)  # type: ignore[arg-type]
     assert 0.001 < found.best.l2 < 1.0  # a choice that the ends of the grid would not make
     tried = sorted(RECIPE.l2, reverse=True)[: len(found.path)]
     for l2, step in zip(tried, found.path, strict=True):
-        assert step.validation_loss == pytest.approx(losses[l2], abs=2e-3)
+        assert step.validation.loss == pytest.approx(losses[l2], abs=2e-3)
 
 
 def test_the_head_is_fitted_on_training_and_validation_or_on_training_alone(
-    features: heads.Floats, data: Data
+    features: Floats, data: Dataset
 ) -> None:
     labels = data.labelled.labels
     for train in (data.labelled, data.train):
         found = linear_probe.fit(plain(features), data, train, RECIPE)
         count = len(train)
-        expected = heads.standardisation([features[:count, 0]])
+        expected = linear_probe.standardisation([features[:count, 0]])
         assert found.standard.mean == pytest.approx(expected.mean)
         standard = found.standard.apply(features[:count, 0])
         model = reference(found.best.l2, np.ones(count)).fit(standard, labels[:count])
@@ -118,14 +213,12 @@ def test_the_head_is_fitted_on_training_and_validation_or_on_training_alone(
         )
 
 
-def test_views_train_and_only_the_plain_image_is_held_out(
-    features: heads.Floats, data: Data
-) -> None:
+def test_views_train_and_only_the_plain_image_is_held_out(features: Floats, data: Dataset) -> None:
     found = linear_probe.fit(reader(features, block=50), data, data.labelled, RECIPE)
     every = found.standard.apply(features.reshape(-1, WIDTH))
     targets, folds = np.repeat(data.labelled.labels, 2), np.repeat(found.folds, 2)
     held = found.held_out(data.labelled)
-    probabilities = np.exp(heads.log_softmax(found.best.logits.astype(np.float64)))
+    probabilities = softmax(found.best.logits.astype(np.float64), axis=1)
     for fold in range(4):
         model = reference(found.best.l2, np.ones(360))
         model.fit(every[folds != fold], targets[folds != fold])
@@ -138,7 +231,7 @@ def test_views_train_and_only_the_plain_image_is_held_out(
         assert again == pytest.approx(held.logits[inside], abs=1e-3)
 
 
-def test_blocks_from_a_file_give_what_one_block_gives(features: heads.Floats, data: Data) -> None:
+def test_blocks_from_a_file_give_what_one_block_gives(features: Floats, data: Dataset) -> None:
     one = linear_probe.fit(reader(features), data, data.labelled, RECIPE)
     several = linear_probe.fit(reader(features, block=7), data, data.labelled, RECIPE)
     assert np.abs(one.head.weight - several.head.weight).max() < 1e-5
@@ -146,7 +239,7 @@ def test_blocks_from_a_file_give_what_one_block_gives(features: heads.Floats, da
 
 
 @pytest.mark.fault("T20")
-def test_the_number_of_cores_changes_no_bit(features: heads.Floats, data: Data) -> None:
+def test_the_number_of_cores_changes_no_bit(features: Floats, data: Dataset) -> None:
     """Folds that run side by side read one file at the same time."""
     recipe, cores = Recipe(l2=(0.1, 0.03)), os.sched_getaffinity(0)
     alike = []
@@ -162,11 +255,11 @@ def test_the_number_of_cores_changes_no_bit(features: heads.Floats, data: Data) 
 
 @pytest.mark.parametrize("balance", ["loss", "sampling"])
 @pytest.mark.fault("T15")
-def test_balance_weighs_images_by_their_class(features: heads.Floats, balance: str) -> None:
+def test_balance_weighs_images_by_their_class(features: Floats, balance: str) -> None:
     labels = np.array([0] * 100 + [1] * 10 + [2] * 10)
     examples = Examples(np.arange(120), labels)
     nobody = Examples(np.empty(0, np.int64), np.empty(0, np.int64))
-    data = Data(examples, nobody, tuple(f"g{i}" for i in range(240)))
+    data = dataset(examples, nobody, tuple(f"g{i}" for i in range(240)))
     recipe = Recipe(l2=(0.1,), balance=balance)  # type: ignore[arg-type]
     found = linear_probe.fit(plain(features), data, examples, recipe)
     model = LogisticRegression(
@@ -175,13 +268,13 @@ def test_balance_weighs_images_by_their_class(features: heads.Floats, balance: s
     model.fit(found.standard.apply(features[:120, 0]), labels)
     assert np.abs(found.head.weight - model.coef_).max() < 1e-4
     weights = 120 / (3 * np.bincount(labels)[labels])
-    probabilities = np.exp(heads.log_softmax(found.best.logits.astype(np.float64)))
-    assert found.best.step.validation_loss == pytest.approx(
+    probabilities = softmax(found.best.logits.astype(np.float64), axis=1)
+    assert found.best.step.validation.loss == pytest.approx(
         log_loss(labels, probabilities, sample_weight=weights), abs=1e-6
     )
 
 
-def test_what_is_held_out_is_as_wide_as_what_ships(features: heads.Floats, data: Data) -> None:
+def test_what_is_held_out_is_as_wide_as_what_ships(features: Floats, data: Dataset) -> None:
     found = linear_probe.fit(plain(features), data, data.labelled, RECIPE)
     held = found.held_out(data.labelled)
     norms = [np.linalg.norm(head.weight) for head in found.best.fold_heads]
@@ -190,12 +283,12 @@ def test_what_is_held_out_is_as_wide_as_what_ships(features: heads.Floats, data:
     assert held.logits == pytest.approx(wider * found.best.logits, rel=1e-5)
 
 
-def test_images_that_are_all_alike_are_answered_by_the_shares_of_classes(data: Data) -> None:
+def test_images_that_are_all_alike_are_answered_by_the_shares_of_classes(data: Dataset) -> None:
     alike = np.ones((240, 2, WIDTH))
     found = linear_probe.fit(plain(alike), data, data.labelled, Recipe(l2=(0.1,)))
     assert not found.head.weight.any()
     held = found.held_out(data.labelled)
-    assert np.exp(heads.log_softmax(held.logits.astype(np.float64))) == pytest.approx(
+    assert softmax(held.logits.astype(np.float64), axis=1) == pytest.approx(
         np.full((240, 3), 1 / 3), abs=0.02
     )
 
@@ -210,7 +303,9 @@ def test_folds_of_classes_of_few_groups_hold_out_every_class() -> None:
             assert {inside.count(label) for label in "abc"} == {-(-(groups - fold) // 4)}
 
 
-def test_features_that_tell_nothing_are_said(data: Data, caplog: pytest.LogCaptureFixture) -> None:
+def test_features_that_tell_nothing_are_said(
+    data: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
     noise = np.random.default_rng(5).normal(size=(240, 2, WIDTH))
     with caplog.at_level(logging.WARNING):
         linear_probe.fit(plain(noise), data, data.labelled, Recipe(l2=(0.001,)))
@@ -242,12 +337,12 @@ def test_a_class_whose_groups_share_a_fold_is_never_held_out() -> None:
 
 
 def test_classes_of_three_images_are_cross_validated_with_two_folds(
-    features: heads.Floats,
+    features: Floats,
 ) -> None:
     """One image each for training and validation: every class has two groups in all."""
     labels = np.arange(3)
     train, validation = Examples(np.arange(3) * 2, labels), Examples(np.arange(3) * 2 + 1, labels)
-    data = Data(train, validation, tuple(f"g{i}" for i in range(240)))
+    data = dataset(train, validation, tuple(f"g{i}" for i in range(240)))
     found = linear_probe.fit(plain(features), data, train, RECIPE)
     assert len(found.best.fold_heads) >= 2
     held = found.held_out(data.labelled)
@@ -255,7 +350,7 @@ def test_classes_of_three_images_are_cross_validated_with_two_folds(
 
 
 def test_what_was_chosen_is_said_with_its_reason(
-    features: heads.Floats, data: Data, caplog: pytest.LogCaptureFixture
+    features: Floats, data: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         found = linear_probe.fit(plain(features), data, data.labelled, RECIPE)
@@ -265,8 +360,8 @@ def test_what_was_chosen_is_said_with_its_reason(
         f"{len(RECIPE.l2) - len(found.path)} weaker ones were left out"
     ]
     assert (
-        f"l2 {found.best.l2:g}: 4-fold loss {step.validation_loss:.4f}, accuracy "
-        f"{step.validation_accuracy:.3f} on 240 images"
+        f"l2 {found.best.l2:g}: 4-fold loss {step.validation.loss:.4f}, accuracy "
+        f"{step.validation.accuracy:.3f} on 240 images"
     ) in caplog.messages
     caplog.clear()
     with caplog.at_level(logging.INFO):

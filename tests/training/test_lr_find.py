@@ -9,10 +9,9 @@ from PIL import Image
 from tests.conftest import Workspace
 from tests.training import tiny
 from tlpipe.errors import TrainingError
-from tlpipe.training import loop
+from tlpipe.training import trainer
 from tlpipe.training.lr_find import choose, has_diverged, smoothed, try_learning_rates
-from tlpipe.training.recipe import Recipe
-from tlpipe.training.schedule import LearningRates
+from tlpipe.training.recipe import LearningRates, Recipe
 
 
 def test_the_steepest_place_before_the_lowest_is_taken() -> None:
@@ -52,7 +51,7 @@ def test_a_noisy_batch_ends_nothing_and_a_loss_that_explodes_does() -> None:
 @pytest.mark.parametrize("head_lr", [0.1, 1e30])
 def test_trying_rates_ends_where_the_loss_explodes(head_lr: float) -> None:
     recipe = Recipe(head_lr=head_lr, backbone_lr=head_lr, batch_size=4, optimiser="sgd")
-    losses = try_learning_rates(loop.Training(tiny.task([0, 1] * 8), recipe, None))
+    losses = try_learning_rates(trainer.Training(tiny.task([0, 1] * 8), recipe, None))
     assert np.isfinite(losses).all()
     assert 0 < len(losses) < 100
     assert not any(has_diverged(losses[:end], 2) for end in range(1, len(losses)))
@@ -66,13 +65,12 @@ def test_a_network_that_gives_no_number_at_all_is_said() -> None:
     given = tiny.task([0, 1] * 8)
     torch.nn.init.constant_(given.classifier.layers[0].weight, float("nan"))
     with pytest.raises(TrainingError, match="the loss is nan in epoch 1, step 1"):
-        try_learning_rates(loop.Training(given, Recipe(batch_size=4), None))
+        try_learning_rates(trainer.Training(given, Recipe(batch_size=4), None))
 
 
 def test_lr_find_draws_and_suggests(main_job: Workspace, empty: Workspace) -> None:
     artifacts = main_job.path / "artifacts"
     (empty.path / "artifacts").symlink_to(artifacts)
-    (empty.path / "dvc.yaml").write_text((main_job.path / "dvc.yaml").read_text())
     said = empty.run("tlpipe", "lr-find", code=3).stderr
     assert "embed.freeze is all and train.hidden is empty; a linear head is solved" in said
     empty.configure("train", hidden=[64])
@@ -84,7 +82,7 @@ def test_lr_find_draws_and_suggests(main_job: Workspace, empty: Workspace) -> No
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
     assert sorted(p.name for p in Path(empty.path).iterdir()) == [
         "artifacts",
-        "dvc.yaml",
         "lr-find.png",
         "params.yaml",
+        "tlpipe.lock.yaml",
     ]

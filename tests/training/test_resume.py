@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +18,11 @@ import pytest
 import safetensors.torch
 
 from tests.conftest import Workspace
+from tests.training.conftest import beside
 from tlpipe import files
-from tlpipe.training import checkpoint, loop, train
-from tlpipe.training import model as models
+from tlpipe.training import model, train, trainer
 
+TRAINED = "artifacts/train"  # where the command trains
 RECIPE: dict[str, Any] = {
     "epochs": 3,
     "batch_size": 4,
@@ -76,7 +76,7 @@ def die_at(owner: Any, name: str, call: int, *, before: bool = False) -> None:
 
 
 def after_a_step() -> None:
-    die_at(loop.Training, "take_step", 3)
+    die_at(trainer.Training, "take_step", 3)
 
 
 def in_the_middle_of_tensors() -> None:
@@ -89,23 +89,23 @@ def in_the_middle_of_tensors() -> None:
 
 
 def between_tensors_and_index() -> None:
-    die_at(checkpoint.files, "write_json", 4, before=True)
+    die_at(files, "write_json", 4, before=True)
 
 
 def before_old_ones_are_removed() -> None:
-    die_at(checkpoint.files, "write_json", 2)
+    die_at(files, "write_json", 2)
 
 
 def behind_an_epoch() -> None:
-    die_at(loop.Training, "_record", 1)
+    die_at(trainer.Training, "_record", 1)
 
 
 def before_the_model() -> None:
-    die_at(models, "save", 1, before=True)
+    die_at(model, "save", 1, before=True)
 
 
 def behind_the_model() -> None:
-    die_at(models, "save", 1)
+    die_at(model, "save", 1)
 
 
 # Where a training is killed, and from where the next one resumes. An epoch has five steps, and a
@@ -128,7 +128,7 @@ def start(prepared: Workspace) -> Callable[..., multiprocessing.Process]:
     context.set_forkserver_preload(["tlpipe.training.tuning", "timm", "torchvision"])
 
     def start(folder: Path, prepare: Kill | None = None, **changes: Any) -> multiprocessing.Process:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         arguments = (folder, prepared.path, RECIPE | changes, prepare)
         process = context.Process(target=training, args=arguments, daemon=True)
         process.start()
@@ -189,7 +189,7 @@ class Paused:
         self._reached = reached
 
     def __call__(self) -> None:
-        function = loop.Training.take_step
+        function = trainer.Training.take_step
 
         def waiting(*arguments: Any) -> float:
             function(*arguments)
@@ -197,7 +197,7 @@ class Paused:
             signal.pause()
             raise AssertionError
 
-        loop.Training.take_step = waiting  # type: ignore[method-assign]
+        pytest.MonkeyPatch().setattr(trainer.Training, "take_step", waiting)
 
 
 @pytest.mark.fault("T12")
@@ -205,37 +205,25 @@ def test_a_second_training_in_a_folder_is_an_error_and_a_dead_one_is_not_waited_
     start: Callable[..., multiprocessing.Process], prepared: Workspace, tmp_path: Path
 ) -> None:
     reached = multiprocessing.get_context("forkserver").Event()
-    process = start(tmp_path, Paused(reached))
+    workspace, folder = beside(prepared, tmp_path), tmp_path / TRAINED
+    process = start(folder, Paused(reached))
     reached.wait()
-    failed = command(prepared, tmp_path, code=10)
-    assert f"runs in {tmp_path} already, as process {process.pid}; expected one" in failed
+    refused = workspace.run("tlpipe", "train", code=10).stderr
+    assert f"runs in {TRAINED} already, as process {process.pid}; expected one" in refused
     process.kill()
     killed(process)
-    finished(start(tmp_path, epochs=1))
-
-
-def command(prepared: Workspace, folder: Path, *, code: int) -> str:
-    return prepared.run(*arguments(folder), code=code).stderr
-
-
-def arguments(folder: Path) -> list[str]:
-    known = ("--activations", "artifacts/embed/activations", "--pixels", "artifacts/ingest/pixels")
-    outputs = ("--model", str(folder / "model"), "--history", str(folder / "history.csv"))
-    return ["tlpipe", "train", *known, "--split", "artifacts/split/split.csv", *outputs]
+    finished(start(folder, epochs=1))
 
 
 def test_who_is_asked_to_stop_says_how_to_go_on_and_does(
     prepared: Workspace, tmp_path: Path
 ) -> None:
-    workspace = Workspace(tmp_path, prepared.env)
-    (tmp_path / "artifacts").symlink_to(prepared.path / "artifacts")
-    shutil.copyfile(prepared.path / "params.yaml", tmp_path / "params.yaml")
+    workspace = beside(prepared, tmp_path)
     workspace.configure("train", **RECIPE | {"epochs": 500})
-    (tmp_path / "out").mkdir()
 
     def stop_by(number: int, begins: str) -> None:
         with subprocess.Popen(
-            arguments(tmp_path / "out"),
+            ("tlpipe", "train"),
             cwd=tmp_path,
             env=workspace.environment(),
             stderr=subprocess.PIPE,
@@ -248,8 +236,8 @@ def test_who_is_asked_to_stop_says_how_to_go_on_and_does(
             *_, last = process.stderr
         assert process.returncode == 130
         assert "stopped in epoch" in last
-        assert last.endswith("everything is kept. Run 'dvc repro' to resume.\n")
-        assert not (tmp_path / "out" / "model").exists()
+        assert last.endswith("everything is kept. Run 'tlpipe run' to resume.\n")
+        assert not (tmp_path / TRAINED / "model").exists()
 
     stop_by(signal.SIGINT, "epoch 0 of 500: validation loss")
     stop_by(signal.SIGTERM, "resumed from the checkpoint at epoch")

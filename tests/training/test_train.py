@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from tests.conftest import ROOT, Workspace
 from tlpipe import files, held_out
 from tlpipe.errors import ParamsError
+from tlpipe.graph import PATHS
 from tlpipe.training.recipe import Recipe
 from tlpipe.training.train import check_effects
 
@@ -52,24 +53,23 @@ def test_the_history_is_the_path_of_l2_and_the_least_loss_is_chosen(main_job: Wo
 def test_activations_and_split_of_different_data_are_errors(
     main_job: Workspace, empty: Workspace
 ) -> None:
-    split = main_job.path / "artifacts/split/split.csv"
-    shorter = empty.path / "split.csv"
-    shorter.write_text("\n".join(split.read_text().splitlines()[:-1]) + "\n")
-    activations = str(main_job.path / "artifacts/embed/activations")
-    pixels = str(main_job.path / "artifacts/ingest/pixels")
-    known = ("--activations", activations, "--pixels", pixels, "--split", "split.csv")
-    paths = (*known, "--model", "m")
-    result = empty.run("tlpipe", "train", *paths, "--history", "h.csv", code=6)
-    assert "holds 1000 images and split.csv 999; expected the same images" in result.stderr
-    assert not (empty.path / "m").exists()
+    empty.take(main_job, "activations", "pixels")
+    split = PATHS["split"]
+    rows = (main_job.path / split).read_text().splitlines()
+    (empty.path / split).parent.mkdir()
+    (empty.path / split).write_text("\n".join(rows[:-1]) + "\n")
+    result = empty.run("tlpipe", "train", code=6)
+    assert f"holds 1000 images and {split} 999; expected the same images" in result.stderr
+    assert not (empty.path / PATHS["model"]).exists()
 
 
 def test_activations_are_half_precision_and_mapped(main_job: Workspace) -> None:
     from tlpipe.backbones.activations import load
 
     found = load(main_job.path / "artifacts/embed/activations")
-    assert (found.features.shape, found.features.dtype) == ((1000, 1280), np.float16)
-    assert isinstance(found.features[0].base.base, np.memmap)
+    assert (found.features.shape, found.features.dtype) == ((1000, 1280), np.dtype(np.float16))
+    view = found.features[0].base
+    assert view is not None and isinstance(view.base, np.memmap)
     assert found.boundary is None
     assert found.origin.boundary == "features"
     assert found.origin.provider == "CPUExecutionProvider"
@@ -83,6 +83,7 @@ def pipeline(workspace: Workspace, photos: Path, freeze: str, **train: object) -
     workspace.run("dvc", "repro", "--quiet", "export")
     parity = json.loads((workspace.path / "artifacts/export/parity.json").read_text())
     assert parity["same_top1"] == parity["images"] > 0
+    card: dict[str, Any]
     card = json.loads((workspace.path / "artifacts/train/model/model.json").read_text())
     assert card["validation_accuracy"] == 1.0
     assert card["trainable_parameters"] + card["frozen_parameters"] >= 3_371_008
@@ -231,11 +232,8 @@ def test_the_shipped_params_are_taken() -> None:
 @pytest.mark.fault("P04")
 def test_what_cannot_be_trained_is_an_error(main_job: Workspace, empty: Workspace) -> None:
     empty.configure("train", reinitialise=1)
-    folder = main_job.path / "artifacts"
-    given = ("--activations", str(folder / "embed/activations"))
-    known = (*given, "--pixels", str(folder / "ingest/pixels"))
-    split = ("--split", str(folder / "split/split.csv"))
-    command = ("tlpipe", "train", *known, *split, "--model", "m", "--history", "h.csv")
+    empty.take(main_job, "activations", "pixels", "split")
+    command = ("tlpipe", "train")
     said = empty.run(*command, code=3).stderr
     assert "train.reinitialise is 1; 0 stages are open, since embed.freeze is all; expe" in said
     empty.configure("train", reinitialise=0, batch_size=597, hidden=[8])
@@ -259,13 +257,9 @@ def test_options_without_effect_are_errors_before_any_work(empty: Workspace) -> 
 
 def test_hidden_units_learn_on_frozen_features(main_job: Workspace, empty: Workspace) -> None:
     empty.configure("train", hidden=[64], epochs=20)
-    folder = main_job.path / "artifacts"
-    given = ("--activations", str(folder / "embed/activations"))
-    known = (*given, "--pixels", str(folder / "ingest/pixels"))
-    split = ("--split", str(folder / "split/split.csv"))
-    command = ("tlpipe", "train", *known, *split, "--model", "m", "--history", "h.csv")
-    empty.run(*command)
-    rows = empty.rows("h.csv")
+    empty.take(main_job, "activations", "pixels", "split")
+    empty.run("tlpipe", "train")
+    rows = empty.rows(PATHS["history"])
     assert float(rows[0]["validation_accuracy"]) < 0.3
-    card = json.loads((empty.path / "m" / "model.json").read_text())
+    card = json.loads((empty.path / PATHS["model"] / "model.json").read_text())
     assert card["validation_accuracy"] > 0.85

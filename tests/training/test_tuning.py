@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 
 from tests.training import tiny
 from tlpipe.backbones.activations import Activations, Origin
 from tlpipe.backbones.backbone import describe, load_network
 from tlpipe.backbones.weights import Weights
 from tlpipe.errors import ParamsError
-from tlpipe.training import head as heads
-from tlpipe.training import tuning
-from tlpipe.training.dataset import Dataset, Examples
+from tlpipe.training import linear_probe, tuning
+from tlpipe.training.model import Dataset, Examples
 from tlpipe.training.recipe import Recipe
-from tlpipe.training.task import Task
+from tlpipe.training.trainer import Task
 
 
 def pretrained(spread: float) -> Task:
@@ -26,23 +26,26 @@ def pretrained(spread: float) -> Task:
     given.classifier.adapt(given.feed.plain(given.train.rows[i : i + 64]) for i in (0, 64))
     given.classifier.uses_batch_stats = False
     for layer in given.classifier.batch_norms:
-        assert layer.running_var is not None
-        layer.running_var.mul_(spread**2)
+        tiny.statistics(layer)[1].mul_(spread**2)
     return given
 
 
 def test_adapting_gives_the_means_over_batches_and_how_far_spreads_were_off() -> None:
     given = tiny.task([0, 1] * 64)
     images = given.feed.plain(given.train.rows)
-    convolution, norm = given.classifier.stages[0][0], given.classifier.stages[0][1]
+    stage = given.classifier.stages[0]
+    assert isinstance(stage, nn.Sequential)
+    convolution, norm = stage[0], stage[1]
     shift = given.classifier.adapt([images[:64], images[64:]])
     with torch.no_grad():
         halves = [convolution(half) for half in (images[:64], images[64:])]
-    assert torch.allclose(norm.running_mean, sum(h.mean((0, 2, 3)) for h in halves) / 2, atol=1e-6)
-    assert torch.allclose(norm.running_var, sum(h.var((0, 2, 3)) for h in halves) / 2, rtol=1e-5)
+    mean, variance = tiny.statistics(norm)
+    assert torch.allclose(mean, sum(h.mean((0, 2, 3)) for h in halves) / 2, atol=1e-6)
+    assert torch.allclose(variance, sum(h.var((0, 2, 3)) for h in halves) / 2, rtol=1e-5)
     assert given.classifier.uses_batch_stats and norm.momentum == 0.1 and not norm.training
     # Before, every variance was 1.
-    logs = [torch.log(layer.running_var + layer.eps) for layer in given.classifier.batch_norms]
+    norms = given.classifier.batch_norms
+    logs = [torch.log(tiny.statistics(layer)[1] + layer.eps) for layer in norms]
     one = np.log1p(1e-5)
     expected = np.mean([float((log - one).abs().mean() / 2) for log in logs])
     assert shift == pytest.approx(expected, rel=1e-5)
@@ -116,7 +119,7 @@ def test_fine_tuning_starts_from_a_head_that_has_not_seen_validation() -> None:
     assert tuning._solve_head(given.classifier, given.feed, data, recipe) == 0.1
     with torch.inference_mode():
         features = given.classifier.stages(given.feed.plain(train.rows)).double().numpy()
-    standard = heads.standardisation([features])
+    standard = linear_probe.standardisation([features])
     assert given.classifier.mean.numpy() == pytest.approx(standard.mean, rel=1e-4)
     model = LogisticRegression(C=1 / (0.1 * 90), max_iter=5000, tol=1e-10)
     model.fit(standard.apply(features), train.labels)

@@ -6,12 +6,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tlpipe.training.classifier import Classifier, build
-from tlpipe.training.dataset import Examples
-from tlpipe.training.task import Task
+from tlpipe.training.model import Examples
+from tlpipe.training.trainer import Task
 
 CPU = torch.device("cpu")
+
+
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """Return a copy of the gradient, which has been computed."""
+    assert parameter.grad is not None
+    return parameter.grad.clone()
+
+
+def statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the running mean and variance of a BatchNorm."""
+    assert isinstance(layer, _BatchNorm)
+    assert layer.running_mean is not None and layer.running_var is not None
+    return layer.running_mean, layer.running_var
 
 
 class Rows:

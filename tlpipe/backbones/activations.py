@@ -1,6 +1,7 @@
-"""The activations of every image: a folder of chunks and an index, written last.
+"""The activations of every image at the freeze boundary: a folder of chunks and an index.
 
-::
+``frozen_stages`` says how much of a backbone keeps its pretrained weights, and so where that
+boundary is. The index is written last::
 
     features/    (N, D) float16: what the whole pretrained network gives
     boundary/    (N, 1 + K, ...) float16: what the last frozen stage gives, for the image as it is
@@ -10,8 +11,11 @@
 """
 
 import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +23,54 @@ from pydantic import BaseModel, ConfigDict
 
 from tlpipe import files
 from tlpipe.backbones.augment import Augmentation
-from tlpipe.data import chunks
+from tlpipe.backbones.backbone import Stage
+from tlpipe.data import pixels
 from tlpipe.data.images import Preprocessing
-from tlpipe.errors import ArtifactError
+from tlpipe.errors import ArtifactError, ParamsError
+
+ALL, NONE, AUTO = "all", "none", "auto"
+# Below so many images in the typical class only the head is trained, below so many the last stages.
+_FEW, _MANY = 20, 1000
+# Stages differ: layer4 holds 64 % of a ResNet-50, one of twelve blocks 8 % of a ViT.
+_LAST_SHARE = 0.25
+
+
+def frozen_stages(freeze: str | int, stages: Sequence[Stage], labels: Iterable[str]) -> int:
+    """Return how many of the first stages stay as they are.
+
+    ``freeze``: ``all``, ``none``, a number of stages, the name of the last frozen one, or ``auto``:
+    by the median number of images per class, below 20 all, below 1,000 all but the fewest last
+    stages that hold a quarter of the parameters, else none. ``labels``: one for each image.
+
+    Raises:
+        ParamsError: there are not so many stages, or none of that name.
+    """
+    if freeze == AUTO:
+        images = median(Counter(labels).values())
+        if images < _FEW:
+            return len(stages)
+        return _before_last_share(stages) if images < _MANY else 0
+    names = [stage.name for stage in stages]
+    named = {NONE: 0, ALL: len(stages), **{name: i for i, name in enumerate(names, start=1)}}
+    count = freeze if isinstance(freeze, int) else named.get(freeze, -1)
+    if not 0 <= count <= len(stages):
+        raise ParamsError(
+            f"embed.freeze is {freeze!r}; expected {ALL}, {NONE}, {AUTO}, a number of stages from "
+            f"0 to {len(stages)}, or the last stage to freeze: {', '.join(names)}. "
+            f"Change it in params.yaml."
+        )
+    return count
+
+
+def _before_last_share(stages: Sequence[Stage]) -> int:
+    """Return how many stages stand before the fewest last ones that hold ``_LAST_SHARE``."""
+    wanted = _LAST_SHARE * sum(stage.parameters for stage in stages)
+    count, held = len(stages), 0
+    while held < wanted:
+        count -= 1
+        held += stages[count].parameters
+    return count
+
 
 _INDEX, _KEYS, _FEATURES, _BOUNDARY = "index.json", "keys.npy", "features", "boundary"
 
@@ -66,8 +115,8 @@ class Origin(BaseModel):
 class Activations:
     """``boundary``: None where nothing is frozen, or where features are all that there is."""
 
-    features: chunks.Chunks
-    boundary: chunks.Chunks | None
+    features: pixels.Chunks
+    boundary: pixels.Chunks | None
     keys: npt.NDArray[np.uint64]
     origin: Origin
 
@@ -95,13 +144,13 @@ class Writer:
         """
         self._folder, self._origin = folder, origin
         self._keys: list[bytes] = []
-        self._parts: dict[str, tuple[chunks.Writer, tuple[int, ...]]] = {}
+        self._parts: dict[str, tuple[pixels.ChunkWriter, tuple[int, ...]]] = {}
         rows = {_FEATURES: (width,), _BOUNDARY: boundary}
         for name, row in rows.items():
             if row is not None:
                 (folder / name).mkdir()
                 old = getattr(known, name) if known else None
-                self._parts[name] = (chunks.Writer(folder / name, row, "<f2", old), row)
+                self._parts[name] = (pixels.ChunkWriter(folder / name, row, "<f2", old), row)
 
     def append(
         self,
@@ -139,15 +188,15 @@ def load(folder: Path) -> Activations:
     files.finish_folder(folder)
     index = files.read_json(folder / _INDEX)
 
-    def part(name: str) -> chunks.Chunks | None:
+    def part(name: str) -> pixels.Chunks | None:
         if name not in index:
             return None
         names = tuple((str(chunk), int(count)) for chunk, count in index[name]["chunks"])
-        return chunks.Chunks(folder / name, names, tuple(index[name]["row"]), "<f2")
+        return pixels.Chunks(folder / name, names, tuple(index[name]["row"]), "<f2")
 
     features = part(_FEATURES)
     assert features is not None
-    keys: npt.NDArray[np.uint64] = chunks.load_mapped(folder / _KEYS)
+    keys: npt.NDArray[np.uint64] = pixels.load_mapped(folder / _KEYS)
     return Activations(features, part(_BOUNDARY), keys, Origin(**index["origin"]))
 
 

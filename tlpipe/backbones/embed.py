@@ -1,8 +1,10 @@
 """Stage ``embed``: run the pretrained network once over every image."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,18 +12,19 @@ from pydantic import Field, model_validator
 
 from tlpipe import files
 from tlpipe.backbones import activations as stored
+from tlpipe.backbones import sampling
 from tlpipe.backbones import weights as pretrained
+from tlpipe.backbones.activations import ALL, AUTO, frozen_stages
 from tlpipe.backbones.augment import Augmentation
 from tlpipe.backbones.backbone import Backbone, describe
 from tlpipe.backbones.forward import CODE, PACKAGES, compute_rows, open_forward
-from tlpipe.backbones.freeze import ALL, AUTO, frozen_stages
 from tlpipe.backbones.frozen import graph_key
 from tlpipe.code_digest import of_modules, versions
 from tlpipe.data import pixels as packed
-from tlpipe.data.images import Sampling
 from tlpipe.data.manifest import Entry, load_manifest
 from tlpipe.errors import ArtifactError, ParamsError
 from tlpipe.params import Section, check_effect
+from tlpipe.runtime import THREADS, usable_cores
 
 _log = logging.getLogger(__name__)
 # Beside the activations: what was kept of an earlier run, and who is at it.
@@ -61,11 +64,10 @@ class Params(Section):
     max_gib: float = Field(
         default=16.0, gt=0, description="Most that the activations may take on disk, in GiB."
     )
-    threads: int = Field(
-        default=2,
-        ge=1,
-        le=256,
-        description="Threads to compute with, here and in later stages; part of the provenance.",
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+        default="auto",
+        description="Threads to compute with, here and in later stages; auto is a thread for each "
+        "core that this process may use. The number is part of the provenance.",
     )
 
     @model_validator(mode="after")
@@ -85,7 +87,8 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
         WeightsError: the weights are missing or not the pinned ones.
     """
     images = packed.load(pixels)
-    check_sampling(images.sampling, params)
+    sampling.check(images.sampling, params.backbone)
+    threads = usable_cores() if params.threads == "auto" else params.threads
     entries = _entries(manifest, pixels, len(images.array))
     backbone = describe(params.backbone)
     names = [stage.name for stage in backbone.stages]
@@ -95,7 +98,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
     shape = _boundary_shape(backbone, count, params.views)
     _check_size(backbone, len(entries), shape, params)
     weights = backbone.find_weights(params.weights, params.weights_sha256)
-    forward = open_forward(backbone, weights, _stages(backbone, count), threads=params.threads)
+    forward = open_forward(backbone, weights, _stages(backbone, count), threads=threads)
     origin = stored.Origin(
         backbone=backbone.name,
         weights=params.weights,
@@ -111,7 +114,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
         data_sha256=images.data_sha256,
         data_version=images.data_version,
         provider=forward.provider,
-        threads=params.threads,
+        threads=threads,
         decoder=images.decoder,
         code=of_modules(*CODE),
         packages=versions(*PACKAGES),
@@ -201,21 +204,22 @@ def check_effects(params: Params, count: int) -> None:
         raise ParamsError(said)
 
 
-def check_sampling(found: Sampling, params: Params) -> None:
-    """Check that images are stored as the backbone was trained to see them.
+def with_threads(params: Params) -> Params:
+    """Return the parameters with the number of threads that somebody asks for.
+
+    ``rebuild`` asks for as many as a version was made with: results differ by their number.
 
     Raises:
-        ParamsError: another side or another interpolation, or no such backbone.
+        ParamsError: that is no number of threads.
     """
-    expected = describe(params.backbone).preprocessing
-    for key in Sampling.model_fields:
-        if key == "value_range":  # that is the images' own
-            continue
-        if (value := getattr(found, key)) != (wanted := getattr(expected, key)):
-            raise ParamsError(
-                f"ingest.{key} is {value}; the backbone {params.backbone} was trained with "
-                f"{wanted}. Set ingest.{key}: {wanted} in params.yaml."
-            )
+    asked = os.environ.get(THREADS)
+    if params.threads != "auto" or asked is None:
+        return params
+    if not (asked.isdecimal() and 1 <= int(asked) <= 256):
+        raise ParamsError(
+            f"{THREADS} is {asked!r}; expected a number from 1 to 256. Change or unset it."
+        )
+    return params.model_copy(update={"threads": int(asked)})
 
 
 def _entries(manifest: Path, pixels: Path, count: int) -> list[Entry]:
@@ -224,7 +228,7 @@ def _entries(manifest: Path, pixels: Path, count: int) -> list[Entry]:
     if len(entries) != count:
         raise ArtifactError(
             f"{manifest} holds {len(entries)} images and {pixels} {count}; expected the same. Run "
-            f"'dvc repro'."
+            f"'tlpipe run'."
         )
     return entries
 

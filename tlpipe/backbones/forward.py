@@ -5,6 +5,7 @@ In ONNX Runtime, or in torch where there is a GPU.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,14 +14,12 @@ import numpy.typing as npt
 from tlpipe.backbones import augment, frozen
 from tlpipe.backbones.augment import Augmentation
 from tlpipe.backbones.backbone import Backbone, load_network
-from tlpipe.backbones.device import has_cuda
 from tlpipe.backbones.weights import Weights
-from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import Pixels, crop_middle
+from tlpipe.data.pixels import Chunks
 from tlpipe.errors import WeightsError
 from tlpipe.progress import track
-from tlpipe.runtime import open_session
-from tlpipe.seeds import generator
+from tlpipe.runtime import generator, open_session
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 # The code and the libraries that determine activations beside their inputs: part of the key of
 # what is kept of them. What is only read or written by is left out, since it is checked by content.
 CODE = (
-    "tlpipe.data.chunks",
+    "tlpipe.data.pixels",
     "tlpipe.data.images",
     "tlpipe.backbones.augment",
     "tlpipe.backbones.backbone",
@@ -37,12 +36,21 @@ CODE = (
     "tlpipe.backbones.stages",
     "tlpipe.backbones.weights",
     "tlpipe.runtime",
-    "tlpipe.seeds",
+    "tlpipe.runtime",
 )
 PACKAGES = (*frozen.PACKAGES, "numpy", "onnxruntime", "onnxruntime-gpu")
 _UNMAP_IMAGES = 1024
 Results = list[npt.NDArray[np.float32]]
 Half = npt.NDArray[np.float16]
+
+
+def has_cuda() -> bool:
+    """Return whether torch can use an NVIDIA GPU; it is imported only where one may be."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,6 @@ def _on_cuda(backbone: Backbone, weights: Weights, stages: list[str]) -> Forward
 
     device = (
         f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, "
-        f"cuDNN {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+        f"cuDNN {torch.backends.cudnn.version()}"
     )
     return Forward(compute, batch=128, provider=f"torch, {device}, bfloat16")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 OPSET = 20
 IMAGES = "images"
-PACKAGES = ("onnx", "onnxscript", "timm", "torch", "torchvision")
+PACKAGES = ("onnx", "onnx-ir", "onnxscript", "timm", "torch", "torchvision")
 _CODE = tuple(f"tlpipe.backbones.{name}" for name in ("backbone", "frozen", "stages", "weights"))
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from tlpipe import allocator
+from tlpipe import runtime
 from tlpipe.data.pixels import Thumbnails
 
 Floats = npt.NDArray[np.float32]
@@ -67,7 +67,7 @@ def near_pairs(
         is_new = np.ones(len(rows), dtype=bool) if new is None else new[rows]
         numbers = frequencies.numbers(known)
         changed, neighbours = _neighbours(frequencies, is_new, numbers)
-        allocator.trim()
+        runtime.trim()
         for i, j in rows[numbers[~changed[numbers].any(axis=1)]].tolist():
             yield min(i, j), max(i, j)
         pairs = _candidates(neighbours, changed)
@@ -187,7 +187,7 @@ def _neighbours(frequencies: _Frequencies, is_new: Flags, known: Rows) -> tuple[
         asked = np.flatnonzero(wanted).astype(np.int32)
         _save_reach(points, asked, file)
         del points
-        allocator.trim()
+        runtime.trim()
         file.seek(0)
         codes = frequencies.codes()
         nearest = np.repeat(np.arange(len(codes), dtype=np.int32)[:, None], _NEAREST, axis=1)

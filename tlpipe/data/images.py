@@ -1,23 +1,29 @@
-"""Turn the bytes of an image file into pixels: the one way, for training and for serving."""
+"""Turn the bytes of an image file into pixels: the one way, for training and for serving.
 
+Pillow does not listen to what libtiff says: it prints errors, without the name of a file, to the
+error stream of the process; of fax data that make no sense it says so and goes on, and Pillow
+returns what came out. So its handler of errors is replaced while an image is decoded.
+"""
+
+import ctypes
 import io
 import re
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError, _imaging, features
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from tlpipe.data import libtiff
 from tlpipe.data.values import LEVELS, ValueRange, is_deep, to_bytes
 from tlpipe.errors import ImageError, TlpipeError
-from tlpipe.sources.candidates import Box
+from tlpipe.sources import Box
 
 HEIC_EXTRA = "the extra heic (pip install pillow-heif)"
 LIBHEIF = ""  # its version, where the plugin is installed
@@ -320,7 +326,7 @@ def _load(image: Image.Image) -> None:
         ImageError: libtiff has said that they make no sense, or a colour is not in the table.
     """
     colours = _table_size(image)
-    with libtiff.errors() as said:
+    with libtiff_errors() as said:
         try:
             image.load()
         except OSError:
@@ -359,3 +365,39 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+_LENGTH = 300
+_here = threading.local()
+
+
+@contextmanager
+def libtiff_errors() -> Iterator[list[str]]:
+    """Yield the list of what libtiff calls errors in this thread, in place of printing them."""
+    _here.said = said = list[str]()
+    try:
+        yield said
+    finally:
+        _here.said = None
+
+
+def _take_down(module: bytes | None, text: bytes, values: int) -> None:
+    line = ctypes.create_string_buffer(_LENGTH)
+    ctypes.CDLL(None).vsnprintf(line, _LENGTH, text, ctypes.c_void_p(values))
+    said = getattr(_here, "said", None)
+    if said is not None:
+        said.append(f"{(module or b'').decode(errors='replace')}: {line.value.decode('latin-1')}")
+
+
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)(_take_down)
+
+
+def _listen() -> None:
+    """Have libtiff, the one that Pillow was linked with, call this module."""
+    # Not where Pillow has no libtiff, or one inside that nobody else can call.
+    with suppress(AttributeError, OSError):
+        # The symbols of a library are looked for in those that it needs, too.
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(_HANDLER)
+
+
+_listen()

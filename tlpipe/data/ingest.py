@@ -9,29 +9,28 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import features
 from pydantic import Field, field_validator, model_validator
 
 from tlpipe import files
 from tlpipe.code_digest import of_modules, versions
-from tlpipe.data.earlier import Earlier, remember
+from tlpipe.data import charts
 from tlpipe.data.images import FORMATS, HEIC_EXTRA, LIBHEIF, Sampling
-from tlpipe.data.journal import Journal
+from tlpipe.data.journal import Earlier, FirstPass, Journal, Outcome, remember
 from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
-from tlpipe.data.reading import FirstPass, Outcome, read_all
+from tlpipe.data.reading import read_all
 from tlpipe.data.values import Measured, is_deep
 from tlpipe.errors import DataError
 from tlpipe.params import Section, check_effect
 from tlpipe.progress import track
-from tlpipe.sources import listing
-from tlpipe.sources.candidates import Reject
+from tlpipe.sources import Reject, listing
 from tlpipe.sources.storage import Folder
 from tlpipe.sources.tables import Role
 
 _log = logging.getLogger(__name__)
-_CODE = tuple(f"tlpipe.data.{name}" for name in ("boxes", "images", "libtiff", "reading", "values"))
+_CODE = tuple(f"tlpipe.data.{name}" for name in ("images", "reading", "values"))
 _DECODERS = ("pillow", "pillow-heif")
 _UNSEEN = 0.4  # share of the pictures' area; photos of 3:2 lose 0.33
 _CODECS = ("libjpeg_turbo", "libtiff", "webp", "avif")
@@ -87,13 +86,15 @@ class Params(Section):
         default=0.02,
         ge=0,
         le=1,
-        description="Share of rejected images above which nothing is made.",
+        description="Largest share of rejected images; with more, ingest stops and writes nothing.",
     )
-    short_side_px: int = Field(
-        default=256, ge=32, le=1024, description="Length of the stored images' side, in pixels."
+    short_side_px: Literal["auto"] | Annotated[int, Field(ge=32, le=1024)] = Field(
+        default="auto",
+        description="Length of the stored images' side, in pixels; auto is what embed.backbone was "
+        "trained with; embed rejects any other.",
     )
-    interpolation: Literal["bilinear", "bicubic"] = Field(
-        default="bicubic", description="How images are resized."
+    interpolation: Literal["auto", "bilinear", "bicubic"] = Field(
+        default="auto", description="How images are resized; auto as above."
     )
     value_range: Literal["auto"] | tuple[float, float] | None = Field(
         default="auto",
@@ -157,7 +158,7 @@ def run(
     rejects: Path,
     duplicates: Path,
     pixels: Path,
-    report: Path,
+    data_report: Path,
     data_version: str,
     params: Params,
 ) -> None:
@@ -168,14 +169,13 @@ def run(
 
     Raises:
         DataError: the source is missing, or what is usable of it makes no data set.
+        ValueError: how images are resized is still auto, which the backbone decides.
     """
-    sampling = Sampling(
-        short_side_px=params.short_side_px,
-        interpolation=params.interpolation,
-        value_range=None if params.value_range == "auto" else params.value_range,
-    )
+    value_range = None if params.value_range == "auto" else params.value_range
+    resizing = params.model_dump(include={"short_side_px", "interpolation"})
+    sampling = Sampling(**resizing, value_range=value_range)
     decoder, compared = _decoder(params.box_margin), _compared()
-    outputs = (manifest, duplicates, pixels, report)
+    outputs = (manifest, duplicates, pixels, data_report)
     earlier = Earlier(*outputs, sampling=sampling, decoder=decoder, compared=compared)
     with opened(params) as source, files.replacing_folder(pixels) as folder:
         for note in source.notes:
@@ -225,7 +225,8 @@ def run(
         },
         **described.content(),
     }
-    files.write_json(report, content)
+    files.write_json(data_report, content)
+    _log.info("classes: %s", charts.counts(usable))
     _log.info(
         "%s images in %s classes, %s rejected, %s decoded; %s equal to another one, %s nearly so",
         usable.total(),

@@ -1,10 +1,18 @@
-"""What ``ingest`` has read so far: pixels and entries on disk, a few numbers of each in memory."""
+"""What is known of the images of a source: from an earlier run, a first pass, and this one.
+
+An image is known by its content. A file need not even be read to know its content, if it lies there
+as it did: the file ``.seen.csv`` beside the manifest notes how. That one is no output, since times
+and inodes are not the same anywhere else; without it files are only read again. What this run has
+read lies on disk, a few numbers of each image in memory.
+"""
 
 import csv
 import hashlib
+import logging
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -12,17 +20,19 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from tlpipe import allocator, files
+from tlpipe import files, runtime
 from tlpipe.data import duplicates as near_duplicates
 from tlpipe.data import pixels as packed
-from tlpipe.data.earlier import SEEN, Earlier
-from tlpipe.data.images import Sampling
-from tlpipe.data.manifest import Duplicate, Entry, entry_of
+from tlpipe.data.images import Pixels, Sampling
+from tlpipe.data.manifest import Duplicate, Entry, entry_of, load_duplicates, load_manifest
 from tlpipe.data.pixels import PackedPixels, Thumbnails
-from tlpipe.data.reading import FirstPass, Outcome
-from tlpipe.data.values import is_deep
-from tlpipe.sources.candidates import Reject
+from tlpipe.data.values import ValueRange, is_deep
+from tlpipe.errors import ArtifactError
+from tlpipe.sources import Candidate, Reject
 
+_log = logging.getLogger(__name__)
+SEEN = ("name", "stamp", "sha256")
+Known = tuple[Entry, int]
 Keys = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
@@ -30,6 +40,161 @@ _BLOCK = 4096
 _SHOWN = 3  # of the files that an image is in conflict with
 _RECORD = struct.Struct("<QQQI")
 _RECORDS = np.dtype([("content", "<u8"), ("of_file", "<u8"), ("given", "<u8"), ("label", "<u4")])
+
+
+@dataclass(frozen=True, slots=True)
+class Usable:
+    """An image that was read, or is known: then ``square`` is its row of the earlier pixels.
+
+    ``stamp`` says how its file lies there, or is empty. Group and version of the entry come later.
+    """
+
+    entry: Entry
+    square: Pixels | int
+    thumbnail: Pixels
+    stamp: str
+
+
+Outcome = Usable | Reject
+
+
+class FirstPass:
+    """What a first reading made of a source: files of 8 bits need no second one.
+
+    ``pixels``: what the images are rows of; ``decoded``: how many of 8 bits it decoded. Nothing of
+    it grows in memory with the source: what is asked for comes in the order of the candidates.
+    """
+
+    def __init__(
+        self,
+        pixels: packed.PackedPixels,
+        entries: Iterator[Entry],
+        stamps: Iterator[tuple[str, str]],
+        rejects: Sequence[Reject],
+        decoded: int,
+    ) -> None:
+        """Take the entries, the stamps by name and the rejects, each in the candidates' order."""
+        self.pixels = pixels
+        self.decoded = decoded
+        numbered = ((entry.path, entry, row) for row, entry in enumerate(entries))
+        self._entries, self._stamps = _InOrder(numbered), _InOrder(stamps)
+        self._rejects = _InOrder((reject.path, reject) for reject in rejects)
+
+    def recall(self, parts: Sequence[Candidate]) -> list[Outcome] | None:
+        """Return what became of a file's parts.
+
+        Nothing where it must be read again: it has more than 8 bits, or may have, since all of it
+        was rejected.
+        """
+        found: list[Outcome] = []
+        for part in parts:
+            if (known := self._entries.take(part.name)) is not None:
+                _, entry, row = known
+                _, stamp = self._stamps.take(part.name) or ("", "")
+                found.append(Usable(entry, row, self.pixels.thumbnails[row], stamp))
+            elif (rejected := self._rejects.take(part.name)) is not None:
+                found.append(rejected[1])
+        usable = [outcome for outcome in found if isinstance(outcome, Usable)]
+        is_plain = usable and not any(is_deep(outcome.entry.mode) for outcome in usable)
+        return found if is_plain and len(found) == len(parts) else None
+
+
+class _InOrder:
+    """Tuples that begin with a name, looked up in their own order."""
+
+    def __init__(self, found: Iterator[Any]) -> None:
+        self._found = found
+        self._next = next(found, None)
+
+    def take(self, name: str) -> Any:
+        """Return the next one if it has that name, and go on; otherwise None."""
+        taken = self._next
+        if taken is None or taken[0] != name:
+            return None
+        self._next = next(self._found, None)
+        return taken
+
+
+class Earlier:
+    """Images that need not be decoded; none, where they were made in another way."""
+
+    def __init__(
+        self,
+        manifest: Path,
+        duplicates: Path,
+        pixels: Path,
+        report: Path,
+        *,
+        sampling: Sampling,
+        decoder: str,
+        compared: str,
+    ) -> None:
+        """Take what lies at the outputs' paths, if it belongs together.
+
+        ``decoder`` and ``compared`` say by what images are decoded, and compared with each other,
+        now. ``keys`` are the images' keys as numbers; ``near`` are the pairs of keys whose images
+        were found nearly equal, of all that were kept. Pictures of more than 8 bits are taken only
+        where ``sampling`` states their range of values; with others, all are compared anew.
+        """
+        self.pixels: PackedPixels | None = None
+        self.value_range: ValueRange | None = None
+        self.keys = np.empty(0, np.uint64)
+        self.near: list[tuple[int, int]] = []
+        self._by_key: dict[bytes, Known] = {}
+        self._seen: dict[str, Sequence[str]] = {}
+        try:
+            found = packed.load(pixels)
+            made_by = (found.sampling, found.decoder, files.read_json(report)["compared"])
+            wanted = sampling.model_copy(update={"value_range": found.sampling.value_range})
+            if made_by != (wanted, decoder, compared):
+                return
+            if found.data_sha256 != files.sha256(manifest):
+                return
+            entries = list(load_manifest(manifest))
+            keys = [entry.key for entry in entries]
+            numbers = [int.from_bytes(key) for key in keys]
+            of = dict(zip((entry.path for entry in entries), numbers, strict=True))
+            pairs = [(of[pair.path], of[pair.other]) for pair in load_duplicates(duplicates)]
+            intact = found.intact()
+        except (ArtifactError, OSError, KeyError, ValueError, TypeError):
+            return
+        self.pixels = found
+        self.value_range = found.sampling.value_range
+        is_same = None is not sampling.value_range == self.value_range
+        usable = [is_same or not is_deep(entry.mode) for entry in entries]
+        if all(usable):
+            self.keys = np.array(numbers, np.uint64)
+            self.near = pairs
+        self._by_key = {
+            key: (entry, row)
+            for row, (key, entry) in enumerate(zip(keys, entries, strict=True))
+            if intact[row] and usable[row]
+        }
+        if damaged := int((~intact).sum()):
+            _log.warning("%s of the stored images are damaged and are decoded again", damaged)
+        with suppress(ArtifactError):
+            rows = files.read_csv(_seen_path(manifest), SEEN)
+            self._seen = {name: known for name, *known in rows}
+
+    def by_key(self, key: bytes) -> Known | None:
+        """Return the entry of an equal image and its row, if there is one."""
+        return self._by_key.get(key)
+
+    def by_stamp(self, name: str, stamp: str) -> Known | None:
+        """Return what a whole file is known as, if it lies there as it did."""
+        known = self._seen.get(name)
+        if known is None or not stamp or known[0] != stamp:
+            return None
+        return self._by_key.get(bytes.fromhex(known[1][:16]))
+
+
+def remember(manifest: Path, seen: Path) -> None:
+    """Keep the table that notes how the files of this run lie there, a row of ``SEEN`` for each."""
+    seen.replace(_seen_path(manifest))
+
+
+def _seen_path(manifest: Path) -> Path:
+    return manifest.with_name(".seen.csv")
 
 
 @dataclass(frozen=True)
@@ -100,7 +265,7 @@ class Journal:
         for file in self._files:
             file.close()
         self._pixels.close()
-        allocator.trim()
+        runtime.trim()
 
     def group(self, earlier: Earlier) -> Groups:
         """Put together what is equal, nearly equal, of one photo or of one given group.
@@ -110,7 +275,7 @@ class Journal:
         keep = self._without_conflicts()
         # While these are looked for, the records are not in memory.
         found = list(self._near(keep, earlier))
-        allocator.trim()
+        runtime.trim()
         parents = np.arange(self.count, dtype=np.int32)
         equal = _link_equal(parents, self._column("content"), keep)
         of_file = self._column("of_file")
@@ -151,7 +316,7 @@ class Journal:
         """Return the writer of the images that are kept."""
         if keep.all():
             return self._pixels
-        allocator.trim()
+        runtime.trim()
         keys = self._column("content").astype(">u8")
         return packed.keep_rows(self._pixels, keys, np.flatnonzero(keep))
 
@@ -173,7 +338,7 @@ class Journal:
     def _near(self, keep: Flags, earlier: Earlier) -> Iterator[tuple[int, int]]:
         """Yield the pairs of rows that are nearly equal; of equal ones the first stands for all."""
         which, new, known = self._to_compare(keep, earlier)
-        allocator.trim()
+        runtime.trim()
         thumbnails, keys = Thumbnails(self._folder, self.count), self._column("content")
         yield from near_duplicates.near_pairs(thumbnails, which, new, keys=keys, known=known)
         thumbnails.close()

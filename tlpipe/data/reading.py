@@ -1,7 +1,11 @@
-"""Read the files of a source: each once, on all cores, in the order of their names."""
+"""Read the files of a source: each once, on all cores, in the order of their names.
+
+Of a photo with boxes each candidate is a part: its box in upright pixels, made square, or none.
+"""
 
 import hashlib
 import logging
+import math
 import os
 import threading
 import warnings
@@ -9,100 +13,179 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from itertools import groupby
-from typing import Any, TextIO
+from itertools import chain, groupby, product
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
 
 from tlpipe.data import pixels as packed
-from tlpipe.data.boxes import part_of
-from tlpipe.data.earlier import Earlier, Known
-from tlpipe.data.images import Header, Pixels, Sampling, frame_of, read_upright, square
+from tlpipe.data.images import Frame, Header, Sampling, frame_of, read_upright, square
+from tlpipe.data.journal import Earlier, FirstPass, Known, Outcome, Usable
 from tlpipe.data.manifest import Entry
-from tlpipe.data.values import Measured, is_deep
+from tlpipe.data.values import Measured
 from tlpipe.errors import ImageError, StoreError
-from tlpipe.sources.candidates import Candidate, Reject
+from tlpipe.runtime import uniform
+from tlpipe.sources import Box, Candidate, Edges, Reject
 from tlpipe.sources.listing import Source
+
+_TRIES = 60
+
+
+def part_of(candidate: Candidate, frame: Frame, margin: float) -> Box:
+    """Return the part of an upright image to take: a box with its margin, or a square beside all.
+
+    Raises:
+        ImageError: the box does not lie in the image, was drawn in a picture of another shape, or
+            there is no room beside the boxes, or one of them does not lie in the image.
+    """
+    width, height = frame.upright
+    if candidate.avoid is not None:
+        boxes = [upright_box(box, candidate.drawn_in, frame) for box in candidate.avoid]
+        rejected = [upright_box(box, candidate.drawn_in, frame) for box in candidate.occupied]
+        for box in (*boxes, *rejected):
+            if not _lies_in(box, frame.upright):
+                text = f"the box {_shown(box)} lies outside of {width} x {height} pixels, so what "
+                raise ImageError("no_background", f"{text}it is of may lie anywhere")
+        parts = [_with_margin(box, margin, frame.upright) for box in boxes]
+        sides = [min(part[2] - part[0], part[3] - part[1]) for part in parts]
+        if candidate.side_px is not None:
+            sides = [min(round(candidate.side_px * (1 + 2 * margin)), *frame.upright)]
+        if not (sides := [side for side in sides if side >= 1]):
+            raise ImageError("no_background", "no box tells how large a square is to be")
+        return _beside([*boxes, *rejected], sides, candidate.file, frame.upright)
+    assert candidate.box is not None
+    box = upright_box(candidate.box, candidate.drawn_in, frame)
+    left, upper, right, lower = box
+    # Boxes are drawn by hand: a pixel beyond the edge is no mistake.
+    slack = 1 + 0.01 * max(width, height)
+    is_beyond = left < -slack or upper < -slack or right > width + slack or lower > height + slack
+    if is_beyond or not _lies_in(box, frame.upright):
+        raise ImageError("box_outside", f"{_shown(box)} in an image of {width} x {height} pixels")
+    return _with_margin(box, margin, frame.upright)
+
+
+def _lies_in(box: Edges, size: tuple[int, int]) -> bool:
+    """Return whether a box and an image share pixels, or would if the box had an area."""
+    return box[0] < size[0] and box[1] < size[1] and box[2] > 0 and box[3] > 0
+
+
+def _shown(box: Edges) -> str:
+    return ", ".join(f"{edge:g}" for edge in box)
+
+
+def _with_margin(box: Edges, margin: float, size: tuple[int, int]) -> Box:
+    """Return a box with its margin, widened to a square as far as the image reaches."""
+    (left, upper, right, lower), (width, height) = box, size
+    side = max(right - left, lower - upper) * (1 + 2 * margin)
+    x, y = (left + right) / 2, (upper + lower) / 2
+    return (
+        max(math.floor(x - side / 2), 0),
+        max(math.floor(y - side / 2), 0),
+        min(math.ceil(x + side / 2), width),
+        min(math.ceil(y + side / 2), height),
+    )
+
+
+def upright_box(box: Edges, drawn_in: tuple[int, int] | None, frame: Frame) -> Edges:
+    """Return a box in pixels of the upright image.
+
+    ``drawn_in``: the size of the picture that it was drawn in. That of the stored image, where it
+    is not the upright one's too: the box is turned. One of the same shape: the box is scaled.
+
+    Raises:
+        ImageError: a picture of that size is neither of them.
+    """
+    if drawn_in is None or drawn_in == frame.upright:
+        return box
+    if drawn_in == frame.stored:
+        return _turned(box, frame)
+    is_upright, is_stored = (_is_scaled(drawn_in, size) for size in (frame.upright, frame.stored))
+    if (is_upright == is_stored and frame.upright != frame.stored) or not is_upright | is_stored:
+        of, by = drawn_in, frame.upright
+        stored = f" (stored as {frame.stored[0]} x {frame.stored[1]})"
+        detail = (
+            f"the annotation is for an image of {of[0]} x {of[1]} pixels, this one has {by[0]} x "
+            f"{by[1]}{stored if frame.stored != frame.upright else ''}; expected the same size, "
+            f"or the same shape"
+        )
+        raise ImageError("size_differs", detail)
+    size = frame.upright if is_upright else frame.stored
+    across, down = size[0] / drawn_in[0], size[1] / drawn_in[1]
+    scaled = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    return scaled if is_upright else _turned(scaled, frame)
+
+
+def _is_scaled(drawn_in: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Return whether one factor makes one size the other, where each may be rounded to pixels."""
+    lowest = max((side - 1) / (was + 1) for side, was in zip(size, drawn_in, strict=True))
+    highest = min((side + 1) / max(was - 1, 1) for side, was in zip(size, drawn_in, strict=True))
+    return lowest < highest
+
+
+def _turned(box: Edges, frame: Frame) -> Edges:
+    """Return a box in stored pixels as it lies in the upright image (EXIF's orientations)."""
+    width, height = frame.stored
+    corners = []
+    for x, y in (box[:2], box[2:]):
+        corners.append(
+            {
+                2: (width - x, y),
+                3: (width - x, height - y),
+                4: (x, height - y),
+                5: (y, x),
+                6: (height - y, x),
+                7: (height - y, width - x),
+                8: (y, width - x),
+            }.get(frame.orientation, (x, y))
+        )
+    (left, upper), (right, lower) = corners
+    return min(left, right), min(upper, lower), max(left, right), max(upper, lower)
+
+
+def _beside(boxes: Sequence[Edges], sides: Sequence[int], name: str, size: tuple[int, int]) -> Box:
+    """Return a square that touches no box, with one of these sides, which the file's name picks.
+
+    A place is drawn by the name too. Where none of those drawn is free, the corners that edges of
+    photo and boxes make are tried: if a square of that side fits anywhere, it fits in one of them.
+    """
+    width, height = size
+    around = [
+        (math.floor(left), math.floor(upper), math.ceil(right), math.ceil(lower))
+        for left, upper, right, lower in boxes
+    ]
+    order = sorted(range(len(sides)), key=lambda number: uniform(number, f"{name} side"))
+    for side in (sides[number] for number in order):
+        room = width - side, height - side
+        # Of a box that lies outside of the photo nothing is left, or less.
+        if side < 1 or min(room) < 0:
+            continue
+        drawn = (
+            (
+                int(uniform(attempt, f"{name} x") * (room[0] + 1)),
+                int(uniform(attempt, f"{name} y") * (room[1] + 1)),
+            )
+            for attempt in range(_TRIES)
+        )
+        corners = product({0, *(box[2] for box in around)}, {0, *(box[3] for box in around)})
+        for left, upper in chain(drawn, sorted(corners)):
+            right, lower = left + side, upper + side
+            is_inside = right <= width and lower <= height
+            if is_inside and all(
+                right <= box[0] or left >= box[2] or lower <= box[1] or upper >= box[3]
+                for box in around
+            ):
+                return left, upper, right, lower
+    shown = ", ".join(str(side) for side in sorted(set(sides))[:3])
+    detail = f"no square of the side of a box ({shown} px) fits beside the boxes"
+    raise ImageError("no_background", detail)
+
 
 _log = logging.getLogger(__name__)
 _here = threading.local()  # the name of the file that a thread is at
 _AHEAD = 32  # files read ahead of the one that is written
-
-
-@dataclass(frozen=True, slots=True)
-class Usable:
-    """An image that was read, or is known: then ``square`` is its row of the earlier pixels.
-
-    ``stamp`` says how its file lies there, or is empty. Group and version of the entry come later.
-    """
-
-    entry: Entry
-    square: Pixels | int
-    thumbnail: Pixels
-    stamp: str
-
-
-Outcome = Usable | Reject
-
-
-class FirstPass:
-    """What a first reading made of a source: files of 8 bits need no second one.
-
-    ``pixels``: what the images are rows of; ``decoded``: how many of 8 bits it decoded. Nothing of
-    it grows in memory with the source: what is asked for comes in the order of the candidates.
-    """
-
-    def __init__(
-        self,
-        pixels: packed.PackedPixels,
-        entries: Iterator[Entry],
-        stamps: Iterator[tuple[str, str]],
-        rejects: Sequence[Reject],
-        decoded: int,
-    ) -> None:
-        """Take the entries, the stamps by name and the rejects, each in the candidates' order."""
-        self.pixels = pixels
-        self.decoded = decoded
-        numbered = ((entry.path, entry, row) for row, entry in enumerate(entries))
-        self._entries, self._stamps = _InOrder(numbered), _InOrder(stamps)
-        self._rejects = _InOrder((reject.path, reject) for reject in rejects)
-
-    def recall(self, parts: Sequence[Candidate]) -> list[Outcome] | None:
-        """Return what became of a file's parts.
-
-        Nothing where it must be read again: it has more than 8 bits, or may have, since all of it
-        was rejected.
-        """
-        found: list[Outcome] = []
-        for part in parts:
-            if (known := self._entries.take(part.name)) is not None:
-                _, entry, row = known
-                _, stamp = self._stamps.take(part.name) or ("", "")
-                found.append(Usable(entry, row, self.pixels.thumbnails[row], stamp))
-            elif (rejected := self._rejects.take(part.name)) is not None:
-                found.append(rejected[1])
-        usable = [outcome for outcome in found if isinstance(outcome, Usable)]
-        is_plain = usable and not any(is_deep(outcome.entry.mode) for outcome in usable)
-        return found if is_plain and len(found) == len(parts) else None
-
-
-class _InOrder:
-    """Tuples that begin with a name, looked up in their own order."""
-
-    def __init__(self, found: Iterator[Any]) -> None:
-        self._found = found
-        self._next = next(found, None)
-
-    def take(self, name: str) -> Any:
-        """Return the next one if it has that name, and go on; otherwise None."""
-        taken = self._next
-        if taken is None or taken[0] != name:
-            return None
-        self._next = next(self._found, None)
-        return taken
 
 
 def read_all(

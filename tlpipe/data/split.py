@@ -10,8 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tlpipe import files
-from tlpipe.data import placements as placed
-from tlpipe.data.folds import deal
+from tlpipe.data import manifest as manifests
 from tlpipe.data.manifest import (
     SPLITS,
     UNUSED,
@@ -23,14 +22,15 @@ from tlpipe.data.manifest import (
 )
 from tlpipe.errors import ArtifactError, DataError
 from tlpipe.params import Section, check_effect
-from tlpipe.seeds import uniform
+from tlpipe.resampling import deal
+from tlpipe.runtime import uniform
 
 _log = logging.getLogger(__name__)
 HELD_OUT = ("test", "validation")
 _SHOWN, _LISTED = 5, 100  # examples in a message, and in the report, at most
 # A share is off by more than this part of it, and by an image at least. A class whose share is off
 # by the second part, or by the first where the whole share is off too, is drawn more evenly.
-_TOLERANCE, _CLASS_TOLERANCE = 0.25, 0.5
+TOLERANCE, _CLASS_TOLERANCE = 0.25, 0.5
 
 
 class Params(Section):
@@ -75,7 +75,9 @@ class Params(Section):
         return self
 
 
-def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: Params) -> None:
+def run(
+    *, manifest: Path, split: Path, split_report: Path, placements: Path, params: Params
+) -> None:
     """Write the split table and its report; append what is new to ``placements``.
 
     ``placements`` says where images are already: those stay there. Where it was drawn by other
@@ -87,24 +89,24 @@ def run(*, manifest: Path, split: Path, report: Path, placements: Path, params: 
             images.
     """
     entries = list(load_manifest(manifest))
-    earlier = placed.load(placements, placed.drawn_by(params.model_dump()))
+    earlier = manifests.load_placements(placements, manifests.drawn_by(params.model_dump()))
     _say_what_is_new(entries, earlier, placements)
     result = assign(entries, params, earlier.places)
     assignments = [
         Assignment(e.path, e.label, s, f, e.group, e.sha256, e.box)
         for e, s, f in zip(entries, result.splits, result.folds, strict=True)
     ]
-    _check_rows(assignments, earlier, placements, split, report)
+    _check_rows(assignments, earlier, placements, split, split_report)
     shares = _shares(entries, result, params)
     # Images that are gone or set aside keep their rows; what a source gives goes before a row.
     # They are written first: the table of a run that was killed has no image without one.
     aside = {entries[row].sha256 for row in result.aside}
-    new = {s: place for s, place in placed.of_table(assignments).items() if s not in aside}
-    placed.save(placements, replace(earlier, places={**earlier.places, **new}))
+    new = {s: place for s, place in manifests.of_table(assignments).items() if s not in aside}
+    manifests.save_placements(placements, replace(earlier, places={**earlier.places, **new}))
     save_split(split, assignments)
     apart = _apart(entries, result, earlier.places)
     content = _describe(assignments, result, shares, params)
-    files.write_json(report, {**content, "apart": apart[:_LISTED]})
+    files.write_json(split_report, {**content, "apart": apart[:_LISTED]})
     counts = Counter(result.splits)
     _log.info(", ".join(f"{name} {counts[name]}" for name in (*SPLITS, UNUSED) if counts[name]))
     if dropped := result.leaks - len(result.aside):
@@ -205,7 +207,7 @@ def _standing(entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str,
 
 
 def _say_what_is_new(
-    entries: Sequence[Entry], earlier: placed.Placements, placements: Path
+    entries: Sequence[Entry], earlier: manifests.Placements, placements: Path
 ) -> None:
     """Say where images are drawn anew that a reader of ``placements`` would think are placed."""
     if earlier.others and not earlier.places:
@@ -226,7 +228,7 @@ def _say_what_is_new(
 
 def _check_rows(
     assignments: Sequence[Assignment],
-    earlier: placed.Placements,
+    earlier: manifests.Placements,
     placements: Path,
     split: Path,
     report: Path,
@@ -238,10 +240,10 @@ def _check_rows(
     """
     try:
         params = files.read_json(report).get("params", {})
-        table = load_split(split) if params.keys() >= set(placed.DRAWN_BY) else []
+        table = load_split(split) if params.keys() >= set(manifests.DRAWN_BY) else []
     except ArtifactError:
         return  # no run before, or one of another version
-    if not table or placed.drawn_by(params) != earlier.drawn_by:
+    if not table or manifests.drawn_by(params) != earlier.drawn_by:
         return
     before = {row.sha256: row.fold or row.split for row in table if row.split != UNUSED}
     lost = [
@@ -361,8 +363,8 @@ class _Groups:
                 label: sum(n for group, n in images.items() if self.place[group] == split)
                 for label, images in self._images.items()
             }
-            is_off = _is_off(sum(counts.values()), share * everything, _TOLERANCE)
-            tolerance = _TOLERANCE if is_off else _CLASS_TOLERANCE
+            is_off = _is_off(sum(counts.values()), share * everything, TOLERANCE)
+            tolerance = TOLERANCE if is_off else _CLASS_TOLERANCE
             for label, images in sorted(self._images.items()):
                 count, asked = counts[label], share * images.total()
                 if not _is_off(count, asked, tolerance):
@@ -439,13 +441,13 @@ def _shares(entries: Sequence[Entry], result: Result, params: Params) -> dict[st
     for name, asked in _asked(entries, params).items():
 
         def is_off(splits: Sequence[str], name: str = name, asked: float = asked) -> bool:
-            return _is_off(share(splits, name) * len(drawn), asked * len(drawn), _TOLERANCE)
+            return _is_off(share(splits, name) * len(drawn), asked * len(drawn), TOLERANCE)
 
         found = Counter(entries[row].label for row in drawn if result.splits[row] == name)
         uneven = sorted(
             (-abs(found[label] / count - asked), label)
             for label, count in images.items()
-            if _is_off(found[label], asked * count, _TOLERANCE)
+            if _is_off(found[label], asked * count, TOLERANCE)
         )
 
         reason = None
@@ -553,7 +555,7 @@ def _describe(
     for row in assignments:
         counts[row.split][row.label] += 1
     return {
-        "params": params.model_dump(include=set(placed.DRAWN_BY)),
+        "params": params.model_dump(include=set(manifests.DRAWN_BY)),
         "classes": {split: dict(sorted(found.items())) for split, found in counts.items()},
         "images": {split: found.total() for split, found in counts.items()},
         "leaks": result.leaks,

@@ -1,22 +1,34 @@
-"""Predictions of a bundle: on splits of the stored images, corrupted ones, and OOD ones."""
+"""Predictions of a bundle: on splits of the stored images, corrupted ones, and OOD ones; how fast.
 
+Corruptions measure robustness: blur, noise, JPEG, brightness.
+
+Source of the idea and of the kinds: Hendrycks and Dietterich (2019), Benchmarking neural network
+robustness to common corruptions and perturbations.
+"""
+
+import io
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageEnhance, ImageFilter
 
 from tlpipe import held_out
-from tlpipe.data.chunks import Chunks
+from tlpipe.bundle import Bundle
 from tlpipe.data.images import Pixels, Sampling, read_square
-from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split
+from tlpipe.data.manifest import Entry, evenly, load_manifest, load_split, rows_of
+from tlpipe.data.pixels import Chunks
 from tlpipe.errors import ArtifactError, DataError, ImageError
-from tlpipe.evaluation.metrics import Floats, Labels, softmax
-from tlpipe.export.bundle import Bundle
-from tlpipe.inference.predictor import Prediction, Predictor
+from tlpipe.evaluation.metrics import Floats, Labels
+from tlpipe.predict import Prediction, Predictor
 from tlpipe.progress import track
+from tlpipe.runtime import generator
 from tlpipe.sources import listing
 from tlpipe.sources.storage import Storage
 
@@ -124,20 +136,20 @@ def parts(
     if len(entries) != len(assignments) or len(squares) != len(entries):
         raise ArtifactError(
             f"{manifest} has {len(entries)} images, {split} {len(assignments)} and the stored "
-            f"pixels {len(squares)}; expected the same. Run 'dvc repro'."
+            f"pixels {len(squares)}; expected the same. Run 'tlpipe run'."
         )
     numbers = {label: number for number, label in enumerate(labels)}
 
     def part(name: str) -> Part:
-        rows = [row for row, assignment in enumerate(assignments) if assignment.split == name]
+        rows = rows_of(assignments, name)
         if not rows:
             raise ArtifactError(
-                f"{split} has no images for {name}; expected some. Run 'dvc repro'."
+                f"{split} has no images for {name}; expected some. Run 'tlpipe run'."
             )
         if unknown := sorted({assignments[row].label for row in rows} - numbers.keys()):
             raise ArtifactError(
                 f"the split table has the classes {', '.join(unknown)}, which the bundle does not "
-                f"know; it knows {', '.join(labels)}. Run 'dvc repro'."
+                f"know; it knows {', '.join(labels)}. Run 'tlpipe run'."
             )
         truth = np.array([numbers[assignments[row].label] for row in rows], np.int64)
         return Part(squares, rows, [entries[row] for row in rows], truth)
@@ -151,13 +163,15 @@ def of_held_out(path: Path, shipped: Bundle, split: Path) -> tuple[Answers, list
     Raises:
         ArtifactError: the predictions are missing, or of other images or classes.
     """
+    from scipy.special import softmax
+
     held, assignments = held_out.load(path), load_split(split)
     if held.logits.shape[1] != len(shipped.labels) or held.rows.max(initial=0) >= len(assignments):
         raise ArtifactError(
             f"{path} has {held.logits.shape[1]} classes and rows up to {held.rows.max(initial=0)}; "
-            f"expected {len(shipped.labels)} and at most {len(assignments) - 1}. Run 'dvc repro'."
+            f"expected {len(shipped.labels)} and at most {len(assignments) - 1}. Run 'tlpipe run'."
         )
-    probabilities = softmax(held.logits / np.float32(shipped.provenance["temperature"]))
+    probabilities = softmax(held.logits / np.float32(shipped.provenance["temperature"]), axis=1)
     groups = [assignments[row].group for row in held.rows]
     return Answers(held.logits, probabilities, held.labels), groups
 
@@ -205,3 +219,68 @@ def confidence(probabilities: Floats) -> npt.NDArray[np.float64]:
     """Return the largest probability of each image."""
     largest: npt.NDArray[np.float64] = probabilities.max(axis=1).astype(np.float64)
     return largest
+
+
+# Mild, medium and strong: blur, radius in pixels; noise, deviation in grey levels; JPEG, quality;
+# brightness, factor.
+STRENGTHS: dict[str, tuple[float, ...]] = {
+    "blur": (1.0, 2.0, 4.0),
+    "noise": (10.0, 25.0, 50.0),
+    "jpeg": (50, 25, 10),
+    "dark": (0.7, 0.45, 0.25),
+    "bright": (1.3, 1.7, 2.2),
+}
+
+
+def corrupt(images: Pixels, keys: Sequence[str], kind: str, strength: float) -> Pixels:
+    """Return images (N, H, W, 3) uint8 RGB, each changed in this way.
+
+    ``keys``: (N,) what each is called. What becomes of an image depends on it, its key, the kind
+    and the strength, not on the images beside it.
+    """
+    return np.stack(
+        [
+            _noisy(image, key, strength)
+            if kind == "noise"
+            else np.asarray(_change(Image.fromarray(image), kind, strength))
+            for image, key in zip(images, keys, strict=True)
+        ]
+    )
+
+
+def _noisy(image: Pixels, key: str, strength: float) -> Pixels:
+    noise = generator(0, f"noise {strength} {key}").normal(0, strength, image.shape)
+    noisy: Pixels = (image + noise).round().clip(0, 255).astype(np.uint8)
+    return noisy
+
+
+def _change(image: Image.Image, kind: str, strength: float) -> Image.Image:
+    if kind == "blur":
+        return image.filter(ImageFilter.GaussianBlur(strength))
+    if kind == "jpeg":
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=int(strength))
+        return Image.open(file)
+    return ImageEnhance.Brightness(image).enhance(strength)
+
+
+# How often an answer for so many images is timed.
+TIMED = {1: 15, 32: 3}
+
+
+def measure_speed(predictor: Predictor, squares: Chunks) -> dict[str, Any]:
+    """Return what runs the graph, and the milliseconds for one image and for a batch."""
+    milliseconds = {str(size): milliseconds_for(predictor, squares, size) for size in TIMED}
+    return {"provider": predictor.provider, "milliseconds": milliseconds}
+
+
+def milliseconds_for(predictor: Predictor, squares: Chunks, size: int) -> float:
+    """Return the median time of an answer for so many images, one of ``TIMED``."""
+    images = np.resize(squares[: min(size, len(squares))], (size, *squares.shape[1:]))
+    predictor.scores(images)
+    spent = []
+    for _ in range(TIMED[size]):
+        start = time.perf_counter()
+        predictor.scores(images)
+        spent.append(1000 * (time.perf_counter() - start))
+    return median(spent)

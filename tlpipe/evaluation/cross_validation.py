@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from tlpipe import files, held_out, pictures
+from tlpipe import files, held_out
+from tlpipe.data import charts
 from tlpipe.data import split as splits
-from tlpipe.data.manifest import SPLITS, load_manifest, load_split
+from tlpipe.data.manifest import SPLITS, load_manifest, load_split, rows_of
 from tlpipe.errors import ArtifactError, Interrupted, ParamsError
 from tlpipe.evaluation import evaluate
 from tlpipe.evaluation.metrics import METRICS, title
@@ -32,7 +33,7 @@ STAGES = ("split", "train", "export", "evaluate")
 # Of what no metric needs, little or nothing is made in a fold.
 _LESS: Mapping[str, Mapping[str, Any]] = {
     "export": {"precisions": ()},
-    "evaluate": {"columns": (), "corrupted_images": 1, "ood": "", "mistakes": 0},
+    "evaluate": {"columns": (), "corrupted_images": 1, "ood": None, "mistakes": 0},
 }
 _SHARES, _LOSSES = (0.0, 1.0), (0.0, math.inf)
 
@@ -115,7 +116,7 @@ def run(
         groups = [entry.group for entry in load_manifest(manifest)]
         report = summarise(folds, groups, confidence)
         files.write_json(target / "report.json", report)
-        pictures.save(draw(report), target / "folds.png")
+        charts.save_figure(draw(report), target / "folds.png")
     return report
 
 
@@ -133,7 +134,7 @@ def _run_stages(
     stages["split"](
         manifest=manifest,
         split=split,
-        report=place / "split.json",
+        split_report=place / "split.json",
         placements=known["placements"],
         params=params["split"],
     )
@@ -175,16 +176,15 @@ def _read(place: Path) -> Fold:
     """Read what the stages of one fold wrote."""
     measured = files.read_json(place / "report.json")["precisions"]["fp32"]
     assignments = load_split(place / "split.csv")
-    places = [row.split for row in assignments]
     # In the order of the manifest, as the predictions are: boxes of one photo share its path.
-    tested = [row for row, name in enumerate(places) if name == "test"]
+    tested = rows_of(assignments, "test")
     hits = []
     predictions = files.read_csv(place / "predictions.csv", evaluate.PREDICTIONS)
     for row, (path, label, predicted, *_) in zip(tested, predictions, strict=True):
         assert path == assignments[row].path
         hits.append(label == predicted)
     return Fold(
-        images={name: places.count(name) for name in SPLITS},
+        images={name: len(rows_of(assignments, name)) for name in SPLITS},
         metrics={name: measured[name]["value"] for name in METRICS if measured.get(name)},
         rows=np.array(tested, np.int64),
         hits=np.array(hits, bool),
@@ -273,7 +273,7 @@ def draw(report: Mapping[str, Any]) -> "Figure":
     folds, means = report["folds"], report["mean"]
     columns = 3
     rows = -(-len(means) // columns)
-    figure = pictures.new_figure(3.4 * columns, 2.5 * rows + 0.6)
+    figure = charts.new_figure(3.4 * columns, 2.5 * rows + 0.6)
     numbers = [fold["fold"] for fold in folds]
     for position, (name, mean) in enumerate(means.items(), start=1):
         axes = figure.add_subplot(rows, columns, position)

@@ -2,31 +2,37 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from pydantic import AfterValidator, Field, field_validator
 
+from tlpipe import bundle as bundles
 from tlpipe import files
+from tlpipe.bundle import ANY_SIZE
 from tlpipe.data import pixels as packed
-from tlpipe.data.chunks import Chunks
 from tlpipe.data.manifest import Entry
-from tlpipe.evaluation import answers, corruptions, curves, generalisation, metrics, slices
+from tlpipe.data.pixels import Chunks
+from tlpipe.evaluation import answers, metrics
 from tlpipe.evaluation import plots as drawn
-from tlpipe.evaluation import speed as speeds
 from tlpipe.evaluation.answers import Answers, Part, Shown
-from tlpipe.export import bundle as bundles
-from tlpipe.export.bundle import ANY_SIZE
-from tlpipe.inference.predictor import Predictor
 from tlpipe.params import Section, distinct
+from tlpipe.predict import Predictor
 from tlpipe.resampling import group_numbers, paired_difference, share_interval
+from tlpipe.sources.listing import is_builtin
 
 _log = logging.getLogger(__name__)
 PREDICTIONS = ("path", "label", "predicted", "probability", "true_probability")
 COVERAGE = ("coverage", "accuracy", "threshold")
+# Of slices: parts of numbers, how many words have their own, and what the others are called.
+_PARTS, _MOST_VALUES, _OTHERS = 4, 12, "others"
 CONFUSION = ("true", "predicted", "images")
 _MOST_CONFUSED = 20
 RELIABILITY = ("confidence", "accuracy", "images")
@@ -53,12 +59,12 @@ class Params(Section):
     corrupted_images: int = Field(
         default=64, ge=1, description="Test images to blur, darken and so on, at most."
     )
-    ood: str = Field(
-        default="data/textures.yaml",
+    ood: str | None = Field(
+        default=None,
         min_length=1,
         description="Out-of-distribution (OOD) images, of none of the classes, as the classifier "
         "may meet them: a folder, archive or address of images, whose labels count for nothing. A "
-        "built-in set is an example for built-in sets, and left out for others.",
+        "built-in set is an example for built-in sets, and left out for others. null: none.",
     )
     ood_images: int = Field(default=64, ge=1, description="How many OOD images, at most.")
     mistakes: int = Field(default=18, ge=0, le=120, description="Images in each gallery, at most.")
@@ -70,6 +76,25 @@ class Params(Section):
             known = ", ".join(Entry._fields)
             raise ValueError(f"the manifest has no column {unknown[0]}; it has {known}")
         return columns
+
+
+def with_ood_that_fits(params: Params, source: str) -> Params:
+    """Leave out the built-in out-of-distribution images where the classes are not built-in ones.
+
+    How often a classifier of tumours answers for brick says nothing about it.
+
+    Args:
+        params: as they stand in params.yaml.
+        source: what ``ingest`` reads.
+    """
+    if params.ood is None or not is_builtin(params.ood) or is_builtin(source):
+        return params
+    _log.info(
+        "evaluate.ood is %s, an example for built-in classes, and left out: name a folder of "
+        "images that the classifier may meet but shall not know",
+        params.ood,
+    )
+    return params.model_copy(update={"ood": None})
 
 
 def run(
@@ -113,13 +138,11 @@ def run(
     threshold = abstention["threshold"]
     if threshold is None:
         _log.info(
-            "no threshold is known to keep errors at %s: of %s independent images held out "
-            "too many are wrong, or they are too few (%s at least)",
-            f"{params.error_rate:.1%}",
-            abstention["images"],
-            abstention["images_needed"],
+            "no threshold is known to keep errors at %s: %s",
+            f"{abstention['error_rate']:.1%}",
+            metrics.why_no_threshold(abstention),
         )
-    general = generalisation.compare(
+    general = metrics.compare_validation(
         calibrated.hits, groups, answered.hits, test.groups, params.confidence
     )
     content = {
@@ -135,13 +158,15 @@ def run(
         "temperature": shipped.provenance["temperature"],
         "abstention": abstention,
         "ood": _ood(exact, answered, threshold, params),
-        "slices": slices.measure(
+        "slices": measure_slices(
             test.entries, test.brightness(), answered.hits, params.columns, params.confidence
         ),
         "robustness": _robustness(exact, test.evenly(params.corrupted_images), params.confidence),
     }
     files.write_json(report, content)
-    files.write_json(speed, {name: speeds.measure(p, squares) for name, p in predictors.items()})
+    files.write_json(
+        speed, {name: answers.measure_speed(p, squares) for name, p in predictors.items()}
+    )
     shown = [
         Shown(entry, row, exact.name(line), float(line[number]))
         for entry, row, number, line in zip(
@@ -154,13 +179,18 @@ def run(
     with files.replacing_folder(plots) as folder:
         drawn.draw(folder, content, answered, history)
         drawn.galleries(folder, squares, shown, params.mistakes)
-    accuracy = content["precisions"]["fp32"]["accuracy"]
-    _log.info("test accuracy %s on %s images", describe(accuracy), len(test.rows))
+    measured = content["precisions"]["fp32"]
+    accuracy, per_class = measured["accuracy"], measured["per_class"]
+    worst, *_ = metrics.by_recall(per_class)
+    _log.info(
+        "test accuracy %s on %s images; the lowest recall is %.3f, of %s",
+        *(describe(accuracy), len(test.rows), per_class[worst]["recall"], worst),
+    )
     if general["is_below"]:
         _log.warning(
             "test accuracy is below validation accuracy beyond chance: %s. Test images differ from "
             "those that training was tuned by, or validation was overfitted",
-            generalisation.describe(general),
+            metrics.describe_gap(general),
         )
 
 
@@ -176,11 +206,13 @@ def _measured(
     part: Part, given: Answers, exact: Answers, labels: Sequence[str], confidence: float
 ) -> dict[str, Any]:
     """Return the numbers of one precision, compared with the exact one on the same images."""
+    from scipy.special import softmax
+
     measured = metrics.measure(given.probabilities, part.truth, part.groups, confidence)
     measured["per_class"] = dict(zip(labels, measured["per_class"], strict=True))
     change = paired_difference(exact.hits, given.hits, part.groups, confidence)
     uncalibrated = metrics.calibration_error(
-        metrics.softmax(given.logits), part.truth, part.groups, confidence
+        softmax(given.logits, axis=1), part.truth, part.groups, confidence
     )
     pairs = metrics.confusion_pairs(given.truth, given.predicted)
     wrong = pairs[pairs[:, 0] != pairs[:, 1]][:_MOST_CONFUSED]
@@ -192,6 +224,68 @@ def _measured(
         "accuracy_change": change,
         "calibration_error_before": uncalibrated["value"] if uncalibrated else None,
     }
+
+
+def measure_slices(
+    entries: Sequence[Entry],
+    brightness: npt.NDArray[np.float64],
+    hits: npt.NDArray[np.bool_],
+    columns: Sequence[str],
+    confidence: float,
+) -> dict[str, list[dict[str, Any]]]:
+    """Return accuracy by slices: by column, size of the file, brightness and near duplicates.
+
+    For each way to part them: values, images, accuracy with its interval.
+
+    ``brightness``: (N,) mean grey levels in [0, 255]; ``columns``: further ones of the manifest.
+    """
+    # Images are alone in a group where no other is (nearly) equal to them.
+    shared = Counter(entry.group for entry in entries if entry.group)
+    ways: dict[str, Sequence[str] | npt.NDArray[np.float64]] = {
+        "pixels of the file": np.array([e.width * e.height for e in entries], np.float64),
+        "brightness": brightness,
+        "near duplicates": ["some" if shared[e.group] > 1 else "none" for e in entries],
+    }
+    for column in columns:
+        values = [getattr(entry, column) for entry in entries]
+        is_number = all(isinstance(value, int) for value in values)
+        ways[column] = np.array(values, np.float64) if is_number else [str(v) for v in values]
+    place = group_numbers([entry.group for entry in entries])
+    return {
+        name: _measure_parts(_named(values), hits, place, confidence)
+        for name, values in ways.items()
+    }
+
+
+def _named(values: Sequence[str] | npt.NDArray[np.float64]) -> Mapping[str, npt.NDArray[np.bool_]]:
+    """Return which images each value has: quarters of numbers, common words."""
+    if isinstance(values, np.ndarray):
+        ends = np.unique(np.quantile(values, np.linspace(0, 1, _PARTS + 1)))
+        if len(ends) == 1:
+            return {f"{ends[0]:g}": np.ones(len(values), bool)}
+        places = np.searchsorted(ends[1:-1], values, side="right")
+        return {
+            f"{low:.0f} to {high:.0f}": places == number
+            for number, (low, high) in enumerate(pairwise(ends))
+        }
+    common = [value for value, _ in Counter(values).most_common(_MOST_VALUES)]
+    words = np.array([value if value in common else _OTHERS for value in values])
+    return {value: words == value for value in sorted(set(words))}
+
+
+def _measure_parts(
+    parts: Mapping[str, npt.NDArray[np.bool_]],
+    hits: npt.NDArray[np.bool_],
+    place: npt.NDArray[np.int64],
+    confidence: float,
+) -> list[dict[str, Any]]:
+    rows = []
+    for value, inside in parts.items():
+        if inside.any():
+            found = share_interval(hits[inside], place[inside], confidence)
+            row = {"value": value, "images": int(inside.sum()), "accuracy": found["value"]}
+            rows.append({**row, "low": found["low"], "high": found["high"]})
+    return rows
 
 
 def selective_prediction(
@@ -210,8 +304,8 @@ def selective_prediction(
     """
     rate, confidence_level = params.error_rate, params.confidence
     confidence, hits, place = held_out.confidence, held_out.hits, group_numbers(groups)
-    observed = curves.observed_threshold(curves.coverage(confidence, hits), rate)
-    proven = curves.threshold_for(confidence, hits, held_out_groups, rate, confidence_level)
+    observed = metrics.observed_threshold(metrics.coverage(confidence, hits), rate)
+    proven = metrics.threshold_for(confidence, hits, held_out_groups, rate, confidence_level)
 
     def applied(threshold: float) -> dict[str, Any]:
         if math.isinf(threshold):
@@ -231,7 +325,7 @@ def selective_prediction(
         "error_rate": rate,
         "confidence": confidence_level,
         "images": int(group_numbers(held_out_groups).max()) + 1,
-        "images_needed": curves.images_needed(rate, confidence_level),
+        "images_needed": metrics.images_needed(rate, confidence_level),
         **applied(proven),
         "observed": applied(observed),
     }
@@ -248,7 +342,7 @@ def _ood(
     return {
         "source": Path(params.ood).name,
         "images": len(found),
-        "auroc": curves.ood_auroc(given.confidence, found),
+        "auroc": metrics.ood_auroc(given.confidence, found),
         "answered": None if threshold is None else float((found >= threshold).mean()),
     }
 
@@ -261,9 +355,9 @@ def _robustness(predictor: Predictor, part: Part, confidence: float) -> dict[str
         return {"accuracy": found["value"], "low": found["low"], "high": found["high"]}
 
     kinds: dict[str, list[dict[str, float]]] = {}
-    for kind, strengths in corruptions.STRENGTHS.items():
+    for kind, strengths in answers.STRENGTHS.items():
         for strength in strengths:
-            change = partial(corruptions.corrupt, kind=kind, strength=strength)
+            change = partial(answers.corrupt, kind=kind, strength=strength)
             found = measure(part.ask(predictor, kind, change))
             kinds.setdefault(kind, []).append({"strength": strength} | found)
     return {"images": len(part.rows), "clean": measure(part.ask(predictor, "clean")), **kinds}
@@ -304,9 +398,9 @@ def _save_tables(folder: Path, given: Answers, labels: Sequence[str]) -> None:
 
     Of the confusion matrix the cells that are not zero: no more than there are images.
     """
-    curve = curves.coverage(given.confidence, given.hits)
+    curve = metrics.coverage(given.confidence, given.hits)
     points = zip(curve.coverage, curve.accuracy, curve.threshold, strict=True)
-    bins = curves.reliability(given.probabilities, given.truth)
+    bins = metrics.reliability(given.probabilities, given.truth)
     with files.replacing_folder(folder) as target:
         rows = [tuple(f"{value:.6f}" for value in point) for point in points]
         files.write_csv(target / "coverage.csv", COVERAGE, rows)

@@ -1,12 +1,16 @@
-"""Measure a classifier from its probabilities and the true labels. Pure functions on arrays.
+"""Measure a classifier from its probabilities and the true labels: metrics, and the curves behind.
+
+Curves are reliability, risk-coverage, ROC and precision-recall. Test accuracy is compared with that
+on validation. All are pure functions on arrays.
 
 Every metric has an interval. Images of one group (near copies, parts of one photo) count as one
 where they are right or wrong together: see ``tlpipe.resampling``.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +21,7 @@ from tlpipe.resampling import (
     ends,
     group_numbers,
     group_weight,
+    independent_difference,
     resamples,
     share_interval,
 )
@@ -248,13 +253,6 @@ def _noise(gaps: Weights, numbers: Labels, place: Labels) -> float:
     return float(noise)
 
 
-def softmax(logits: Floats) -> Floats:
-    """Return the probabilities (N, C) of logits."""
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    found: Floats = raised / raised.sum(axis=1, keepdims=True)
-    return found
-
-
 def bin_numbers(confidence: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """Return the bin of each confidence, from 0 to ``BINS`` - 1; its upper end belongs to a bin."""
     return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
@@ -269,6 +267,18 @@ def confusion_pairs(truth: Labels, predicted: Labels) -> Labels:
     pairs, images = np.unique(np.stack([truth, predicted], axis=1), axis=0, return_counts=True)
     found = np.column_stack([pairs, images]).astype(np.int64)
     return found[np.argsort(-images, kind="stable")]
+
+
+def by_recall(per_class: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the classes that have test images, that which is found least often first.
+
+    Example:
+        >>> rows = {"a": (0.5, 4), "b": (0.25, 4), "c": (0.0, 0)}
+        >>> by_recall({name: {"recall": r, "images": n} for name, (r, n) in rows.items()})
+        ['b', 'a']
+    """
+    tested = [label for label, row in per_class.items() if row["images"]]
+    return sorted(tested, key=lambda label: (per_class[label]["recall"], label))
 
 
 def per_class(truth: Labels, predicted: Labels, classes: int) -> list[dict[str, Any]]:
@@ -287,3 +297,183 @@ def per_class(truth: Labels, predicted: Labels, classes: int) -> list[dict[str, 
         "images": actual.tolist(),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+class Bin(NamedTuple):
+    """Images whose confidence lies in one bin: their mean confidence and accuracy."""
+
+    confidence: float
+    accuracy: float
+    images: int
+
+
+def reliability(probabilities: Floats, truth: Labels) -> list[Bin]:
+    """Return the bins that have images, by rising confidence.
+
+    Source: Niculescu-Mizil and Caruana (2005), Predicting good probabilities, section 4.
+    """
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    hits = probabilities.argmax(axis=1) == truth
+    numbers = bin_numbers(confidence)
+    return [
+        Bin(float(confidence[inside].mean()), float(hits[inside].mean()), int(np.sum(inside)))
+        for inside in (numbers == number for number in range(BINS))
+        if inside.any()
+    ]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Where only answers above a threshold are given: which share is, and how many are right.
+
+    All (K,), from the highest threshold to the lowest; the last one answers for every image.
+    """
+
+    threshold: npt.NDArray[np.float64]
+    coverage: npt.NDArray[np.float64]
+    accuracy: npt.NDArray[np.float64]
+
+
+def coverage(confidence: npt.NDArray[np.float64], hits: npt.NDArray[np.bool_]) -> Coverage:
+    """Return the coverage-accuracy curve, a point for each distinct confidence.
+
+    Source: El-Yaniv and Wiener (2010), On the foundations of noise-free selective classification.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    ranked = confidence[order]
+    last = np.flatnonzero(np.append(ranked[1:] < ranked[:-1], True))
+    answered = last + 1.0
+    return Coverage(ranked[last], answered / len(ranked), np.cumsum(hits[order])[last] / answered)
+
+
+def observed_threshold(curve: Coverage, error_rate: float) -> float:
+    """Return the lowest threshold whose answers on these images were wrong at most so often.
+
+    On other images more of them will be wrong, about as often as not: the threshold was picked for
+    its luck too. See ``threshold_for``. ``inf`` where there is none.
+    """
+    good = np.flatnonzero(1 - curve.accuracy <= error_rate)
+    return float(curve.threshold[good[-1]]) if len(good) else math.inf
+
+
+def threshold_for(
+    confidence: npt.NDArray[np.float64],
+    hits: npt.NDArray[np.bool_],
+    groups: Sequence[str],
+    error_rate: float,
+    confidence_level: float,
+) -> float:
+    """Return a threshold whose answers are wrong at most so often on other images too.
+
+    ``confidence``, ``hits``, ``groups``: (N,), of images that did not train; one of each group
+    counts, the first. An image is answered where its confidence is at least the threshold. With
+    probability ``confidence_level`` over such images its error rate is at most ``error_rate``;
+    ``inf`` where no threshold is known to be so good. ``images_needed`` says from how many images
+    on.
+
+    So many answers may be wrong that more would be likely at the error rate: the binomial bound of
+    Geifman and El-Yaniv (2017), Selective classification for deep neural networks. From the most
+    confident images on, each number of them is tested at which one more may be wrong, until the
+    first that fails. Since their order is fixed before, each test may have the whole probability:
+    Angelopoulos, Bates, Candes, Jordan and Lei (2021), Learn then test, fixed sequence testing.
+    (The binary search of the former divides it, and starts at half of the images.)
+    """
+    from scipy.stats import binom
+
+    alone = np.unique(group_numbers(groups), return_index=True)[1]
+    curve = coverage(confidence[alone], hits[alone])
+    answered = np.rint(curve.coverage * len(alone)).astype(np.int64)
+    wrong = answered - np.rint(curve.accuracy * answered).astype(np.int64)
+    allowed = binom.ppf(1 - confidence_level, np.arange(len(alone) + 1), error_rate) - 1
+    sizes = np.flatnonzero(np.diff(allowed, prepend=-1) > 0)
+    threshold = math.inf
+    for size in [*sizes, len(alone)]:
+        # Equal confidences are answered together.
+        place = int(np.searchsorted(answered, size))
+        if wrong[place] > allowed[answered[place]]:
+            break
+        threshold = float(curve.threshold[place])
+    return threshold
+
+
+def images_needed(error_rate: float, confidence_level: float) -> int:
+    """Return how many images ``threshold_for`` needs, were all answers right."""
+    return math.ceil(math.log(1 - confidence_level) / math.log(1 - error_rate))
+
+
+class Ranking(NamedTuple):
+    """Of one class against the others, by falling threshold: rates in [0, 1], all (K,)."""
+
+    false_positives: npt.NDArray[np.float64]
+    recall: npt.NDArray[np.float64]
+    precision: npt.NDArray[np.float64]
+
+
+def ranking(scores: Floats, positive: npt.NDArray[np.bool_]) -> Ranking:
+    """Return the points of the ROC and of the precision-recall curve."""
+    order = np.argsort(-scores, kind="stable")
+    inside = positive[order]
+    last = np.flatnonzero(np.append(np.diff(scores[order]) < 0, True))
+    true, false = np.cumsum(inside)[last], np.cumsum(~inside)[last]
+    return Ranking(
+        false / max(int((~positive).sum()), 1),
+        true / max(int(positive.sum()), 1),
+        true / (true + false),
+    )
+
+
+def ood_auroc(known: npt.NDArray[np.float64], ood: npt.NDArray[np.float64]) -> float:
+    """Return the AUROC of telling images of known classes from out-of-distribution ones.
+
+    ``known``, ``ood``: (N,), (M,) confidences; ties count half.
+    """
+    return float(placements(known, ood).mean())
+
+
+def compare_validation(
+    validation: npt.NDArray[np.bool_],
+    validation_groups: Sequence[str],
+    test: npt.NDArray[np.bool_],
+    test_groups: Sequence[str],
+    confidence: float,
+) -> dict[str, Any]:
+    """Return both accuracies and the test accuracy less that of validation, with intervals.
+
+    Where the accuracy on test images is below that on validation images beyond chance, the test
+    images are others than those that training was tuned by (another camera, given splits of other
+    days), or validation was fitted. Either way validation promises what does not hold.
+
+    ``validation``: (M,) which answers are right for images held out of training (``held_out``);
+    ``test``: (N,); each with the group of every image. ``is_below`` says whether the interval of
+    the difference lies below 0: by chance alone with the probability (1 - ``confidence``) / 2.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for name, hits, groups in (
+        ("validation", validation, validation_groups),
+        ("test", test, test_groups),
+    ):
+        parts[name] = {"images": len(hits)} | share_interval(hits, groups, confidence)
+    difference = independent_difference(parts["validation"], parts["test"])
+    return {**parts, "difference": difference, "is_below": difference["high"] < 0}
+
+
+def why_no_threshold(found: Mapping[str, Any]) -> str:
+    """Say why no threshold was found: too few images held out, or too many errors among them.
+
+    ``found``: the report's section ``abstention``.
+    """
+    images, needed = found["images"], found["images_needed"]
+    if images < needed:
+        return f"{images} independent images held out are too few, {needed} or more are needed"
+    return f"too many of {images} independent images held out are answered wrongly"
+
+
+def describe_gap(found: Mapping[str, Any]) -> str:
+    """Return what ``compare_validation`` found in words."""
+    validation, test, change = found["validation"], found["test"], found["difference"]
+    verdict = "below beyond chance" if found["is_below"] else "not below beyond chance"
+    return (
+        f"{validation['value']:.4f} on {validation['images']} images held out, "
+        f"{test['value']:.4f} on {test['images']} test images: {verdict} ({change['value']:+.4f}, "
+        f"{change['confidence']:.0%} interval {change['low']:+.4f} to {change['high']:+.4f})"
+    )

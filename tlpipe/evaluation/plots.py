@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tlpipe import pictures
-from tlpipe.data.chunks import Chunks
+from tlpipe.data import charts
 from tlpipe.data.manifest import evenly
-from tlpipe.evaluation import corruptions, curves, metrics
+from tlpipe.data.pixels import Chunks
+from tlpipe.evaluation import answers, metrics
 from tlpipe.evaluation.answers import Answers, Shown
 from tlpipe.evaluation.metrics import Labels
 
@@ -36,7 +36,7 @@ def draw(folder: Path, report: Mapping[str, Any], given: Answers, history: Path)
         "training": training(history),
     }
     for name, figure in figures.items():
-        pictures.save(figure, folder / f"{name}.png")
+        charts.save_figure(figure, folder / f"{name}.png")
 
 
 def confusion(truth: Labels, predicted: Labels, labels: Sequence[str]) -> "Figure":
@@ -63,7 +63,7 @@ def confusion(truth: Labels, predicted: Labels, labels: Sequence[str]) -> "Figur
     np.add.at(matrix, (truth, predicted), 1)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = max(4.0, 1.6 + 0.5 * len(shown))
-    figure = pictures.new_figure(side, side)
+    figure = charts.new_figure(side, side)
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(shown)), shown, rotation=90 if max(map(len, shown)) > 2 else 0)
@@ -80,8 +80,8 @@ def confusion(truth: Labels, predicted: Labels, labels: Sequence[str]) -> "Figur
 
 def reliability(given: Answers, exact: Mapping[str, Any]) -> "Figure":
     """Draw how often answers of each confidence are right, and how many there are."""
-    bins = curves.reliability(given.probabilities, given.truth)
-    figure = pictures.new_figure(5, 5.5)
+    bins = metrics.reliability(given.probabilities, given.truth)
+    figure = charts.new_figure(5, 5.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     upper.plot([0, 1], [0, 1], color="gray", linestyle=":", label="perfect calibration")
     upper.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o-", label="answers")
@@ -108,20 +108,20 @@ def ranking(given: Answers, labels: Sequence[str]) -> "Figure":
 
     Of more than ``_MOST_THIN_CURVES`` classes that many are drawn.
     """
-    figure = pictures.new_figure(9, 4.4)
+    figure = charts.new_figure(9, 4.4)
     left, right = figure.subplots(1, 2)
     for number in evenly(range(len(labels)), _MOST_THIN_CURVES):
         label, positive = labels[number], given.truth == number
         if not positive.any() or positive.all():
             continue
-        found = curves.ranking(given.probabilities[:, number], positive)
+        found = metrics.ranking(given.probabilities[:, number], positive)
         style: dict[str, Any] = {"linewidth": 1.3, "label": label}
         if len(labels) > _MOST_CURVES:
             style = {"linewidth": 0.6, "color": "#4c72b0", "alpha": 0.5}
             # Points within a straight line can go: thousands, of each class.
             steps = np.diff(found.recall) > 0
             kept = np.flatnonzero([True, *steps] | np.array([*steps, True]))
-            found = curves.Ranking(*(points[kept] for points in found))
+            found = metrics.Ranking(*(points[kept] for points in found))
         left.plot([0, *found.false_positives], [0, *found.recall], **style)
         right.plot(found.recall, found.precision, **style)
     left.plot([0, 1], [0, 1], color="gray", linestyle=":")
@@ -144,12 +144,12 @@ def coverage(
     given: Answers, abstention: Mapping[str, Any], ood: Mapping[str, Any] | None
 ) -> "Figure":
     """Draw accuracy over coverage: of only the most confident answers, how many are right."""
-    curve = curves.coverage(given.confidence, given.hits)
-    figure = pictures.new_figure(5.5, 4.2)
+    curve = metrics.coverage(given.confidence, given.hits)
+    figure = charts.new_figure(5.5, 4.2)
     axes = figure.subplots()
     axes.step(curve.coverage, curve.accuracy, where="post", label="test images")
     axes.axhline(1 - abstention["error_rate"], color="gray", linestyle=":", label="asked for")
-    promised = f"kept with {abstention['confidence']:.0%} confidence"
+    promised = f"kept with {abstention['confidence']:.0%} confidence on images like these"
     for found, kept in (
         (abstention, promised),
         (abstention["observed"], "kept on images held out"),
@@ -163,9 +163,8 @@ def coverage(
     axes.legend(loc="lower left")
     if abstention["threshold"] is None:
         title = (
-            f"No threshold is known to keep errors at {abstention['error_rate']:.1%}: of "
-            f"{abstention['images']} independent images held out\n"
-            f"too many are wrong, or they are too few ({abstention['images_needed']} at least)"
+            f"No threshold is known to keep errors at {abstention['error_rate']:.1%}:\n"
+            f"{metrics.why_no_threshold(abstention)}"
         )
     elif ood is None:
         title = "What is answered, and how much of it is right"
@@ -186,10 +185,10 @@ def _near_one(probability: float) -> str:
 
 def robustness(found: Mapping[str, Any]) -> "Figure":
     """Draw the accuracy on changed images, from mild to strong."""
-    figure = pictures.new_figure(5.5, 4.2)
+    figure = charts.new_figure(5.5, 4.2)
     axes = figure.subplots()
     names = ["none", "mild", "medium", "strong"]
-    for kind in corruptions.STRENGTHS:
+    for kind in answers.STRENGTHS:
         rows = [found["clean"], *found[kind]]
         axes.plot(names, [row["accuracy"] for row in rows], "o-", label=kind)
     axes.set_ylim(-0.02, 1.02)
@@ -204,7 +203,7 @@ def by_slice(found: Mapping[str, Sequence[Mapping[str, Any]]], overall: float) -
     """Draw the accuracy on parts of the test images, with intervals."""
     rows = [(f"{name}: {row['value']}", row) for name, part in found.items() for row in part]
     rows = rows[:_MOST_SLICES]
-    figure = pictures.new_figure(7.5, 1.4 + 0.28 * len(rows))
+    figure = charts.new_figure(7.5, 1.4 + 0.28 * len(rows))
     axes = figure.subplots()
     values = np.array([row["accuracy"] for _, row in rows])
     spread = [[row["accuracy"] - row["low"], row["high"] - row["accuracy"]] for _, row in rows]
@@ -229,7 +228,7 @@ def training(history: Path) -> "Figure":
         known = [(float(row[along]), float(row[name])) for row in rows if row[name]]
         axes.plot(*zip(*known, strict=True), ".-", label=label)
 
-    figure = pictures.new_figure(8, 3.8)
+    figure = charts.new_figure(8, 3.8)
     left, right = figure.subplots(1, 2)
     column(left, "train_loss", "training")
     column(left, "validation_loss", "held out")
@@ -240,7 +239,7 @@ def training(history: Path) -> "Figure":
     for axes in (left, right):
         axes.set_xlabel("l2 of the linear probe, strongest first" if is_probe else "epoch")
         if is_probe:
-            pictures.scale_by_logarithm(axes)
+            charts.scale_by_logarithm(axes)
             axes.invert_xaxis()
     return figure
 
@@ -261,4 +260,4 @@ def _gallery(path: Path, squares: Chunks, shown: Sequence[Shown], title: str) ->
     captions = [
         f"{a.entry.label} as {a.prediction.label} ({a.prediction.probability:.2f})" for a in shown
     ]
-    pictures.gallery(path, [squares[a.row] for a in shown], captions, title=title)
+    charts.gallery(path, [squares[a.row] for a in shown], captions, title=title)

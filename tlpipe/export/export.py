@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
-from tlpipe import files, lineage
-from tlpipe import held_out as held_outs
+from tlpipe import bundle as bundles
+from tlpipe import files, held_out, versioning
 from tlpipe.backbones.backbone import describe
+from tlpipe.bundle import ANY_SIZE
 from tlpipe.data import pixels as packed
-from tlpipe.data.chunks import Chunks
-from tlpipe.data.manifest import SPLITS, Assignment, load_split
-from tlpipe.export import bundle as bundles
-from tlpipe.export.bundle import ANY_SIZE
+from tlpipe.data.manifest import SPLITS, Assignment, load_split, rows_of
+from tlpipe.data.pixels import Chunks
 from tlpipe.held_out import HeldOut
 from tlpipe.params import Section, check_effect, distinct
 from tlpipe.training import model as models
@@ -26,10 +25,13 @@ from tlpipe.training import model as models
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from tlpipe.export.parity import Logits, Sample
+    from tlpipe.export.graph import Logits, Sample
+    from tlpipe.export.precisions import Correct
 
 _log = logging.getLogger(__name__)
-_PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "scipy", "pillow")
+_PACKAGES = (
+    *("torch", "torchvision", "timm", "onnx", "onnx-ir", "onnxscript", "numpy", "scipy", "pillow"),
+)
 _ANY_SIZE_IMAGES = 8
 _FITTED = 4  # times the calibration images: what fits the last layer of int8
 
@@ -44,7 +46,7 @@ class Params(Section):
     """
 
     parity_images: int = Field(
-        default=256, ge=1, description="Test images to compare with torch, at most."
+        default=64, ge=1, description="Test images to compare with torch, at most."
     )
     parity_tolerance: float = Field(
         default=1e-4,
@@ -93,8 +95,7 @@ def run(
         ParityError: a graph and the model differ on real images, or int8 could saturate; nothing is
             written.
     """
-    from tlpipe.export import any_size, graph, temperature
-    from tlpipe.export import parity as parities
+    from tlpipe.export import graph
 
     trained = models.load(model)
     origin = trained.card.origin
@@ -102,21 +103,23 @@ def run(
     weights = backbone.find_weights(origin.weights, origin.weights_sha256)
     assignments = load_split(split)
     sample = partial(_sample, packed.load(pixels).array, assignments, trained.card)
-    in_onnx = partial(parities.in_onnx, threads=origin.threads)
+    in_onnx = partial(graph.in_onnx, threads=origin.threads)
 
     whole = graph.classifier(backbone, weights, trained)
-    held = held_outs.load(model / held_outs.NAME)
-    divisor = temperature.fit(held.logits, held.labels)
+    held = held_out.load(model / held_out.NAME)
+    divisor = held_out.fit_temperature(held.logits, held.labels)
     provenance = _provenance(trained.card, divisor, workspace)
     metadata = bundles.metadata(trained.card.labels, origin.preprocessing, provenance)
     finish = partial(graph.finished, temperature=divisor, metadata=metadata)
 
     exact = finish(whole)
-    train, validation, test = (_rows(assignments, part) for part in SPLITS)
+    train, validation, test = (rows_of(assignments, part) for part in SPLITS)
     tested = sample(test).first(params.parity_images)
-    in_torch = parities.logits(parities.in_torch(trained, backbone, weights), tested, "torch")
-    measured = parities.compare(in_torch, parities.logits(in_onnx(exact), tested, "ONNX Runtime"))
-    parities.check(measured, params.parity_tolerance)
+    in_torch = graph.compute_logits(graph.in_torch(trained, backbone, weights), tested, "torch")
+    measured = graph.measure_parity(
+        in_torch, graph.compute_logits(in_onnx(exact), tested, "ONNX Runtime")
+    )
+    graph.check_parity(measured, params.parity_tolerance)
 
     checked = held.only(validation)
     others, checks = _lower_precisions(
@@ -129,8 +132,8 @@ def run(
         threads=origin.threads,
         params=params,
     )
-    resizing = finish(any_size.with_any_size(whole, origin.preprocessing))
-    any_size.check(
+    resizing = finish(graph.with_any_size(whole, origin.preprocessing))
+    graph.check_any_size(
         resizing,
         in_onnx(exact),
         tested.first(_ANY_SIZE_IMAGES),
@@ -154,14 +157,10 @@ def run(
     )
 
 
-def _rows(assignments: Sequence[Assignment], part: str) -> list[int]:
-    return [row for row, assignment in enumerate(assignments) if assignment.split == part]
-
-
 def _sample(
     squares: Chunks, assignments: Sequence[Assignment], card: models.Card, rows: Sequence[int]
 ) -> "Sample":
-    from tlpipe.export.parity import Sample
+    from tlpipe.export.graph import Sample
 
     numbers = {label: number for number, label in enumerate(card.labels)}
     chosen = [assignments[row] for row in rows]
@@ -186,12 +185,12 @@ def _lower_precisions(
 
     shipped, checks = {}, {}
     head = graph.last_layer_bytes(whole)
-    for name, candidate in _candidates(whole, fitted, params, threads):
+    for name, candidate, correct in _candidates(whole, fitted, params, threads):
         content = finish(candidate)
         verdict = precisions.judge(
             name,
             held.logits,
-            _held_out_logits(name, content, exact, held, images, fitted, threads),
+            _held_out_logits(name, content, held, images, correct, threads),
             held.labels,
             images.groups,
             size=(len(content) - head) / (len(exact) - head),
@@ -208,24 +207,26 @@ def _lower_precisions(
 
 def _candidates(
     whole: "ModelProto", fitted: "Sample", params: Params, threads: int
-) -> Iterator[tuple[str, "ModelProto"]]:
-    """Yield the graph in each precision that was asked for, whatever this machine has."""
-    from tlpipe.export import fp16, int8
+) -> Iterator[tuple[str, "ModelProto", "Correct | None"]]:
+    """Yield the graph in each precision that was asked for, whatever this machine has.
+
+    And what its last layer was fitted by, if it was.
+    """
+    from tlpipe.export import precisions
 
     count = params.calibration_images
     if "fp16" in params.precisions:
-        yield "fp16", fp16.to_fp16(whole, fitted.first(count), threads)
+        yield "fp16", precisions.to_fp16(whole, fitted.first(count), threads), None
     if "int8" in params.precisions:
-        yield "int8", int8.to_int8(whole, fitted, threads, calibration_images=count)
+        yield "int8", *precisions.to_int8(whole, fitted, threads, calibration_images=count)
 
 
 def _held_out_logits(
     name: str,
     content: bytes,
-    exact: bytes,
     held: HeldOut,
     images: "Sample",
-    fitted: "Sample",
+    correct: "Correct | None",
     threads: int,
 ) -> "Logits":
     """Return what a graph, as it would ship, answers for images held out.
@@ -235,20 +236,14 @@ def _held_out_logits(
     """
     import onnx
 
-    from tlpipe.export import int8, precisions
-    from tlpipe.export import parity as parities
+    from tlpipe.export import precisions
+    from tlpipe.export.graph import compute_features, compute_logits, in_onnx
 
     if name == "int8":
-        int8.check_no_saturation(content)
+        precisions.check_no_saturation(content)
     if not held.heads:
-        return parities.logits(parities.in_onnx(content, threads), images, name)
-    graph = onnx.load_from_string(content)
-    correct = None
-    if name == "int8":
-        graphs = (onnx.load_from_string(exact), graph)
-        known = [parities.features(each, fitted, threads) for each in graphs]
-        correct = partial(int8.corrected, exact=known[0], seen=known[1])
-    taken = parities.features(graph, images, threads)
+        return compute_logits(in_onnx(content, threads), images, name)
+    taken = compute_features(onnx.load_from_string(content), images, threads)
     return precisions.out_of_fold_logits(held, taken, correct)
 
 
@@ -258,7 +253,7 @@ def _provenance(card: models.Card, divisor: float, workspace: Path) -> dict[str,
 
     return {
         **card.model_dump(exclude={"labels"}),
-        **lineage.of_inputs(workspace),
+        **versioning.of_inputs(workspace),
         "temperature": divisor,
         "packages": {package: version(package) for package in _PACKAGES}
         | {"onnxruntime": onnxruntime.__version__},  # by this name with and without a GPU

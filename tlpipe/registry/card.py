@@ -6,11 +6,12 @@ Sections after Mitchell et al. (2019), Model cards for model reporting.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tlpipe.bundle import Bundle
 from tlpipe.data import leaks
-from tlpipe.evaluation import generalisation
-from tlpipe.evaluation.metrics import UNKNOWN, title
-from tlpipe.export.bundle import Bundle
-from tlpipe.registry.moves import LONGEST, SUFFIX
+from tlpipe.evaluation.metrics import UNKNOWN, by_recall, describe_gap, title, why_no_threshold
+from tlpipe.registry import SUFFIX
+from tlpipe.registry.moves import LONGEST
+from tlpipe.versioning import is_commit
 
 _LISTED = 12
 PURPOSE = "tlpipe.purpose"
@@ -56,8 +57,8 @@ def write(name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str]) 
         _results(known),
         _weakest(exact),
         "## Limits",
-        limits(known["report"], known["leaks"]),
-        _copies(known["leaks"]),
+        limits(known["report"], known["leaks_report"]),
+        _copies(known["leaks_report"]),
         "## Data",
         _data(known),
         "## How it was made",
@@ -83,11 +84,10 @@ def _results(known: Known) -> str:
 
 
 def _weakest(exact: Mapping[str, Any]) -> str:
-    tested = {label: row for label, row in exact["per_class"].items() if row["images"]}
-    worst = sorted(tested, key=lambda label: (tested[label]["recall"], label))[:3]
+    rows = exact["per_class"]
     found = [
-        f"{_plain(label)} ({tested[label]['recall']:.0%} of {tested[label]['images']})"
-        for label in worst
+        f"{_plain(label)} ({rows[label]['recall']:.0%} of {rows[label]['images']})"
+        for label in by_recall(rows)[:3]
     ]
     return f"Least often found: {', '.join(found)}. Pictures: plots/ among the artifacts."
 
@@ -99,7 +99,7 @@ def limits(report: Mapping[str, Any], copies: Mapping[str, Any]) -> str:
     if report["generalisation"]["is_below"]:
         lines.append(
             f"Test accuracy is below validation accuracy beyond chance, so other images may cost "
-            f"still more: {generalisation.describe(report['generalisation'])}."
+            f"still more: {describe_gap(report['generalisation'])}."
         )
     promised = _NO_PROMISE if copies["is_above_clean"] else _abstention(abstention)
     lines += [promised, _ood(ood)]
@@ -150,8 +150,7 @@ def _abstention(found: Mapping[str, Any]) -> str:
         )
     text = (
         f"No probability is known above which at most {rate} of answers are wrong "
-        f"({confidence_level} confidence): of {found['images']} independent images held out too "
-        f"many are wrong, or they are too few ({found['images_needed']} at least)."
+        f"({confidence_level} confidence): {why_no_threshold(found)}."
     )
     observed = found["observed"]
     if observed["threshold"] is None:
@@ -180,14 +179,15 @@ def _data(known: Known) -> str:
         f"{sum(data['rejected'].values()):,} files rejected",
         f"images a class: {', '.join(shown + more)}",
         f"images whose like lies in another split: {split['leaks']} found and left out",
-        leaks.describe(known["leaks"]),
+        leaks.describe(known["leaks_report"]),
+        f"labels that the other images speak against: {known['label_issues']['found']:,}",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
     origin = shipped.provenance["origin"]
-    changed = " and uncommitted changes" * (lineage.get("tlpipe.git_changed") == "true")
+    changed = " with uncommitted changes" * (lineage.get("tlpipe.git_changed") == "true")
     rows = [
         ["backbone", f"{origin['backbone']}, weights {_plain(origin['weights'])}"],
         ["frozen", str(origin["freeze"])],
@@ -201,10 +201,11 @@ def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
 
 def _use(name: str, shipped: Bundle) -> str:
     crop = shipped.preprocessing.crop_px
+    rebuild = f"tlpipe rebuild {name}@champion   # the same bytes from its commit and data\n"
     return (
         f"```sh\ntlpipe predict --model {name}@champion IMAGE\n"
         f"tlpipe serve --model {name}@champion\n"
-        f"tlpipe rebuild {name}@champion   # the same bytes from its commit and data\n```\n\n"
+        f"{rebuild * is_commit(shipped.provenance.get('git_commit', ''))}```\n\n"
         f"With MLflow alone, on RGB images of {crop} x {crop} (`uint8`, N x H x W x 3):\n\n"
         f'```python\nmodel = mlflow.onnx.load_model("models:/{name}@champion")\n'
         f"session = onnxruntime.InferenceSession(model.SerializeToString())\n"

@@ -19,19 +19,18 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from tlpipe import files
-from tlpipe.data import ingest, leaks
-from tlpipe.data import pixels as packed
+from tlpipe import bundle as bundles
+from tlpipe import files, versioning
+from tlpipe.bundle import Bundle
+from tlpipe.data import ingest, leaks, pixels
 from tlpipe.data.images import Sampling
 from tlpipe.data.manifest import Entry, load_manifest, load_split
 from tlpipe.data.values import UNREADABLE, is_deep
-from tlpipe.errors import ArtifactError, GateError, TlpipeError
-from tlpipe.evaluation import answers, generalisation, metrics, speed
+from tlpipe.errors import ArtifactError, ComparisonError, TlpipeError
+from tlpipe.evaluation import answers, metrics
 from tlpipe.evaluation.answers import Answers, Part
-from tlpipe.export import signing
-from tlpipe.export.bundle import Bundle
-from tlpipe.inference.predictor import Predictor
 from tlpipe.params import Section
+from tlpipe.predict import Predictor
 from tlpipe.resampling import (
     detectable_drop,
     group_numbers,
@@ -39,7 +38,7 @@ from tlpipe.resampling import (
     paired_difference,
     share_interval,
 )
-from tlpipe.sources.candidates import Reject
+from tlpipe.sources import Reject
 from tlpipe.sources.paths import some
 
 _log = logging.getLogger(__name__)
@@ -154,8 +153,27 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A version that may go into production, and what was found of it before.
+
+    Attributes:
+        version: its number, or what it was named by.
+        bundle: what would serve.
+        held_out: predictions of its training for images that it held out, a file.
+        copies: what ``audit`` found of copies across its splits, a file.
+        signature: of its bundle, a file. Each file is ``None`` where there is none.
+    """
+
+    version: str
+    bundle: Bundle
+    held_out: Path | None
+    copies: Path | None
+    signature: Path | None
+
+
+@dataclass(frozen=True)
 class Rival:
-    """A version that is or was in production; ``trained``: the keys of its images, where known."""
+    """A version to compare with; ``trained``: the keys of its images, where they are known."""
 
     version: str
     bundle: Bundle
@@ -164,7 +182,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Measured:
-    """The stored images that a bundle is judged on: of the workspace that it was made in."""
+    """The stored images that a bundle is measured on: of the workspace that it was made in."""
 
     pixels: Path
     manifest: Path
@@ -174,57 +192,51 @@ class Measured:
         """Check that these are the images that the bundle was made with, split as then.
 
         Raises:
-            GateError: they are others, so nothing can be said.
+            ComparisonError: they are others, so nothing can be said.
         """
-        commit = bundle.provenance.get("git_commit") or "its commit"
+        commit = bundle.provenance.get("git_commit") or ""
+        out = f"check out {commit}" if versioning.is_commit(commit) else "check out what made it"
         advice = (
-            f"so it cannot be compared on its test images. Go to the workspace where it was made, "
-            f"or check out {commit} and run 'dvc repro evaluate'."
+            f"so the version cannot be compared on its test images. Go to the project where it was "
+            f"made, or {out} and run 'dvc repro evaluate'."
         )
         for path in (self.manifest, self.split, self.pixels):
             if not path.exists():
-                raise GateError(f"{path} is not here, {advice}")
+                raise ComparisonError(f"{path} is not here, {advice}")
         made_with = (
             bundle.provenance["origin"]["data_sha256"],
             bundle.provenance.get("split_sha256"),
         )
         here = files.sha256(self.manifest), files.sha256(self.split)
-        if here != made_with or packed.load(self.pixels).sampling != sampling_of(bundle):
-            raise GateError(
-                f"what {self.manifest}, {self.split} and {self.pixels} hold is not the data of the "
-                f"version to be promoted, {advice}"
+        if here != made_with or pixels.load(self.pixels).sampling != sampling_of(bundle):
+            raise ComparisonError(
+                f"{self.manifest}, {self.split} and {self.pixels} hold other data than the version "
+                f"was made with, {advice}"
             )
 
 
-def judge(
-    candidate: Bundle,
-    version: str,
+def decide(
+    candidate: Candidate,
     rivals: Sequence[Rival],
     *,
     measured: Measured,
     source: ingest.Params,
-    held_out: Path | None,
-    copies: Path | None,
-    signature: Path | None,
     bounds: Bounds,
 ) -> Decision:
     """Compare a version with the one in production, the first of the rivals, and those before it.
 
     ``source``: from where the images are read anew where a rival sees them differently.
-    ``held_out``: predictions of the candidate's training for images that it held out; ``copies``:
-    what ``audit`` found of copies across its splits; ``signature``: the candidate's; None where its
-    run has none.
 
     Raises:
-        GateError: the version in production cannot be measured on these images.
+        ComparisonError: the version in production cannot be measured on these images.
     """
-    squares = packed.load(measured.pixels).array
-    (part,) = answers.parts(("test",), candidate.labels, squares, measured.manifest, measured.split)
+    bundle = candidate.bundle
+    squares = pixels.load(measured.pixels).array
+    (part,) = answers.parts(("test",), bundle.labels, squares, measured.manifest, measured.split)
     entries = list(load_manifest(measured.manifest))
-    threads = candidate.provenance["origin"]["threads"]
-    predictor = Predictor(candidate, threads=threads)
-    given = part.ask(predictor, f"version {version}")
-    recalls = _recalls(given, candidate.labels)
+    predictor = Predictor(bundle, threads=bundle.provenance["origin"]["threads"])
+    given = part.ask(predictor, titled(candidate.version))
+    recalls = _recalls(given, bundle.labels)
     accuracy = share_interval(given.hits, part.groups, _CONFIDENCE)
     guessed = max(np.bincount(part.truth)) / len(part.truth)
     leaked = int(_in_training(part, trained(measured.split), entries).sum())
@@ -248,10 +260,10 @@ def judge(
             f"above {guessed:.4f}, which the most frequent class alone has",
             _holds(accuracy["value"] > guessed),
         ),
-        _recall(recalls, part, candidate.labels, bounds.min_recall),
+        _recall(recalls, part, bundle.labels, bounds.min_recall),
         Rule("leaks", f"{leaked} test images", "none that training has seen", _holds(leaked == 0)),
-        _copies(copies),
-        _validation(given, part, candidate, held_out, measured.split, bounds.max_validation_gap),
+        _copies(candidate.copies),
+        _validation(given, part, candidate, measured.split, bounds.max_validation_gap),
     ]
     error = metrics.calibration_error(given.probabilities, part.truth, part.groups, _CONFIDENCE)
     numbers: dict[str, Any] = {
@@ -260,8 +272,8 @@ def judge(
         "accuracy": accuracy["value"],
         "recall": recalls,
         "calibration_error": error["value"] if error else None,
-        "latency_ms": speed.milliseconds_for(predictor, squares, 1),
-        "model_mb": candidate.graphs["fp32"].stat().st_size / 1e6,
+        "latency_ms": answers.milliseconds_for(predictor, squares, 1),
+        "model_mb": bundle.graphs["fp32"].stat().st_size / 1e6,
     }
     if bounds.max_calibration_error is not None:
         rules.append(_calibration(error, bounds.max_calibration_error))
@@ -269,25 +281,30 @@ def judge(
         if (most := getattr(bounds, f"max_{name}")) is not None:
             rules.append(_at_most(name, numbers[name], most))
     if bounds.public_key is not None:
-        rules.append(_signed(candidate, Path(bounds.public_key), signature))
+        rules.append(_signed(candidate, Path(bounds.public_key)))
     if rivals:
         compared = []
         for rival in rivals:
             try:
-                found = _compare(rival, candidate, given.hits, part, entries, source, len(rivals))
-            except GateError as error:
+                found = _compare(rival, bundle, given.hits, part, entries, source, len(rivals))
+            except ComparisonError as error:
                 if rival is rivals[0]:
                     raise
-                _log.warning("nothing is compared with version %s: %s", rival.version, error)
+                _log.warning("nothing is compared with %s: %s", titled(rival.version), error)
             else:
                 compared.append(found)
         rules += [
             _change(compared, bounds.max_accuracy_drop, bounds.min_test_images),
-            _labels(candidate, rivals[0].bundle, bounds.allow_other_labels),
+            _labels(bundle, rivals[0].bundle, bounds.allow_other_labels),
         ]
         numbers["compared"] = [asdict(one) for one in compared]
     champion = rivals[0].version if rivals else None
-    return Decision(version, champion, tuple(rules), numbers)
+    return Decision(candidate.version, champion, tuple(rules), numbers)
+
+
+def titled(version: str) -> str:
+    """Return how a version is called in words: by its number, or as what it was named by."""
+    return f"version {version}" if version.isdecimal() else version
 
 
 def _holds(is_so: bool) -> Verdict:
@@ -337,7 +354,7 @@ def _copies(path: Path | None) -> Rule:
 
 
 def _calibration(error: Mapping[str, float] | None, most: float) -> Rule:
-    """Judge by the interval: noise is taken off the value, which is often 0 by chance."""
+    """Decide by the interval: noise is taken off the value, which is often 0 by chance."""
     if error is None:
         expected = (
             f"at most {most:.4f}; test on images of two groups or more, or set "
@@ -375,25 +392,26 @@ def _in_training(
 def _validation(
     given: Answers,
     part: Part,
-    candidate: Bundle,
-    held_out: Path | None,
+    candidate: Candidate,
     split: Path,
     bound: float,
 ) -> Rule:
     """Compare with the accuracy on images held out of training."""
     by = f"by more than {bound:g} " if bound else ""
     expected = f"test accuracy that is not below it {by}beyond chance"
-    if held_out is None:
+    if candidate.held_out is None:
         advice = "register it anew: 'dvc repro --force --single-item register'"
         found = "no predictions held out in its run"
         return Rule("validation", found, f"some; {advice}", "cannot tell")
     try:
-        validation, groups = answers.of_held_out(held_out, candidate, split)
+        validation, groups = answers.of_held_out(candidate.held_out, candidate.bundle, split)
     except ArtifactError as error:
         return Rule("validation", str(error), expected, "cannot tell")
-    compared = generalisation.compare(validation.hits, groups, given.hits, part.groups, _CONFIDENCE)
+    compared = metrics.compare_validation(
+        validation.hits, groups, given.hits, part.groups, _CONFIDENCE
+    )
     is_near = compared["difference"]["high"] >= -bound
-    return Rule("validation", generalisation.describe(compared), expected, _holds(is_near))
+    return Rule("validation", metrics.describe_gap(compared), expected, _holds(is_near))
 
 
 @dataclass(frozen=True)
@@ -484,13 +502,13 @@ def _hits_of(
     try:
         predictor = Predictor(rival.bundle, threads=candidate.provenance["origin"]["threads"])
     except ArtifactError as error:
-        raise GateError(f"version {rival.version} cannot answer: {error}") from None
+        raise ComparisonError(f"{titled(rival.version)} cannot answer: {error}") from None
     if theirs == ours:
-        return same.ask(predictor, f"version {rival.version}").hits, 0
+        return same.ask(predictor, titled(rival.version)).hits, 0
     hits, read = np.zeros(len(same.rows), bool), np.zeros(len(same.rows), bool)
     with TemporaryDirectory() as folder:
         for which, seen in _seen_by(theirs, ours, same, Path(folder), source):
-            hits[which] = seen.ask(predictor, f"version {rival.version}").hits
+            hits[which] = seen.ask(predictor, titled(rival.version)).hits
             read[which] = True
     return hits, int((~read).sum())
 
@@ -504,7 +522,7 @@ def _seen_by(
     of 8 bits are the same.
 
     Raises:
-        GateError: an image is no longer there.
+        ComparisonError: an image is no longer there.
     """
     is_other = theirs != ours.model_copy(update={"value_range": theirs.value_range})
     deep = [is_deep(entry.mode) for entry in part.entries]
@@ -519,7 +537,7 @@ def _seen_by(
     }
     if not wanted:
         return
-    writer, places, unreadable = packed.Writer(folder, theirs), dict[bytes, int](), set[bytes]()
+    writer, places, unreadable = pixels.Writer(folder, theirs), dict[bytes, int](), set[bytes]()
     try:
         for outcome in ingest.some(source, theirs, wanted.keys()):
             if isinstance(outcome, Reject):
@@ -531,9 +549,9 @@ def _seen_by(
                 places[key] = len(places)
                 writer.append(key, outcome.square, outcome.thumbnail)
     except TlpipeError as error:
-        raise GateError(
-            f"a version that is or was in production sees images differently ({theirs}), and they "
-            f"cannot be read again for it: {error}"
+        raise ComparisonError(
+            f"a version to compare with sees images differently ({theirs}), and they cannot be "
+            f"read again for it: {error}"
         ) from None
     finally:
         writer.close()
@@ -542,16 +560,16 @@ def _seen_by(
     which = [i for i, entry in enumerate(part.entries) if wanted.get(entry.path) in places]
     if which:
         rows = [places[part.entries[i].key] for i in which]
-        yield which, replace(part.some(which), squares=packed.load(folder).array, rows=rows)
+        yield which, replace(part.some(which), squares=pixels.load(folder).array, rows=rows)
 
 
 def _check_all_there(
     wanted: Mapping[str, bytes], found: Container[bytes], source: ingest.Params, sampling: Sampling
 ) -> None:
     if missing := [path for path, key in wanted.items() if key not in found]:
-        raise GateError(
+        raise ComparisonError(
             f"{len(missing)} test images, such as {missing[0]}, are no longer in {source.source}, "
-            f"or cannot be read as a version in production does ({sampling}), so it cannot be "
+            f"or cannot be read as a version to compare with does ({sampling}), so it cannot be "
             f"measured on them. Fetch the data: 'dvc pull'."
         )
 
@@ -593,8 +611,8 @@ def _change(compared: Sequence[Compared], max_drop: float, least: int) -> Rule:
     parts = [_described(shown, max_drop if verdict == "cannot tell" else None)]
     if champion.groups < least:
         parts.append(
-            f"{champion.groups} test images count beside version {champion.version}, which is in "
-            f"production; {least} have to"
+            f"{champion.groups} test images count beside {titled(champion.version)}; {least} have "
+            f"to"
         )
     if len(taking_part) > 1:
         parts.append(f"the one that decides of {len(taking_part)} versions")
@@ -611,15 +629,16 @@ def _described(one: Compared, max_drop: float | None) -> str:
     parts = []
     if (change := one.change) is not None:
         parts = [
-            f"{change['value']:+.4f} against version {one.version} ({change['confidence']:.0%} "
+            f"{change['value']:+.4f} against {titled(one.version)} ({change['confidence']:.0%} "
             f"interval {change['low']:+.4f} to {change['high']:+.4f})",
-            f"{one.groups} independent test images show a drop from {one.detectable_drop:.4f} on",
+            f"{one.groups} independent test images can show a drop of {one.detectable_drop:.4f} "
+            f"or more",
         ]
         if max_drop is not None and change["low"] < -max_drop < change["value"]:
             needed = images_to_tell(change, one.groups, max_drop)
             parts.append(f"some {needed} would tell in four of five cases")
     if one.trained_on is None:
-        parts.append(f"whether version {one.version} trained on some is not known")
+        parts.append(f"whether {titled(one.version)} trained on some is not known")
     elif one.trained_on:
         parts.append(f"{one.trained_on} that it trained on, or their like, do not count")
     if one.unknown:
@@ -647,12 +666,12 @@ def _labels(candidate: Bundle, champion: Bundle, may_differ: bool) -> Rule:
     return Rule("labels", found, expected, _holds(may_differ or is_same))
 
 
-def _signed(candidate: Bundle, key: Path, signature: Path | None) -> Rule:
+def _signed(candidate: Candidate, key: Path) -> Rule:
     expected = f"a signature by the owner of {key}"
-    if signature is None:
+    if candidate.signature is None:
         return Rule("signature", "none", f"{expected}: 'tlpipe sign NAME@ALIAS'", "fails")
     try:
-        signing.check(candidate.folder, key, signature)
+        bundles.check_signature(candidate.bundle.folder, key, candidate.signature)
     except TlpipeError as error:
         return Rule("signature", str(error), expected, "fails")
     return Rule("signature", "valid", expected, "holds")

@@ -20,8 +20,9 @@ from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
-from tlpipe import files
+from tlpipe import files, graph
 from tlpipe.errors import RegistryError
+from tlpipe.versioning import dvc_root
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +31,7 @@ _log = logging.getLogger(__name__)
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 # DVC alone would say that nothing has changed: it does not see the registry.
 REGISTER = "Register what was built: 'dvc repro --force --single-item register'."
+MAKE = "'tlpipe run' makes one here; MLFLOW_TRACKING_URI names a shared registry."
 # Where DVC runs the experiments of --temp and --queue, below the project that they come from.
 _EXPERIMENTS = (".dvc", "tmp", "exps")
 # Where MLflow keeps locations: table, column, which rows. A test looks for others.
@@ -55,8 +57,7 @@ def project(workspace: Path) -> Path:
     for root in folder.parents:
         if root.parts[-3:] == _EXPERIMENTS:
             # Where one repository holds several projects, .dvc may lie above: here as there.
-            copy = next(path for path in (folder, *folder.parents) if (path / ".dvc").is_dir())
-            return root.parents[2] / folder.relative_to(copy)
+            return root.parents[2] / folder.relative_to(dvc_root(folder) or folder)
     return folder
 
 
@@ -120,7 +121,7 @@ def create(workspace: Path) -> None:
         with files.replacing(path) as temporary:
             temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
             # A client would give MLflow's default experiment a place below the current folder.
-            SqlAlchemyStore(f"sqlite:///{temporary}", str(home / ARTIFACTS))  # type: ignore[no-untyped-call]
+            SqlAlchemyStore(f"sqlite:///{temporary}", str(home / ARTIFACTS))
     finally:
         os.close(descriptor)
 
@@ -138,9 +139,10 @@ def opened(workspace: Path, *, to_write: bool = False) -> Iterator[str]:
     """
     path = database(workspace)
     if not path.exists():
+        was_built = (project(workspace) / graph.PATHS["receipt"]).exists()
         raise RegistryError(
             f"there is no registry yet: {path} is missing and MLFLOW_TRACKING_URI is not set. "
-            f"{REGISTER}"
+            f"{REGISTER if was_built else MAKE}"
         )
     with _lock(path) as lock, TemporaryDirectory(prefix="tlpipe-") as name:
         copy = Path(name, path.name)
@@ -168,7 +170,10 @@ def opened(workspace: Path, *, to_write: bool = False) -> Iterator[str]:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[IO[str] | None]:
-    """Yield an open lock file, or None where none can be had, such as in what is read-only."""
+    """Yield an open lock file, or None where none can be had, such as in what is read-only.
+
+    Its lock is shared by those who see the folder alike; that of ``filelock`` is exclusive.
+    """
     lock = None
     with ExitStack() as stack:
         with suppress(OSError):  # read-only, or a file system without locks
@@ -223,7 +228,7 @@ def _settle(path: Path, lock: IO[str] | None) -> bool:
                 raise
             return False
         else:
-            _log.info("the registry was that of %s: %d locations now: %s", before, count, home)
+            _log.info("the registry came from %s: %d locations are now in %s", before, count, home)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

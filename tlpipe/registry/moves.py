@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from tlpipe.errors import RegistryError
-from tlpipe.lineage import user
-from tlpipe.registry import local
+from tlpipe.registry import SUFFIX, local
+from tlpipe.versioning import user
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,7 +40,6 @@ _log = logging.getLogger(__name__)
 CHAMPION, PREVIOUS = "champion", "previous"
 PROMOTION, ROLLBACK, ADOPTION, BY_HAND = "promotion", "rollback", "adoption", "by-hand"
 BUNDLE_TAG = "tlpipe.bundle"  # of a version: the digest of its bundle
-SUFFIX = "-history"
 LONGEST = 5000  # characters of a version's description that MLflow keeps
 _TAG = "tlpipe.move."
 _BEGAN, _TOOK_EFFECT, _LOST = (_TAG + mark for mark in ("began", "took_effect", "lost"))
@@ -124,6 +123,18 @@ def history(client: "MlflowClient", name: str) -> list[Move]:
     """Return every move that took effect, the oldest first; write nothing."""
     found = {move.number: move for move in _newest_first(client, name) if move.took_effect}
     return [found[number] for number in sorted(found)]
+
+
+def of_deleted(client: "MlflowClient", name: str) -> int:
+    """Return how many moves are kept of models that had this name before, and were deleted."""
+    born, count, token = _born(client, name), 0, None
+    while True:
+        page = client.search_model_versions(
+            f"name = '{name}{SUFFIX}'", max_results=_PAGE, page_token=token
+        )
+        count += sum(v.tags.get(f"{_TAG}born", born) != born for v in page if v.tags)
+        if not (token := page.token):
+            return count
 
 
 def last_to(client: "MlflowClient", name: str, version: str) -> Move | None:

@@ -1,27 +1,34 @@
-"""Put versions in production and take them out again: ``promote``, ``rollback``, ``history``."""
+"""Commands ``compare``, ``promote``, ``rollback`` and ``history``: what is in production, and why.
+
+``compare`` shows what the gate finds for a model beside another, and moves nothing; ``promote``
+asks the gate by the same functions.
+"""
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tlpipe import bundle as bundles
 from tlpipe import files, held_out
+from tlpipe.bundle import Bundle
 from tlpipe.data import ingest
-from tlpipe.errors import ArtifactError, GateError, RegistryError
-from tlpipe.export import signing
-from tlpipe.export.bundle import Bundle
-from tlpipe.lineage import user
-from tlpipe.registry import gate, moves, publishing, tracking
-from tlpipe.registry.gate import Bounds, Decision, Measured, Rival, Rule
+from tlpipe.errors import ArtifactError, ComparisonError, GateError, RegistryError
+from tlpipe.registry import Registered, gate, moves, publishing, tracking
+from tlpipe.registry.gate import Bounds, Candidate, Decision, Measured, Rival, Rule
 from tlpipe.registry.moves import PROMOTION, ROLLBACK, Move
+from tlpipe.versioning import user
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-_log = logging.getLogger(__name__)
 
 _TAG = "tlpipe.gate"
+_log = logging.getLogger(__name__)
 
 
 def settle(client: "MlflowClient", name: str) -> Move | None:
@@ -46,6 +53,23 @@ def history(client: "MlflowClient", name: str) -> tuple[list[Move], str]:
     return moves.history(client, name), moves.champion_alias(client, name)
 
 
+def stands_in(client: "MlflowClient", name: str) -> str:
+    """Say that what was put in production is gone, and which version answers; nothing if none is.
+
+    Where the champion's version is deleted, MLflow takes its alias along.
+    """
+    log = moves.history(client, name)
+    if not log or not (gone := log[-1].champion):
+        return ""
+    known = set(tracking.numbers(client, name))
+    if int(gone) in known:  # it is there: somebody took the alias away
+        return ""
+    steps = [step for step in reversed(moves.standing(log)) if int(step) in known]
+    said = f"{name} version {gone}, which was deleted in MLflow"
+    answers = f"version {steps[0]} answers" if steps else "no other can answer"
+    return f"{said}; {answers}, until another is promoted"
+
+
 def promote(
     client: "MlflowClient",
     name: str,
@@ -54,13 +78,14 @@ def promote(
     measured: Measured,
     source: ingest.Params,
     bounds: Bounds,
-    force: str = "",
+    reason: str = "",
+    force: bool = False,
     show: Callable[[Decision], None] = lambda _: None,
 ) -> Move:
     """Compare a version, by its number or alias, with the champion, and put it in production.
 
-    ``force``: why it is to go there although the gate fails, for the record. ``show`` gets the
-    decision once it is made.
+    ``reason``: for the history. ``force``: put it there although the gate fails, for that reason.
+    ``show`` gets the decision once it is made.
 
     Raises:
         GateError: a rule does not hold, or the two cannot be compared; nothing was moved.
@@ -78,25 +103,34 @@ def promote(
     candidate = tracking.bundle_of(client, version)
     try:
         measured.check(candidate)
-        decision = _judge(client, name, version, candidate, last, measured, source, bounds)
+        decision = gate.decide(
+            of_version(client, version, candidate, bounds),
+            rivals(client, name, str(version.version), bounds.compared_versions)
+            if last is not None
+            else (),
+            measured=measured,
+            source=source,
+            bounds=bounds,
+        )
     except GateError as error:
         if not force:
-            raise
+            raise GateError(f"{error} Override with --force --reason TEXT.") from None
         rules = (Rule("comparison", str(error), "both on the same images", "cannot tell"),)
         decision = Decision(str(version.version), last.champion if last else None, rules, {})
-    _record(client, version, decision, force)
+    _record(client, version, decision, reason if force else "")
     show(decision)
     if decision.verdict != "holds" and not force:
         improvement = "Improve the model" if decision.verdict == "fails" else "Test on more images"
         raise GateError(
             f"{name} version {version.version} stays out of production: {decision.reasons}. "
-            f"{improvement}, relax register.gate in params.yaml, or override with --force REASON."
+            f"{improvement}, relax register.gate in params.yaml, or override with --force --reason "
+            f"TEXT."
         )
-    why = force or _summary(decision)
+    why = reason if force else "; ".join(filter(None, (reason, _summary(decision))))
     return moves.move(client, name, seen, after=last, kind=PROMOTION, why=why)
 
 
-def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> Move:
+def rollback(client: "MlflowClient", name: str, which: str | None = None, reason: str = "") -> Move:
     """Put back what was in production before, or a version that once was.
 
     One after the other, rollbacks go further back. A version that cannot serve is not put back.
@@ -130,7 +164,7 @@ def rollback(client: "MlflowClient", name: str, which: str | None, why: str) -> 
     tracking.check_promoted(client, version)
     tracking.bundle_of(client, version)
     seen = moves.seen(client, name, version)
-    return moves.move(client, name, seen, after=last, kind=ROLLBACK, why=why)
+    return moves.move(client, name, seen, after=last, kind=ROLLBACK, why=reason)
 
 
 def period(text: str) -> tuple[datetime, datetime]:
@@ -150,87 +184,6 @@ def period(text: str) -> tuple[datetime, datetime]:
         ) from None
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return moment, moment
-
-
-def _judge(
-    client: "MlflowClient",
-    name: str,
-    version: "ModelVersion",
-    candidate: Bundle,
-    last: Move | None,
-    measured: Measured,
-    source: ingest.Params,
-    bounds: Bounds,
-) -> Decision:
-    """Let the gate judge, beside the last versions in production that can still be loaded.
-
-    Raises:
-        GateError: none is left to compare with, or it cannot be measured on these images.
-    """
-    held = tracking.artifact(client, version.run_id, f"{tracking.MODEL_FOLDER}/{held_out.NAME}")
-    signature = None
-    if bounds.public_key is not None:
-        signature = tracking.artifact(client, version.run_id, signing.ARTIFACT)
-    return gate.judge(
-        candidate,
-        str(version.version),
-        _rivals(client, name, str(version.version), bounds.compared_versions)
-        if last is not None
-        else (),
-        measured=measured,
-        source=source,
-        held_out=held,
-        copies=tracking.artifact(client, version.run_id, publishing.LEAKS),
-        signature=signature,
-        bounds=bounds,
-    )
-
-
-def _rivals(client: "MlflowClient", name: str, candidate: str, most: int) -> list[Rival]:
-    """Return the version in production and those before it that nobody has taken out, at ``most``.
-
-    Where the champion itself is gone, the last good one stands for it.
-
-    Raises:
-        GateError: none can be loaded.
-    """
-    try:
-        serving = tracking.fetch(client, name, moves.CHAMPION)
-    except (ArtifactError, RegistryError) as error:
-        raise GateError(
-            f"nothing that was in production is left to compare with: {error} Override "
-            f"with --force REASON."
-        ) from None
-    served = tracking.find_version(client, name, serving.version)
-    found = {serving.version: _rival(client, served, serving.bundle)}
-    for number in reversed(moves.standing(moves.history(client, name))):
-        if len(found) == most:
-            break
-        if number == candidate or number in found:
-            continue
-        try:
-            version = tracking.find_version(client, name, number)
-            found[number] = _rival(client, version, tracking.bundle_of(client, version))
-        except (ArtifactError, RegistryError) as error:
-            _log.warning("nothing is compared with %s version %s: %s", name, number, error)
-    return list(found.values())
-
-
-def _rival(client: "MlflowClient", version: "ModelVersion", bundle: Bundle) -> Rival:
-    return Rival(str(version.version), bundle, _trained(client, version, bundle))
-
-
-def _trained(
-    client: "MlflowClient", version: "ModelVersion", bundle: Bundle
-) -> frozenset[bytes] | None:
-    """Return the keys of the images that trained a version; None where its run does not say."""
-    split = tracking.artifact(client, version.run_id, publishing.SPLIT)
-    if split is None or files.sha256(split) != bundle.provenance.get("split_sha256"):
-        return None
-    try:
-        return gate.trained(split)
-    except ArtifactError:  # written by another version of tlpipe
-        return None
 
 
 def _record(
@@ -258,3 +211,170 @@ def _record(
 def _summary(decision: Decision) -> str:
     against = f"against version {decision.champion}" if decision.champion else "the first one"
     return f"{len(decision.rules)} rules hold, {against}"
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the stages of this project wrote last; a bundle's folder may be its ``bundle``."""
+
+    measured: Measured
+    bundle: Path
+    held_out: Path
+    leaks_report: Path
+
+
+def compare(
+    *,
+    model: Registered | Path,
+    other: Registered | Path | None,
+    name: str,
+    workspace: Path,
+    own: Own,
+    source: ingest.Params,
+    bounds: Bounds,
+) -> Decision:
+    """Return what the gate finds for a model on its test images, beside another one.
+
+    ``other``: by default what ``promote`` compares with, the last versions in production: of the
+    model's own name, or of ``name`` where it is a folder. ``source`` and ``bounds`` as the gate
+    takes them.
+
+    Raises:
+        ArtifactError: a bundle is damaged.
+        ComparisonError: the two cannot be compared here.
+        RegistryError: a version does not exist, or a bundle would be compared with itself.
+    """
+    with ExitStack() as stack:
+        client = None
+        if not (isinstance(model, Path) and isinstance(other, Path)):
+            client = stack.enter_context(tracking.connection(workspace))
+        if isinstance(model, Path):
+            candidate, number = _of_folder(client, name, model, own, bounds), ""
+        else:
+            assert client is not None
+            version = tracking.find_version(client, model.name, model.which)
+            number, name = str(version.version), model.name
+            candidate = of_version(client, version, tracking.bundle_of(client, version), bounds)
+        own.measured.check(candidate.bundle)
+        if isinstance(other, Path):
+            rivals = [_rival_of_folder(other, own)]
+        else:
+            assert client is not None
+            rivals = _registered_rivals(client, name, number, other, bounds)
+        if same := [one.version for one in rivals if one.bundle.digest == candidate.bundle.digest]:
+            is_number = same[0].isdigit() and not isinstance(other, Path)  # of a version
+            shown = f"{name}@{same[0]}" if is_number else same[0]
+            raise RegistryError(
+                f"{model} and {shown} are the same bundle, sha256 "
+                f"{candidate.bundle.digest[:16]}...; name another to compare it with."
+            )
+        return gate.decide(candidate, rivals, measured=own.measured, source=source, bounds=bounds)
+
+
+def _registered_rivals(
+    client: "MlflowClient", name: str, number: str, other: Registered | None, bounds: Bounds
+) -> list[Rival]:
+    if other is not None:
+        version = tracking.find_version(client, other.name, other.which)
+        found = rival(client, version, tracking.bundle_of(client, version))
+        return [found if other.name == name else Rival(str(other), found.bundle, found.trained)]
+    tracking.check_known(client, name)
+    champion = moves.champion_alias(client, name)
+    if champion and champion == number:
+        advice = "there is no other version yet to compare it with."
+        if others := [other for other in tracking.numbers(client, name) if str(other) != number]:
+            advice = (
+                f"name another to compare it with: 'tlpipe compare {name}@{number} "
+                f"{name}@{others[-1]}'."
+            )
+        raise RegistryError(f"{name} version {number} is the one in production; {advice}")
+    if not champion and not moves.history(client, name):
+        return []
+    return rivals(client, name, number, bounds.compared_versions)
+
+
+def of_version(
+    client: "MlflowClient", version: "ModelVersion", bundle: Bundle, bounds: Bounds
+) -> Candidate:
+    """Return a registered version as the gate takes it, with the files that its run keeps."""
+    signature = None
+    if bounds.public_key is not None:
+        signature = tracking.artifact(client, version.run_id, bundles.SIGNATURE)
+    held = f"{tracking.MODEL_FOLDER}/{held_out.NAME}"
+    return Candidate(
+        version=str(version.version),
+        bundle=bundle,
+        held_out=tracking.artifact(client, version.run_id, held),
+        copies=tracking.artifact(client, version.run_id, publishing.LEAKS),
+        signature=signature,
+    )
+
+
+def _of_folder(
+    client: "MlflowClient | None", name: str, folder: Path, own: Own, bounds: Bounds
+) -> Candidate:
+    """Return a folder's bundle, with what the project or, for a registered one, its run keeps."""
+    bundle = bundles.load(folder)
+    is_own = own.bundle.is_dir() and bundles.digest(own.bundle) == bundle.digest
+    if client is not None and not is_own:
+        with suppress(RegistryError):
+            version = tracking.find_version(client, name, bundle.digest)
+            return replace(of_version(client, version, bundle, bounds), version=str(folder))
+    signature = bundles.signature_beside(folder)
+    return Candidate(
+        version=str(folder),
+        bundle=bundle,
+        held_out=own.held_out if is_own and own.held_out.is_file() else None,
+        copies=own.leaks_report if is_own and own.leaks_report.is_file() else None,
+        signature=signature if signature.is_file() else None,
+    )
+
+
+def rivals(client: "MlflowClient", name: str, candidate: str, most: int) -> list[Rival]:
+    """Return the version in production and those before it that nobody has taken out, at ``most``.
+
+    Where the champion itself is gone, the last good one stands for it.
+
+    Raises:
+        ComparisonError: none can be loaded.
+    """
+    try:
+        serving = tracking.fetch(client, name, moves.CHAMPION)
+    except (ArtifactError, RegistryError) as error:
+        raise ComparisonError(
+            f"nothing that was in production is left to compare with: {error}"
+        ) from None
+    served = tracking.find_version(client, name, serving.version)
+    found = {serving.version: rival(client, served, serving.bundle)}
+    for number in reversed(moves.standing(moves.history(client, name))):
+        if len(found) == most:
+            break
+        if number == candidate or number in found:
+            continue
+        try:
+            version = tracking.find_version(client, name, number)
+            found[number] = rival(client, version, tracking.bundle_of(client, version))
+        except (ArtifactError, RegistryError) as error:
+            _log.warning("nothing is compared with %s version %s: %s", name, number, error)
+    return list(found.values())
+
+
+def rival(client: "MlflowClient", version: "ModelVersion", bundle: Bundle) -> Rival:
+    """Return a registered version to compare with, and what trained it, where its run says so."""
+    split = tracking.artifact(client, version.run_id, publishing.SPLIT)
+    return Rival(str(version.version), bundle, _trained(split, bundle))
+
+
+def _rival_of_folder(folder: Path, own: Own) -> Rival:
+    bundle = bundles.load(folder)
+    return Rival(str(folder), bundle, _trained(own.measured.split, bundle))
+
+
+def _trained(split: Path | None, bundle: Bundle) -> frozenset[bytes] | None:
+    """Return the keys of the images that trained a bundle; None where this is not its table."""
+    if split is None or files.sha256(split) != bundle.provenance.get("split_sha256"):
+        return None
+    try:
+        return gate.trained(split)
+    except ArtifactError:  # written by another version of tlpipe
+        return None

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from tlpipe import bundle as bundles
 from tlpipe import files
+from tlpipe.bundle import Bundle
 from tlpipe.data.images import crop_middle
 from tlpipe.errors import ArtifactError, RegistryError
-from tlpipe.export import bundle as bundles
-from tlpipe.export.bundle import Bundle
-from tlpipe.lineage import user
 from tlpipe.registry import card, moves, tracking
+from tlpipe.versioning import user
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,6 +34,7 @@ _MADE_BY = {"mlflow.source.name": "tlpipe register", "mlflow.source.type": "LOCA
 _DIGESTS = "sha256.json"  # of every artifact, by its path
 SPLIT, SPLIT_REPORT = "data/split.csv", "data/split.json"
 LEAKS = "data/leaks.json"
+REPORT, SPEED = "report.json", "speed.json"
 _AT_ONCE = 1000  # the most metrics that MLflow takes in one request
 
 
@@ -54,7 +55,7 @@ class Content:
     split_report: Path
     rejects: Path
     label_issues: Path
-    leaks: Path
+    leaks_report: Path
     data_plots: Path
     manifest: Path
     split: Path
@@ -79,8 +80,8 @@ _PLACES = {
     "model": tracking.MODEL_FOLDER,
     "bundle": tracking.BUNDLE_FOLDER,
     "parity": "parity.json",
-    "report": "report.json",
-    "speed": "speed.json",
+    "report": REPORT,
+    "speed": SPEED,
     "predictions": "predictions.csv",
     "plots": "plots",
     "examples": "examples",
@@ -89,7 +90,7 @@ _PLACES = {
     "split_report": SPLIT_REPORT,
     "rejects": "data/rejects.csv",
     "label_issues": "data/label_issues.csv",
-    "leaks": LEAKS,
+    "leaks_report": LEAKS,
     "data_plots": "data/plots",
     "manifest": "data/manifest.csv",
     "split": SPLIT,
@@ -123,11 +124,12 @@ def publish(
     shipped = bundles.load(content.bundle)
     known = {
         part: files.read_json(getattr(content, part))
-        for part in ("report", "speed", "parity", "data_report", "split_report", "leaks")
+        for part in ("report", "speed", "parity", "data_report", "split_report", "leaks_report")
     }
+    known["label_issues"] = {"found": files.count_rows(content.label_issues)}
     if known["report"]["bundle"] != shipped.digest:
         raise ArtifactError(
-            f"{content.report} measures another bundle than {content.bundle}. Run 'dvc repro'."
+            f"{content.report} measures another bundle than {content.bundle}. Run 'tlpipe run'."
         )
     text = card.write(name, shipped, known, lineage)
     found = _find_run(client, experiment_id, shipped)

@@ -1,19 +1,39 @@
-"""Stage ``register``: make one MLflow run and one model version of a bundle; maybe promote it."""
+"""Stage ``register``: make one MLflow run and one model version of a bundle; maybe promote it.
+
+``changed_by_others`` is asked before hours of training; ``summary`` says what the last run of the
+pipeline made, by the receipt of this stage, and what to do with it.
+"""
 
 import logging
+import os
+import shlex
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from tlpipe import files, lineage
+from tlpipe import files, graph, versioning
+from tlpipe.bundle import digest
 from tlpipe.data import ingest, leaks
-from tlpipe.errors import GateError, RegistryError
-from tlpipe.export.bundle import digest
+from tlpipe.errors import ArtifactError, GateError, RegistryError, UnreachableError
 from tlpipe.params import Section
-from tlpipe.registry import card, local, moves, promotion, publishing, tracking
+from tlpipe.registry import (
+    LONGEST_NAME,
+    NAME,
+    card,
+    check_name,
+    local,
+    moves,
+    promotion,
+    publishing,
+    tracking,
+)
 from tlpipe.registry.gate import Bounds, Measured
 from tlpipe.registry.publishing import Content
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 
 _log = logging.getLogger(__name__)
 
@@ -23,8 +43,7 @@ class Params(Section):
 
     name: str = Field(
         default="tlpipe",
-        pattern=r"^[^\s/:.%\"'@?#\\\x00-\x1f][^/:.%\"'@?#\\\x00-\x1f]*$",
-        max_length=200,
+        json_schema_extra={"pattern": f"^{NAME}$", "maxLength": LONGEST_NAME},
         description="Name of the registered model and of the experiment.",
     )
 
@@ -40,12 +59,7 @@ class Params(Section):
         default=Bounds(), description="What a version must reach to go into production."
     )
 
-    @field_validator("name")
-    @classmethod
-    def _is_no_log(cls, name: str) -> str:
-        if name.endswith(moves.SUFFIX):
-            raise ValueError(f"{moves.SUFFIX} ends the name of what keeps the moves of a model")
-        return name
+    _name_may_be = field_validator("name")(check_name)
 
 
 def run(
@@ -63,7 +77,7 @@ def run(
 
     Raises:
         ArtifactError: the report is of another bundle.
-        RegistryError: MLflow cannot be reached or refuses.
+        RegistryError: MLflow cannot be reached, or rejects a request.
     """
     purpose = {card.PURPOSE: params.purpose} if params.purpose else {}
     if (home := local.project(workspace)) != workspace.resolve():
@@ -76,9 +90,24 @@ def run(
             experiment_id,
             params.name,
             content,
-            lineage=lineage.describe(workspace) | purpose,
+            lineage=versioning.describe(workspace) | purpose,
         )
         version = published.version
+        made_at = published.bundle.provenance.get("git_commit", "")
+        if made_at and not versioning.is_commit(made_at):
+            _log.warning(
+                "%s version %s was made with uncommitted changes, so 'tlpipe rebuild' cannot make "
+                "it again; commit before the run",
+                params.name,
+                version,
+            )
+        if folder := tracking.only_here(client, published.run_id, workspace):
+            _log.warning(
+                "the registry is a shared one, and what was registered lies in %s only: others "
+                "cannot load it, nor anybody once this project is moved; name a server that keeps "
+                "artifacts in MLFLOW_TRACKING_URI",
+                folder,
+            )
         tracking.challenge(client, params.name, version)
         promotion.settle(client, params.name)
         log = moves.history(client, params.name)
@@ -100,7 +129,7 @@ def run(
             except GateError as error:
                 _log.warning("%s", error)
     result, data = files.read_json(content.report), files.read_json(content.data_report)
-    copies = files.read_json(content.leaks)
+    copies = files.read_json(content.leaks_report)
     shipped = published.bundle
     files.write_json(
         receipt,
@@ -118,6 +147,7 @@ def run(
                 "found": leaks.describe(copies),
                 "is_above_clean": copies["is_above_clean"],
             },
+            "label_issues": files.count_rows(content.label_issues),
             "images": data["images"],
             "classes": len(data["classes"]),
             "rejected": sum(data["rejected"].values()),
@@ -134,7 +164,7 @@ def registered(receipt: Path, bundle: Path, name: str) -> str:
     Raises:
         RegistryError: there is no receipt, or it is of another model or bundle than is here.
     """
-    advice = "Run 'dvc repro', or name a version: 'tlpipe promote 3'."
+    advice = "Run 'tlpipe run', or name a version: 'tlpipe promote 3'."
     if not receipt.exists():
         raise RegistryError(f"nothing was registered from here: {receipt} is missing. {advice}")
     content = files.read_json(receipt)
@@ -149,3 +179,134 @@ def registered(receipt: Path, bundle: Path, name: str) -> str:
             f"{content['bundle'][:16]}. {advice}"
         )
     return str(content["bundle"])
+
+
+def changed_by_others(*, workspace: Path, name: str) -> list[str]:
+    """Return a line for what others deleted or renamed in MLflow, with what helps.
+
+    Raises:
+        RegistryError: a change at which ``run`` would stop.
+    """
+    if not tracking.is_there(workspace):
+        return []
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    try:
+        with tracking.connection(workspace) as client:
+            said = (moves.check_name(client, name), _experiment(client, name))
+    except UnreachableError as error:
+        said = ("", f"what others changed in the registry is not known: {error}")
+    return [line for line in said if line]
+
+
+def _experiment(client: "MlflowClient", name: str) -> str:
+    """Say that the experiment of a model was renamed, or is gone with its runs.
+
+    Raises:
+        RegistryError: it is deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    tracking.find_experiment(client, name)
+    newest = client.search_model_versions(
+        f"name = '{name}'", max_results=1, order_by=["version_number DESC"]
+    )
+    if not newest or not (run_id := newest[0].run_id):
+        return ""
+    try:
+        number = client.get_run(run_id).info.experiment_id
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return (
+            f"the run of {name} version {newest[0].version} is gone for good, and its artifacts "
+            f"with it. {local.REGISTER}"
+        )
+    found = client.get_experiment(number)
+    if found.name == name:
+        return ""
+    rename = ("mlflow", "experiments", "rename", "-x", number, "--new-name", name)
+    return (
+        f"the experiment {name} was renamed to {found.name} in MLflow: new runs go to another one "
+        f"of the name {name}, and what was registered is registered once more. Take the name back "
+        f"before: '{local.command(client, *rename)}'."
+    )
+
+
+def summary(*, receipt: Path, workspace: Path) -> tuple[list[tuple[str, str]], str]:
+    """Return the rows of the table, what it is called and what it is; and what comes next.
+
+    Raises:
+        ArtifactError: nothing was registered from this workspace yet, or by another version.
+        RegistryError: the registry does not know the version of the receipt.
+    """
+    content = files.read_json(receipt)
+    if "label_issues" not in content:
+        raise ArtifactError(
+            f"{receipt} was written by another version of tlpipe. Write it anew: 'dvc repro "
+            f"--force --single-item register'."
+        )
+    mine, in_production = _aliases(content, workspace)
+    aliases = f"alias {', '.join(mine)}" if mine else "no alias"
+    accuracy = content["accuracy"]
+    interval = (
+        f"{accuracy['value']:.3f} ({accuracy['confidence']:.0%} interval {accuracy['low']:.3f} to "
+        f"{accuracy['high']:.3f}, {content['test_images']} images)"
+    )
+    rows = [
+        (
+            "data",
+            f"{content['images']:,} images, {content['classes']} classes, "
+            f"{content['rejected']} rejected",
+        ),
+        ("backbone", f"{content['backbone']}, frozen: {content['freeze']}"),
+        ("test accuracy", interval),
+        ("validation accuracy", _validation(content["generalisation"])),
+        ("copies in train", _copies(content["copies"])),
+        (
+            "label issues",
+            f"{content['label_issues']:,} of {content['images']:,} labels: "
+            f"{graph.PATHS['label_issues']}",
+        ),
+        ("ONNX", f"{content['onnx']}, {content['onnx_bytes'] / 1e6:.1f} MB"),
+        ("model", f"{content['name']} version {content['version']}, {aliases}"),
+    ]
+    if in_production:
+        return rows, "tlpipe ui | tlpipe predict IMAGE | tlpipe serve"
+    bundle = Path(content["onnx"]).parent
+    answering = f"tlpipe predict IMAGE --model {shlex.quote(str(bundle))}"
+    return rows, f"tlpipe ui | tlpipe promote: nothing is in production yet | {answering}"
+
+
+def _validation(found: dict[str, Any]) -> str:
+    validation, change = found["validation"], found["difference"]
+    verdict = "below it beyond chance" if found["is_below"] else "not below it beyond chance"
+    return (
+        f"{validation['value']:.3f} ({validation['images']} images held out); test accuracy is "
+        f"{verdict}: {change['value']:+.3f} ({change['confidence']:.0%} interval "
+        f"{change['low']:+.3f} to {change['high']:+.3f})"
+    )
+
+
+def _copies(found: dict[str, Any]) -> str:
+    verdict = "more than clean sets show" if found["is_above_clean"] else "as in clean sets"
+    return f"{verdict}: {found['found']}"
+
+
+def _aliases(content: dict[str, Any], workspace: Path) -> tuple[list[str], bool]:
+    """Return the version's aliases, and whether any version is in production."""
+    from mlflow.exceptions import MlflowException
+
+    with tracking.connection(workspace) as client:
+        try:
+            version = client.get_model_version(content["name"], content["version"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise RegistryError(
+                f"the registry has no {content['name']} version {content['version']}, which was "
+                f"registered from here. Register it again: 'dvc repro --force --single-item "
+                f"register'."
+            ) from None
+        found = client.get_registered_model(content["name"]).aliases
+    mine = sorted(alias for alias, number in found.items() if str(number) == str(version.version))
+    return mine, moves.CHAMPION in found

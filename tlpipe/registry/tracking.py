@@ -10,25 +10,25 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
+from tlpipe.bundle import LABELS, Bundle, digest, load
 from tlpipe.errors import ArtifactError, Interrupted, RegistryError, UnreachableError
-from tlpipe.export.bundle import LABELS, Bundle, digest, load
-from tlpipe.lineage import without_credentials
-from tlpipe.registry import local, moves
+from tlpipe.registry import SUFFIX, Registered, local, moves
 from tlpipe.registry.moves import BUNDLE_TAG, CHAMPION
+from tlpipe.versioning import without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
     from mlflow.entities.model_registry import ModelVersion
 
-    from tlpipe.training.head import Step
+    from tlpipe.training.model import Step
 
 _log = logging.getLogger(__name__)
 CHALLENGER = "challenger"
@@ -52,7 +52,7 @@ def connection(
 
     Raises:
         RegistryError: there is no store, or it cannot be used from here.
-        UnreachableError: MLflow refuses a request or cannot be reached.
+        UnreachableError: MLflow rejects a request or cannot be reached.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -76,12 +76,33 @@ def connection(
         try:
             yield mlflow.MlflowClient()
         except _errors() as error:
-            line = without_credentials(" ".join(str(error).split()))[:300]
+            line = _shortened(without_credentials(" ".join(str(error).split())))
+            if not _has_store(address):
+                raise RegistryError(
+                    f"{without_credentials(address)} is no address of a registry: MLflow knows no "
+                    f"{address.partition(':')[0]}:. Expected http://, https://, or a database, "
+                    f"such as sqlite:////folder/mlflow.db."
+                ) from error
             raise UnreachableError(
-                f"MLflow at {without_credentials(address)} does not answer as expected: {line}. "
+                f"MLflow at {without_credentials(address)} does not answer as expected: {line} "
                 f"Check that it runs; what was built is kept, and the same command goes on from "
                 f"here."
             ) from error
+
+
+def _shortened(text: str, most: int = 300) -> str:
+    """Return a sentence of at most so many characters, cut between words where it is longer."""
+    if len(text) > most:
+        text = f"{text[:most].rpartition(' ')[0]} ..."
+    return text if text.endswith(".") else f"{text}."
+
+
+def _has_store(address: str) -> bool:
+    """Return whether MLflow has a store for addresses of this scheme."""
+    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+
+    scheme = urlsplit(address).scheme.partition("+")[0]
+    return scheme == "databricks" or scheme in _tracking_store_registry._registry
 
 
 @contextmanager
@@ -146,7 +167,9 @@ def experiment(client: "MlflowClient", name: str, workspace: Path) -> str:
         return str(found.experiment_id)
     is_local = client.tracking_uri == local.address(workspace)
     root = local.artifacts(workspace) if is_local else None
-    return str(client.create_experiment(name, artifact_location=root))
+    # Or MLflow's page opens with the views of language models.
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(name, artifact_location=root, tags=kind))
 
 
 def find_experiment(client: "MlflowClient", name: str) -> "Experiment | None":
@@ -188,10 +211,27 @@ def find_version(client: "MlflowClient", name: str, which: str) -> "ModelVersion
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
+        if which == CHAMPION and (there := numbers(client, name)):
+            known = client.get_registered_model(name).aliases
+            example = CHALLENGER if CHALLENGER in known else there[-1]
+            raise RegistryError(
+                f"nothing of {name} is in production. Put a version there: 'tlpipe promote', or "
+                f"name one: --model {name}@{example}."
+            ) from None
         wanted = f"version {which} of {name}" if which.isdecimal() else f"model {name}@{which}"
         raise RegistryError(
             f"the registry has no {wanted}. {_what_there_is(client, name)}"
         ) from None
+
+
+def model_names(client: "MlflowClient") -> list[str]:
+    """Return the names of all registered models, sorted; logs of moves are none."""
+    names, token = list[str](), None
+    while True:
+        page = client.search_registered_models(page_token=token)
+        names += [model.name for model in page if not model.name.endswith(SUFFIX)]
+        if not (token := page.token):
+            return sorted(names)
 
 
 def challenge(client: "MlflowClient", name: str, version: str) -> None:
@@ -209,21 +249,20 @@ def check_known(client: "MlflowClient", name: str) -> None:
     """
     if not client.search_registered_models(f"name = '{name}'"):
         moves.check_name(client, name)
-        raise RegistryError(f"the registry has no model {name}. {local.REGISTER}")
+        raise RegistryError(f"the registry has no model {name}. {local.MAKE}")
+
+
+def numbers(client: "MlflowClient", name: str) -> list[int]:
+    """Return the numbers of a model's versions, sorted."""
+    return sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
 
 
 def _what_there_is(client: "MlflowClient", name: str) -> str:
-    numbers = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
-    if not numbers:
-        return local.REGISTER
-    known = [*map(str, numbers[-5:]), *sorted(client.get_registered_model(name).aliases)]
+    found = numbers(client, name)
+    if not found:
+        return local.MAKE
+    known = [*map(str, found[-5:]), *sorted(client.get_registered_model(name).aliases)]
     return f"Expected one that is there, such as {', '.join(known)}."
-
-
-def parse(reference: str) -> tuple[str, str]:
-    """Return name and alias or number of ``NAME@ALIAS``, ``NAME@NUMBER`` or ``NAME``."""
-    name, _, which = reference.partition("@")
-    return name, which or CHAMPION
 
 
 @dataclass(frozen=True)
@@ -295,10 +334,32 @@ def bundle_of(client: "MlflowClient", version: "ModelVersion") -> Bundle:
     folder = artifact(client, version.run_id, BUNDLE_FOLDER)
     if folder is None:
         raise RegistryError(
-            f"{version.name} version {version.version} has no bundle: it was not registered by "
-            f"tlpipe, or its artifacts are gone."
+            f"{version.name} version {version.version} has no bundle{_missing(client, version)}: "
+            f"it was not registered by tlpipe, or its artifacts are gone."
         )
     return verified(version, folder)
+
+
+def _missing(client: "MlflowClient", version: "ModelVersion") -> str:
+    """Say where the bundle of a version would lie, if its run is there."""
+    from mlflow.exceptions import MlflowException
+
+    if version.run_id is None:
+        return ""
+    with suppress(MlflowException):
+        root = client.get_run(version.run_id).info.artifact_uri
+        return f" at {without_credentials(f'{root}/{BUNDLE_FOLDER}')}"
+    return ""
+
+
+def only_here(client: "MlflowClient", run_id: str, workspace: Path) -> str:
+    """Return where the artifacts of a run lie, if in this project and the registry elsewhere."""
+    if local.is_own(workspace, client.tracking_uri):
+        return ""
+    parts = urlsplit(client.get_run(run_id).info.artifact_uri)
+    folder = Path(unquote(parts.path))
+    is_within = folder.is_absolute() and folder.is_relative_to(local.project(workspace))
+    return str(folder) if parts.scheme in ("", "file") and is_within else ""
 
 
 def verified(version: "ModelVersion", folder: Path) -> Bundle:
@@ -365,36 +426,29 @@ def _downloads() -> Path:
     return Path(folder.name)
 
 
-def fetch_bundle(workspace: Path, reference: str) -> Fetched:
-    """Fetch the bundle of ``NAME@ALIAS`` or ``NAME@VERSION``, as ``fetch`` does.
+def fetch_bundle(workspace: Path, model: Registered) -> Fetched:
+    """Fetch the bundle of a registered version, as ``fetch`` does.
 
     Raises:
         ArtifactError: its files are damaged.
         RegistryError: there is no such version, or its stored bundle is not the registered one.
     """
     with connection(workspace) as client:
-        return fetch(client, *parse(reference))
+        return fetch(client, model.name, model.which)
 
 
-def fetch_model(workspace: Path, reference: str) -> Path:
-    """Fetch what ``train`` wrote of ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
+def fetch_model(workspace: Path, model: Registered) -> Path:
+    """Fetch what ``train`` wrote of a registered version.
 
     Raises:
         RegistryError: there is no such version, or it was registered without.
     """
-    found = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", reference)
-    if found is None:
-        raise RegistryError(
-            f"embed.weights is {reference}; expected models:/NAME@ALIAS or models:/NAME/VERSION. "
-            f"Change it in params.yaml."
-        )
-    name, alias, number = found.groups()
     with connection(workspace) as client:
-        version = find_version(client, name, number or alias)
+        version = find_version(client, model.name, model.which)
         folder = artifact(client, version.run_id, MODEL_FOLDER)
     if folder is None:
         raise RegistryError(
-            f"{reference} has no {MODEL_FOLDER} folder among the artifacts of its run: it was not "
+            f"{model} has no {MODEL_FOLDER} folder among the artifacts of its run: it was not "
             f"registered by tlpipe. Name another version in embed.weights."
         )
     return folder
@@ -424,7 +478,7 @@ def live_run(workspace: Path, name: str) -> Iterator[Callable[[Sequence["Step"]]
         metrics = [
             Metric(key, value, now, number)
             for number, step in enumerate(steps[logged:], start=logged)
-            for key, value in asdict(step).items()
+            for key, value in step.columns().items()
             if value is not None
         ]
         try:

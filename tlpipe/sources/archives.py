@@ -23,10 +23,10 @@ from typing import IO
 
 from tlpipe import files
 from tlpipe.errors import DataError, ImageError, StoreError
-from tlpipe.retries import attempt
 from tlpipe.sources.storage import (
     Listed,
     Storage,
+    attempt,
     check_collisions,
     check_inside,
     check_size,

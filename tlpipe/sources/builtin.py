@@ -10,8 +10,8 @@ from pydantic import Field
 
 from tlpipe.errors import DataError
 from tlpipe.params import Section, read_yaml, validate
-from tlpipe.seeds import generator
-from tlpipe.sources.candidates import Candidate
+from tlpipe.runtime import generator
+from tlpipe.sources import Candidate
 from tlpipe.sources.storage import Memory
 
 if TYPE_CHECKING:

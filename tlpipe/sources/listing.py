@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Literal
 
 from tlpipe.errors import DataError
-from tlpipe.sources import annotations, builtin, coco, layouts, naming, tables, voc
+from tlpipe.sources import (
+    IMAGES,
+    Candidate,
+    Reject,
+    annotations,
+    builtin,
+    coco,
+    given_split,
+    layouts,
+    tables,
+)
 from tlpipe.sources.archives import check_no_archives, open_archive
-from tlpipe.sources.candidates import IMAGES, Candidate, Reject, given_split
 from tlpipe.sources.paths import Files, is_image, some, split_of_folders
-from tlpipe.sources.photos import candidates as candidates_of
 from tlpipe.sources.remote import Remote, open_remote
 from tlpipe.sources.storage import Folder, Storage
 
@@ -259,7 +267,7 @@ def _list(
             if taken == ["coco"]:
                 photos = coco.read(described.coco, files, rejects)
             else:
-                photos = voc.read(storage, described.voc, files, rejects)
+                photos = annotations.read_voc(storage, described.voc, files, rejects)
             bare = sum(not photo.labels for photo in photos)
             left = files.images_without({photo.file for photo in photos})
             notes.append(
@@ -268,7 +276,7 @@ def _list(
             )
             if left:
                 notes.append(f"{len(left)} images are in no annotation and left out: {some(left)}")
-            listed = candidates_of(photos, background, rejects)
+            listed = annotations.candidates(photos, background, rejects)
         listed = sorted(_in_folders_of_splits(listed, notes), key=lambda candidate: candidate.name)
         return Source(storage, partial(iter, listed), rejects, notes=notes, read_from=taken[0])
     _check_no_other_labels(
@@ -286,7 +294,7 @@ def _list(
     if beside := [name for name in nothing if not name.startswith(layout.left_out)]:
         layout.notes.append(f"{len(beside)} files beside the classes are no images: {beside[0]}")
     source = _by_name(storage, layout.read, [*notes, *layout.notes])
-    if not layout.left_out and (advice := naming.advise(source.candidates(), layout.roots)):
+    if not layout.left_out and (advice := layouts.advise(source.candidates(), layout.roots)):
         source.notes.append(advice)
     return source
 
@@ -377,8 +385,9 @@ def _check_classes(source: Source, address: str) -> None:
             path, _, detail = source.rejects[0]
             rejected = f" What was rejected: {shown}; the first is {path!r}: {detail}."
         noted = f" Seen: {'; '.join(source.notes)}." if source.notes else ""
+        named = f" ({', '.join(counts)})" if counts else ""
         raise DataError(
-            f"{address} holds {len(counts)} classes with files ({', '.join(counts) or '-'}); at "
+            f"{address} holds {len(counts)} classes with files{named}; at "
             f"least 2 are needed: one folder per class with images inside, or one label per "
             f"class. Boxes of one class alone need ingest.background.{rejected}{noted}"
         )

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from tlpipe.errors import DataError
-from tlpipe.sources.candidates import IMAGES, Reject, given_split
+from tlpipe.sources import IMAGES, Reject, given_split
 from tlpipe.sources.storage import Storage
 
 

@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from typing import Any
 
 from tlpipe.errors import DataError, ImageError
-from tlpipe.retries import attempt
 from tlpipe.sources import archives
 from tlpipe.sources.storage import (
     Listed,
     Storage,
+    attempt,
     check_collisions,
     check_inside,
     check_size,

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from tlpipe.errors import DataError, ImageError
-from tlpipe.sources.candidates import Candidate, Reject, given_split
+from tlpipe.sources import Candidate, Reject, given_split
 from tlpipe.sources.paths import Files, Match, folder_of, in_one_place, some, split_of
 from tlpipe.sources.storage import Storage
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from tlpipe import files, pictures
+from tlpipe import files
 from tlpipe.backbones import activations as stored
 from tlpipe.data import charts, leaks
 from tlpipe.data import pixels as packed
-from tlpipe.data.chunks import Chunks
-from tlpipe.data.folds import ALWAYS_TRAINS, held_out_folds
 from tlpipe.data.manifest import Assignment, Entry, evenly, load_manifest, load_split
+from tlpipe.data.pixels import Chunks
 from tlpipe.errors import ArtifactError
 from tlpipe.params import Section
-from tlpipe.training import head as heads
+from tlpipe.resampling import ALWAYS_TRAINS, held_out_folds
 from tlpipe.training import linear_probe
+from tlpipe.training.linear_probe import Floats, Labels
 
 _log = logging.getLogger(__name__)
 LABEL_ISSUES = ("path", "label", "suggested", "label_probability", "suggested_probability")
@@ -55,7 +55,7 @@ def run(
     data_report: Path,
     label_issues: Path,
     leaks_report: Path,
-    plots: Path,
+    data_plots: Path,
     params: Params,
 ) -> None:
     """Write the table of label issues, the report of leaks, and pictures of the data set.
@@ -72,7 +72,7 @@ def run(
         raise ArtifactError(
             f"{manifest} holds {len(entries)} images, {pixels} {len(squares)}, {split} "
             f"{len(assignments)} and {activations} {len(features)}; expected the same. Run "
-            f"'dvc repro'."
+            f"'tlpipe run'."
         )
     found = find_label_issues(entries, features, params)
     files.write_csv(
@@ -93,7 +93,7 @@ def run(
     content = copies.content(assignments)
     files.write_json(leaks_report, content)
     report = files.read_json(data_report)
-    with files.replacing_folder(plots) as folder:
+    with files.replacing_folder(data_plots) as folder:
         charts.classes(folder / "classes.png", assignments)
         charts.sizes(folder / "sizes.png", entries)
         charts.rejects(folder / "rejects.png", report["rejected"], report["duplicates"])
@@ -104,7 +104,7 @@ def run(
         _draw_sheets(folder, entries, squares, params.sheet_images)
     _log.info("%s label issues in %s labels: %s", len(found), len(entries), label_issues)
     if content["is_above_clean"]:
-        _log.warning("%s See %s and %s.", leaks.warning(content), leaks_report, plots)
+        _log.warning("%s See %s and %s.", leaks.warning(content), leaks_report, data_plots)
     else:
         _log.info("%s", leaks.describe(content))
 
@@ -145,8 +145,8 @@ def find_label_issues(
     probabilities = _out_of_fold(features, np.array(rows), targets, folds, params.l2)[held]
     rows, targets = list(np.array(rows)[held]), targets[held]
     _log.info(
-        "out-of-fold accuracy %.1f %% on %s images: the lower, the more of the label issues are "
-        "correct labels of hard images",
+        "out-of-fold accuracy %.1f %% on %s images; where it is low, many label issues are correct "
+        "labels of hard images",
         *(100 * (probabilities.argmax(axis=1) == targets).mean(), len(targets)),
     )
     issues = confident_learning.find_label_issues(
@@ -164,15 +164,18 @@ def find_label_issues(
 
 
 def _out_of_fold(
-    features: Chunks, rows: heads.Labels, targets: heads.Labels, folds: heads.Labels, l2: float
-) -> heads.Floats:
+    features: Chunks, rows: Labels, targets: Labels, folds: Labels, l2: float
+) -> Floats:
     """Return (N, C) probabilities of each image by a head that has not seen its fold."""
+    from scipy.special import softmax
+
     known = features[rows].astype(np.float64)
-    standard = heads.standardisation([known])
+    standard = linear_probe.standardisation([known])
     table = linear_probe.Table(iter([standard.apply(known)]), targets)
     weights, classes = np.ones(len(rows)), int(targets.max()) + 1
     found = linear_probe.cross_validate(table, weights, folds, classes, l2, max_iterations=100)
-    return np.exp(heads.log_softmax(found.logits.astype(np.float64)))
+    probabilities: Floats = softmax(found.logits.astype(np.float64), axis=1)
+    return probabilities
 
 
 def _draw_label_issues(
@@ -185,7 +188,7 @@ def _draw_label_issues(
     shown = found[:most]
     captions = [f"{entries[s.row].label}, or {s.suggested}?" for s in shown]
     title = f"Label issues, the worst first: {len(shown)} of {len(found)}"
-    pictures.gallery(path, [squares[s.row] for s in shown], captions, title=title)
+    charts.gallery(path, [squares[s.row] for s in shown], captions, title=title)
 
 
 def _draw_copies(
@@ -200,9 +203,12 @@ def _draw_copies(
     for pair in pairs:
         verdict = "copy" if pair.similarity >= found.threshold else "no copy"
         shown += [squares[pair.row], squares[pair.other]]
-        captions += [assignments[pair.row].split, f"train, {pair.similarity:.2f}: {verdict}"]
-    title = "Held-out images and the training images most like them"
-    pictures.gallery(path, shown, captions, title=title)
+        captions += [
+            assignments[pair.row].split,
+            f"train, similarity {pair.similarity:.2f}: {verdict}",
+        ]
+    title = "Held-out images and the training images most like them (1: the same)"
+    charts.gallery(path, shown, captions, title=title)
 
 
 def _draw_sheets(folder: Path, entries: Sequence[Entry], squares: Chunks, most: int) -> None:
@@ -215,4 +221,4 @@ def _draw_sheets(folder: Path, entries: Sequence[Entry], squares: Chunks, most: 
         captions = [Path(entries[row].path).name[-24:] for row in shown]
         title = f"{label}: {len(shown)} of {len(rows[label])} images"
         path = folder / f"sheet-{number:03d}.png"
-        pictures.gallery(path, [squares[row] for row in shown], captions, title=title)
+        charts.gallery(path, [squares[row] for row in shown], captions, title=title)

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from tlpipe.backbones import augment
 from tlpipe.backbones.augment import Augmentation
-from tlpipe.data.chunks import Chunks
 from tlpipe.data.images import Preprocessing
-from tlpipe.seeds import generator
-from tlpipe.training.dataset import Examples
+from tlpipe.data.pixels import Chunks
+from tlpipe.runtime import generator
+from tlpipe.training.model import Examples
 
 # Mapped rows count as memory until they are unmapped, and the pages around them too.
 _MAPPED_BYTES = 2**24
@@ -152,7 +152,8 @@ def mixed(
     """Mix each input (B, ...) with another one of the batch, and their targets (B, C) alike.
 
     CutMix pastes a box of height and width, see ``spatial_axes``; the share of a target is the
-    share of the area that is left.
+    share of the area that is left. timm's ``Mixup`` draws from NumPy's global generator, from which
+    a stopped training could not be resumed bit by bit, and knows images (B, C, H, W) only.
 
     Source: Zhang et al. (2018), mixup, eq. 1-2; Yun et al. (2019), CutMix, section 3.1.
     """

@@ -1,22 +1,29 @@
-"""Checkpoints of a training: written atomically, verified by sha256, the last two are kept.
+"""Interruptions of a training: checkpoints, stop requests, and out-of-memory (OOM) errors.
 
 A checkpoint is ``NUMBER.safetensors`` and then ``NUMBER.json``, whose presence says that
-it is complete. Numbers count up; no clock is asked. What it belongs to is named by a digest.
+it is complete; both are written atomically and verified by sha256, and the last two are kept.
+Numbers count up; no clock is asked. What a checkpoint belongs to is named by a digest.
 """
 
 import hashlib
 import json
 import logging
+import re
 import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlpipe import files
 from tlpipe.errors import TrainingError
+from tlpipe.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 _log = logging.getLogger(__name__)
 _KEPT = 2
@@ -63,7 +70,7 @@ class Checkpoints:
             raise TrainingError(
                 f"the checkpoint {tensors} cannot be written: {error}. The one before it is "
                 f"intact: "
-                f"make room, then run 'dvc repro' to resume from there."
+                f"make room, then run 'tlpipe run' to resume from there."
             ) from None
         for old in numbers[_KEPT - 1 :]:
             for suffix in (".json", ".safetensors"):
@@ -128,3 +135,49 @@ class Checkpoints:
 def _sha256(state: dict[str, Any], tensors: bytes) -> str:
     """Return a hash of both parts of a checkpoint."""
     return hashlib.sha256(files.json_bytes(state) + tensors).hexdigest()
+
+
+_MEMORY = re.compile("out of memory|can't allocate|enough memory", re.IGNORECASE)
+
+
+class Stop:
+    """Whether somebody asked to stop."""
+
+    requested = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a request; a second one ends at once."""
+    stop = Stop()
+
+    def request(number: int, _: object) -> None:
+        stop.requested = True
+        _log.info("stopping after this step")
+        signal.signal(number, before[number])
+
+    before: Mapping[int, Any] = {
+        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
+    """Turn an out-of-memory (OOM) error of torch or Python into a TrainingError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:160]
+        if isinstance(error, RuntimeError) and not _MEMORY.search(line):
+            raise
+        size = recipe.batch_size_for(10**9)
+        smaller = f"Lower train.batch_size, now {size}, or freeze" if size > 1 else "Freeze"
+        raise TrainingError(
+            f"there is not enough memory to train ({line}); the last checkpoint is kept. {smaller} "
+            f"more in embed.freeze."
+        ) from None

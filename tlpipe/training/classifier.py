@@ -1,19 +1,233 @@
-"""What is trained, as a torch module: the open stages, and the head on standardised features."""
+"""What is trained, as a torch module: the open stages, and the head on standardised features.
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+BatchNorm layers are computed otherwise, under the same names of tensors. Over the batches of
+several processes on CPUs they are our own, since torch's ``SyncBatchNorm`` needs a GPU. With
+pretrained statistics, a normalisation behind a convolution is a scale of its weights, and need not
+be computed on images.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tlpipe.backbones.backbone import Backbone, load_network
 from tlpipe.backbones.frozen import from_pixels
 from tlpipe.backbones.weights import Weights
-from tlpipe.training import head as heads
+from tlpipe.training import linear_probe
+from tlpipe.training.distributed import all_reduce_with_gradient
 from tlpipe.training.model import Array, Model
+
+
+def synchronise_batch_norms(module: nn.Module, device: torch.device) -> None:
+    """Let the BatchNorm layers inside a module normalise by the whole batch of all processes."""
+    if device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm  # torch's loses timm's activations
+
+        convert_sync_batchnorm(module)
+        return
+    for path, layer in list(module.named_modules()):
+        if isinstance(layer, _BatchNorm):
+            module.set_submodule(path, _SharedNorm(layer))
+
+
+def fold_batch_norms(module: nn.Module, inputs: Tensor) -> int:
+    """Fold BatchNorm layers with pretrained statistics into the convolutions before them.
+
+    TensorFlow's padding has its odd row at the end, torch's at the beginning; so networks that came
+    from there pad in a step of its own, which costs as much as the convolution. Where a network
+    sees pictures upside down, and its kernels are turned with them, torch's own padding is right.
+
+    Gradients are those of the layer: they flow through the scale. ``inputs``: some to look with.
+    Returns: how many were folded; none where the result would differ.
+
+    Source: Jacob et al. (2018), Quantization and training of neural networks, eq. 14.
+    """
+    # Tensor cores would round away what is compared.
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected = module(inputs)
+        pairs = _pairs(module, inputs)
+        pads_same = any(_pads_same(convolution) for convolution, _ in pairs)
+        for is_turned in (True, False) if pads_same else (False,):
+            undo = _replace(module, pairs, is_turned=is_turned)
+            found = module(inputs)
+            if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.std())):
+                return len(pairs)
+            undo()
+    return 0
+
+
+def _replace(
+    module: nn.Module, pairs: list[tuple[nn.Conv2d, _BatchNorm]], *, is_turned: bool
+) -> Callable[[], None]:
+    """Replace the layers by folded ones; return what puts them back."""
+    paths = {layer: path for path, layer in module.named_modules()}
+    for convolution, norm in pairs:
+        folded = _FoldedNorm(norm)
+        module.set_submodule(paths[norm], folded)
+        replaced = _FoldedConvolution(convolution, folded, is_turned=is_turned)
+        module.set_submodule(paths[convolution], replaced)
+    turning = module.register_forward_pre_hook(_turn) if is_turned else None
+
+    def undo() -> None:
+        for convolution, norm in pairs:
+            module.set_submodule(paths[norm], norm)
+            module.set_submodule(paths[convolution], convolution)
+        if turning is not None:
+            turning.remove()
+
+    return undo
+
+
+def _turn(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+    """Turn inputs (B, C, H, W) upside down and left to right."""
+    return arguments[0].flip(2, 3)
+
+
+def _pairs(module: nn.Module, inputs: Tensor) -> list[tuple[nn.Conv2d, _BatchNorm]]:
+    """Return each BatchNorm layer that is called once, on what one convolution has just given."""
+    given: dict[int, tuple[Tensor, nn.Conv2d]] = {}
+    calls: Counter[nn.Module] = Counter()
+    pairs = []
+
+    def after_convolution(layer: nn.Module, _: Any, result: Tensor) -> None:
+        calls[layer] += 1
+        given[id(result)] = (result, layer)  # type: ignore[assignment]
+
+    def before_norm(layer: nn.Module, arguments: tuple[Tensor]) -> None:
+        calls[layer] += 1
+        if id(arguments[0]) in given:
+            pairs.append((given[id(arguments[0])][1], layer))
+
+    with ExitStack() as hooks:
+        for layer in module.modules():
+            if type(layer) is nn.Conv2d or _pads_same(layer):
+                hooks.enter_context(layer.register_forward_hook(after_convolution))
+            elif isinstance(layer, _BatchNorm) and layer.affine and layer.track_running_stats:
+                hooks.enter_context(layer.register_forward_pre_hook(before_norm))
+        module(inputs)
+    return [(c, n) for c, n in pairs if calls[c] == calls[n] == 1]  # type: ignore[misc]
+
+
+def _pads_same(layer: nn.Module) -> bool:
+    """Return whether it is timm's convolution that pads as TensorFlow does."""
+    return type(layer).__name__ == "Conv2dSame" and isinstance(layer, nn.Conv2d)
+
+
+class ReplacedNorm(nn.Module):
+    """The tensors of a BatchNorm layer, and what comes after normalising: timm's also activate."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.register_parameter("weight", layer.weight)
+        self.register_parameter("bias", layer.bias)
+        for name, buffer in layer.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self.eps, self.momentum = layer.eps, layer.momentum
+        self._after = [m for m in (getattr(layer, "drop", None), getattr(layer, "act", None)) if m]
+        self.train(layer.training)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Do what comes after the normalisation."""
+        for module in self._after:
+            x = module(x)
+        return x
+
+
+class _FoldedNorm(ReplacedNorm):
+    """A layer whose normalisation the convolution before it has done."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(x)
+
+
+class _FoldedConvolution(nn.Module):
+    """A convolution that also normalises, with pretrained statistics."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: Any, norm: _FoldedNorm, *, is_turned: bool) -> None:
+        super().__init__()
+        self.register_parameter("weight", layer.weight)
+        self.register_parameter("bias", layer.bias)
+        self._norm = [norm]  # in a list: its tensors have their own place in the network
+        self._settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self._pads_same, self._is_turned = _pads_same(layer), is_turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self._norm
+        stride, padding, dilation, groups = self._settings
+        kernel = self.weight.shape[-2:]
+        if self._pads_same and self._is_turned:
+            padding = _half_of_same(x.shape[-2:], kernel, stride, dilation)
+        elif self._pads_same:
+            from timm.layers.padding import pad_same
+
+            x = pad_same(x, kernel, stride, dilation)
+        assert norm.weight is not None and norm.bias is not None
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        shift = norm.bias - norm.running_mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias * scale
+        weight = self.weight * scale.reshape(-1, 1, 1, 1)
+        if self._is_turned and max(kernel) > 1:
+            weight = weight.flip(2, 3)
+        x = functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+        return x.add_(shift.reshape(-1, 1, 1))  # faster than the bias of the convolution
+
+
+def _half_of_same(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Return how much each side of height and width is padded, the larger half where it is odd."""
+    from timm.layers.padding import get_same_padding
+
+    sides = zip(size, kernel, stride, dilation, strict=True)
+    return [-(-int(get_same_padding(*side)) // 2) for side in sides]
+
+
+class _SharedNorm(ReplacedNorm):
+    """A BatchNorm layer over the batches of all processes; torch's SyncBatchNorm needs a GPU.
+
+    Counts and statistics are float32 at least: bfloat16 has no 97,216, it would count 97,280.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            running = (self.running_mean, self.running_var)
+            x = functional.batch_norm(x, *running, self.weight, self.bias, eps=self.eps)
+            return self.finish(x)
+        over = [axis for axis in range(x.dim()) if axis != 1]
+        shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+        given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
+        count = all_reduce_with_gradient(x.new_tensor(float(x.numel() // x.shape[1])))
+        mean = all_reduce_with_gradient(x.sum(over)) / count
+        centred = x - mean.view(shape)
+        var = all_reduce_with_gradient((centred**2).sum(over)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked.add_(1)
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        x = centred * scale.view(shape)
+        x = x if self.bias is None else x + self.bias.view(shape)
+        return self.finish(x.to(given))
 
 
 class Classifier(nn.Module):
@@ -46,12 +260,12 @@ class Classifier(nn.Module):
         """The head's linear layers."""
         return [module for module in self.head if isinstance(module, nn.Linear)]
 
-    def standardise(self, standard: heads.Standardisation) -> None:
+    def standardise(self, standard: linear_probe.Standardisation) -> None:
         """Set what the head sees of features."""
         self.mean.copy_(torch.from_numpy(standard.mean))
         self.scale.copy_(torch.from_numpy(standard.scale))
 
-    def solve(self, head: heads.Head) -> None:
+    def solve(self, head: linear_probe.Head) -> None:
         """Set the head of one layer to one for standardised features."""
         (layer,) = self.layers
         with torch.no_grad():
@@ -114,11 +328,11 @@ class Classifier(nn.Module):
             (layer.weight.detach().cpu().numpy(), layer.bias.detach().cpu().numpy())
             for layer in self.layers
         ]
-        standard = heads.Standardisation(
+        standard = linear_probe.Standardisation(
             self.mean.cpu().double().numpy(), self.scale.cpu().double().numpy()
         )
         (weight, bias), *others = layers
-        first = standard.fold(heads.Head(weight.astype(np.float64), bias.astype(np.float64)))
+        first = standard.fold(linear_probe.Head(weight.astype(np.float64), bias.astype(np.float64)))
         return ((first.weight.astype(np.float32), first.bias.astype(np.float32)), *others)
 
 
@@ -160,7 +374,7 @@ def restore(backbone: Backbone, weights: Weights, model: Model) -> Classifier:
     return Classifier(stages, layers).eval()
 
 
-def full_network(backbone: Backbone, weights: Weights, model: Model) -> nn.Module:
+def full_network(backbone: Backbone, weights: Weights, model: Model) -> nn.Sequential:
     """Return frozen and trained stages together: from images (N, H, W, 3) uint8 RGB to logits."""
     network = from_pixels(load_network(backbone, weights), backbone.preprocessing)
     frozen = list(network)[: 1 + backbone.position(model.card.origin.boundary)]

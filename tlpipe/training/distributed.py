@@ -1,49 +1,28 @@
-"""Data-parallel training in several processes, as ``torchrun`` starts them.
+"""Sums and copies over the processes that train together; nothing is done where there is one.
 
-Each computes its share of every batch; gradients and the statistics of BatchNorm are those of the
-whole batch. Order, augmentation, learning rates and the mixing share are the same for any number of
-processes, so what one process learns is what several learn, up to rounding, with two exceptions:
-images are mixed with others of the same share, and dropout and stochastic depth draw other masks.
-What all start from (weights, the kind of BatchNorm, a checkpoint) is the first process's.
+Each process computes its share of every batch; gradients and the statistics of BatchNorm are those
+of the whole batch. Order, augmentation, learning rates and the mixing share are the same for any
+number of processes, so what one process learns is what several learn, up to rounding, with two
+exceptions: images are mixed with others of the same share, and dropout and stochastic depth draw
+other masks. What all start from (weights, the kind of BatchNorm, a checkpoint) is the first
+process's.
+
+torch's ``DistributedDataParallel`` averages over processes, where shares of a batch differ by an
+image, and has to be built anew whenever gradual unfreezing opens a stage: it leaves out what had no
+gradient when it was built. Summing the gradients takes eight lines.
+
+Which device a process has, and how they find one another, is ``tuning``'s: ``export`` uses the
+classifier, whose BatchNorm layers sum over processes, and must not depend on a device.
 """
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# The others wait while the first one solves the head. torchrun ends all where one has died.
-_TIMEOUT = timedelta(hours=2)
 _Value = TypeVar("_Value")
-
-
-def local_rank() -> int:
-    """Return this process's number among those on this machine; torchrun sets it."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-@contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
-    """Join the process group, if there is one; yield this process's rank and the world size."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield 0, 1
-        return
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
-    try:
-        yield dist.get_rank(), count
-    finally:
-        dist.destroy_process_group()
 
 
 def all_reduce(values: Tensor) -> Tensor:

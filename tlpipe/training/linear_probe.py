@@ -1,4 +1,7 @@
-"""Linear probe: fit the head on features, with the l2 that cross-validation picks.
+"""Linear probe: multinomial logistic regression, with the l2 that cross-validation picks.
+
+With l2 > 0 the objective is strictly convex in the weight, so what L-BFGS converges to depends
+on the data, their weights and l2 alone: no seed, no learning rate, no number of epochs.
 
 Folds hold out whole groups; what each fold's head answers for the images that it has not seen
 (out-of-fold predictions) is what the l2, the temperature and the abstention threshold are chosen
@@ -13,7 +16,7 @@ one thread, so the number of cores changes no bit.
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,12 +25,159 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from tlpipe.data.chunks import Chunks
-from tlpipe.data.folds import ALWAYS_TRAINS, held_out_folds
+from tlpipe.data.pixels import Chunks
 from tlpipe.held_out import HeldOut
-from tlpipe.training import head as heads
-from tlpipe.training.dataset import Dataset, Examples
+from tlpipe.resampling import ALWAYS_TRAINS, held_out_folds
+from tlpipe.training.model import Dataset, Examples, Measured, Step
 from tlpipe.training.recipe import Recipe, class_weights
+
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+Block = tuple[Floats, Labels]
+
+# Least validation loss among 0, 0.1, 0.3 and 1 (one scale for all) on the digits, hymenoptera and
+# sign-digits; with 0, ten images a class came out with a validation loss four times as large.
+_FLOOR = 0.3
+
+
+@dataclass(frozen=True)
+class Head:
+    """``logits = features @ weight.T + bias``; weight: (C, D), bias: (C,)."""
+
+    weight: Floats
+    bias: Floats
+
+    def logits(self, features: Floats) -> Floats:
+        """Return (N, C) logits of (N, D) features."""
+        return features @ self.weight.T + self.bias
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where the solver ended; ``train_loss``: weighted mean cross-entropy in nats, without l2."""
+
+    head: Head
+    train_loss: float
+    iterations: int
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """What is taken off each feature and what it is then divided by, both (D,)."""
+
+    mean: Floats
+    scale: Floats
+
+    def apply(self, features: Floats) -> Floats:
+        """Return (N, D) features standardised."""
+        return (features - self.mean) / self.scale
+
+    def fold(self, head: Head) -> Head:
+        """Return the head for raw features that equals ``head`` on standardised ones."""
+        weight = head.weight / self.scale
+        return Head(weight, head.bias - weight @ self.mean)
+
+
+def standardisation(blocks: Iterable[Floats]) -> Standardisation:
+    """Return the standardisation of features that come in blocks of rows (n, D).
+
+    A feature that hardly varies over the training images would be blown up to the size of the
+    others, and with it the noise of half precision and the few images where it does vary; so none
+    is divided by less than ``_FLOOR`` of the features' typical standard deviation.
+
+    Source: Chan, Golub and LeVeque (1979), Updating formulae and a pairwise algorithm for computing
+    sample variances, eq. 2.1.
+    """
+    count, mean, squares = 0, np.zeros(()), np.zeros(())
+    for block in blocks:
+        new_mean = block.mean(axis=0)
+        total = count + len(block)
+        apart = new_mean - mean
+        squares = squares + ((block - new_mean) ** 2).sum(axis=0)
+        squares = squares + apart**2 * (count * len(block) / total)
+        mean = mean + apart * (len(block) / total)
+        count = total
+    std = np.sqrt(squares / count)
+    typical = float(np.sqrt((std**2).mean())) or 1.0
+    return Standardisation(mean, np.maximum(std, _FLOOR * typical))
+
+
+def solve(
+    blocks: Iterable[Block],
+    weights: Floats,
+    *,
+    classes: int,
+    l2: float,
+    max_iterations: int,
+    tolerance: float,
+    start: Head | None = None,
+) -> Solution:
+    """Minimise the weighted mean cross-entropy + l2 / 2 * |weight|^2.
+
+    Args:
+        blocks: features (n, D) with label numbers (n,), read anew at every iteration.
+        weights: (N,) of the rows of all blocks in turn, not negative; a row of weight 0 is left
+            out.
+        classes: C, more than every label number.
+        l2: strength of the penalty, of the weight alone.
+        max_iterations: of L-BFGS.
+        tolerance: relative decrease of the objective at which the solver stops.
+        start: where it starts from, zeros if None.
+
+    Source: Bishop, Pattern Recognition and Machine Learning (2006), section 4.3.4, eq. 4.108-4.109.
+    """
+    import scipy.optimize  # loads SciPy's BLAS: only what is loaded can be limited
+    from scipy.special import log_softmax
+    from threadpoolctl import threadpool_limits
+
+    shares = weights / weights.sum()
+    width = next(iter(blocks))[0].shape[1]
+    shape = (classes, width)
+
+    def objective(flat: Floats) -> tuple[float, Floats]:
+        head = _unflatten(flat, shape)
+        loss = l2 / 2 * (head.weight**2).sum()
+        weight, bias = l2 * head.weight, np.zeros(classes)
+        done = 0
+        for features, labels in blocks:
+            share = shares[done : done + len(labels)]
+            done += len(labels)
+            log_probabilities = log_softmax(head.logits(features), axis=1)
+            rows = np.arange(len(labels))
+            loss -= share @ log_probabilities[rows, labels]
+            residual = np.exp(log_probabilities)  # (n, C)
+            residual[rows, labels] -= 1
+            residual *= share[:, None]
+            weight += residual.T @ features
+            bias += residual.sum(axis=0)
+        return loss, np.concatenate([weight.ravel(), bias])
+
+    first = start or Head(np.zeros(shape), np.zeros(classes))
+    # NumPy and SciPy bring a BLAS each; with more threads the two pools spin against each other,
+    # for twenty times the CPU seconds on the digits, and the sums depend on their number.
+    with threadpool_limits(1):
+        result = scipy.optimize.minimize(
+            objective,
+            np.concatenate([first.weight.ravel(), first.bias]),
+            jac=True,
+            method="L-BFGS-B",
+            options={
+                "maxiter": max_iterations,
+                "ftol": tolerance,
+                # Each class has its share of the gradient; of 1,000 classes all are small.
+                "gtol": tolerance / classes,
+            },
+        )
+    head = _unflatten(result.x, shape)
+    train_loss = float(result.fun - l2 / 2 * (head.weight**2).sum())
+    return Solution(head, train_loss, int(result.nit), bool(result.success))
+
+
+def _unflatten(flat: Floats, shape: tuple[int, int]) -> Head:
+    size = shape[0] * shape[1]
+    return Head(flat[:size].reshape(shape), flat[size:])
+
 
 _log = logging.getLogger(__name__)
 FOLDS = 4
@@ -45,7 +195,7 @@ class Table:
     read at the same time, each into a block of its own.
     """
 
-    def __init__(self, blocks: Iterator[heads.Floats], labels: heads.Labels) -> None:
+    def __init__(self, blocks: Iterator[Floats], labels: Labels) -> None:
         """Take the blocks, whole images each, and the label number of each image (N,)."""
         first = next(blocks)
         self._lengths, self._width = [len(first)], first.shape[1]
@@ -63,7 +213,7 @@ class Table:
         self.views = sum(self._lengths) // len(labels)
         self._repeated = np.repeat(labels, self.views)
 
-    def __iter__(self) -> Iterator[heads.Block]:
+    def __iter__(self) -> Iterator[Block]:
         if self._file is None:
             yield self._first, self._repeated
             return
@@ -80,7 +230,7 @@ class Table:
             self._file.close()
 
 
-def _read_into(file: IO[bytes], block: heads.Floats, offset: int) -> None:
+def _read_into(file: IO[bytes], block: Floats, offset: int) -> None:
     """Fill a block from a place of a file, without moving the position that others read at."""
     left = memoryview(block.data).cast("B")
     while left:
@@ -90,7 +240,7 @@ def _read_into(file: IO[bytes], block: heads.Floats, offset: int) -> None:
 
 
 # Reads the features of rows in blocks (n, D), of every view where that is asked for.
-Read = Callable[[npt.NDArray[np.int64], bool], Iterator[heads.Floats]]
+Read = Callable[[npt.NDArray[np.int64], bool], Iterator[Floats]]
 
 
 def stored(data: Dataset) -> Read:
@@ -103,7 +253,7 @@ def stored(data: Dataset) -> Read:
     features: Chunks = found.boundary if is_whole else found.features  # type: ignore[assignment]
     views, width = features.shape[1:] if len(features.shape) == 3 else (1, features.shape[1])
 
-    def read(rows: npt.NDArray[np.int64], every_view: bool) -> Iterator[heads.Floats]:
+    def read(rows: npt.NDArray[np.int64], every_view: bool) -> Iterator[Floats]:
         taken = views if every_view else 1
         step = max(_BLOCK_BYTES // (8 * width * views), 1)
         for start in range(0, len(rows), step):
@@ -123,9 +273,9 @@ class CrossValidated:
     """
 
     l2: float
-    fold_heads: tuple[heads.Head, ...]
+    fold_heads: tuple[Head, ...]
     logits: npt.NDArray[np.float32]
-    step: heads.Step
+    step: Step
 
 
 @dataclass(frozen=True)
@@ -136,13 +286,13 @@ class Probe:
     fold that held an image out, or ``ALWAYS_TRAINS``; ``path``: every l2 tried, strongest first.
     """
 
-    head: heads.Head
-    standard: heads.Standardisation
+    head: Head
+    standard: Standardisation
     folds: npt.NDArray[np.int64]
     best: CrossValidated
-    path: tuple[heads.Step, ...]
+    path: tuple[Step, ...]
 
-    def raw(self, head: heads.Head) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def raw(self, head: Head) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Return weight (C, D) and bias (C,) of a head for features that are not standardised."""
         folded = self.standard.fold(head)
         return folded.weight.astype(np.float32), folded.bias.astype(np.float32)
@@ -164,7 +314,7 @@ class Probe:
             labels=examples.labels[held],
             logits=self.best.logits[held] * np.float32(wider),
             folds=self.folds[held],
-            heads=[self.raw(heads.Head(wider * f.weight, wider * f.bias)) for f in folds],
+            heads=[self.raw(Head(wider * f.weight, wider * f.bias)) for f in folds],
         )
 
 
@@ -188,14 +338,14 @@ def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
     examples, classes = data.labelled, len(data.labels)
     l2s, max_iterations = recipe.l2, recipe.max_iterations
     is_fitted = np.arange(len(examples)) < len(train)
-    standard = heads.standardisation(read(train.rows, True))
+    standard = standardisation(read(train.rows, True))
     blocks = (standard.apply(block) for block in read(examples.rows, True))
     weights = np.ones(len(examples))
     if recipe.balance != "none":
         weights = class_weights(examples.labels, classes)[examples.labels]
     names = [data.labels[label] for label in examples.labels]
     folds = held_out_folds(names, [data.groups[row] for row in examples.rows], FOLDS)
-    path: list[heads.Step] = []
+    path: list[Step] = []
     best: CrossValidated | None = None
     tried: CrossValidated | None = None
     # Folds are solved in threads of their own. What BLAS may take is the whole process's business.
@@ -203,13 +353,13 @@ def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
         for l2 in sorted(l2s, reverse=True):
             tried = cross_validate(table, weights, folds, classes, l2, max_iterations, tried)
             path.append(tried.step)
-            if best is None or tried.step.validation_loss < best.step.validation_loss:
+            if best is None or tried.step.validation.loss < best.step.validation.loss:
                 best = tried
             _say(tried, "accuracy" if recipe.balance == "none" else "balanced accuracy")
             if path[-_RISES:].count(best.step) == 0:
                 break
         assert best is not None
-        solution = heads.solve(
+        solution = solve(
             table,
             np.repeat(weights * is_fitted, table.views),
             classes=classes,
@@ -219,7 +369,7 @@ def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
         )
     _say_why(best, len(path), l2s, solution)
     shares = np.bincount(examples.labels, weights, minlength=classes) / weights.sum()
-    if best.step.validation_loss > (chance := float(-(shares * np.log(shares)).sum())):
+    if best.step.validation.loss > (chance := float(-(shares * np.log(shares)).sum())):
         _log.warning(
             "that is no better than the shares of the classes alone, whose loss is %.4f: too few "
             "images or groups, or labels that these features do not tell apart",
@@ -230,7 +380,7 @@ def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
 
 def cross_validate(
     table: Table,
-    weights: heads.Floats,
+    weights: Floats,
     folds: npt.NDArray[np.int64],
     classes: int,
     l2: float,
@@ -250,8 +400,8 @@ def cross_validate(
     """
     count = int(folds.max()) + 1
 
-    def solve(fold: int) -> heads.Solution:
-        return heads.solve(
+    def without(fold: int) -> Solution:
+        return solve(
             table,
             np.repeat(weights * (folds != fold), table.views),
             classes=classes,
@@ -262,7 +412,7 @@ def cross_validate(
         )
 
     with ThreadPoolExecutor(min(count, len(os.sched_getaffinity(0)))) as pool:
-        solutions = list(pool.map(solve, range(count)))
+        solutions = list(pool.map(without, range(count)))
     found = tuple(solution.head for solution in solutions)
     logits = np.full((len(folds), classes), np.nan, np.float32)
     done = 0
@@ -272,42 +422,39 @@ def cross_validate(
         for fold, head in enumerate(found):
             logits[done : done + len(plain)][own == fold] = head.logits(plain[own == fold])
         done += len(plain)
-    step = heads.Step(
+    step = Step(
         float(np.mean([solution.train_loss for solution in solutions])),
-        *_score(logits, table.labels, weights),
+        _score(logits, table.labels, weights),
         l2,
     )
     return CrossValidated(l2, found, logits, step)
 
 
-def _score(
-    logits: npt.NDArray[np.float32], labels: heads.Labels, weights: heads.Floats
-) -> tuple[float, float]:
+def _score(logits: npt.NDArray[np.float32], labels: Labels, weights: Floats) -> Measured:
     """Return the weighted mean cross-entropy in nats and accuracy of the images held out.
 
     Where classes count the same, that is the balanced accuracy.
     """
+    from scipy.special import log_softmax
+
     held = ~np.isnan(logits[:, 0])
-    losses = -heads.log_softmax(logits[held].astype(np.float64))[
-        np.arange(np.count_nonzero(held)), labels[held]
-    ]
+    log_probabilities = log_softmax(logits[held].astype(np.float64), axis=1)
+    losses = -log_probabilities[np.arange(len(log_probabilities)), labels[held]]
     hits = logits[held].argmax(axis=1) == labels[held]
     loss, accuracy = (np.average(values, weights=weights[held]) for values in (losses, hits))
-    return float(loss), float(accuracy)
+    return Measured(float(loss), float(accuracy))
 
 
 def _say(tried: CrossValidated, measure: str) -> None:
     held = int(np.count_nonzero(~np.isnan(tried.logits[:, 0])))
     _log.info(
         "l2 %g: %s-fold loss %.4f, %s %.3f on %s images",
-        *(tried.l2, len(tried.fold_heads), tried.step.validation_loss),
-        *(measure, tried.step.validation_accuracy, held),
+        *(tried.l2, len(tried.fold_heads), tried.step.validation.loss),
+        *(measure, tried.step.validation.accuracy, held),
     )
 
 
-def _say_why(
-    best: CrossValidated, tried: int, l2s: Sequence[float], solution: heads.Solution
-) -> None:
+def _say_why(best: CrossValidated, tried: int, l2s: Sequence[float], solution: Solution) -> None:
     left = f"; {len(l2s) - tried} weaker ones were left out" if tried < len(l2s) else ""
     _log.info("chosen: l2 %g, which has the least loss%s", best.l2, left)
     if len(l2s) > 1 and best.l2 in (min(l2s), max(l2s)):

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from tlpipe import pictures
+from tlpipe.data import charts
 from tlpipe.errors import ParamsError, TrainingError
 from tlpipe.progress import track
-from tlpipe.training import dataset as datasets
-from tlpipe.training.recipe import Recipe
-from tlpipe.training.schedule import LearningRates
+from tlpipe.training import model
+from tlpipe.training.recipe import LearningRates, Recipe
 from tlpipe.training.train import check_open
 
 if TYPE_CHECKING:
-    from tlpipe.training.loop import Training
+    from tlpipe.training.trainer import Training
 
 _STEPS = 100
 _FACTORS = np.geomspace(1e-3, 1e3, _STEPS)  # of the learning rates that are set
@@ -49,17 +48,17 @@ def run(*, activations: Path, pixels: Path, split: Path, plot: Path, params: Rec
         ArtifactError: activations and split table are of different data.
         ParamsError: nothing is trained step by step, or an option can have no effect.
     """
-    data = datasets.load(activations, split)
+    data = model.load_dataset(activations, split)
     if not data.open_stages and not params.hidden:
         raise ParamsError(
             f"embed.freeze is {data.activations.origin.freeze} and train.hidden is empty; a linear "
             f"head is solved without a learning rate. Open a stage, then 'dvc repro embed'."
         )
     check_open(data, params)
-    from tlpipe.training import loop, tuning
+    from tlpipe.training import trainer, tuning
 
     task, _ = tuning.prepare(data, pixels, params)
-    training = loop.Training(task, params, None)
+    training = trainer.Training(task, params, None)
     losses = try_learning_rates(training)
     found = choose(_FACTORS[: len(losses)], smoothed(losses), training.learning_rates)
     found = replace(found, open_stages=data.open_stages)
@@ -136,10 +135,10 @@ def choose(
 
 
 def _draw(path: Path, found: Found) -> None:
-    figure = pictures.new_figure(7, 4)
+    figure = charts.new_figure(7, 4)
     axes = figure.subplots()
     axes.plot(found.factors, found.losses)
-    pictures.scale_by_logarithm(axes)
+    charts.scale_by_logarithm(axes)
     axes.set_xlabel("learning rates, as multiples of those of params.yaml")
     axes.set_ylabel("training loss, smoothed (nats)")
     axes.set_ylim(top=2 * found.losses[0])
@@ -148,4 +147,4 @@ def _draw(path: Path, found: Found) -> None:
     if found.best is not None:
         axes.plot(found.factors[found.best], found.losses[found.best], "o", label="suggested")
     axes.legend()
-    pictures.save(figure, path)
+    charts.save_figure(figure, path)

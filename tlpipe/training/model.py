@@ -1,10 +1,12 @@
-"""The trained model on disk: a folder with ``model.safetensors`` and ``model.json``, written last.
+"""What ``train`` reads and what it writes: activations of two splits, and the trained model.
 
-Beside them lies ``held_out.safetensors``, the predictions for images it has not trained on.
+A model is a folder with ``model.safetensors`` and ``model.json``, written last. Beside them lies
+``held_out.safetensors``, the predictions for images it has not trained on.
 
 The tensors are those that were trained: ``stages.NAME...`` of the open stages, ``head.I.weight``
 and ``head.I.bias`` of the head's layers, between which stand ReLUs. What stayed as pretrained is
-named by its hash.
+named by its hash. A registered model to begin from is put together with that into one file of
+weights in the user's cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +19,95 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tlpipe import files
 from tlpipe import held_out as held_outs
+from tlpipe.backbones import activations as stored
 from tlpipe.backbones.activations import Origin
-from tlpipe.errors import ArtifactError
+from tlpipe.backbones.backbone import Backbone, describe, load_network
+from tlpipe.backbones.weights import registered_file
+from tlpipe.data.manifest import load_split, rows_of
+from tlpipe.errors import ArtifactError, WeightsError
 from tlpipe.held_out import HeldOut
-from tlpipe.training.head import Step
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The images of one split: their rows, and their label numbers, both (N,)."""
+
+    rows: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What ``train`` reads.
+
+    ``groups``: of every row of the split table; images of one group are not independent.
+    ``digest`` names the activations and the split table by their content.
+    """
+
+    activations: stored.Activations
+    backbone: Backbone
+    labels: tuple[str, ...]
+    train: Examples
+    validation: Examples
+    groups: tuple[str, ...]
+    split_sha256: str
+    digest: str
+
+    @property
+    def labelled(self) -> Examples:
+        """The images that training may see: those of the training split, then of validation."""
+        parts = (self.train, self.validation)
+        return Examples(
+            np.concatenate([part.rows for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+        )
+
+    @property
+    def open_stages(self) -> int:
+        """How many of the last stages are not frozen."""
+        return len(self.backbone.stages) - self.backbone.position(self.activations.origin.boundary)
+
+
+def load_dataset(activations: Path, split: Path) -> Dataset:
+    """Read what two stages have written.
+
+    Raises:
+        ArtifactError: one is missing, or they are of different images.
+    """
+    found, assignments = stored.load(activations), load_split(split)
+    if len(found.keys) != len(assignments):
+        raise ArtifactError(
+            f"{activations} holds {len(found.keys)} images and {split} {len(assignments)}; "
+            f"expected the same images. Run 'tlpipe run'."
+        )
+    keys = np.frombuffer(b"".join(row.key for row in assignments), ">u8")
+    if differ := int((keys != found.keys).sum()):
+        raise ArtifactError(
+            f"{differ} of the {len(assignments)} images in {activations} are not those of {split}; "
+            f"expected the same images. Run 'tlpipe run'."
+        )
+    labels = tuple(sorted({row.label for row in assignments if row.split == "train"}))
+    numbers = {label: number for number, label in enumerate(labels)}
+
+    def examples(part: str) -> Examples:
+        rows = rows_of(assignments, part)
+        targets = [numbers[assignments[i].label] for i in rows]
+        return Examples(np.array(rows, np.int64), np.array(targets, np.int64))
+
+    return Dataset(
+        activations=found,
+        backbone=describe(found.origin.backbone),
+        labels=labels,
+        train=examples("train"),
+        validation=examples("validation"),
+        groups=tuple(row.group for row in assignments),
+        split_sha256=files.sha256(split),
+        digest=f"{files.sha256(split)} {stored.digest(activations)}",
+    )
+
 
 _TENSORS, _INDEX = "model.safetensors", "model.json"
 _STAGES, _HEAD = "stages.", "head."
@@ -58,6 +145,38 @@ class Model:
     card: Card
     stages: Mapping[str, npt.NDArray[np.generic]]
     head: tuple[tuple[Array, Array], ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one split: the mean loss in nats, and metrics in [0, 1]; only of an epoch all of them."""
+
+    loss: float
+    accuracy: float
+    balanced_accuracy: float | None = None
+    macro_f1: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One l2 of the linear probe's path, or an epoch, 0 the state before the first.
+
+    Before the first epoch nobody has computed a training loss (nats). The linear probe's
+    "validation" is cross-validation; an epoch has no ``l2``.
+    """
+
+    train_loss: float | None
+    validation: Measured
+    l2: float | None = None
+
+    def columns(self) -> dict[str, float | None]:
+        """Return what the history shows of it."""
+        return {
+            "train_loss": self.train_loss,
+            "validation_loss": self.validation.loss,
+            "validation_accuracy": self.validation.accuracy,
+            "l2": self.l2,
+        }
 
 
 @dataclass(frozen=True)
@@ -114,7 +233,7 @@ def load(folder: Path) -> Model:
         tensors = load_file(folder / _TENSORS)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"{folder / _TENSORS} cannot be read: {error}. Run 'dvc repro'."
+            f"{folder / _TENSORS} cannot be read: {error}. Run 'tlpipe run'."
         ) from None
     layers = sum(name.startswith(_HEAD) for name in tensors) // 2
     return Model(
@@ -125,3 +244,42 @@ def load(folder: Path) -> Model:
             for number in range(layers)
         ),
     )
+
+
+def keep_weights(folder: Path, backbone: str) -> str:
+    """Put the network of a trained model into the user's cache; return the hash of its file.
+
+    What was frozen in it comes from its own pretrained weights; its head is left out.
+
+    Raises:
+        ArtifactError: the model is incomplete.
+        WeightsError: it is built on another backbone, or its own weights are not here.
+    """
+    import hashlib
+
+    from safetensors.torch import save
+
+    model = load(folder)
+    origin = model.card.origin
+    if origin.backbone != backbone:
+        raise WeightsError(
+            f"the registered model is built on {origin.backbone}; expected {backbone}. Change "
+            f"embed.backbone or embed.weights in params.yaml."
+        )
+    known = describe(backbone)
+    network = load_network(known, known.find_weights(origin.weights, origin.weights_sha256))
+    import torch
+
+    trained = {name: torch.from_numpy(tensor) for name, tensor in model.stages.items()}
+    if unknown := network.load_state_dict(trained, strict=False).unexpected_keys:
+        raise WeightsError(
+            f"the registered model has tensors that {backbone} has not, such as {unknown[0]}: this "
+            f"version of tlpipe cuts it into other stages. Train and register it anew."
+        )
+    # Behind the name of its stage, a tensor has the name that the backbone's own code gives it.
+    tensors = {name.partition(".")[2]: tensor for name, tensor in network.state_dict().items()}
+    content = save({name: tensors[name].contiguous() for name in sorted(tensors)})
+    digest = hashlib.sha256(content).hexdigest()
+    with files.writing_cache(registered_file(digest).parent):
+        files.write_bytes(registered_file(digest), content)
+    return digest

@@ -3,18 +3,15 @@
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from pathlib import Path
 
 from tlpipe import files
-from tlpipe.backbones.freeze import AUTO
+from tlpipe.backbones.activations import AUTO
 from tlpipe.errors import ParamsError
 from tlpipe.params import check_effect, without_effect
-from tlpipe.training import dataset as datasets
 from tlpipe.training import linear_probe
 from tlpipe.training import model as models
-from tlpipe.training.dataset import Dataset
-from tlpipe.training.head import Step
+from tlpipe.training.model import Dataset, Step
 from tlpipe.training.recipe import Recipe
 
 _log = logging.getLogger(__name__)
@@ -58,7 +55,7 @@ def run(
         TrainingError: another training runs in this folder, or this one cannot go on.
         Interrupted: somebody asked to stop; the same command resumes from there.
     """
-    data = datasets.load(activations, split)
+    data = models.load_dataset(activations, split)
     check_open(data, params)
 
     def record(steps: Sequence[Step]) -> None:
@@ -208,15 +205,15 @@ def _card(data: Dataset, learned: models.Learned) -> models.Card:
         frozen_parameters=data.backbone.parameters - open_parameters,
         l2=learned.l2,
         epoch=learned.epoch,
-        validation_accuracy=learned.kept.validation_accuracy,
-        validation_loss=learned.kept.validation_loss,
+        validation_accuracy=learned.kept.validation.accuracy,
+        validation_loss=learned.kept.validation.loss,
     )
 
 
 def _save_history(path: Path, steps: Sequence[Step], *, first: int) -> None:
     """Write the history; what nobody has computed stays empty."""
     rows = [
-        (number, *("" if value is None else f"{value:.6f}" for value in astuple(step)))
+        (number, *("" if value is None else f"{value:.6f}" for value in step.columns().values()))
         for number, step in enumerate(steps, start=first)
     ]
     files.write_csv(path, HISTORY, rows)

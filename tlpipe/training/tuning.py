@@ -1,38 +1,47 @@
-"""Set up fine-tuning: the classifier with its head solved, and what feeds it."""
+"""Set up fine-tuning: the processes that share it, a classifier with its head solved, its feed.
+
+Processes are those that ``torchrun`` starts; each has a device of its own.
+"""
 
 import copy
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
-from tlpipe import allocator
+from tlpipe import runtime
 from tlpipe.backbones.backbone import load_network
-from tlpipe.backbones.device import training_device
 from tlpipe.backbones.weights import Weights
 from tlpipe.code_digest import of_modules, versions
 from tlpipe.data import pixels as packed
 from tlpipe.errors import ArtifactError, ParamsError, TrainingError
 from tlpipe.held_out import HeldOut
-from tlpipe.training import batchnorm, distributed, linear_probe, loop, signals
-from tlpipe.training import head as heads
+from tlpipe.training import checkpoint, distributed, linear_probe, trainer
 from tlpipe.training.batches import Feed, Photos, StoredActivations, batches
 from tlpipe.training.checkpoint import Checkpoints
-from tlpipe.training.classifier import Classifier, build, open_part
-from tlpipe.training.dataset import Dataset, Examples
-from tlpipe.training.model import Learned
+from tlpipe.training.classifier import (
+    Classifier,
+    build,
+    fold_batch_norms,
+    open_part,
+    synchronise_batch_norms,
+)
+from tlpipe.training.model import Dataset, Examples, Learned, Step
 from tlpipe.training.recipe import Recipe
-from tlpipe.training.task import Task, autocast, predict
+from tlpipe.training.trainer import Task, autocast, predict
 
 _log = logging.getLogger(__name__)
 # All code that has a part in the weights: a training resumes only where it is what it was.
 _CODE = (
-    "tlpipe.data.chunks",
-    "tlpipe.data.folds",
+    "tlpipe.resampling",
     "tlpipe.data.images",
     "tlpipe.data.pixels",
     "tlpipe.backbones.augment",
@@ -42,14 +51,16 @@ _CODE = (
     *(
         f"tlpipe.training.{name}"
         for name in (
-            *("batches", "batchnorm", "classifier", "dataset", "distributed", "head"),
-            *("linear_probe", "loop", "optimiser", "recipe", "schedule", "task", "tuning"),
+            *("batches", "classifier", "distributed", "linear_probe", "model"),
+            *("recipe", "trainer", "tuning"),
         )
     ),
-    "tlpipe.seeds",
+    "tlpipe.runtime",
 )
 _PACKAGES = ("numpy", "scipy", "timm", "torch", "torchvision")
 _BLOCK = 64
+# The others wait while the first one solves the head. torchrun ends all where one has died.
+_TIMEOUT = timedelta(hours=2)
 # Digits differ by more than twice as much, photographs of hands a little more, of insects less.
 _SHIFT = 0.1
 
@@ -59,7 +70,7 @@ def tune(
     pixels: Path,
     checkpoints: Path,
     recipe: Recipe,
-    record: Callable[[Sequence[heads.Step]], None],
+    record: Callable[[Sequence[Step]], None],
 ) -> Learned:
     """Solve the head where it is linear, then train all that is open from there.
 
@@ -69,25 +80,44 @@ def tune(
         Interrupted: somebody asked to stop; the next call resumes from there.
         TrainingError: training cannot go on.
     """
-    with signals.out_of_memory_explained(recipe), distributed.process_group() as (rank, count):
+    with checkpoint.out_of_memory_explained(recipe), process_group() as (rank, count):
         _check_shares(len(data.train), recipe, count)
         task, l2 = prepare(data, pixels, recipe, rank, count)
         digest = digest_of(data, recipe, task)
         check_same(digest, rank)
         kept = Checkpoints(checkpoints, digest)
-        epochs = loop.fine_tune(task, recipe, kept, lambda epochs: record(_steps(epochs)))
-        best = loop.best_of(epochs, recipe)
+        epochs = trainer.fine_tune(task, recipe, kept, record)
+        best = trainer.best_of(epochs, recipe)
         tensors = task.classifier.stages.state_dict()
         return Learned(
             stages={name: tensor.cpu().numpy() for name, tensor in tensors.items()},
             head=task.classifier.folded_head(),
             l2=l2,
-            epoch=best.epoch,
+            epoch=best,
             first=0,
-            steps=_steps(epochs),
-            kept=_steps([best])[0],
+            steps=epochs,
+            kept=epochs[best],
             held_out=_held_out(task),
         )
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """Join the process group, if there is one; yield this process's rank and the world size."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield 0, 1
+        return
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield dist.get_rank(), count
+    finally:
+        dist.destroy_process_group()
 
 
 def check_same(digest: str, rank: int) -> None:
@@ -124,14 +154,14 @@ def prepare(
     """Return what is trained with its head solved, and the l2 that was picked for that.
 
     A head with hidden units is left as it was drawn, and has none. Of several processes only the
-    first one's weights are right; ``loop.Training.begin`` gives them to the others.
+    first one's weights are right; ``trainer.Training.begin`` gives them to the others.
 
     Raises:
         ParamsError: ``batch_norm`` is set and no open layer is one.
     """
-    allocator.keep_freed()
+    runtime.keep_freed()
     torch.set_num_threads(data.activations.origin.threads)
-    device = training_device(distributed.local_rank())
+    device = training_device(local_rank())
     classifier = _start(data, recipe).eval().to(device)
     classifier.to(memory_format=torch.channels_last)
     feed = _feed(data, pixels, device)
@@ -141,9 +171,9 @@ def prepare(
         l2 = _solve_head(classifier, feed, data, recipe)
     l2, classifier.uses_batch_stats = distributed.broadcast((l2, classifier.uses_batch_stats))
     if not classifier.uses_batch_stats:
-        batchnorm.fold(classifier.stages, feed.plain(data.train.rows[:2]))
+        fold_batch_norms(classifier.stages, feed.plain(data.train.rows[:2]))
     elif count > 1:
-        batchnorm.synchronise(classifier, device)
+        synchronise_batch_norms(classifier, device)
     task = Task(
         classifier=classifier,
         feed=feed,
@@ -155,6 +185,18 @@ def prepare(
         world_size=count,
     )
     return task, l2
+
+
+def local_rank() -> int:
+    """Return this process's number among those on this machine; torchrun sets it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def training_device(rank: int) -> torch.device:
+    """Return the device of one of the processes on this machine."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _start(data: Dataset, recipe: Recipe) -> Classifier:
@@ -178,7 +220,7 @@ def _feed(data: Dataset, pixels: Path, device: torch.device) -> Feed:
     images = packed.load(pixels)
     if images.data_sha256 != origin.data_sha256:
         raise ArtifactError(
-            f"{pixels} holds other images than the activations are of. Run 'dvc repro'."
+            f"{pixels} holds other images than the activations are of. Run 'tlpipe run'."
         )
     return Photos(images.array, device, origin.preprocessing, origin.augmentation)
 
@@ -219,7 +261,7 @@ def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recip
     is_changed = classifier.uses_batch_stats or recipe.reinitialise
     read = _computed(classifier, feed) if is_changed else linear_probe.stored(data)
     if recipe.hidden:
-        classifier.standardise(heads.standardisation(read(data.train.rows, True)))
+        classifier.standardise(linear_probe.standardisation(read(data.train.rows, True)))
         return None
     found = linear_probe.fit(read, data, data.train, recipe)
     classifier.standardise(found.standard)
@@ -230,7 +272,7 @@ def _solve_head(classifier: Classifier, feed: Feed, data: Dataset, recipe: Recip
 def _computed(classifier: Classifier, feed: Feed) -> linear_probe.Read:
     """Return what computes features with the open stages as they are."""
 
-    def read(rows: npt.NDArray[np.int64], every_view: bool) -> Iterator[heads.Floats]:  # noqa: ARG001
+    def read(rows: npt.NDArray[np.int64], every_view: bool) -> Iterator[linear_probe.Floats]:  # noqa: ARG001
         classifier.eval()
         for start in range(0, len(rows), _BLOCK):
             with torch.inference_mode(), autocast(classifier.mean.device):
@@ -245,17 +287,6 @@ def _held_out(task: Task) -> HeldOut:
     rows, labels = task.validation.rows, task.validation.labels
     logits = torch.cat(list(predict(task, task.classifier, rows))).float().numpy()
     return HeldOut(rows, labels, logits, np.zeros_like(rows))
-
-
-def _steps(epochs: Sequence[loop.Epoch]) -> list[heads.Step]:
-    return [
-        heads.Step(
-            epoch.train_loss,
-            epoch.validation.loss,
-            epoch.validation.accuracy,
-        )
-        for epoch in epochs
-    ]
 
 
 def digest_of(data: Dataset, recipe: Recipe, task: Task) -> str:

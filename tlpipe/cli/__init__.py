@@ -1,0 +1,79 @@
+"""The command line: one command a stage, and those that people use beside the graph.
+
+Nothing heavy is imported before a command needs it, so that ``--help`` and errors are quick.
+"""
+
+import errno
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from tlpipe.cli import doctor, models, projects, stages
+from tlpipe.cli.tables import printable
+from tlpipe.errors import ArtifactError, TlpipeError
+
+app = typer.Typer(
+    help="From labelled images to a classifier in production: reproducible, measured, served.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for part in (projects, stages, models):
+    part.add(app)
+app.command()(doctor.doctor)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        print(f"tlpipe {version('tlpipe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+def main() -> None:
+    """Run a command; an error ends in one line and its own exit code."""
+    # No network unless asked for: these are read when the packages are imported.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("tlpipe").setLevel(logging.INFO)
+    try:
+        app()
+    except TlpipeError as error:
+        print(f"tlpipe: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        known = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+        if error.filename is None or error.errno not in known:
+            raise
+        print(
+            f"tlpipe: {printable(str(error.filename))}: {error.strerror}; expected a folder that "
+            f"may be read and written. Change its permissions, or work in another one.",
+            file=sys.stderr,
+        )
+        raise SystemExit(ArtifactError.exit_code) from None
+
+
+class _Printable(logging.Formatter):
+    """Messages may quote names of files, and what others wrote into a registry."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))

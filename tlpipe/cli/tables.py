@@ -1,0 +1,234 @@
+"""What commands print: tables, and names that are safe to print."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tlpipe.registry.gate import Decision
+    from tlpipe.registry.moves import Move
+
+_LISTED = 20  # classes
+_METRICS = (
+    *("accuracy", "balanced_accuracy", "macro_f1", "auroc", "log_loss"),
+    "calibration_error",
+)
+
+
+def printable(text: str) -> str:
+    """Escape what would move the cursor, colour the terminal or be no UTF-8: names may hold it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_json(content: object) -> None:
+    """Print JSON for programs."""
+    import json
+
+    print(json.dumps(content, indent=2))
+
+
+def print_answers(answers: list[dict[str, Any]]) -> None:
+    """Print the answers for images."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    table = Table(Column("image", overflow="fold"), "label", "probability", "next")
+    for answer in answers:
+        name = escape(printable(answer["path"]))
+        if "error" in answer:
+            table.add_row(name, f"[red]{escape(printable(answer['error']))}[/red]")
+            continue
+        _, *others = answer["probabilities"].items()
+        following = ", ".join(f"{printable(label)} {p:.3f}" for label, p in others[:2])
+        label = escape(printable(answer["label"]))
+        table.add_row(name, label, f"{answer['probability']:.3f}", escape(following))
+    Console().print(table)
+
+
+def print_folds(report: dict[str, Any]) -> None:
+    """Print what each fold measured, and the means with their intervals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tlpipe.evaluation.evaluate import describe
+    from tlpipe.evaluation.metrics import title
+
+    names = [name for name in report["mean"] if not name.startswith("top_")]
+    table = Table("split.\nfold", *(title(name).replace(" ", "\n") for name in names))
+    for column in table.columns:
+        column.justify = "right"
+    for fold in report["folds"]:
+        table.add_row(str(fold["fold"]), *(f"{fold['metrics'][name]:.3f}" for name in names))
+    table.add_section()
+    means = [report["mean"][name] for name in names]
+    table.add_row("mean", *(f"{mean['value']:.3f}\n+-{mean['half_width']:.3f}" for mean in means))
+    Console().print(table)
+    pooled = report["pooled"]
+    share = f"{means[0]['confidence']:.0%}"
+    print(f"+-: {share} interval, corrected for the training images that folds share")
+    print(f"pooled: accuracy {describe(pooled['accuracy'])} on {pooled['images']} images")
+
+
+def print_decision(name: str, decision: "Decision") -> None:
+    """Print what the gate found, rule by rule."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    def called(version: str) -> str:
+        return f"{name} version {version}" if version.isdecimal() else version
+
+    against = called(decision.champion) if decision.champion else "nothing before it"
+    title = printable(f"{called(decision.candidate)} against {against}")
+    table = Table("rule", "found", "expected", "", title=escape(title), title_justify="left")
+    for rule in decision.rules:
+        colour = {"holds": "green", "fails": "red", "cannot tell": "yellow"}[rule.verdict]
+        found, expected = (escape(printable(text)) for text in (rule.found, rule.expected))
+        table.add_row(rule.name, found, expected, f"[{colour}]{rule.verdict}[/{colour}]")
+    Console().print(table)
+
+
+def print_moves(log: "list[Move]") -> None:
+    """Print moves, the oldest first."""
+    _print_moves(
+        (f"{move.at:%Y-%m-%d %H:%M:%S}", move.champion, move.previous, move.kind, move.by, move.why)
+        for move in log
+    )
+
+
+def _print_moves(rows: Iterable[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    table = Table(Column("since (UTC)", no_wrap=True), "version", "before", "move", "by", "reason")
+    for since, version, before, *words in rows:
+        shown = (escape(printable(text)) for text in words)
+        table.add_row(since, version or "none", before or "none", *shown)
+    Console().print(table)
+
+
+def print_versions(name: str, found: list[dict[str, Any]]) -> None:
+    """Print the versions of a model, the oldest first."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    table = Table(
+        Column("version", justify="right"),
+        "accuracy",
+        "aliases",
+        Column("registered (UTC)", no_wrap=True),
+        "by",
+        Column("from", overflow="fold"),
+        title=escape(printable(name)),
+        title_justify="left",
+    )
+    for one in found:
+        words = (", ".join(one["aliases"]), _minute(one["registered_at"]), one["registered_by"])
+        table.add_row(
+            one["version"],
+            _value(one["accuracy"]),
+            *(escape(printable(text)) for text in words),
+            escape(printable(_origin(one))),
+        )
+    Console().print(table)
+
+
+def print_model(found: dict[str, Any]) -> None:
+    """Print what is known of one model, of the registry or a folder."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    title = f"{found['name']} version {found['version']}" if "version" in found else found["folder"]
+    table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False)
+    table.title, table.title_justify = escape(printable(title)), "left"
+    for key, value in _facts(found):
+        table.add_row(key, escape(printable(value)))
+    Console().print(table)
+    if precisions := found.get("precisions"):
+        _print_precisions(precisions)
+    if moves := found.get("moves"):
+        keys = ("version", "previous", "kind", "by", "reason")
+        _print_moves((_minute(move["at"]), *(move[key] for key in keys)) for move in moves)
+
+
+def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows that say what it is and where it comes from."""
+    provenance, origin = found["provenance"], found["provenance"]["origin"]
+    rows = []
+    if "version" in found:
+        who = found["registered_by"] or "unknown"
+        rows = [
+            ("aliases", ", ".join(found["aliases"]) or "none"),
+            ("registered", f"{_minute(found['registered_at'])} UTC by {who}"),
+            ("from", _origin(found)),
+            ("gate", found["gate"] or "not asked yet"),
+        ]
+    labels, signed = found["classes"], "there; 'tlpipe verify' checks it with --key"
+    more = f" and {len(labels) - _LISTED} more" if len(labels) > _LISTED else ""
+    graphs = (f"{name} {graph['bytes'] / 1e6:.1f} MB" for name, graph in found["graphs"].items())
+    packages = (f"{name} {version}" for name, version in provenance["packages"].items())
+    return [
+        *rows,
+        ("classes", f"{len(labels)}: {', '.join(labels[:_LISTED])}{more}"),
+        *_weakest(found.get("precisions", {}).get("fp32")),
+        ("backbone", f"{origin['backbone']}, weights {origin['weights']}"),
+        ("frozen", str(origin["freeze"])),
+        ("data", origin["data_version"] or origin["data_sha256"]),
+        ("commit", provenance["git_commit"] or "none"),
+        ("packages", ", ".join(packages)),
+        ("graphs", ", ".join(graphs)),
+        ("bundle", f"{found['bundle']}, intact"),
+        ("signature", signed if found["is_signed"] else "none"),
+    ]
+
+
+def _weakest(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return a row with the classes that are found least often."""
+    if measured is None:
+        return []
+    from tlpipe.evaluation.metrics import by_recall
+
+    rows = measured["per_class"]
+    worst = by_recall(rows)[:3]
+    said = (f"{name} ({rows[name]['recall']:.0%} of {rows[name]['images']})" for name in worst)
+    return [("least often found", ", ".join(said))]
+
+
+def _print_precisions(precisions: dict[str, Any]) -> None:
+    """Print what was measured on the test split, a column for each precision."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tlpipe.evaluation.metrics import title
+
+    table = Table("test split", *precisions)
+    for key in _METRICS:
+        table.add_row(title(key), *(_value(measured.get(key)) for measured in precisions.values()))
+    table.add_row("size", *(f"{measured['megabytes']:.1f} MB" for measured in precisions.values()))
+    times = (f"{measured['milliseconds']:.1f} ms" for measured in precisions.values())
+    table.add_row("one answer", *times)
+    Console().print(table)
+
+
+def _value(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "unknown"
+    interval = f" ({found['low']:.3f} to {found['high']:.3f})" if "low" in found else ""
+    return f"{found['value']:.3f}{interval}"
+
+
+def _origin(found: dict[str, Any]) -> str:
+    """Return the commit, and where that is, as far as it is known."""
+    commit = found["git_commit"][:10] or "no commit"
+    changes = " with uncommitted changes" if found["git_changed"] else ""
+    place = "/".join(filter(None, (found["git_remote"], found["git_folder"].rstrip("/"))))
+    copied = f"copied from {found['copied_from']}" if found["copied_from"] else ""
+    return ", ".join(filter(None, (f"{commit}{changes}", place, copied)))
+
+
+def _minute(moment: str) -> str:
+    """Return a time in ISO 8601 without its seconds and zone."""
+    return moment[:16].replace("T", " ")
