@@ -33,7 +33,7 @@ run: setup
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"tlpipe needs Python 3.11 or 3.12; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 run")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"tlpipe needs Python 3.11 to 3.13; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 run")'
 	rm -f .venv/ready-*
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@# The two runtimes hold the same files: only one may ever be installed.
@@ -82,7 +82,7 @@ docs: setup
 pictures: run
 	python docs/pictures.py
 
-# Names and versions only, for Python 3.11 and 3.12 and both runtimes.
+# Names and versions only, for Python 3.11 to 3.13 and both runtimes.
 constraints:
 	uv pip compile -q pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file constraints.txt

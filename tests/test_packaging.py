@@ -220,4 +220,4 @@ def test_the_makefile_finds_the_runtime_and_refuses_other_pythons(tmp_path: Path
         ["make", "-B", "setup", f"PYTHON={old}"], cwd=ROOT, capture_output=True, text=True
     )
     assert failed.returncode != 0
-    assert "tlpipe needs Python 3.11 or 3.12" in failed.stderr
+    assert "tlpipe needs Python 3.11 to 3.13" in failed.stderr

@@ -4,12 +4,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from tests.conftest import ROOT, Workspace
+from tlpipe.backbones import frozen
 from tlpipe.backbones.backbone import describe
 from tlpipe.backbones.frozen import whole_graph
 from tlpipe.backbones.weights import IMAGENET, Weights, find
+from tlpipe.errors import ParityError
 
 EXPORT = """
 from tlpipe.backbones.backbone import describe
@@ -38,6 +42,31 @@ def test_a_damaged_cache_is_made_anew_with_bytes_that_say_nothing_of_the_machine
     assert content == cached.read_bytes()
     for trace in (b".py", b"site-packages", str(ROOT).encode(), b"stack_trace"):
         assert trace not in content
+
+
+def test_a_graph_that_computes_otherwise_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exporter that errs by a hundredth in one channel of the first layer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    exported = frozen.export
+
+    def err(*given: Any) -> onnx.ModelProto:
+        model = exported(*given)
+        first = next(node.input[1] for node in model.graph.node if node.op_type == "Conv")
+        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == first)
+        weight = numpy_helper.to_array(tensor).copy()
+        weight[0] *= 1.01
+        tensor.CopyFrom(numpy_helper.from_array(weight, first))
+        return model
+
+    monkeypatch.setattr(frozen, "export", err)
+    with pytest.raises(ParityError, match=r"stage \w+ of timm/test_resnet gives values up to"):
+        whole_graph(describe("timm/test_resnet"), Weights(None, ""))
+    assert not list((tmp_path / "tlpipe" / "frozen").glob("*"))
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert whole_graph(describe("timm/test_resnet"), Weights(None, "")).exists()
 
 
 def export_together(cache: Path, everybody: Any, exported: Any) -> None:

@@ -14,17 +14,23 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tlpipe import files
 from tlpipe.backbones.backbone import Backbone, load_network
 from tlpipe.backbones.weights import Weights
 from tlpipe.code_digest import of_modules, versions
 from tlpipe.data.images import Preprocessing
+from tlpipe.errors import ParityError
+from tlpipe.runtime import generator, open_session
 
 if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import Tensor, nn
 
 OPSET = 20
+_PARITY_IMAGES = 4
+_TOLERANCE = 1e-3  # of the standard deviation of what a stage gives
 IMAGES = "images"
 PACKAGES = ("onnx", "onnx-ir", "onnxscript", "timm", "torch", "torchvision")
 _CODE = tuple(f"tlpipe.backbones.{name}" for name in ("backbone", "frozen", "stages", "weights"))
@@ -34,7 +40,11 @@ _log = logging.getLogger(__name__)
 def whole_graph(backbone: Backbone, weights: Weights) -> Path:
     """Return the pretrained network's ONNX file, exporting it if the cache does not hold it intact.
 
-    Every stage's result is an output of it, so that one export serves every boundary.
+    Every stage's result is an output of it, so that one export serves every boundary. It is kept
+    after each of them has proven equal to torch's.
+
+    Raises:
+        ParityError: a stage gives something else than in torch.
     """
     name = backbone.name.replace("/", "--")
     path = files.cache_folder("tlpipe") / "frozen" / f"{name}-{graph_key(backbone, weights)}.onnx"
@@ -46,10 +56,37 @@ def whole_graph(backbone: Backbone, weights: Weights) -> Path:
     names = [output(stage.name) for stage in backbone.stages]
     model = export(_every_stage(network), IMAGES, names, images(backbone.preprocessing))
     content = model.SerializeToString(deterministic=True)
+    _check_parity(backbone, network, content)
     with files.writing_cache(path.parent):
         files.write_bytes(path, content)
         files.write_bytes(seal, hashlib.sha256(content).hexdigest().encode())
     return path
+
+
+def _check_parity(backbone: Backbone, network: "nn.Sequential", content: bytes) -> None:
+    """Hold every stage of a graph against torch, on images of noise and on smooth ones."""
+    import torch
+
+    side = backbone.preprocessing.crop_px
+    random = generator(0, "parity of the frozen part")
+    shown = random.integers(0, 256, (_PARITY_IMAGES, side, side, 3), np.uint8)
+    rising = np.linspace(0, 255, side, dtype=np.uint8)
+    shown[::2, :, :, 0], shown[::2, :, :, 1] = rising, rising[:, np.newaxis]
+    found = open_session(content, threads=1, device="cpu").run(None, {IMAGES: shown})
+    normalise, *stages = network
+    with torch.inference_mode():
+        current = normalise(torch.from_numpy(shown))
+        for stage, module, array in zip(backbone.stages, stages, found, strict=True):
+            current = module(current)
+            expected = current.numpy()
+            allowed = _TOLERANCE * float(expected.std())
+            apart = float(np.abs(expected - array).max())
+            if not apart <= allowed:  # a NaN is an error, too
+                raise ParityError(
+                    f"the exported stage {stage.name} of {backbone.name} gives values up to "
+                    f"{apart:.2g} from those in torch; expected {allowed:.2g} at most. Nothing was "
+                    f"kept. Report it, or take another embed.backbone."
+                )
 
 
 def output(stage: str) -> str:
@@ -95,6 +132,10 @@ def export(
     """Export a module of one argument, whose first axis may have any length, without traces."""
     import torch
 
+    for part in module.modules():
+        # The exporter turns what works in place into what does not, at the price of half its time.
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
     with _quiet():
         program = torch.onnx.export(
             module,

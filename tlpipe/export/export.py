@@ -46,7 +46,7 @@ class Params(Section):
     """
 
     parity_images: int = Field(
-        default=64, ge=1, description="Test images to compare with torch, at most."
+        default=64, ge=1, description="Test images to compare with the trained model, at most."
     )
     parity_tolerance: float = Field(
         default=1e-4,
@@ -115,9 +115,11 @@ def run(
     exact = finish(whole)
     train, validation, test = (rows_of(assignments, part) for part in SPLITS)
     tested = sample(test).first(params.parity_images)
-    in_torch = graph.compute_logits(graph.in_torch(trained, backbone, weights), tested, "torch")
+    expected = graph.compute_logits(
+        graph.trained_model(trained, backbone, weights), tested, "the trained model"
+    )
     measured = graph.measure_parity(
-        in_torch, graph.compute_logits(in_onnx(exact), tested, "ONNX Runtime")
+        expected, graph.compute_logits(in_onnx(exact), tested, "ONNX Runtime")
     )
     graph.check_parity(measured, params.parity_tolerance)
 
@@ -150,7 +152,7 @@ def run(
     )
     files.write_json(parity, {**asdict(measured), "temperature": divisor, "precisions": checks})
     _log.info(
-        "%.1f MB of ONNX; differs from torch by at most %.1e on %s images",
+        "%.1f MB of ONNX; differs from the trained model by at most %.1e on %s images",
         len(exact) / 1e6,
         measured.max_difference,
         measured.images,

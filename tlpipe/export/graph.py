@@ -1,9 +1,9 @@
-"""Put the ONNX graph of a classifier together, and hold it against the trained model in torch.
+"""Put the ONNX graph of a classifier together, and hold it against the trained model.
 
 What was frozen, what was trained, the head. For those who have pixels of any size there is a second
 graph, in which resizing and cropping are part of it. It does what ``data.images.square`` and
 ``crop_middle`` do, in ONNX: the shorter side is resized on uint8 with antialiasing, and the middle
-kept. Parity with torch is measured on real images.
+kept. Parity with the trained model is measured on real images.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,6 @@ from tlpipe.data.pixels import Chunks
 from tlpipe.errors import ParityError
 from tlpipe.progress import track
 from tlpipe.runtime import open_session
-from tlpipe.training.classifier import full_network, restore
 from tlpipe.training.model import Model
 
 _OPEN = "open."
@@ -92,6 +91,8 @@ def _features(backbone: Backbone, weights: Weights, model: Model) -> onnx.ModelP
     if position == len(backbone.stages):
         return trunk
     import torch
+
+    from tlpipe.training.classifier import restore
 
     stages = restore(backbone, weights, model).stages
     if trunk is None:
@@ -205,9 +206,33 @@ class Parity:
     logit_spread: float
 
 
+def trained_model(model: Model, backbone: Backbone, weights: Weights) -> Compute:
+    """Return what computes the trained model's logits (N, C) from images (N, S, S, 3) uint8 RGB.
+
+    In torch; where all but the head is frozen, the head in NumPy on what it was trained on, the
+    frozen graph's features: that graph was held against torch when it was exported.
+    """
+    threads = model.card.origin.threads
+    if backbone.position(model.card.origin.boundary) < len(backbone.stages):
+        return in_torch(model, backbone, weights)
+    frozen_part = _features(backbone, weights, model).SerializeToString()
+    session = open_session(frozen_part, threads=threads, device="cpu")
+
+    def compute(images: Pixels) -> Logits:
+        current: Logits = session.run(None, {IMAGES: images})[0]
+        *hidden, (weight, bias) = model.head
+        for inner, shift in hidden:
+            current = np.maximum(current @ inner.T + shift, 0)
+        return current @ weight.T + bias
+
+    return compute
+
+
 def in_torch(model: Model, backbone: Backbone, weights: Weights) -> Compute:
     """Return what computes the trained model's logits, in torch."""
     import torch
+
+    from tlpipe.training.classifier import full_network
 
     torch.set_num_threads(model.card.origin.threads)
     network = full_network(backbone, weights, model)
