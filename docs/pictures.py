@@ -64,11 +64,11 @@ def save(picture: "Image", path: Path) -> None:
 
 
 def overview() -> "Image":
-    """Return three pictures of one run side by side: data, confusion, mistakes."""
+    """Return two pictures of one run side by side: confusion and mistakes."""
     from PIL import Image
 
-    height, gap = 420, 20
-    names = ("audit/plots/classes", "evaluate/plots/confusion", "evaluate/plots/mistakes")
+    height, gap = 560, 20
+    names = ("evaluate/plots/confusion", "evaluate/plots/mistakes")
     parts = []
     for name in names:
         part = opened(f"{name}.png")

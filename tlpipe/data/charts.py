@@ -109,7 +109,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 
 # In pixels: an image's side, the space around it, the height of a line and of the title.
-_SIDE, _GAP, _LINE, _TITLE = 168, 12, 15, 34
+_SIDE, _GAP, _LINE, _TITLE = 168, 12, 19, 38
 _LONGEST = 200  # characters of a caption; more cannot be shown anyway
 
 
@@ -134,7 +134,7 @@ def gallery(
         columns: images in a row.
     """
     check_letters((title, *captions))
-    small, large = (_Face(size) for size in (11, 15))  # of the fonts of the figures
+    small, large = (_Face(size) for size in (15, 19))  # of the fonts of the figures
     rows = -(-len(squares) // columns)
     across, down = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP
     sheet = Image.new("RGB", (columns * across + _GAP, _TITLE + rows * down + _GAP), "white")
@@ -146,7 +146,7 @@ def gallery(
         image = Image.fromarray(square).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         sheet.paste(image, (left, top))
         for number, line in enumerate(_lines(caption, small), start=1):
-            small.write(draw, (left, top + _SIDE + number * _LINE - 3), line, "ls")
+            small.write(draw, (left, top + _SIDE + number * _LINE - 4), line, "ls")
     with files.replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
 

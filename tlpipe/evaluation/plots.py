@@ -74,7 +74,7 @@ def confusion(truth: Labels, predicted: Labels, labels: Sequence[str]) -> "Figur
     for (row, column), count in np.ndenumerate(matrix):
         if count:
             colour = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+            axes.text(column, row, str(count), ha="center", va="center", color=colour)
     return figure
 
 
