@@ -114,12 +114,16 @@ def test_show_says_what_a_version_is_and_was_measured_at(copied: Workspace) -> N
     assert found["precisions"].keys() == report["precisions"].keys()
     for precision, measured in report["precisions"].items():
         assert found["precisions"][precision]["accuracy"] == measured["accuracy"]
+    copies = json.loads((copied.path / graph.PATHS["leaks_report"]).read_text())
+    kept = {name: report[name] for name in ("generalisation", "abstention", "ood")}
+    assert found["limits"] == {**kept, "copies": copies}
     (move,) = found["moves"]
     assert (move["kind"], move["version"], move["previous"]) == ("promotion", "1", "")
     assert (found["gate"], found["is_signed"]) == ("passed", False)
     table = copied.call("show", "digits@1").stdout
     for text in ("champion", bundle.digest, "promotion", "int8", "efficientnet_lite0"):
         assert text in table
+    assert f"AUROC {report['ood']['auroc']:.3f} on {report['ood']['images']}" in table
     folder = json.loads(copied.call("show", BUNDLE, "--json").stdout)
     assert folder == {
         "folder": BUNDLE,

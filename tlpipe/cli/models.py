@@ -51,7 +51,7 @@ def add(app: typer.Typer) -> None:
     """Add these commands."""
     for about_versions in (models, show, compare, promote, rollback, history):
         app.command()(about_versions)
-    for about_bundles in (download, verify, sign, rebuild):
+    for about_bundles in (download, share, verify, sign, rebuild):
         app.command()(about_bundles)
     for answering in (predict, serve):
         app.command()(answering)
@@ -297,6 +297,32 @@ def download(
     beside = bundles.signature_beside(folder)
     signed = f", its signature {beside}" if beside.exists() else ""
     print(f"{folder} is {named}, intact: {found.digest}, {', '.join(found.graphs)}{signed}")
+
+
+def share(
+    model: RegisteredArgument,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new folder; nothing is overwritten.")
+    ],
+    license_: Annotated[
+        str, typer.Option("--license", metavar="NAME", help="Of what is shared.")
+    ] = "",
+    data_license: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the images it was trained on.")
+    ] = "",
+    weights_license: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the pretrained weights.")
+    ] = "",
+    params: ParamsFile = None,
+) -> None:
+    """Write a folder to publish: card, weights for timm or torchvision, ONNX, licenses."""
+    from tlpipe.project import Project
+    from tlpipe.registry import share
+
+    named = registered(model)
+    licenses = share.Licenses(license_, data_license, weights_license)
+    share.share(Project.near(params).folder, named, folder, licenses)
+    print(f"{folder} is {named}, ready to publish; read {folder / 'README.md'} before")
 
 
 def rebuild(

@@ -174,6 +174,7 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         *rows,
         ("classes", f"{len(labels)}: {', '.join(labels[:_LISTED])}{more}"),
         *_weakest(found.get("precisions", {}).get("fp32")),
+        *_limits(found.get("limits")),
         ("backbone", f"{origin['backbone']}, weights {origin['weights']}"),
         ("frozen", str(origin["freeze"])),
         ("data", origin["data_version"] or origin["data_sha256"]),
@@ -182,6 +183,34 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("graphs", ", ".join(graphs)),
         ("bundle", f"{found['bundle']}, intact"),
         ("signature", signed if found["is_signed"] else "none"),
+    ]
+
+
+def _limits(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return the rows that say how far the numbers hold."""
+    if not found:
+        return []
+    from tlpipe.data import leaks
+    from tlpipe.evaluation.metrics import describe_gap, why_no_threshold
+
+    abstention, ood = found["abstention"], found["ood"]
+    if found["copies"]["is_above_clean"]:
+        threshold = "none: training has seen copies of the images it would be looked for on"
+    elif abstention["threshold"] is None:
+        threshold = f"none: {why_no_threshold(abstention)}"
+    else:
+        threshold = (
+            f"{abstention['threshold']:.3f}: above it at most {abstention['error_rate']:.1%} are "
+            f"wrong, and {abstention['coverage']:.0%} of test images are answered"
+        )
+    unknown = "not measured (evaluate.ood)"
+    if ood is not None:
+        unknown = f"AUROC {ood['auroc']:.3f} on {ood['images']} from {ood['source']}"
+    return [
+        ("validation and test", describe_gap(found["generalisation"])),
+        ("copies", leaks.describe(found["copies"])),
+        ("threshold", threshold),
+        ("out of distribution", unknown),
     ]
 
 

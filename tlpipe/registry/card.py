@@ -36,11 +36,14 @@ def of_model(name: str) -> str:
     )
 
 
-def write(name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str]) -> str:
+def write(
+    name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str], use: str | None = None
+) -> str:
     """Return the card as Markdown, at most as long as MLflow keeps.
 
     ``known``: what the stages report, by the names of ``publishing.Content``; ``lineage``: tags
-    that say where it comes from, and with ``PURPOSE`` what it is for.
+    that say where it comes from, and with ``PURPOSE`` what it is for; ``use``: how to use it, where
+    it is not from the registry.
     """
     origin, exact = shipped.provenance["origin"], known["report"]["precisions"]["fp32"]
     accuracy = exact["accuracy"]
@@ -55,7 +58,7 @@ def write(name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str]) 
         f"written down more (register.purpose).",
         "## Results on the test split",
         _results(known),
-        _weakest(exact),
+        _weakest(exact) + ("" if use else " Pictures: plots/ among the artifacts."),
         "## Limits",
         limits(known["report"], known["leaks_report"]),
         _copies(known["leaks_report"]),
@@ -64,7 +67,7 @@ def write(name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str]) 
         "## How it was made",
         _made(shipped, lineage),
         "## How to use it",
-        _use(name, shipped),
+        use or _use(name, shipped),
     ]
     text = "\n\n".join(part for part in parts if part)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]}\n…"
@@ -80,7 +83,7 @@ def _results(known: Known) -> str:
     rows.append(["size", *(f"{measured['megabytes']:.1f} MB" for measured in precisions.values())])
     times = [known["speed"][precision]["milliseconds"]["1"] for precision in precisions]
     rows.append(["one answer", *(f"{time:.1f} ms" for time in times)])
-    return _table(["", *precisions], rows)
+    return table(["", *precisions], rows)
 
 
 def _weakest(exact: Mapping[str, Any]) -> str:
@@ -89,7 +92,7 @@ def _weakest(exact: Mapping[str, Any]) -> str:
         f"{_plain(label)} ({rows[label]['recall']:.0%} of {rows[label]['images']})"
         for label in by_recall(rows)[:3]
     ]
-    return f"Least often found: {', '.join(found)}. Pictures: plots/ among the artifacts."
+    return f"Least often found: {', '.join(found)}."
 
 
 def limits(report: Mapping[str, Any], copies: Mapping[str, Any]) -> str:
@@ -196,7 +199,7 @@ def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
         ["weights", origin["weights_sha256"]],
         ["bundle", shipped.digest],
     ]
-    return _table(["", ""], rows)
+    return table(["", ""], rows)
 
 
 def _use(name: str, shipped: Bundle) -> str:
@@ -226,7 +229,9 @@ def _listed(labels: Sequence[str]) -> str:
     return shown if len(labels) <= _LISTED else f"{shown} and {len(labels) - _LISTED} more"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+
     def line(cells: Sequence[str]) -> str:
         # MLflow's page draws cells without any room between them.
         return f"| {' | '.join(f'{cell}{_ROOM}' for cell in cells)} |"

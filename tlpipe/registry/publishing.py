@@ -75,6 +75,12 @@ class Content:
                 )
         return cls(**{name: folder / place for name, place in _PLACES.items()})
 
+    def known(self) -> dict[str, dict[str, Any]]:
+        """Read what the stages report: what the card is written from."""
+        reports = ("report", "speed", "parity", "data_report", "split_report", "leaks_report")
+        found = {name: dict(files.read_json(getattr(self, name))) for name in reports}
+        return {**found, "label_issues": {"found": files.count_rows(self.label_issues)}}
+
 
 _PLACES = {
     "model": tracking.MODEL_FOLDER,
@@ -122,11 +128,7 @@ def publish(
         ArtifactError: the report is of another bundle.
     """
     shipped = bundles.load(content.bundle)
-    known = {
-        part: files.read_json(getattr(content, part))
-        for part in ("report", "speed", "parity", "data_report", "split_report", "leaks_report")
-    }
-    known["label_issues"] = {"found": files.count_rows(content.label_issues)}
+    known = content.known()
     if known["report"]["bundle"] != shipped.digest:
         raise ArtifactError(
             f"{content.report} measures another bundle than {content.bundle}. Run 'tlpipe run'."

@@ -5,7 +5,8 @@ What ``table``, ``describe`` and ``describe_folder`` return, JSON can hold; ``cl
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -168,9 +169,9 @@ def describe(client: "MlflowClient", model: Registered) -> dict[str, Any]:
     version = tracking.find_version(client, model.name, model.which)
     number = str(version.version)
     found = _entry(version, _run(client, version), _aliases(client, model.name))
-    report, speed = (
+    report, speed, copies = (
         tracking.artifact(client, version.run_id, place)
-        for place in (publishing.REPORT, publishing.SPEED)
+        for place in (publishing.REPORT, publishing.SPEED, publishing.LEAKS)
     )
     signature = tracking.artifact(client, version.run_id, bundles.SIGNATURE)
     log = moves.history(client, model.name)
@@ -180,6 +181,7 @@ def describe(client: "MlflowClient", model: Registered) -> dict[str, Any]:
         "gate": version.tags.get("tlpipe.gate", ""),
         "moves": [_moved(move) for move in log if number in (move.champion, move.previous)],
         "precisions": _precisions(report, speed),
+        "limits": _limits(report, copies),
         **_content(tracking.bundle_of(client, version)),
     }
 
@@ -215,6 +217,15 @@ def _precisions(report: Path | None, speed: Path | None) -> dict[str, Any]:
         precision: {**measured, "milliseconds": times[precision]["milliseconds"]["1"]}
         for precision, measured in files.read_json(report)["precisions"].items()
     }
+
+
+def _limits(report: Path | None, copies: Path | None) -> dict[str, Any]:
+    """Return how far the numbers hold: gap to validation, copies, abstention, unknown images."""
+    if report is None or copies is None:
+        return {}
+    found = files.read_json(report)
+    kept = {name: found[name] for name in ("generalisation", "abstention", "ood")}
+    return {**kept, "copies": files.read_json(copies)}
 
 
 def _content(bundle: Bundle) -> dict[str, Any]:
@@ -316,7 +327,7 @@ def download(workspace: Path, model: Registered, folder: Path) -> Bundle:
         ArtifactError: the bundle is damaged, or something else is at the folder's place.
         RegistryError: there is no such version, or its stored bundle is not the registered one.
     """
-    _check_is_free(folder)
+    check_is_free(folder)
     with tracking.connection(workspace) as client:
         version = tracking.find_version(client, model.name, model.which)
         if model.which == moves.CHAMPION:
@@ -332,26 +343,45 @@ def download(workspace: Path, model: Registered, folder: Path) -> Bundle:
                 f"a new folder, or move it away."
             )
         files.write_bytes(beside, signature.read_bytes())
-    with TemporaryDirectory(
-        dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"
-    ) as scratch:
-        new = Path(scratch, folder.name)
-        shutil.copytree(bundle.folder, new)
+    with new_folder(folder) as new:
+        shutil.copytree(bundle.folder, new, dirs_exist_ok=True)
         if (written := bundles.load(new).digest) != bundle.digest:
             raise ArtifactError(
                 f"what was written has the digest {written[:16]}..., expected "
                 f"{bundle.digest[:16]}...: the disk of {folder.parent} fails. Nothing was kept."
             )
+    return bundles.load(folder)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder; it appears at its place once all of it is there and on disk.
+
+    Raises:
+        ArtifactError: something else is at its place; nothing is overwritten.
+    """
+    check_is_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(
+        dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"
+    ) as scratch:
+        new = Path(scratch, folder.name)
+        new.mkdir()
+        yield new
         files.flush_folder(new)
         try:
             new.rename(folder)
         except OSError:  # somebody was faster
-            _check_is_free(folder)
+            check_is_free(folder)
             raise
-    return bundles.load(folder)
 
 
-def _check_is_free(folder: Path) -> None:
+def check_is_free(folder: Path) -> None:
+    """Check that there is nothing at a place.
+
+    Raises:
+        ArtifactError: there is.
+    """
     if folder.is_symlink() or folder.exists():
         raise ArtifactError(
             f"{folder} is there already; nothing was written, since nothing is overwritten. Name a "

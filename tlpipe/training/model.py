@@ -12,6 +12,7 @@ weights in the user's cache.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,9 @@ from tlpipe.backbones.weights import registered_file
 from tlpipe.data.manifest import load_split, rows_of
 from tlpipe.errors import ArtifactError, WeightsError
 from tlpipe.held_out import HeldOut
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,30 @@ def load(folder: Path) -> Model:
     )
 
 
+def network_tensors(model: Model) -> dict[str, "Tensor"]:
+    """Return the tensors of the whole network but for its head, named as its own code names them.
+
+    What was frozen comes from the pretrained weights that it was trained on.
+
+    Raises:
+        WeightsError: those are not here, or this version cuts the backbone into other stages.
+    """
+    import torch
+
+    origin = model.card.origin
+    known = describe(origin.backbone)
+    network = load_network(known, known.find_weights(origin.weights, origin.weights_sha256))
+    trained = {name: torch.from_numpy(tensor) for name, tensor in model.stages.items()}
+    if unknown := network.load_state_dict(trained, strict=False).unexpected_keys:
+        raise WeightsError(
+            f"the registered model has tensors that {known.name} has not, such as {unknown[0]}: "
+            f"this version of tlpipe cuts it into other stages. Train and register it anew."
+        )
+    # Behind the name of its stage, a tensor has the name that the backbone's own code gives it.
+    tensors = {name.partition(".")[2]: tensor for name, tensor in network.state_dict().items()}
+    return {name: tensors[name].contiguous() for name in sorted(tensors)}
+
+
 def keep_weights(folder: Path, backbone: str) -> str:
     """Put the network of a trained model into the user's cache; return the hash of its file.
 
@@ -266,19 +294,7 @@ def keep_weights(folder: Path, backbone: str) -> str:
             f"the registered model is built on {origin.backbone}; expected {backbone}. Change "
             f"embed.backbone or embed.weights in params.yaml."
         )
-    known = describe(backbone)
-    network = load_network(known, known.find_weights(origin.weights, origin.weights_sha256))
-    import torch
-
-    trained = {name: torch.from_numpy(tensor) for name, tensor in model.stages.items()}
-    if unknown := network.load_state_dict(trained, strict=False).unexpected_keys:
-        raise WeightsError(
-            f"the registered model has tensors that {backbone} has not, such as {unknown[0]}: this "
-            f"version of tlpipe cuts it into other stages. Train and register it anew."
-        )
-    # Behind the name of its stage, a tensor has the name that the backbone's own code gives it.
-    tensors = {name.partition(".")[2]: tensor for name, tensor in network.state_dict().items()}
-    content = save({name: tensors[name].contiguous() for name in sorted(tensors)})
+    content = save(network_tensors(model))
     digest = hashlib.sha256(content).hexdigest()
     with files.writing_cache(registered_file(digest).parent):
         files.write_bytes(registered_file(digest), content)

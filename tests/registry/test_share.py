@@ -1,0 +1,143 @@
+"""tlpipe share: a folder that timm or torchvision, the hub and ONNX Runtime read without tlpipe."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+from tests.conftest import Workspace, copy_repository
+from tlpipe import Predictor, graph
+
+LICENSES = ("--license", "mit", "--data-license", "cc-by-4.0", "--weights-license", "apache-2.0")
+
+
+def logits_of_card(folder: Path, tmp_path: Path, images: np.ndarray) -> np.ndarray:
+    """Run the card's own code in the folder, in a process without tlpipe; return its logits.
+
+    ``images``: (N, 3, S, S) float32, normalised.
+    """
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert "tlpipe" not in code
+    assert len([line for line in code.splitlines() if line.startswith("model")]) <= 5
+    np.save(tmp_path / "images.npy", images)
+    end = (
+        "import numpy, torch\n"
+        f"images = torch.from_numpy(numpy.load({str(tmp_path / 'images.npy')!r}))\n"
+        f"numpy.save({str(tmp_path / 'logits.npy')!r}, model(images).detach().numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", code + end], cwd=folder, check=True)
+    found: np.ndarray = np.load(tmp_path / "logits.npy")
+    return found
+
+
+def onnx_logits(bundle: Path, images: np.ndarray) -> np.ndarray:
+    """Return what the bundle's exact graph gives for images (N, S, S, 3) uint8."""
+    session = onnxruntime.InferenceSession(bundle / "model.onnx")
+    found: np.ndarray = session.run(["logits"], {"images": images})[0]
+    return found
+
+
+def test_timm_loads_what_is_shared_and_answers_as_the_bundle_does(
+    released: Workspace, tmp_path: Path
+) -> None:
+    released.call("share", "digits@champion", str(tmp_path / "out"), *LICENSES)
+    folder = tmp_path / "out"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("README.md", "bundle", "config.json", "model.safetensors"),
+    ]
+    # timm's own way to read such a folder, with the preprocessing that it finds there.
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    examples = sorted((released.path / "artifacts/evaluate/examples").glob("*.png"))
+    pictures = [Image.open(path).convert("RGB") for path in examples]
+    seen = torch.stack([transform(picture) for picture in pictures])
+    labels = json.loads((folder / "config.json").read_text())["label_names"]
+    assert labels == json.loads((folder / "bundle" / "labels.json").read_text())
+    predictor = Predictor(folder / "bundle")
+    answers = [labels[number] for number in model(seen).argmax(dim=1).tolist()]
+    assert answers == [predictor.predict(path).label for path in examples]
+    side = int(seen.shape[-1])
+    noise = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
+    config = model.pretrained_cfg
+    normal = ((noise / 255 - config["mean"]) / config["std"]).astype(np.float32)
+    found = logits_of_card(folder, tmp_path, normal.transpose(0, 3, 1, 2))
+    np.testing.assert_allclose(found, onnx_logits(folder / "bundle", noise), atol=1e-4)
+
+
+def test_the_card_is_what_the_hub_reads_and_names_no_folder(
+    released: Workspace, tmp_path: Path
+) -> None:
+    released.call("share", "digits@1", str(tmp_path / "out"), *LICENSES)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.library_name) == ("mit", "timm")
+    report = json.loads((released.path / graph.PATHS["report"]).read_text())
+    exact = report["precisions"]["fp32"]
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found == {
+        name: exact[name]["value"] for name in ("accuracy", "balanced_accuracy", "macro_f1")
+    }
+    for text in ("cc-by-4.0", "apache-2.0", f"{exact['accuracy']['low']:.3f}", "## Limits"):
+        assert text in card.content
+    for text in (str(released.path), str(Path.home()), "plots/", "@champion"):
+        assert text not in card.content
+
+
+@pytest.mark.fault("R66")
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("digits@1", "out"), 3, "--license and --data-license and --weights-license not given"),
+        (("digits@1", "out", *LICENSES[:4]), 3, "--weights-license not given; nothing was written"),
+        (("digits@1", "out", *LICENSES[:5], " "), 3, "--weights-license not given"),
+        (("digits@1", "data", *LICENSES), 6, "data is there already; nothing was written"),
+        (("digits@9", "out", *LICENSES), 8, "has no version 9 of digits"),
+        (("digits", "out", *LICENSES), 3, "such as digits@champion"),
+    ],
+)
+def test_what_cannot_be_shared_is_one_line(
+    released: Workspace, words: tuple[str, ...], code: int, message: str
+) -> None:
+    (line,) = released.call("share", *words, code=code).stderr.splitlines()
+    assert message in line
+    assert not (released.path / "out").exists()
+
+
+@pytest.mark.fault("R67")
+def test_weights_that_are_not_the_bundle_s_are_not_shared(released: Workspace) -> None:
+    """Somebody who can write into the artifacts puts the weights of another training there."""
+    from safetensors.numpy import load_file, save_file
+
+    (path,) = released.path.glob("mlartifacts/**/trained/model.safetensors")
+    tensors = load_file(path)
+    save_file({name: -tensor for name, tensor in tensors.items()}, path)
+    (line,) = released.call("share", "digits@1", "out", *LICENSES, code=7).stderr.splitlines()
+    assert "what would be shared differs from the trained model" in line
+    assert not (released.path / "out").exists()
+
+
+@pytest.mark.slow
+def test_torchvision_loads_hidden_units_and_stages_that_were_trained(
+    cache_env: dict[str, str], tmp_path: Path
+) -> None:
+    workspace = copy_repository(tmp_path / "copy", cache_env)
+    workspace.configure("embed", backbone="shufflenet_v2_x0_5", weights="none", freeze=4)
+    workspace.configure("train", epochs=1, hidden=[16])
+    workspace.configure("export", precisions=[])
+    workspace.configure("register", gate={"min_accuracy": 0.0, "min_recall": 0.0})
+    workspace.reproduce()
+    workspace.call("share", "digits@1", str(tmp_path / "out"), *LICENSES)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    normal = ((noise / 255 - mean) / std).astype(np.float32)
+    found = logits_of_card(tmp_path / "out", tmp_path, normal.transpose(0, 3, 1, 2))
+    np.testing.assert_allclose(found, onnx_logits(tmp_path / "out/bundle", noise), atol=1e-4)
