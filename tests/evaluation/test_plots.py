@@ -20,7 +20,8 @@ def given() -> Answers:
     truth = random.integers(0, 3, 200)
     logits = (random.normal(size=(200, 3)) + 2 * np.eye(3)[truth]).astype(np.float32)
     raised = np.exp(logits)
-    return Answers(logits, raised / raised.sum(axis=1, keepdims=True), truth)
+    probabilities = (raised / raised.sum(axis=1, keepdims=True)).astype(np.float32)
+    return Answers(logits, probabilities, truth)
 
 
 def line(axes: Any, label: str) -> tuple[list[float], list[float]]:

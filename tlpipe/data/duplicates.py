@@ -380,7 +380,7 @@ def _normalised(images: Floats, overlap: Floats) -> tuple[Floats, Floats]:
     share = overlap / overlap.sum(axis=(1, 2), keepdims=True)
     centred = images - (images * share).sum(axis=(1, 2), keepdims=True)
     scale = np.sqrt((centred**2 * share).sum(axis=(1, 2), keepdims=True)) + 1e-3
-    return centred / scale, scale
+    return np.asarray(centred / scale, np.float32), np.asarray(scale, np.float32)
 
 
 def _contours(images: Floats) -> Floats:

@@ -333,7 +333,7 @@ def _normalised(images: Floats, weights: Floats) -> tuple[Floats, Floats]:
     share = weights / (weights.sum(axis=1, keepdims=True) + 1e-6)
     centred = images - (images * share).sum(axis=1, keepdims=True)
     scale = np.sqrt((centred**2 * share).sum(axis=1, keepdims=True)) + 1e-3
-    return centred / scale, scale
+    return np.asarray(centred / scale, np.float32), np.asarray(scale, np.float32)
 
 
 def _contours(images: Floats) -> Floats:

@@ -258,7 +258,7 @@ def decide(
             "skill",
             f"{accuracy['value']:.4f}",
             f"above {guessed:.4f}, which the most frequent class alone has",
-            _holds(accuracy["value"] > guessed),
+            _holds(bool(accuracy["value"] > guessed)),
         ),
         _recall(recalls, part, bundle.labels, bounds.min_recall),
         Rule("leaks", f"{leaked} test images", "none that training has seen", _holds(leaked == 0)),
