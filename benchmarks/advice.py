@@ -10,7 +10,6 @@ seeds where that is larger. ``advise`` sees the training and validation images a
 """
 
 import argparse
-import json
 import logging
 import tempfile
 from dataclasses import dataclass
@@ -28,8 +27,9 @@ from tlpipe import files
 from tlpipe.backbones import embed, sampling
 from tlpipe.backbones.activations import frozen_stages
 from tlpipe.data import ingest, split
+from tlpipe.data import pixels as packed
 from tlpipe.data.manifest import load_split
-from tlpipe.training import linear_probe, model, trainer, tuning
+from tlpipe.training import advise, linear_probe, model, trainer, tuning
 from tlpipe.training.model import Dataset, Examples
 from tlpipe.training.recipe import Recipe
 
@@ -217,8 +217,8 @@ def sweep(folder: Path, level: str) -> Hits:
             features = np.concatenate(list(linear_probe.stored(data)(test.rows, False)))
             logits = found.head.logits(found.standard.apply(features))
         hits = logits.argmax(axis=1) == test.labels
-        files.write_json(kept, [bool(hit) for hit in hits])
-    return np.array(json.loads(kept.read_text()), bool)
+        files.write_json(kept, {"hits": hits.tolist()})
+    return np.array(files.read_json(kept)["hits"], bool)
 
 
 def epochs(data: Dataset) -> int:
@@ -259,7 +259,7 @@ def rule(folder: Path) -> str:
 def advised(folder: Path) -> str:
     """Return the level that ``advise`` recommends."""
     data, _ = dataset(folder, LEVELS["all"])
-    freeze = advise.advise(data, pixels.load(folder / "pixels").array, advise.IMAGES).freeze
+    freeze = advise.advise(data, packed.load(folder / "pixels").array, advise.IMAGES).freeze
     frozen = frozen_stages(freeze, data.backbone.stages, [])
     return next(level for level, count in LEVELS.items() if count == frozen)
 

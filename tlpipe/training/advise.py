@@ -31,20 +31,24 @@ from tlpipe.resampling import (
 )
 from tlpipe.runtime import generator, open_session
 from tlpipe.training import linear_probe, model, transferability
-from tlpipe.training.linear_probe import FOLDS, Floats, Head, Labels
+from tlpipe.training.linear_probe import FOLDS, Floats, Labels
 from tlpipe.training.model import Dataset, Examples
-from tlpipe.training.transferability import CONFIDENCE, LearningCurve
+from tlpipe.training.transferability import (
+    CONFIDENCE,
+    SHARES,
+    LearningCurve,
+    Sample,
+    held_out_misses,
+    measure_curve,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 _log = logging.getLogger(__name__)
 IMAGES = 1000
-_L2 = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
-_ITERATIONS, _TOLERANCE = 200, 1e-5
 _BATCH = 8
-# Shares of the training images of a fold, and how often each is drawn.
-_SHARES = {0.125: 8, 0.25: 4, 0.5: 2, 1.0: 1}
+_THROUGH = 400  # images that go through the network, with pretrained and with random weights
 # As a small set counts fewer images, or fewer a class. Of the settings of benchmarks/advice.py and
 # benchmarks/accuracy.py, none with fewer than these gained by opening a stage.
 _FEW, _FEW_OF_A_CLASS, _MANY_OF_A_CLASS = 400, 20, 1000
@@ -134,21 +138,6 @@ class Place:
         return f"{size} data, {domain} domain: {_LECTURES[self.is_large, self.is_similar]}"
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The images that are looked at: (N,) rows, label numbers, groups' numbers, folds."""
-
-    examples: Examples
-    groups: Labels
-    folds: Labels
-    classes: int
-
-    @property
-    def held(self) -> npt.NDArray[np.bool_]:
-        """Which images a fold holds out."""
-        return self.folds != ALWAYS_TRAINS
-
-
 def choose_sample(data: Dataset, images: int) -> Sample:
     """Return at most so many training and validation images, as many of each class as there are.
 
@@ -182,83 +171,6 @@ def choose_sample(data: Dataset, images: int) -> Sample:
     return Sample(chosen, group_numbers(groups), folds, classes)
 
 
-def held_out_misses(
-    features: Floats, sample: Sample, share: float = 1.0, draws: int = 1
-) -> npt.NDArray[np.bool_]:
-    """Return which images are answered wrongly by linear probes that have not seen them, (K, H).
-
-    For each of K draws, and each fold, a probe is fitted on a share of the other folds and answers
-    for this one. The l2 is that of the least loss of all probes together.
-
-    Args:
-        features: (N, D).
-        sample: labels and folds of the N images, of which H are held out.
-        share: of each class's training images, in (0, 1]; one image of it at least.
-        draws: K, how often that share is drawn.
-    """
-    standardised = linear_probe.standardisation([features]).apply(features)
-    probes = [
-        [
-            _Probe(standardised, sample, _training(sample, fold, share, draw), fold)
-            for fold in range(int(sample.folds.max()) + 1)
-        ]
-        for draw in range(draws)
-    ]
-    least, best = np.inf, np.zeros(0, np.bool_)
-    for l2 in _L2:
-        losses = np.zeros((draws, len(features)))
-        misses = np.zeros((draws, len(features)), np.bool_)
-        for draw, folds in enumerate(probes):
-            for probe in folds:
-                losses[draw, probe.tested], misses[draw, probe.tested] = probe.fit(l2)
-        loss = float(losses[:, sample.held].mean())
-        if loss >= least:
-            break
-        least, best = loss, misses[:, sample.held]
-    return best
-
-
-def _training(sample: Sample, fold: int, share: float, draw: int) -> Labels:
-    """Return the places of a share of each class's images outside of a fold."""
-    order = generator(draw, f"learning curve {fold}").permutation(len(sample.folds))
-    order = order[sample.folds[order] != fold]
-    labels = sample.examples.labels[order]
-    members = [order[labels == label] for label in range(sample.classes)]
-    return np.concatenate([rows[: max(round(share * len(rows)), 1)] for rows in members])
-
-
-class _Probe:
-    """A linear probe of one fold, which goes on from the l2 before."""
-
-    def __init__(self, features: Floats, sample: Sample, training: Labels, fold: int) -> None:
-        self.tested = np.flatnonzero(sample.folds == fold)
-        self._known, self._shown = features[training], features[self.tested]
-        if len(training) < features.shape[1]:
-            # The solution lies in the span of the training images: the same in fewer columns.
-            basis = np.linalg.qr(self._known.T)[0]
-            self._known, self._shown = self._known @ basis, self._shown @ basis
-        self._targets = sample.examples.labels[training]
-        self._truth = sample.examples.labels[self.tested]
-        self._classes = sample.classes
-        self._start: Head | None = None
-
-    def fit(self, l2: float) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """Return the losses (n,) of the fold's images in nats, and which are answered wrongly."""
-        from scipy.special import log_softmax
-
-        self._start = linear_probe.solve(
-            [(self._known, self._targets)],
-            np.ones(len(self._targets)),
-            classes=self._classes,
-            l2=l2,
-            max_iterations=_ITERATIONS,
-            tolerance=_TOLERANCE,
-            start=self._start,
-        ).head
-        logs = log_softmax(self._start.logits(self._shown), axis=1)
-        return -logs[np.arange(len(logs)), self._truth], logs.argmax(axis=1) != self._truth
-
-
 def stage_features(
     graph: "ModelProto", data: Dataset, rows: Labels, squares: packed.Chunks, shown: Meter
 ) -> dict[str, Floats]:
@@ -280,9 +192,11 @@ def stage_features(
 
 def _averaged(given: Floats) -> Floats:
     """Return (N, C) of activations (N, C, S, S), (N, S, S, C), (N, T, C) or (N, C)."""
+    axes: tuple[int, ...] = (1,) if given.ndim == 3 else ()
     if given.ndim == 4:
-        return given.mean(axis=(2, 3) if given.shape[2] == given.shape[3] else (1, 2))
-    return given.mean(axis=1) if given.ndim == 3 else given
+        axes = (2, 3) if given.shape[2] == given.shape[3] else (1, 2)
+    averaged: Floats = given.mean(axis=axes)
+    return averaged
 
 
 def with_random_weights(graph: "ModelProto") -> "ModelProto":
@@ -304,21 +218,6 @@ def with_random_weights(graph: "ModelProto") -> "ModelProto":
             mixed = generator(0, tensor.name).permutation(values.ravel()).reshape(values.shape)
             tensor.CopyFrom(numpy_helper.from_array(mixed, tensor.name))
     return drawn
-
-
-def measure_curve(features: Floats, sample: Sample, shown: Meter) -> LearningCurve | None:
-    """Fit probes on ever fewer of the training images of each fold, and a law to their errors.
-
-    None where the classes are too small for three sizes.
-    """
-    largest = (1 - 1 / FOLDS) * len(features) / sample.classes
-    sizes = {share: draws for share, draws in _SHARES.items() if share * largest >= 1}
-    misses = []
-    for share, draws in sizes.items():
-        misses.append(held_out_misses(features, sample, share, draws))
-        shown.advance(1)
-    groups = np.unique(sample.groups[sample.held], return_inverse=True)[1]
-    return transferability.learning_curve(largest * np.array(list(sizes)), misses, groups)
 
 
 def run(
@@ -351,14 +250,14 @@ def advise(data: Dataset, squares: packed.Chunks, images: int) -> Advice:
     from threadpoolctl import threadpool_limits
 
     whole = choose_sample(data, images)
-    some = choose_sample(data, max(images // 2, FOLDS * whole.classes))
+    some = choose_sample(data, min(images, max(_THROUGH, FOLDS * whole.classes)))
     rows = some.examples.rows
-    names = [stage.name for stage in data.backbone.stages]
     graph = _graph(data)
     with meter("images, with pretrained and with random weights", total=2 * len(rows)) as shown:
         pretrained = stage_features(graph, data, rows, squares, shown)
         drawn = stage_features(with_random_weights(graph), data, rows, squares, shown)
-    with threadpool_limits(1), meter("linear probes", total=2 * len(names) + len(_SHARES)) as shown:
+    probes = 2 * len(data.backbone.stages) + len(SHARES)
+    with threadpool_limits(1), meter("linear probes", total=probes) as shown:
         boundaries, wrong = _at_boundaries(pretrained, some, shown)
         random, wrong_at_random = _at_boundaries(drawn, some, shown)
         curve = measure_curve(_features(data, whole.examples.rows), whole, shown)
@@ -380,22 +279,29 @@ def conclude(
     """Decide what to freeze, and say why."""
     total, classes = len(data.labelled), len(data.labels)
     errors = 1 - random.accuracy["value"]
-    taken = [gain[end] / errors if errors else 1.0 for end in ("value", "low", "high")]
+    taken = [
+        min(max(gain[end] / errors, 0.0), 1.0) if errors else 1.0
+        for end in ("value", "low", "high")
+    ]
     is_large = total >= _FEW and total / classes >= _FEW_OF_A_CLASS
     is_many = total / classes >= _MANY_OF_A_CLASS
     place = Place(is_large, taken[0] >= _SIMILAR)
     stages = [stage.name for stage in data.backbone.stages]
-    left = len(stages)
-    if is_large and not (place.is_similar or is_many):
-        left -= len(stages) // 2
+    count, opened = 0, ""
+    if is_large and place.is_similar:
+        count, opened = len(stages) // 4, "the last quarter of the stages"
+    elif is_large and not is_many:
+        count = len(stages) // 2
+        opened = f"the last half of the stages, and not the {_MANY_OF_A_CLASS:,} for all of them"
     elif is_large:
-        left = 0 if is_many and not place.is_similar else left - len(stages) // 4
-    freeze = activations.ALL if left == len(stages) else stages[left - 1]
+        count, opened = len(stages), "all stages"
+    left = len(stages) - count
+    freeze = stages[left - 1] if left else activations.NONE
     return Advice(
-        freeze=freeze if left else activations.NONE,
+        freeze=freeze if count else activations.ALL,
         place=place,
         reasons=(
-            _of_size(total, classes, place),
+            _of_size(total, classes, place, opened),
             _of_domain(taken, boundaries[-1], random),
             *_of_boundaries(boundaries),
             _of_data(curve, total / classes),
@@ -410,16 +316,17 @@ def conclude(
     )
 
 
-def _of_size(total: int, classes: int, place: Place) -> str:
-    few = f"fewer than {_FEW:,}, or than {_FEW_OF_A_CLASS} a class"
-    many = f"at least {_FEW:,}, and {_FEW_OF_A_CLASS} a class"
-    follows = (
-        f"{few}: opened stages would learn these images by heart",
-        f"{many}: enough to tune what is opened",
-    )
+def _of_size(total: int, classes: int, place: Place, opened: str) -> str:
+    if not place.is_large:
+        follows = (
+            f"fewer than {_FEW:,}, or than {_FEW_OF_A_CLASS} a class: too few to tune what would "
+            f"be opened"
+        )
+    else:
+        follows = f"at least {_FEW:,}, and {_FEW_OF_A_CLASS} a class: enough to tune {opened}"
     return (
-        f"{total:,} training and validation images of {classes} classes, "
-        f"{total / classes:.0f} a class, {follows[place.is_large]}"
+        f"{total:,} training and validation images of {classes} classes, {total / classes:.0f} a "
+        f"class, {follows}"
     )
 
 
@@ -512,7 +419,8 @@ def _draw(path: Path, advice: Advice) -> None:
         linestyle=":",
         label=f"random weights, at their best ({random.name})",
     )
-    left.set_xticks(places, [boundary.name for boundary in advice.boundaries], rotation=35)
+    names = [boundary.name for boundary in advice.boundaries]
+    left.set_xticks(places, names, rotation=35 if len(names) < 12 else 90)
     left.set_ylim(0, 1.02)
     left.set_ylabel("accuracy of a linear probe", fontsize=12)
     left.set_xlabel("last stage before the probe", fontsize=12)
@@ -533,5 +441,9 @@ def _draw(path: Path, advice: Advice) -> None:
         right.fill_between(along, 1 - errors[:, 2], 1 - errors[:, 1], alpha=0.2, label=share)
         right.axvline(advice.per_class, color="gray", linestyle=":", label="images there are")
         charts.scale_by_logarithm(right)
-        right.legend(loc="lower right", fontsize=11)
+        ticks = [*curve.images, 2 * advice.per_class]
+        right.set_xticks(
+            ticks, [f"{images:.2g}" if images < 10 else f"{images:.0f}" for images in ticks]
+        )
+        right.legend(loc="lower right", fontsize=11, framealpha=1)
     charts.save_figure(figure, path)

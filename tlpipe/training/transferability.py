@@ -1,4 +1,7 @@
-"""How well features suit labels before anything is tuned: LogME, and learning curves."""
+"""How well features suit labels before anything is tuned: linear probes, LogME, learning curves.
+
+Probes are cross-validated on a sample of images, on all training images of a fold or on fewer.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,15 +11,116 @@ import numpy as np
 import numpy.typing as npt
 
 from tlpipe import resampling
+from tlpipe.progress import Meter
+from tlpipe.resampling import ALWAYS_TRAINS
 from tlpipe.runtime import generator
-from tlpipe.training.linear_probe import Floats, Labels
+from tlpipe.training import linear_probe
+from tlpipe.training.linear_probe import FOLDS, Floats, Head, Labels
+from tlpipe.training.model import Examples
 
-_ROUNDS, _TOLERANCE = 100, 1e-6  # of the search for the evidence's maximum
+_ROUNDS, _SETTLED = 100, 1e-6  # of the search for the evidence's maximum
 # Exponents that are tried: a half is what a mean of independent terms has; networks lie below.
 # Source: Hestness et al. (2017), Deep learning scaling is predictable, empirically.
 _EXPONENTS = np.geomspace(0.1, 1.0, 40)
 _MOST_TIMES = 4.0  # as many images as were measured: beyond that a curve says nothing
 CONFIDENCE = 0.9
+_L2 = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+_ITERATIONS, _TOLERANCE = 200, 1e-5
+# Shares of the training images of a fold, and how often each is drawn.
+SHARES = {0.125: 8, 0.25: 4, 0.5: 2, 1.0: 1}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The images that are looked at: (N,) rows, label numbers, groups' numbers, folds."""
+
+    examples: Examples
+    groups: Labels
+    folds: Labels
+    classes: int
+
+    @property
+    def held(self) -> npt.NDArray[np.bool_]:
+        """Which images a fold holds out."""
+        held: npt.NDArray[np.bool_] = self.folds != ALWAYS_TRAINS
+        return held
+
+
+def held_out_misses(
+    features: Floats, sample: Sample, share: float = 1.0, draws: int = 1
+) -> npt.NDArray[np.bool_]:
+    """Return which images are answered wrongly by linear probes that have not seen them, (K, H).
+
+    For each of K draws, and each fold, a probe is fitted on a share of the other folds and answers
+    for this one. The l2 is that of the least loss of all probes together.
+
+    Args:
+        features: (N, D).
+        sample: labels and folds of the N images, of which H are held out.
+        share: of each class's training images, in (0, 1]; one image of it at least.
+        draws: K, how often that share is drawn.
+    """
+    standardised = linear_probe.standardisation([features]).apply(features)
+    probes = [
+        [
+            _Probe(standardised, sample, _training(sample, fold, share, draw), fold)
+            for fold in range(int(sample.folds.max()) + 1)
+        ]
+        for draw in range(draws)
+    ]
+    least, best = np.inf, np.zeros(0, np.bool_)
+    for l2 in _L2:
+        losses = np.zeros((draws, len(features)))
+        misses = np.zeros((draws, len(features)), np.bool_)
+        for draw, folds in enumerate(probes):
+            for probe in folds:
+                losses[draw, probe.tested], misses[draw, probe.tested] = probe.fit(l2)
+        loss = float(losses[:, sample.held].mean())
+        if loss >= least:
+            break
+        least, best = loss, misses[:, sample.held]
+    return best
+
+
+def _training(sample: Sample, fold: int, share: float, draw: int) -> Labels:
+    """Return the places of a share of each class's images outside of a fold."""
+    order = generator(draw, f"learning curve {fold}").permutation(len(sample.folds))
+    order = order[sample.folds[order] != fold]
+    labels = sample.examples.labels[order]
+    members = [order[labels == label] for label in range(sample.classes)]
+    return np.concatenate([rows[: max(round(share * len(rows)), 1)] for rows in members])
+
+
+class _Probe:
+    """A linear probe of one fold, which goes on from the l2 before."""
+
+    def __init__(self, features: Floats, sample: Sample, training: Labels, fold: int) -> None:
+        self.tested = np.flatnonzero(sample.folds == fold)
+        self._known, self._shown = features[training], features[self.tested]
+        if len(training) < features.shape[1]:
+            # The solution lies in the span of the training images: the same in fewer columns.
+            basis = np.linalg.qr(self._known.T)[0]
+            self._known, self._shown = self._known @ basis, self._shown @ basis
+        self._targets = sample.examples.labels[training]
+        self._truth = sample.examples.labels[self.tested]
+        self._classes = sample.classes
+        self._start: Head | None = None
+
+    def fit(self, l2: float) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Return the losses (n,) of the fold's images in nats, and which are answered wrongly."""
+        from scipy.special import log_softmax
+
+        self._start = linear_probe.solve(
+            [(self._known, self._targets)],
+            np.ones(len(self._targets)),
+            classes=self._classes,
+            l2=l2,
+            max_iterations=_ITERATIONS,
+            tolerance=_TOLERANCE,
+            start=self._start,
+        ).head
+        logs = log_softmax(self._start.logits(self._shown), axis=1)
+        return -logs[np.arange(len(logs)), self._truth], logs.argmax(axis=1) != self._truth
 
 
 def logme(features: Floats, labels: Labels) -> float:
@@ -65,7 +169,7 @@ def _evidence(squares: Floats, along: Floats, beside: float, count: int) -> floa
             - alpha * weight
             - count * math.log(2 * math.pi)
         )
-        if abs(log_evidence - before) < _TOLERANCE * count:
+        if abs(log_evidence - before) < _SETTLED * count:
             break
         before = log_evidence
         gamma = float((beta * squares / precision).sum())
@@ -127,6 +231,21 @@ def _at(laws: Floats, images: float) -> Floats:
     """Return the errors (...) that laws (..., 3) have at so many images a class."""
     found: Floats = laws[..., 0] * images ** -laws[..., 1] + laws[..., 2]
     return found
+
+
+def measure_curve(features: Floats, sample: Sample, shown: Meter) -> LearningCurve | None:
+    """Fit probes on ever fewer of the training images of each fold, and a law to their errors.
+
+    None where the classes are too small for three sizes.
+    """
+    largest = (1 - 1 / FOLDS) * len(features) / sample.classes
+    sizes = {share: draws for share, draws in SHARES.items() if share * largest >= 1}
+    misses = []
+    for share, draws in sizes.items():
+        misses.append(held_out_misses(features, sample, share, draws))
+        shown.advance(1)
+    groups = np.unique(sample.groups[sample.held], return_inverse=True)[1]
+    return learning_curve(largest * np.array(list(sizes)), misses, groups)
 
 
 def learning_curve(
