@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.conftest import Workspace
 from tests.training.conftest import beside
+from tlpipe.backbones import activations
 from tlpipe.backbones.activations import Activations, Origin
 from tlpipe.backbones.backbone import Backbone, Stage
 from tlpipe.data.images import Preprocessing
@@ -137,7 +138,12 @@ def test_the_command_writes_a_picture_and_numbers_of_images_that_may_be_seen(
     said = workspace.call("advise", "--images", "20").stdout
     assert "recommended: embed.freeze: all" in said
     assert "in the lectures' table: small data" in said
-    assert said.splitlines()[-1] == "see artifacts/advise/advice.png"
+    *_, seen, follow = said.splitlines()
+    assert seen == "see artifacts/advise/advice.png"
+    assert follow.startswith("to follow it: embed.freeze: auto, embed.advice: advice.json;")
+    origin = activations.load(workspace.path / "artifacts/embed/activations").origin
+    known = (origin.backbone, origin.weights_sha256, origin.data_sha256)
+    assert activations.load_advice(workspace.path / "advice.json", *known).freeze == "all"
     report = json.loads((workspace.path / "artifacts/advise/report.json").read_text())
     rows = list(load_split(workspace.path / "artifacts/split/split.csv"))
     assert report["total"] == sum(row.split != "test" for row in rows) < len(rows)

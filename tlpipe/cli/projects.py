@@ -498,14 +498,17 @@ def advise(
     params: ParamsFile = None,
 ) -> None:
     """Say how much to freeze and whether the images are enough, before anything is fine-tuned."""
+    from tlpipe.backbones import embed
     from tlpipe.training import advise
 
-    project = enter(params)
-    sections(project)
+    named = cast(embed.Params, sections(enter(params))["embed"]).advice
+    recommendation = Path(named or "advice.json")
     known = {name: Path(graph.PATHS[name]) for name in ("activations", "pixels", "split")}
     folder = Path("artifacts", "advise")
-    print_advice(advise.run(**known, folder=folder, images=images))
+    print_advice(advise.run(**known, folder=folder, recommendation=recommendation, images=images))
     print(f"see {folder / 'advice.png'}")
+    if named is None:
+        print(f"to follow it: embed.freeze: auto, embed.advice: {recommendation}; commit that file")
 
 
 def lr_find(

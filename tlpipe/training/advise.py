@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tlpipe import files
-from tlpipe.backbones import activations, frozen
+from tlpipe.backbones import activations as stored
+from tlpipe.backbones import frozen
 from tlpipe.data import charts
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import crop_middle
@@ -221,9 +222,18 @@ def with_random_weights(graph: "ModelProto") -> "ModelProto":
 
 
 def run(
-    *, activations: Path, pixels: Path, split: Path, folder: Path, images: int = IMAGES
+    *,
+    activations: Path,
+    pixels: Path,
+    split: Path,
+    folder: Path,
+    recommendation: Path,
+    images: int = IMAGES,
 ) -> Advice:
     """Look at so many training and validation images; write ``report.json`` and ``advice.png``.
+
+    ``recommendation``: a file of the project, which ``embed.freeze: auto`` follows where
+    ``embed.advice`` names it.
 
     Raises:
         ArtifactError: activations, pixels and split table are of different data.
@@ -241,6 +251,16 @@ def run(
     with files.replacing_folder(folder) as new:
         files.write_json(new / "report.json", advice.content())
         _draw(new / "advice.png", advice)
+    origin = data.activations.origin
+    stored.save_advice(
+        recommendation,
+        stored.Advice(
+            freeze=advice.freeze,
+            backbone=origin.backbone,
+            weights_sha256=origin.weights_sha256,
+            data_sha256=origin.data_sha256,
+        ),
+    )
     return advice
 
 
@@ -296,9 +316,9 @@ def conclude(
     elif is_large:
         count, opened = len(stages), "all stages"
     left = len(stages) - count
-    freeze = stages[left - 1] if left else activations.NONE
+    freeze = stages[left - 1] if left else stored.NONE
     return Advice(
-        freeze=freeze if count else activations.ALL,
+        freeze=freeze if count else stored.ALL,
         place=place,
         reasons=(
             _of_size(total, classes, place, opened),
