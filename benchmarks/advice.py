@@ -72,12 +72,12 @@ SETTINGS = [
     Setting("sign-digits", 8, "small, different", "spectrum"),
     Setting("trash", 10, "small, different", "tiles"),
     Setting("hymenoptera", 80, "large, similar"),
-    Setting("rsscn", 30, "large, different"),
+    Setting("trash", 60, "large, similar"),
+    Setting("digits", 40, "large, different"),
+    Setting("sign-digits", 40, "large, different"),
+    Setting("rsscn", 36, "large, different"),
     Setting("hymenoptera", 80, "large, different", "tiles"),
-    Setting("digits", 25, "large, different"),
-    Setting("trash", 40, "large, similar"),
-    Setting("sign-digits", 25, "large, different"),
-    Setting("sign-digits", 25, "large, different", "spectrum"),
+    Setting("sign-digits", 40, "large, different", "spectrum"),
 ]
 
 
@@ -259,7 +259,7 @@ def rule(folder: Path) -> str:
 def advised(folder: Path) -> str:
     """Return the level that ``advise`` recommends."""
     data, _ = dataset(folder, LEVELS["all"])
-    freeze = advise.advise(data, packed.load(folder / "pixels").array, advise.IMAGES).freeze
+    freeze = advise.advise(data, packed.load(folder / "pixels").array, 1000).freeze
     frozen = frozen_stages(freeze, data.backbone.stages, [])
     return next(level for level, count in LEVELS.items() if count == frozen)
 

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 _log = logging.getLogger(__name__)
-IMAGES = 1000
 _BATCH = 8
 _THROUGH = 400  # images that go through the network, with pretrained and with random weights
 # As a small set counts fewer images, or fewer a class. Of the settings of benchmarks/advice.py and
@@ -228,7 +227,7 @@ def run(
     split: Path,
     folder: Path,
     recommendation: Path,
-    images: int = IMAGES,
+    images: int,
 ) -> Advice:
     """Look at so many training and validation images; write ``report.json`` and ``advice.png``.
 
@@ -309,10 +308,10 @@ def conclude(
     stages = [stage.name for stage in data.backbone.stages]
     count, opened = 0, ""
     if is_large and place.is_similar:
-        count, opened = len(stages) // 4, "the last quarter of the stages"
+        count, opened = max(len(stages) // 4, 1), "the last quarter of the stages"
     elif is_large and not is_many:
-        count = len(stages) // 2
-        opened = f"the last half of the stages, and not the {_MANY_OF_A_CLASS:,} for all of them"
+        count = max(len(stages) // 2, 1)
+        opened = f"the last half of the stages; all of them take {_MANY_OF_A_CLASS:,} a class"
     elif is_large:
         count, opened = len(stages), "all stages"
     left = len(stages) - count
@@ -355,9 +354,9 @@ def _of_domain(taken: Sequence[float], last: Boundary, random: Boundary) -> str:
     unsure = low < _SIMILAR < high
     verdict = ("unlike", "like")[value >= _SIMILAR]
     return (
-        f"the domain is {'probably ' if unsure else ''}{verdict} that of pretraining: a linear "
-        f"probe answers {last.accuracy['value']:.1%} right on pretrained features and "
-        f"{random.accuracy['value']:.1%} on those of random weights, so pretraining takes away "
+        f"the domain is {'probably ' if unsure else ''}{verdict} that of pretraining: the accuracy "
+        f"of a linear probe is {last.accuracy['value']:.3f} on pretrained features and "
+        f"{random.accuracy['value']:.3f} on those of random weights, so pretraining takes away "
         f"{value:.0%} of the errors ({low:.0%} to {high:.0%}); LogME {last.logme:.2f} and "
         f"{random.logme:.2f}"
     )
@@ -370,7 +369,7 @@ def _of_boundaries(boundaries: Sequence[Boundary]) -> list[str]:
         return []
     return [
         f"features of {best.name} separate the classes better than those of {last.name}: "
-        f"{best.accuracy['value']:.1%} right, which says that the last stages know other things"
+        f"accuracy {best.accuracy['value']:.3f}; what the last stages know is of other images"
     ]
 
 
