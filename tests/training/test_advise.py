@@ -20,6 +20,7 @@ from tlpipe.data.pixels import Chunks
 from tlpipe.errors import DataError, ParamsError
 from tlpipe.training.advise import Boundary, choose_sample, conclude
 from tlpipe.training.model import Dataset, Examples
+from tlpipe.training.transferability import LearningCurve
 
 
 def dataset(train: list[int], validation: list[int], groups: list[str] | None = None) -> Dataset:
@@ -128,6 +129,23 @@ def test_a_stage_that_is_better_than_the_last_one_is_named() -> None:
     assert any(reason.startswith("features of s1 separate the classes better") for reason in said)
     said = conclude(data, 100, boundaries(0.5, 0.82, 0.8), random, known, None).reasons
     assert len(said) == 3
+
+
+def test_a_curve_of_a_few_of_many_images_says_nothing_of_all() -> None:
+    data = dataset([0, 1] * 400, [0, 1], alone(802))
+    known = {"value": 0.2, "low": 0.1, "high": 0.3, "confidence": 0.9}
+    law = np.array([0.9, 0.5, 0.0])
+    errors = 0.9 * np.array([10.0, 20, 40]) ** -0.5
+    curve = LearningCurve(np.array([10.0, 20, 40]), errors, law, np.tile(law, (50, 1)))
+    said = conclude(data, 100, boundaries(0.8), boundaries(0.6)[0], known, curve).reasons[-1]
+    assert said.startswith("cannot tell whether more images would help: 401 a class is far beyond")
+    few = dataset([0, 1] * 39, [0, 1], alone(80))
+    said = conclude(few, 80, boundaries(0.8), boundaries(0.6)[0], known, curve).reasons[-1]
+    # 0.9 n^-0.5 = 0.9 * 40^-0.5 - 0.02 at n = 54.2; at 80 it is 4.2 points less.
+    assert said == (
+        "about 14 more images a class for +2 points (14 to 14); twice as many images would bring "
+        "4.2 points (4.2 to 4.2)"
+    )
 
 
 @pytest.mark.slow

@@ -493,7 +493,8 @@ def ui(
 
 def advise(
     images: Annotated[
-        int, typer.Option(min=1, help="Look at so many images at most; time goes by them.")
+        int,
+        typer.Option(min=1, max=10_000, help="Look at so many images at most; time goes by them."),
     ] = 1000,
     params: ParamsFile = None,
 ) -> None:

@@ -377,6 +377,11 @@ def _of_data(curve: LearningCurve | None, images: float) -> str:
     """Say what more images would bring, no further than the curve can tell."""
     if curve is None:
         return "too few images a class for a learning curve: collect more"
+    if images > transferability.MOST_TIMES * curve.images[-1]:
+        return (
+            f"cannot tell whether more images would help: {images:,.0f} a class is far beyond the "
+            f"{curve.images[-1]:,.0f} that the learning curve ends at; look at more by --images"
+        )
     value, low, high = (f"{100 * points:.1f}" for points in curve.gain(images, images))
     doubled = f"twice as many images would bring {value} points ({low} to {high})"
     if needed := curve.more_for(_WANTED, images):

@@ -22,7 +22,7 @@ _ROUNDS, _SETTLED = 100, 1e-6  # of the search for the evidence's maximum
 # Exponents that are tried: a half is what a mean of independent terms has; networks lie below.
 # Source: Hestness et al. (2017), Deep learning scaling is predictable, empirically.
 _EXPONENTS = np.geomspace(0.1, 1.0, 40)
-_MOST_TIMES = 4.0  # as many images as were measured: beyond that a curve says nothing
+MOST_TIMES = 4.0  # as many images as were measured: beyond that a curve says nothing
 CONFIDENCE = 0.9
 _L2 = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 _ITERATIONS, _TOLERANCE = 200, 1e-5
@@ -222,7 +222,7 @@ class LearningCurve:
             float(np.quantile(needed[1:], share, method="higher"))
             for share in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
         )
-        if not max(high, needed[0]) <= (_MOST_TIMES - 1) * images:
+        if not max(high, needed[0]) <= (MOST_TIMES - 1) * images:
             return None
         return float(needed[0]), low, high
 
