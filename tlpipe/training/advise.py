@@ -5,7 +5,6 @@ each boundary of the pretrained network, on the same network with random weights
 training images. Test images are never looked at.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,11 +45,10 @@ from tlpipe.training.transferability import (
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-_log = logging.getLogger(__name__)
 _BATCH = 8
 _THROUGH = 400  # images that go through the network, with pretrained and with random weights
-# As a small set counts fewer images, or fewer a class. Of the settings of benchmarks/advice.py and
-# benchmarks/accuracy.py, none with fewer than these gained by opening a stage.
+# Fewer images, or fewer a class, are small data. Of the settings in benchmarks/results/advice.txt
+# and accuracy.txt, none with fewer than these gained by opening a stage.
 _FEW, _FEW_OF_A_CLASS, _MANY_OF_A_CLASS = 400, 20, 1000
 # Similar: pretraining takes away this share of the errors that features of random weights make.
 _SIMILAR = 0.5
