@@ -49,10 +49,11 @@ def main() -> None:
     save(overview(), PICTURES / "overview.png")
     with tempfile.TemporaryDirectory() as home:
         tutorial(Path(home))
+        advice(Path(home))
 
 
-def opened(path: str) -> "Image":
-    """Return a picture that the pipeline drew, by its path below ``artifacts/``."""
+def opened(path: str | Path) -> "Image":
+    """Return a picture that was drawn, by its path below ``artifacts/`` or a whole one."""
     from PIL import Image
 
     return Image.open(ARTIFACTS / path).convert("RGB")
@@ -101,6 +102,15 @@ def tutorial(home: Path) -> None:
     run(project, "promote", "tlpipe promote")
     run(project, "history", "tlpipe history")
     run(project, "rollback", "tlpipe rollback")
+
+
+def advice(home: Path) -> None:
+    """Ask for advice on the built-in digits, in a project of its own."""
+    project = home / "advised"
+    run(home, "init-advised", "tlpipe init advised")
+    run(project, "embed-advised", "dvc repro embed")
+    run(project, "advise", "tlpipe advise")
+    save(opened(project / "artifacts/advise/advice.png"), PICTURES / "advice.png")
 
 
 def commit(project: Path, message: str) -> None:

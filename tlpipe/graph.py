@@ -115,6 +115,7 @@ STAGES = {
         "Run the pretrained network once over every image.",
         reads=("manifest", "pixels"),
         writes=("activations",),
+        optional_sources=("embed.advice",),
         decided_in=("tlpipe.training.model",),  # which weights a registered model has
         libraries=("numpy", *_NETWORK),
     ),

@@ -207,3 +207,39 @@ def test_views_and_augmentation_that_nobody_sees_are_errors() -> None:
         (5, Params(augmentation=Augmentation())),
     ):
         check_effects(params, count)
+
+
+def test_auto_follows_advice_that_was_measured_on_these_images(ingested: Workspace) -> None:
+    ingested.use_small_network()
+    ingested.ingest()
+    ingested.configure("embed", freeze="auto")
+    said = ingested.embed()
+    assert "embed.freeze is auto, by the number of images; 'tlpipe advise' measures" in said
+    folder = ingested.path / "artifacts/embed/activations"
+    origin = activations.load(folder).origin
+    assert origin.boundary == describe("timm/test_resnet").stages[-1].name  # twelve a class
+    advice = activations.Advice(
+        freeze="layer2",
+        backbone=origin.backbone,
+        weights_sha256=origin.weights_sha256,
+        data_sha256=origin.data_sha256,
+    )
+    ingested.configure("embed", advice="advice.json")
+    said = ingested.embed(code=6)
+    assert "advice.json, which embed.advice names, is missing or damaged; expected what" in said
+    activations.save_advice(ingested.path / "advice.json", advice)
+    assert "embed.freeze is auto, by advice.json: layer2" in ingested.embed()
+    found = activations.load(folder).origin
+    assert (found.boundary, found.freeze) == ("layer2", "auto")
+    for field in ("backbone", "weights_sha256", "data_sha256"):
+        other = advice.model_copy(update={field: "other"})
+        activations.save_advice(ingested.path / "advice.json", other)
+        said = ingested.embed(code=6)
+        assert f"advice.json was measured with another {field} than embed has now" in said
+        assert said.rstrip().endswith("run 'tlpipe run', then 'tlpipe advise' again.")
+
+
+def test_advice_where_freeze_is_not_auto_is_an_error() -> None:
+    with pytest.raises(ParamsError, match=r"embed\.advice: a\.json has no effect: embed\.freeze"):
+        Params(advice="a.json")
+    Params(advice="a.json", freeze="auto")

@@ -19,7 +19,7 @@ from statistics import median
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tlpipe import files
 from tlpipe.backbones.augment import Augmentation
@@ -70,6 +70,48 @@ def _before_last_share(stages: Sequence[Stage]) -> int:
         count -= 1
         held += stages[count].parameters
     return count
+
+
+class Advice(BaseModel):
+    """What ``tlpipe advise`` recommends for ``embed.freeze``, and what it was measured on.
+
+    ``data_sha256`` is of the manifest, ``weights_sha256`` empty where weights are random.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    freeze: str
+    backbone: str
+    weights_sha256: str
+    data_sha256: str
+
+
+def save_advice(path: Path, advice: Advice) -> None:
+    """Write the file that ``embed.advice`` names."""
+    files.write_json(path, advice.model_dump())
+
+
+def load_advice(path: Path, backbone: str, weights_sha256: str, data_sha256: str) -> Advice:
+    """Read the file that ``embed.advice`` names, for this network and these images.
+
+    Raises:
+        ArtifactError: it is missing or damaged, or was measured on something else.
+    """
+    anew = "Take embed.advice out of params.yaml, and run 'tlpipe run', then 'tlpipe advise' again."
+    try:
+        advice = Advice(**files.read_json(path))
+    except (ArtifactError, ValidationError):
+        raise ArtifactError(
+            f"{path}, which embed.advice names, is missing or damaged; expected what 'tlpipe "
+            f"advise' writes. {anew}"
+        ) from None
+    found = {"backbone": backbone, "weights_sha256": weights_sha256, "data_sha256": data_sha256}
+    if differ := [name for name, value in found.items() if getattr(advice, name) != value]:
+        raise ArtifactError(
+            f"{path} was measured with another {' and another '.join(differ)} than embed has now; "
+            f"expected the same. {anew}"
+        )
+    return advice
 
 
 _INDEX, _KEYS, _FEATURES, _BOUNDARY = "index.json", "keys.npy", "features", "boundary"

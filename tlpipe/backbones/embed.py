@@ -53,7 +53,14 @@ class Params(Section):
         default=ALL,
         description="What keeps its weights: 'all' (but the head), 'none', a number of stages, the "
         "last frozen stage, or 'auto': by the median number of images per class, below 20 all, "
-        "below 1,000 all but the last stages with a quarter of the parameters, else none.",
+        "below 1,000 all but the last stages with a quarter of the parameters, else none; or as "
+        "advice says.",
+    )
+    advice: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A file that 'tlpipe advise' writes, such as advice.json, which freeze: auto "
+        "then follows.",
     )
     views: int = Field(
         default=0, ge=0, le=64, description="Augmented views of each image to store beside it."
@@ -71,9 +78,11 @@ class Params(Section):
     )
 
     @model_validator(mode="after")
-    def _hash_is_of_a_file(self) -> "Params":
+    def _has_effects(self) -> "Params":
         if self.weights == pretrained.NONE:
             check_effect("embed", self, ("weights_sha256",), "embed.weights is none")
+        if self.freeze != AUTO:
+            check_effect("embed", self, ("advice",), f"embed.freeze is {self.freeze}")
         return self
 
 
@@ -81,6 +90,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
     """Write the features of every image, and its activations at the freeze boundary.
 
     Raises:
+        ArtifactError: the advice to follow is missing, or of another network or other images.
         ParamsError: the pixels were stored in another way than the backbone wants them, there is
             no such boundary, or the activations would be larger than allowed.
         TrainingError: another process embeds into the same place.
@@ -92,12 +102,13 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
     entries = _entries(manifest, pixels, len(images.array))
     backbone = describe(params.backbone)
     names = [stage.name for stage in backbone.stages]
-    count = frozen_stages(params.freeze, backbone.stages, (entry.label for entry in entries))
+    weights = backbone.find_weights(params.weights, params.weights_sha256)
+    freeze = _freeze(params, weights.sha256, images.data_sha256)
+    count = frozen_stages(freeze, backbone.stages, (entry.label for entry in entries))
     check_effects(params, count)
     _log.info("frozen: %s", _share(backbone, count))
     shape = _boundary_shape(backbone, count, params.views)
     _check_size(backbone, len(entries), shape, params)
-    weights = backbone.find_weights(params.weights, params.weights_sha256)
     forward = open_forward(backbone, weights, _stages(backbone, count), threads=threads)
     origin = stored.Origin(
         backbone=backbone.name,
@@ -142,6 +153,22 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
             writer.append(entry.key, *(next(computed) if row is None else (row, row)))
         writer.finish()
         stored.keep(folder, kept)
+
+
+def _freeze(params: Params, weights_sha256: str, data_sha256: str) -> str | int:
+    """Return what is to be frozen; what decides is said where it is left to that."""
+    if params.freeze != AUTO:
+        return params.freeze
+    if params.advice is None:
+        _log.info(
+            "embed.freeze is auto, by the number of images; 'tlpipe advise' measures what suits "
+            "them, and embed.advice follows that"
+        )
+        return AUTO
+    path = Path(params.advice)
+    advice = stored.load_advice(path, params.backbone, weights_sha256, data_sha256)
+    _log.info("embed.freeze is auto, by %s: %s", path, advice.freeze)
+    return advice.freeze
 
 
 def check_freeze(params: Params) -> int | None:

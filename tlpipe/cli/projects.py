@@ -17,7 +17,7 @@ import typer
 
 from tlpipe import files, graph
 from tlpipe.cli.stages import ParamsFile, enter, function, model_name, sections, with_ood_that_fits
-from tlpipe.cli.tables import print_folds, printable
+from tlpipe.cli.tables import print_advice, print_folds, printable
 from tlpipe.errors import DataError, ParamsError
 from tlpipe.registry import LONGEST_NAME, NOT_IN_NAMES, SUFFIX, check_name
 
@@ -32,7 +32,7 @@ _TEST = 0.2  # the template's share of test images
 
 def add(app: typer.Typer) -> None:
     """Add these commands."""
-    for command in (init, run, flow, status, check, summary, upgrade, ui, backbones):
+    for command in (init, run, flow, status, check, summary, upgrade, ui, advise, backbones):
         app.command()(command)
     app.command("lr-find")(lr_find)
     app.command("cross-validate")(cross_validate)
@@ -489,6 +489,27 @@ def ui(
     where = ("--host", "127.0.0.1", "--port", str(port))
     server = [sys.executable, "-P", "-m", "mlflow", "server", *store, *root, *where]
     os.execv(sys.executable, server)  # noqa: S606
+
+
+def advise(
+    images: Annotated[
+        int,
+        typer.Option(min=1, max=10_000, help="Look at so many images at most; time goes by them."),
+    ] = 1000,
+    params: ParamsFile = None,
+) -> None:
+    """Say how much to freeze and whether the images are enough, before anything is fine-tuned."""
+    from tlpipe.backbones import embed
+    from tlpipe.training import advise
+
+    named = cast(embed.Params, sections(enter(params))["embed"]).advice
+    recommendation = Path(named or "advice.json")
+    known = {name: Path(graph.PATHS[name]) for name in ("activations", "pixels", "split")}
+    folder = Path("artifacts", "advise")
+    print_advice(advise.run(**known, folder=folder, recommendation=recommendation, images=images))
+    print(f"see {folder / 'advice.png'}")
+    if named is None:
+        print(f"to follow it: embed.freeze: auto, embed.advice: {recommendation}; commit that file")
 
 
 def lr_find(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tlpipe.registry.gate import Decision
     from tlpipe.registry.moves import Move
+    from tlpipe.training.advise import Advice
 
 _LISTED = 20  # classes
 _METRICS = (
@@ -67,6 +68,25 @@ def print_folds(report: dict[str, Any]) -> None:
     share = f"{means[0]['confidence']:.0%}"
     print(f"+-: {share} interval, corrected for the training images that folds share")
     print(f"pooled: accuracy {describe(pooled['accuracy'])} on {pooled['images']} images")
+
+
+def print_advice(advice: "Advice") -> None:
+    """Print what each boundary gives, the recommendation, its reasons and its place."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("boundary", "accuracy of a linear probe", "LogME")
+    table.columns[2].justify = "right"
+    rows = [(found.name, found) for found in advice.boundaries]
+    for name, found in (*rows, (f"{advice.random.name}, random weights", advice.random)):
+        accuracy = "{value:.3f} ({low:.3f} to {high:.3f})".format(**found.accuracy)
+        table.add_row(escape(printable(name)), accuracy, f"{found.logme:.2f}")
+    Console().print(table)
+    print(f"recommended: embed.freeze: {printable(advice.freeze)}")
+    for reason in advice.reasons:
+        print(f"- {printable(reason)}")
+    print(f"in the lectures' table: {advice.place}")
 
 
 def print_decision(name: str, decision: "Decision") -> None:
