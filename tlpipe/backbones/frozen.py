@@ -33,7 +33,10 @@ _PARITY_IMAGES = 4
 _TOLERANCE = 1e-3  # of the standard deviation of what a stage gives
 IMAGES = "images"
 PACKAGES = ("onnx", "onnx-ir", "onnxscript", "timm", "torch", "torchvision")
-_CODE = tuple(f"tlpipe.backbones.{name}" for name in ("backbone", "frozen", "stages", "weights"))
+_CODE = (
+    *(f"tlpipe.backbones.{name}" for name in ("backbone", "frozen", "stages", "weights")),
+    "tlpipe.runtime",
+)
 _log = logging.getLogger(__name__)
 
 
