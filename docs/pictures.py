@@ -108,7 +108,7 @@ def advice(home: Path) -> None:
     """Ask for advice on the built-in digits, in a project of its own."""
     project = home / "advised"
     run(home, "init-advised", "tlpipe init advised")
-    run(project, "embed-advised", "dvc repro embed")
+    run(project, "embed-advised", "dvc repro split embed")
     run(project, "advise", "tlpipe advise")
     save(opened(project / "artifacts/advise/advice.png"), PICTURES / "advice.png")
 

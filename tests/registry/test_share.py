@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import mlflow
 import numpy as np
 import onnxruntime
 import pytest
@@ -122,6 +124,34 @@ def test_weights_that_are_not_the_bundle_s_are_not_shared(released: Workspace) -
     save_file({name: -tensor for name, tensor in tensors.items()}, path)
     (line,) = released.call("share", "digits@1", "out", *LICENSES, code=7).stderr.splitlines()
     assert "what would be shared differs from the trained model" in line
+    assert not (released.path / "out").exists()
+
+
+def test_a_champion_that_was_changed_since_is_not_shared(released: Workspace) -> None:
+    released.call("models")  # locations of artifacts are those of its folder from then on
+    client = mlflow.MlflowClient(f"sqlite:///{released.path / 'mlflow.db'}")
+    client.set_model_version_tag("digits", "1", "tlpipe.bundle", "f" * 64)
+    (line,) = released.call(
+        "share", "digits@champion", "out", *LICENSES, code=8
+    ).stderr.splitlines()
+    assert "digits version 1 is not what was put in production" in line
+    assert not (released.path / "out").exists()
+
+
+def test_a_network_with_two_classifiers_cannot_be_loaded_by_others(
+    released: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As timm's distilled transformers have: here it says so of the small one."""
+    made = timm.create_model
+
+    def with_two(*words: str, **options: Any) -> Any:
+        model = made(*words, **options)
+        model.pretrained_cfg = {**model.pretrained_cfg, "classifier": ("fc", "fc_distilled")}
+        return model
+
+    monkeypatch.setattr(timm, "create_model", with_two)
+    (line,) = released.call("share", "digits@1", "out", *LICENSES, code=5).stderr.splitlines()
+    assert "test_resnet has 2 classifiers in timm" in line
     assert not (released.path / "out").exists()
 
 

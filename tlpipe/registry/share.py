@@ -15,8 +15,8 @@ import numpy as np
 from tlpipe import files
 from tlpipe.backbones.backbone import PACKAGED
 from tlpipe.bundle import Bundle
-from tlpipe.errors import ParamsError, RegistryError
-from tlpipe.registry import Registered, card, publishing, tracking, versions
+from tlpipe.errors import ParamsError, RegistryError, WeightsError
+from tlpipe.registry import Registered, card, moves, publishing, tracking, versions
 from tlpipe.runtime import generator
 from tlpipe.training import model as models
 
@@ -69,8 +69,10 @@ def share(workspace: Path, model: Registered, folder: Path, licenses: Licenses) 
         ArtifactError: the bundle is damaged, or something is at the folder's place.
         ParamsError: a license is missing.
         ParityError: the registered weights give other answers than the bundle.
-        RegistryError: there is no such version, or some of its artifacts are gone.
-        WeightsError: the pretrained weights of what was frozen are not here.
+        RegistryError: there is no such version, some of its artifacts are gone, or what is called
+            champion is not what was promoted.
+        WeightsError: the pretrained weights of what was frozen are not here, or the library has no
+            such network with one classifier.
     """
     from safetensors.torch import save
 
@@ -79,6 +81,8 @@ def share(workspace: Path, model: Registered, folder: Path, licenses: Licenses) 
     with TemporaryDirectory() as temporary:
         with tracking.connection(workspace) as client:
             version = tracking.find_version(client, model.name, model.which)
+            if model.which == moves.CHAMPION:
+                tracking.check_promoted(client, version)
             if version.run_id is None:
                 raise RegistryError(f"{model} has no run, so there is nothing of it to be shared.")
             lineage = client.get_run(version.run_id).data.tags
@@ -143,13 +147,23 @@ def _network(shipped: Bundle) -> _Network:
 
 
 def _in_timm(name: str, shipped: Bundle) -> _Network:
-    """Describe a network of timm in the words of its own ``config.json``."""
+    """Describe a network of timm in the words of its own ``config.json``.
+
+    Raises:
+        WeightsError: it has no classifier of its own, or several.
+    """
     import timm
 
     sees = shipped.preprocessing
     known = name.removeprefix(_TIMM) if name.startswith(_TIMM) else f"tf_{name}"
     stated = timm.create_model(known, num_classes=0)
     classifier = stated.pretrained_cfg["classifier"]
+    if not isinstance(classifier, str):
+        raise WeightsError(
+            f"{known} has {len(classifier or ())} classifiers in timm, and this model has one: its "
+            f"weights cannot be loaded there. Nothing was written; share its bundle: 'tlpipe "
+            f"download'."
+        )
     kept = ("pool_size", "first_conv", "fixed_input_size")
     config = {
         "architecture": known.partition(".")[0],
@@ -191,13 +205,21 @@ def _check_parity(
 
     Raises:
         ParityError: it gives other logits.
+        WeightsError: they do not fit the network.
     """
     import torch
 
     from tlpipe.export import graph
 
     built = _built(network, trained)
-    built.load_state_dict(tensors)
+    try:
+        built.load_state_dict(tensors)
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"the weights do not fit {network.architecture} as {network.library} builds it: "
+            f"{line}. Nothing was written; share the bundle: 'tlpipe download'."
+        ) from None
     sees = shipped.preprocessing
     size = (_PARITY_IMAGES, sees.crop_px, sees.crop_px, 3)
     images = generator(0, "parity of what is shared").integers(0, 256, size, np.uint8)
