@@ -19,6 +19,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from tests.conftest import Workspace, copy_repository
 from tlpipe import Predictor, graph
+from tlpipe.registry import card as cards
 
 LICENSES = ("--license", "mit", "--data-license", "cc-by-4.0", "--weights-license", "apache-2.0")
 
@@ -92,6 +93,16 @@ def test_the_card_is_what_the_hub_reads_and_names_no_folder(
         assert text in card.content
     for text in (str(released.path), str(Path.home()), "plots/", "@champion"):
         assert text not in card.content
+
+
+def test_a_card_longer_than_the_registry_keeps_is_shared_whole(
+    released: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cards, "LONGEST", 500)
+    released.call("share", "digits@1", str(tmp_path / "out"), *LICENSES)
+    content = (tmp_path / "out" / "README.md").read_text()
+    assert "model.load_state_dict" in content
+    assert "apache-2.0" in content
 
 
 @pytest.mark.fault("R66")

@@ -222,12 +222,12 @@ def _look_at(name: str) -> Backbone:
 
 def _contract(name: str) -> tuple[Preprocessing, Pretrained | None]:
     """Return the input that the pretrained weights want, and where they are."""
-    if name not in PACKAGED and not name.startswith(_TIMM):
+    if not is_of_timm(name):
         return _torchvision_contract(name)
     import timm
 
     found = (
-        timm.get_pretrained_cfg(_in_timm(name)) or timm.create_model(_in_timm(name)).pretrained_cfg
+        timm.get_pretrained_cfg(in_timm(name)) or timm.create_model(in_timm(name)).pretrained_cfg
     )
     config = found if isinstance(found, dict) else found.to_dict()
     channels, side, width = config["input_size"]
@@ -283,28 +283,33 @@ def _from_url(url: str) -> Pretrained:
 
 def _build(name: str) -> "nn.Module":
     """Build a network without its classifier, its weights drawn at random."""
-    if name in PACKAGED or name.startswith(_TIMM):
+    if is_of_timm(name):
         import timm
 
-        return cast("nn.Module", timm.create_model(_in_timm(name), num_classes=0))
-    return _torchvision_network(name)[0]
+        return cast("nn.Module", timm.create_model(in_timm(name), num_classes=0))
+    return torchvision_network(name)[0]
 
 
-def _torchvision_network(name: str) -> "tuple[nn.Module, str]":
+def torchvision_options(name: str) -> dict[str, Any]:
+    """Return what torchvision builds a network with, beside weights and the number of classes."""
+    import torchvision
+
+    if name in ("googlenet", "inception_v3"):
+        # Both were trained on images in [-1, 1] and bring them there from ImageNet's normalisation.
+        return {"init_weights": True, "transform_input": True}
+    if name.startswith("vit_"):
+        # Its position embeddings are of one size of image: that of its weights.
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        return {"image_size": weights.meta["min_size"][0]}
+    return {}
+
+
+def torchvision_network(name: str) -> "tuple[nn.Module, str]":
     """Build a network without its classifier; return the path that this had, too."""
     import torchvision
     from torch import nn
 
-    # Both were trained on images in [-1, 1] and bring them there from ImageNet's normalisation.
-    has_own_range = name in ("googlenet", "inception_v3")
-    options: dict[str, Any] = {}
-    if has_own_range:
-        options = {"init_weights": True, "transform_input": True}
-    if name.startswith("vit_"):
-        # Its position embeddings are of one size of image: that of its weights.
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-        options["image_size"] = weights.meta["min_size"][0]
-    network = torchvision.models.get_model(name, weights=None, **options)
+    network = torchvision.models.get_model(name, weights=None, **torchvision_options(name))
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     network.set_submodule(linear[-1], nn.Identity())
     return network, linear[-1]
@@ -316,8 +321,8 @@ def _load(name: str, tensors: Mapping[str, "Tensor"]) -> "nn.Module":
     Raises:
         RuntimeError: they are those of another network.
     """
-    if not name.startswith(_TIMM) and name not in PACKAGED:
-        network, classifier = _torchvision_network(name)
+    if not is_of_timm(name):
+        network, classifier = torchvision_network(name)
         # The first DenseNets were saved under names that modules may not have any more.
         old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
         named = {old.sub(r"\1", key): tensor for key, tensor in tensors.items()}
@@ -337,7 +342,7 @@ def _load(name: str, tensors: Mapping[str, "Tensor"]) -> "nn.Module":
         given = {"state_dict": dict(tensors), "custom_load": False}
         try:
             whole: Any = timm.create_model(
-                _in_timm(name), pretrained=True, pretrained_cfg_overlay=given
+                in_timm(name), pretrained=True, pretrained_cfg_overlay=given
             )
         except Exception:
             raise error from None
@@ -362,7 +367,12 @@ def _fill(
     return network
 
 
-def _in_timm(name: str) -> str:
+def is_of_timm(name: str) -> bool:
+    """Return whether timm builds the network, or torchvision."""
+    return name in PACKAGED or name.startswith(_TIMM)
+
+
+def in_timm(name: str) -> str:
     """Return a backbone's name in timm, where the packaged ones are those from TensorFlow."""
     return name.removeprefix(_TIMM) if name.startswith(_TIMM) else f"tf_{name}"
 

@@ -135,10 +135,10 @@ def export(
     """Export a module of one argument, whose first axis may have any length, without traces."""
     import torch
 
-    for part in module.modules():
+    for layer in module.modules():
         # The exporter turns what works in place into what does not, at the price of half its time.
-        if getattr(part, "inplace", False):
-            part.inplace = False  # type: ignore[assignment]
+        if getattr(layer, "inplace", False):
+            layer.inplace = False  # type: ignore[assignment]
     with _quiet():
         program = torch.onnx.export(
             module,

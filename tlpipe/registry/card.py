@@ -39,7 +39,7 @@ def of_model(name: str) -> str:
 def write(
     name: str, shipped: Bundle, known: Known, lineage: Mapping[str, str], use: str | None = None
 ) -> str:
-    """Return the card as Markdown, at most as long as MLflow keeps.
+    """Return the card as Markdown.
 
     ``known``: what the stages report, by the names of ``publishing.Content``; ``lineage``: tags
     that say where it comes from, and with ``PURPOSE`` what it is for; ``use``: how to use it, where
@@ -69,7 +69,11 @@ def write(
         "## How to use it",
         use or _use(name, shipped),
     ]
-    text = "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part for part in parts if part)
+
+
+def shortened(text: str) -> str:
+    """Return a card that is at most as long as MLflow keeps."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]}\n…"
 
 

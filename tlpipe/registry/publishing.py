@@ -133,7 +133,7 @@ def publish(
         raise ArtifactError(
             f"{content.report} measures another bundle than {content.bundle}. Run 'tlpipe run'."
         )
-    text = card.write(name, shipped, known, lineage)
+    text = card.shortened(card.write(name, shipped, known, lineage))
     found = _find_run(client, experiment_id, shipped)
     if found is None:
         created = client.create_run(

@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tlpipe import files
-from tlpipe.backbones.backbone import PACKAGED
+from tlpipe.backbones.backbone import (
+    in_timm,
+    is_of_timm,
+    torchvision_network,
+    torchvision_options,
+)
 from tlpipe.bundle import Bundle
-from tlpipe.errors import ParamsError, RegistryError, WeightsError
-from tlpipe.registry import Registered, card, moves, publishing, tracking, versions
+from tlpipe.errors import ParamsError, WeightsError
+from tlpipe.registry import Registered, card, moves, tracking, versions
 from tlpipe.runtime import generator
 from tlpipe.training import model as models
 
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
 
     from tlpipe.training.model import Model
 
-_TIMM, _WEIGHTS, _PARITY_IMAGES, _TOLERANCE = "timm/", "model.safetensors", 4, 1e-4
+_WEIGHTS, _PARITY_IMAGES, _TOLERANCE = "model.safetensors", 4, 1e-4
 _METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
 
 
@@ -83,12 +88,7 @@ def share(workspace: Path, model: Registered, folder: Path, licenses: Licenses) 
             version = tracking.find_version(client, model.name, model.which)
             if model.which == moves.CHAMPION:
                 tracking.check_promoted(client, version)
-            if version.run_id is None:
-                raise RegistryError(f"{model} has no run, so there is nothing of it to be shared.")
-            lineage = client.get_run(version.run_id).data.tags
-            client.download_artifacts(version.run_id, "", temporary)
-        content = publishing.Content.stored(Path(temporary))
-        shipped = tracking.verified(version, content.bundle)
+            content, shipped, lineage = versions.fetch(client, version, Path(temporary))
         trained = models.load(content.model)
         network = _network(shipped)
         tensors = _tensors(trained, network)
@@ -124,18 +124,12 @@ def _check(licenses: Licenses) -> None:
 def _network(shipped: Bundle) -> _Network:
     """Find what a bundle's network is called elsewhere."""
     name = shipped.provenance["origin"]["backbone"]
-    if name in PACKAGED or name.startswith(_TIMM):
-        return _in_timm(name, shipped)
-    import torchvision
-    from torch import nn
-
-    options: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):
-        options = {"transform_input": True, "aux_logits": False, "init_weights": False}
-    if name.startswith("vit_"):
-        options = {"image_size": shipped.preprocessing.crop_px}
-    built = torchvision.models.get_model(name, weights=None, **options)
-    *_, classifier = (path for path, part in built.named_modules() if isinstance(part, nn.Linear))
+    if is_of_timm(name):
+        return _of_timm(in_timm(name), shipped)
+    options = torchvision_options(name)
+    if "init_weights" in options:  # these have auxiliary outputs, too, which are not kept
+        options |= {"aux_logits": False, "init_weights": False}
+    _, classifier = torchvision_network(name)
     config = {
         "architecture": name,
         "library": "torchvision",
@@ -146,7 +140,7 @@ def _network(shipped: Bundle) -> _Network:
     return _Network("torchvision", name, classifier, options, config)
 
 
-def _in_timm(name: str, shipped: Bundle) -> _Network:
+def _of_timm(known: str, shipped: Bundle) -> _Network:
     """Describe a network of timm in the words of its own ``config.json``.
 
     Raises:
@@ -155,7 +149,6 @@ def _in_timm(name: str, shipped: Bundle) -> _Network:
     import timm
 
     sees = shipped.preprocessing
-    known = name.removeprefix(_TIMM) if name.startswith(_TIMM) else f"tf_{name}"
     stated = timm.create_model(known, num_classes=0)
     classifier = stated.pretrained_cfg["classifier"]
     if not isinstance(classifier, str):

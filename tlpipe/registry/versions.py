@@ -289,11 +289,8 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
     with TemporaryDirectory() as folder:
         with tracking.connection(workspace) as client:
             version = tracking.find_version(client, name, which)
-            if version.run_id is None:
-                raise RegistryError(f"{name} version {version.version} has no run to be copied.")
-            tags = client.get_run(version.run_id).data.tags
-            client.download_artifacts(version.run_id, "", folder)
-            expected = tracking.verified(version, Path(folder, tracking.BUNDLE_FOLDER)).digest
+            content, shipped, tags = fetch(client, version, Path(folder))
+            expected = shipped.digest
             address, _, _ = without_credentials(client.tracking_uri).partition("?")
             origin = f"{address} version {version.version}"
         lineage = {key: value for key, value in tags.items() if key.startswith(_KEPT)}
@@ -302,7 +299,7 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
                 client,
                 tracking.experiment(client, name, workspace),
                 name,
-                Content.stored(Path(folder)),
+                content,
                 lineage=lineage | {"tlpipe.copied_from": origin},
             )
             if (signature := Path(folder, bundles.SIGNATURE)).is_file():
@@ -315,6 +312,26 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
                 )
             tracking.challenge(client, name, published.version)
     return published.version
+
+
+def fetch(
+    client: "MlflowClient", version: "ModelVersion", folder: Path
+) -> tuple[Content, Bundle, dict[str, str]]:
+    """Fetch a version's artifacts into a folder; return them, its verified bundle, the run's tags.
+
+    Raises:
+        ArtifactError: the bundle is damaged.
+        RegistryError: it has no run, its stored bundle is not the registered one, or artifacts are
+            missing.
+    """
+    if version.run_id is None:
+        raise RegistryError(
+            f"{version.name} version {version.version} has no run, so nothing of it can be fetched."
+        )
+    tags = client.get_run(version.run_id).data.tags
+    client.download_artifacts(version.run_id, "", str(folder))
+    shipped = tracking.verified(version, folder / tracking.BUNDLE_FOLDER)
+    return Content.stored(folder), shipped, tags
 
 
 def download(workspace: Path, model: Registered, folder: Path) -> Bundle:
