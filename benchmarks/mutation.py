@@ -387,7 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=80, help="how many mutations")
-    parser.add_argument("--module", action="append", help="such as training/recipe; may be repeated")
+    parser.add_argument("--module", action="append", help="such as training/recipe; repeatable")
     parser.add_argument("--minutes", type=float, default=600, help="begin none after so long")
     parser.add_argument("--results", type=Path, default=ROOT / ".mutation_cache" / "results.jsonl")
     parser.add_argument("--list", action="store_true", help="print the mutations and end")

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -252,3 +253,35 @@ def test_the_keys_of_the_graph_and_of_descriptions_cover_what_makes_them() -> No
     for module, code, known in ((frozen, frozen._CODE, values), (backbone, backbone._CODE, set())):
         closure = {module.__name__, *graph.find_upstream_modules(module.__name__)} - packages
         assert closure == {*code, *known} | (NO_NUMBERS & closure)
+
+
+def test_what_is_kept_of_a_package_holds_as_long_as_no_byte_of_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each digest comes from a process of its own, which finds what the one before has kept."""
+    cache, package = tmp_path / "cache", tmp_path / "kept"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    asked = "from tlpipe.code_digest import of_closure; print(of_closure('kept.a'))"
+
+    def found(a: str, b: str = "x = 1\n") -> str:
+        (package / "a.py").write_text(a)
+        (package / "b.py").write_text(b)
+        env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        command = [sys.executable, "-c", asked]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    alone = found("y = 2\n")
+    (kept,) = (cache / "tlpipe" / "code").iterdir()
+    assert found("y = 2\n") == alone
+    content = kept.read_bytes()
+    assert found("y = 2  # the same\n") == alone
+    assert kept.read_bytes() != content
+    importing = found("import kept.b\ny = 2\n")
+    assert importing != alone
+    assert found("import kept.b\ny = 2\n", "x = 3\n") not in (alone, importing)
+    assert found("import kept.b\ny = 2\n") == importing
+    kept.write_text('{"key": 1}')
+    assert found("y = 2\n") == alone

@@ -107,7 +107,7 @@ def test_the_package_itself_holds_nothing_that_a_stage_runs() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "tlpipe":
                 for alias in node.names:
-                    assert code_digest._source(f"tlpipe.{alias.name}"), f"{path}: {alias.name}"
+                    assert f"tlpipe.{alias.name}" in code_digest._modules("tlpipe"), path
 
 
 @pytest.mark.parametrize("stage", NAMES)
@@ -225,10 +225,9 @@ def test_the_lock_s_libraries_are_those_that_a_stage_imports(stage: str) -> None
 def test_what_decides_a_value_before_run_is_code_of_the_stage(
     stage: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, digest = code(stage), code_digest._of_module
-    monkeypatch.setattr(
-        code_digest, "_of_module", lambda name: "other" if name == module else digest(name)
-    )
+    before, known = code(stage), code_digest._modules("tlpipe")
+    changed = {**known, module: known[module]._replace(digest="other")}
+    monkeypatch.setattr(code_digest, "_modules", lambda _: changed)
     assert code(stage)["code"] != before["code"]
 
 

@@ -170,8 +170,8 @@ def test_messages_name_keys_that_exist(empty: Workspace) -> None:
         ),
         (
             "export",
-            {"precisions": [], "calibration_images": 64, "max_accuracy_drop": 0.1},
-            "export.calibration_images: 64, export.max_accuracy_drop: 0.1 have no effect: "
+            {"precisions": [], "calibration_images": 32, "max_accuracy_drop": 0.1},
+            "export.calibration_images: 32, export.max_accuracy_drop: 0.1 have no effect: "
             "export.precisions is []",
         ),
         (

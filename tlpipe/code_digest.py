@@ -2,15 +2,23 @@
 
 A cache whose key holds the digest of the modules that determine its content, and the versions of
 the libraries, is never read after one of them has changed.
+
+Parsing all modules takes as long as most stages take to start: what was found of a package is kept
+in the user's cache, and holds as long as no byte of its source changes.
 """
 
 import ast
 import hashlib
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec, resolve_name
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
+
+from tlpipe import files
+from tlpipe.errors import ArtifactError
 
 
 def of_modules(*names: str) -> str:
@@ -24,7 +32,7 @@ def of_modules(*names: str) -> str:
     Raises:
         ModuleNotFoundError: a module or its source is missing.
     """
-    parts = "\n".join(f"{name} {_of_module(name)}" for name in sorted(names))
+    parts = "\n".join(f"{name} {_module(name).digest}" for name in sorted(names))
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
@@ -51,7 +59,7 @@ def closure(name: str) -> set[str]:
         module = waiting.pop()
         if module not in found:
             found.add(module)
-            waiting += _imports(module, name.partition(".")[0])
+            waiting += _module(module).imports
             if module.count(".") > 1:  # importing it runs its package, too
                 waiting.append(module.rpartition(".")[0])
     return found
@@ -59,49 +67,78 @@ def closure(name: str) -> set[str]:
 
 def versions(*packages: str) -> dict[str, str]:
     """Return the versions of those packages, named as on PyPI, that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found = {package: _version(package) for package in packages}
+    return {package: installed for package, installed in found.items() if installed is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+class _Module(NamedTuple):
+    """``digest``: of its syntax tree; ``imports``: modules of its package that it imports."""
+
+    digest: str
+    imports: list[str]
+
+
+def _module(name: str) -> _Module:
+    if (found := _modules(name.partition(".")[0]).get(name)) is None:
+        raise ModuleNotFoundError(f"the source of {name} is missing; install tlpipe again")
     return found
 
 
 @cache
-def _source(name: str) -> Path | None:
-    """Return the file of a module, None where there is none; nothing but its package is imported.
+def _modules(package: str) -> dict[str, _Module]:
+    """Return what is known of each module of a package, read or parsed."""
+    sources = _sources(package)
+    contents = {name: path.read_bytes() for name, path in sources.items()}
+    parts = [
+        Path(__file__).read_bytes(),
+        *(f"{n} {len(c)}\n".encode() + c for n, c in contents.items()),
+    ]
+    key = hashlib.sha256(b"".join(parts)).hexdigest()
+    with suppress(ArtifactError, KeyError, TypeError):
+        kept = files.read_json(_kept(sources[package]))
+        if kept["key"] == key:
+            return {name: _Module(*found) for name, found in kept["modules"].items()}
+    found = {}
+    for name, content in contents.items():
+        tree = ast.parse(content)
+        imports = sorted(_imports(tree, name, sources) & sources.keys() - {package})
+        found[name] = _Module(_of_tree(tree), imports)
+    with suppress(OSError):  # a cache that cannot be written is parsed again
+        files.write_json(_kept(sources[package]), {"key": key, "modules": found})
+    return found
 
-    ``importlib`` would import every module on the way.
-    """
-    package, *parts = name.split(".")
+
+def _kept(origin: Path) -> Path:
+    """Return the file of the user's cache that keeps what is known of an installed package."""
+    place = hashlib.sha256(bytes(origin.resolve())).hexdigest()[:16]
+    return files.cache_folder("tlpipe") / "code" / f"{place}.json"
+
+
+def _sources(package: str) -> dict[str, Path]:
+    """Return the source of each module of a package; nothing is imported."""
     spec = find_spec(package)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    if not parts:
-        return Path(spec.origin)
-    path = Path(spec.origin).parent.joinpath(*parts)
-    return next(filter(Path.is_file, (path.with_suffix(".py"), path / "__init__.py")), None)
+        raise ModuleNotFoundError(f"the source of {package} is missing; install tlpipe again")
+    folder, found = Path(spec.origin).parent, {package: Path(spec.origin)}
+    for path in sorted(folder.rglob("*.py")) if spec.submodule_search_locations else ():
+        parts = path.relative_to(folder).with_suffix("").parts
+        found[".".join([package, *(p for p in parts if p != "__init__")])] = path
+    return found
 
 
-def _package(name: str) -> str:
-    """Return the package that a module's relative imports count from."""
-    path = _source(name)
-    return name if path is not None and path.stem == "__init__" else name.rpartition(".")[0]
-
-
-@cache
-def _tree(name: str) -> ast.Module:
-    if (path := _source(name)) is None:
-        raise ModuleNotFoundError(f"the source of {name} is missing; install tlpipe again")
-    return ast.parse(path.read_bytes())
-
-
-@cache
-def _imports(name: str, package: str) -> frozenset[str]:
-    """Return the modules of a package, but its own ``__init__``, that a module names in imports."""
+def _imports(tree: ast.Module, name: str, sources: dict[str, Path]) -> set[str]:
+    """Return what a module names in imports, whole."""
     named: list[str] = []
-    waiting: list[ast.AST] = [_tree(name)]
+    waiting: list[ast.AST] = [tree]
+    package = name if sources[name].stem == "__init__" else name.rpartition(".")[0]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.expr):
@@ -114,10 +151,10 @@ def _imports(name: str, package: str) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = resolve_name("." * node.level + base, _package(name))
+                base = resolve_name("." * node.level + base, package)
             named += [base, *(f"{base}.{alias.name}" for alias in node.names)]
         waiting += ast.iter_child_nodes(node)
-    return frozenset(m for m in named if m.startswith(f"{package}.") and _source(m))
+    return set(named)
 
 
 def _is_for_types(test: ast.expr) -> bool:
@@ -126,10 +163,9 @@ def _is_for_types(test: ast.expr) -> bool:
     return name == "TYPE_CHECKING"
 
 
-@cache
-def _of_module(name: str) -> str:
+def _of_tree(tree: ast.Module) -> str:
     tokens: list[str] = []
-    _add(_tree(name), tokens)
+    _add(tree, tokens)
     return hashlib.sha256("".join(f"{token}\0" for token in tokens).encode()).hexdigest()
 
 

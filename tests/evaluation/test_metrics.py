@@ -662,3 +662,11 @@ def test_answers_above_a_threshold_count_groups() -> None:
     found = evaluate.selective_prediction(once, [""] * 60, held_out, [""] * 200, params)
     copied = evaluate.selective_prediction(many, groups, held_out, [""] * 200, params)
     assert copied["accuracy"] == pytest.approx(found["accuracy"])
+
+
+@pytest.mark.parametrize(("error_rate", "likely"), [(0.02, 0.05), (0.1, 0.01), (0.3, 0.1)])
+def test_so_many_wrong_answers_are_allowed_as_the_binomial_quantile_says(
+    error_rate: float, likely: float
+) -> None:
+    expected = stats.binom.ppf(likely, np.arange(1500), error_rate) - 1
+    assert (metrics._wrong_allowed(1499, error_rate, likely) == expected).all()

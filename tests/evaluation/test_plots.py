@@ -1,10 +1,11 @@
 """What the plots show: the data behind their marks, and that they come out as pictures."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
@@ -160,13 +161,21 @@ def test_coverage_says_that_no_threshold_is_known(given: Answers) -> None:
 
 
 def test_robustness_shows_each_kind_from_none_to_strong() -> None:
+    def row(accuracy: float) -> dict[str, float]:
+        return {"accuracy": accuracy, "low": accuracy - 0.2, "high": accuracy + 0.05}
+
     rows = {
-        kind: [{"accuracy": 0.9 - 0.1 * step - 0.01 * number} for step in range(3)]
+        kind: [row(0.9 - 0.1 * step - 0.01 * number) for step in range(3)]
         for number, kind in enumerate(answers.STRENGTHS)
     }
-    (axes,) = plots.robustness({"images": 64, "clean": {"accuracy": 0.95}, **rows}).axes
-    for kind, found in rows.items():
-        assert line(axes, kind)[1] == [0.95, *(row["accuracy"] for row in found)]
+    (axes,) = plots.robustness({"images": 64, "clean": row(0.95), **rows}).axes
+    intervals = [cast(LineCollection, bars).get_segments() for bars in axes.collections]
+    for (kind, found), drawn in zip(rows.items(), intervals, strict=True):
+        places, values = line(axes, kind)
+        expected = [0.95, *(row["accuracy"] for row in found)]
+        assert values == expected
+        for place, value, ends in zip(places, expected, drawn, strict=True):
+            assert ends.tolist() == [[place, value - 0.2], [place, value + 0.05]]
     assert "64 test images" in axes.get_title()
 
 

@@ -31,11 +31,11 @@ CODE = (
     "tlpipe.data.images",
     "tlpipe.backbones.augment",
     "tlpipe.backbones.backbone",
+    "tlpipe.backbones.batchnorm",
     "tlpipe.backbones.forward",
     "tlpipe.backbones.frozen",
     "tlpipe.backbones.stages",
     "tlpipe.backbones.weights",
-    "tlpipe.runtime",
     "tlpipe.runtime",
 )
 PACKAGES = (*frozen.PACKAGES, "numpy", "onnxruntime", "onnxruntime-gpu")

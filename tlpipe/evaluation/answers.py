@@ -265,7 +265,7 @@ def _change(image: Image.Image, kind: str, strength: float) -> Image.Image:
 
 
 # How often an answer for so many images is timed.
-TIMED = {1: 15, 32: 3}
+TIMED = {1: 15, 8: 5}
 
 
 def measure_speed(predictor: Predictor, squares: Chunks) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Params(Section):
         description="Columns of the manifest to slice the test images by.",
     )
     corrupted_images: int = Field(
-        default=64, ge=1, description="Test images to blur, darken and so on, at most."
+        default=32, ge=1, description="Test images to blur, darken and so on, at most."
     )
     ood: str | None = Field(
         default=None,

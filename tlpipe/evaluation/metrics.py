@@ -378,13 +378,11 @@ def threshold_for(
     Angelopoulos, Bates, Candes, Jordan and Lei (2021), Learn then test, fixed sequence testing.
     (The binary search of the former divides it, and starts at half of the images.)
     """
-    from scipy.stats import binom
-
     alone = np.unique(group_numbers(groups), return_index=True)[1]
     curve = coverage(confidence[alone], hits[alone])
     answered = np.rint(curve.coverage * len(alone)).astype(np.int64)
     wrong = answered - np.rint(curve.accuracy * answered).astype(np.int64)
-    allowed = binom.ppf(1 - confidence_level, np.arange(len(alone) + 1), error_rate) - 1
+    allowed = _wrong_allowed(len(alone), error_rate, 1 - confidence_level)
     sizes = np.flatnonzero(np.diff(allowed, prepend=-1) > 0)
     threshold = math.inf
     for size in [*sizes, len(alone)]:
@@ -394,6 +392,21 @@ def threshold_for(
             break
         threshold = float(curve.threshold[place])
     return threshold
+
+
+def _wrong_allowed(most: int, error_rate: float, likely: float) -> Labels:
+    """Return, for 0 to ``most`` answers, how many wrong ones show that the error rate is lower.
+
+    So few or fewer are less probable at ``error_rate`` than ``likely``; -1 where none are so few.
+    """
+    from scipy.special import bdtr  # scipy.stats takes longer to import than all else here
+
+    allowed, wrong = [-1], -1
+    for answers in range(1, most + 1):
+        while bdtr(wrong + 1, answers, error_rate) < likely:
+            wrong += 1
+        allowed.append(wrong)
+    return np.array(allowed)
 
 
 def images_needed(error_rate: float, confidence_level: float) -> int:

@@ -184,13 +184,20 @@ def _near_one(probability: float) -> str:
 
 
 def robustness(found: Mapping[str, Any]) -> "Figure":
-    """Draw the accuracy on changed images, from mild to strong."""
+    """Draw the accuracy on changed images, from mild to strong, with intervals."""
     figure = charts.new_figure(5.5, 4.2)
     axes = figure.subplots()
     names = ["none", "mild", "medium", "strong"]
-    for kind in answers.STRENGTHS:
+    for number, kind in enumerate(answers.STRENGTHS):
         rows = [found["clean"], *found[kind]]
-        axes.plot(names, [row["accuracy"] for row in rows], "o-", label=kind)
+        values = [row["accuracy"] for row in rows]
+        places = np.arange(len(names)) + 0.06 * (number - (len(answers.STRENGTHS) - 1) / 2)
+        spread = [[row["accuracy"] - row["low"], row["high"] - row["accuracy"]] for row in rows]
+        (drawn,) = axes.plot(places, values, "o-", label=kind)
+        axes.errorbar(
+            places, values, np.array(spread).T, fmt="none", capsize=2, color=drawn.get_color()
+        )
+    axes.set_xticks(range(len(names)), names)
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("accuracy")
     axes.set_xlabel("change")

@@ -33,7 +33,7 @@ _PACKAGES = (
     *("torch", "torchvision", "timm", "onnx", "onnx-ir", "onnxscript", "numpy", "scipy", "pillow"),
 )
 _ANY_SIZE_IMAGES = 8
-_FITTED = 4  # times the calibration images: what fits the last layer of int8
+_FITTED = 2  # times the calibration images: what fits the last layer of int8
 
 
 class Params(Section):
@@ -60,10 +60,10 @@ class Params(Section):
         description="Graphs beside fp32; fp16 is for GPUs, and made on any machine.",
     )
     calibration_images: int = Field(
-        default=128,
+        default=64,
         ge=1,
-        description="Training images that set the ranges of int8; four times as many fit its "
-        "last layer, at most.",
+        description="Training images that set the ranges of int8; twice as many fit its last "
+        "layer, at most.",
     )
     max_accuracy_drop: float = Field(
         default=0.01, ge=0, lt=1, description="Of a lower precision, on validation, at most."

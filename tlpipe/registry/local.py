@@ -79,6 +79,23 @@ def address(workspace: Path) -> str:
     return f"sqlite:///{database(workspace)}?timeout={_PATIENCE_S}"
 
 
+def state(workspace: Path) -> str | None:
+    """Return what any write to the workspace's database changes; None where that is not known.
+
+    SQLite counts its transactions in the file's header (its file format, section 1.3.7), but those
+    that lie in a file beside it as yet.
+    """
+    path = database(workspace)
+    if any(path.with_name(f"{path.name}-{beside}").exists() for beside in ("wal", "journal")):
+        return None
+    try:
+        with path.open("rb") as file:
+            about, header = os.fstat(file.fileno()), file.read(100)
+    except OSError:
+        return None
+    return f"{about.st_ino} {about.st_size} {about.st_mtime_ns} {header[24:28].hex()}"
+
+
 def is_own(workspace: Path, address: str) -> bool:
     """Return whether an address is that of a workspace's registry, however it is written."""
     scheme, _, path = address.partition(":///")

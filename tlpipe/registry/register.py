@@ -156,6 +156,9 @@ def run(
         },
     )
     _log.info("%s version %s", params.name, version)
+    if tracking.own_state(workspace):  # 'tlpipe run' asks this next, without importing MLflow
+        changed_by_others(workspace=workspace, name=params.name)
+        _aliases({"name": params.name, "version": version}, workspace)
 
 
 def registered(receipt: Path, bundle: Path, name: str) -> str:
@@ -190,12 +193,16 @@ def changed_by_others(*, workspace: Path, name: str) -> list[str]:
     if not tracking.is_there(workspace):
         return []
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+    def ask(client: "MlflowClient") -> list[str]:
+        said = (moves.check_name(client, name), _experiment(client, name))
+        return [line for line in said if line]
+
     try:
-        with tracking.connection(workspace) as client:
-            said = (moves.check_name(client, name), _experiment(client, name))
+        found: list[str] = tracking.remembered(workspace, f"changes of {name}", ask)
     except UnreachableError as error:
-        said = ("", f"what others changed in the registry is not known: {error}")
-    return [line for line in said if line]
+        return [f"what others changed in the registry is not known: {error}"]
+    return found
 
 
 def _experiment(client: "MlflowClient", name: str) -> str:
@@ -294,19 +301,23 @@ def _copies(found: dict[str, Any]) -> str:
 
 def _aliases(content: dict[str, Any], workspace: Path) -> tuple[list[str], bool]:
     """Return the version's aliases, and whether any version is in production."""
-    from mlflow.exceptions import MlflowException
+    name, version = content["name"], str(content["version"])
 
-    with tracking.connection(workspace) as client:
+    def ask(client: "MlflowClient") -> dict[str, str]:
+        from mlflow.exceptions import MlflowException
+
         try:
-            version = client.get_model_version(content["name"], content["version"])
+            client.get_model_version(name, version)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             raise RegistryError(
-                f"the registry has no {content['name']} version {content['version']}, which was "
-                f"registered from here. Register it again: 'dvc repro --force --single-item "
-                f"register'."
+                f"the registry has no {name} version {version}, which was registered from here. "
+                f"Register it again: 'dvc repro --force --single-item register'."
             ) from None
-        found = client.get_registered_model(content["name"]).aliases
-    mine = sorted(alias for alias, number in found.items() if str(number) == str(version.version))
+        aliases = client.get_registered_model(name).aliases
+        return {alias: str(number) for alias, number in aliases.items()}
+
+    found = tracking.remembered(workspace, f"aliases of {name} version {version}", ask)
+    mine = sorted(alias for alias, number in found.items() if number == version)
     return mine, moves.CHAMPION in found

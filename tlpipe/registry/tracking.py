@@ -4,6 +4,7 @@
 """
 
 import atexit
+import hashlib
 import logging
 import os
 import re
@@ -11,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from tlpipe import code_digest, files
 from tlpipe.bundle import LABELS, Bundle, digest, load
 from tlpipe.errors import ArtifactError, Interrupted, RegistryError, UnreachableError
 from tlpipe.registry import SUFFIX, Registered, local, moves
@@ -141,6 +143,39 @@ def _errors() -> tuple[type[Exception], ...]:
 def is_there(workspace: Path) -> bool:
     """Return whether there may be a registry: one that is named, or the project's own."""
     return bool(os.environ.get(_ADDRESS)) or local.database(workspace).exists()
+
+
+def own_state(workspace: Path) -> str | None:
+    """Return what any write to the registry changes; None for other ones than the workspace's."""
+    given = os.environ.get(_ADDRESS)
+    return local.state(workspace) if not given or local.is_own(workspace, given) else None
+
+
+def remembered(workspace: Path, question: str, ask: "Callable[[MlflowClient], Any]") -> Any:
+    """Return a registry's answer; what the workspace's own one has answered is not asked again.
+
+    Importing MLflow takes longer than all else that a run with nothing to do does. An answer holds
+    for the code that asked and the database as it was: whatever is written there ends it.
+    ``ask`` gives what JSON can keep; what it raises is not kept.
+    """
+    state = own_state(workspace)
+    code = (code_digest.of_closure("tlpipe.registry.register"), code_digest.versions("mlflow"))
+    key = f"{state} {code}"
+    place = hashlib.sha256(bytes(local.database(workspace))).hexdigest()[:16]
+    path = files.cache_folder("tlpipe") / "registry" / f"{place}.json"
+    answers: dict[str, Any] = {}
+    if state is not None:
+        with suppress(ArtifactError, KeyError):
+            kept = files.read_json(path)
+            answers = kept["answers"] if kept["key"] == key else {}
+        if question in answers:
+            return answers[question]
+    with connection(workspace) as client:
+        answer = ask(client)
+    if state is not None and own_state(workspace) == state:
+        with suppress(OSError):  # a cache that cannot be written is asked again
+            files.write_json(path, {"key": key, "answers": {**answers, question: answer}})
+    return answer
 
 
 def check_own(workspace: Path) -> None:
@@ -405,17 +440,21 @@ def champion_labels(workspace: Path, name: str) -> frozenset[str] | None:
         return None
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     try:
-        with connection(workspace) as client:
-            found = client.search_registered_models(f"name = '{name}'")
-            if not found or CHAMPION not in found[0].aliases:
-                return None
-            version = find_version(client, name, CHAMPION)
-            from mlflow.artifacts import load_dict
-
-            return frozenset(load_dict(f"runs:/{version.run_id}/{BUNDLE_FOLDER}/{LABELS}"))
+        found = remembered(workspace, f"labels of {name}", partial(_champion_labels, name))
     except RegistryError as error:
         _log.info("what is in production is not known: %s", error)
         return None
+    return None if found is None else frozenset(found)
+
+
+def _champion_labels(name: str, client: "MlflowClient") -> list[str] | None:
+    found = client.search_registered_models(f"name = '{name}'")
+    if not found or CHAMPION not in found[0].aliases:
+        return None
+    version = find_version(client, name, CHAMPION)
+    from mlflow.artifacts import load_dict
+
+    return list(load_dict(f"runs:/{version.run_id}/{BUNDLE_FOLDER}/{LABELS}"))
 
 
 @cache

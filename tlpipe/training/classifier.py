@@ -6,9 +6,8 @@ pretrained statistics, a normalisation behind a convolution is a scale of its we
 be computed on images.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tlpipe.backbones.backbone import Backbone, load_network
+from tlpipe.backbones.batchnorm import norms_behind, pads_same, steps_after
 from tlpipe.backbones.frozen import from_pixels
 from tlpipe.backbones.weights import Weights
 from tlpipe.training import linear_probe
@@ -53,9 +53,9 @@ def fold_batch_norms(module: nn.Module, inputs: Tensor) -> int:
     # Tensor cores would round away what is compared.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = module(inputs)
-        pairs = _pairs(module, inputs)
-        pads_same = any(_pads_same(convolution) for convolution, _ in pairs)
-        for is_turned in (True, False) if pads_same else (False,):
+        pairs = norms_behind(module, inputs)
+        turns = any(pads_same(convolution) for convolution, _ in pairs)
+        for is_turned in (True, False) if turns else (False,):
             undo = _replace(module, pairs, is_turned=is_turned)
             found = module(inputs)
             if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.std())):
@@ -91,38 +91,8 @@ def _turn(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
     return arguments[0].flip(2, 3)
 
 
-def _pairs(module: nn.Module, inputs: Tensor) -> list[tuple[nn.Conv2d, _BatchNorm]]:
-    """Return each BatchNorm layer that is called once, on what one convolution has just given."""
-    given: dict[int, tuple[Tensor, nn.Conv2d]] = {}
-    calls: Counter[nn.Module] = Counter()
-    pairs = []
-
-    def after_convolution(layer: nn.Module, _: Any, result: Tensor) -> None:
-        calls[layer] += 1
-        given[id(result)] = (result, layer)  # type: ignore[assignment]
-
-    def before_norm(layer: nn.Module, arguments: tuple[Tensor]) -> None:
-        calls[layer] += 1
-        if id(arguments[0]) in given:
-            pairs.append((given[id(arguments[0])][1], layer))
-
-    with ExitStack() as hooks:
-        for layer in module.modules():
-            if type(layer) is nn.Conv2d or _pads_same(layer):
-                hooks.enter_context(layer.register_forward_hook(after_convolution))
-            elif isinstance(layer, _BatchNorm) and layer.affine and layer.track_running_stats:
-                hooks.enter_context(layer.register_forward_pre_hook(before_norm))
-        module(inputs)
-    return [(c, n) for c, n in pairs if calls[c] == calls[n] == 1]  # type: ignore[misc]
-
-
-def _pads_same(layer: nn.Module) -> bool:
-    """Return whether it is timm's convolution that pads as TensorFlow does."""
-    return type(layer).__name__ == "Conv2dSame" and isinstance(layer, nn.Conv2d)
-
-
 class ReplacedNorm(nn.Module):
-    """The tensors of a BatchNorm layer, and what comes after normalising: timm's also activate."""
+    """The tensors of a BatchNorm layer, and what comes after normalising."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -137,7 +107,7 @@ class ReplacedNorm(nn.Module):
         for name, buffer in layer.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
         self.eps, self.momentum = layer.eps, layer.momentum
-        self._after = [m for m in (getattr(layer, "drop", None), getattr(layer, "act", None)) if m]
+        self._after = steps_after(layer)
         self.train(layer.training)
 
     def finish(self, x: Tensor) -> Tensor:
@@ -166,7 +136,7 @@ class _FoldedConvolution(nn.Module):
         self.register_parameter("bias", layer.bias)
         self._norm = [norm]  # in a list: its tensors have their own place in the network
         self._settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        self._pads_same, self._is_turned = _pads_same(layer), is_turned
+        self._pads_same, self._is_turned = pads_same(layer), is_turned
 
     def forward(self, x: Tensor) -> Tensor:
         (norm,) = self._norm

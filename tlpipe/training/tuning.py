@@ -46,6 +46,8 @@ _CODE = (
     "tlpipe.data.pixels",
     "tlpipe.backbones.augment",
     "tlpipe.backbones.backbone",
+    "tlpipe.backbones.batchnorm",
+    "tlpipe.backbones.frozen",
     "tlpipe.backbones.stages",
     "tlpipe.backbones.weights",
     *(

@@ -1,0 +1,75 @@
+"""BatchNorm layers with pretrained statistics: a scale and a shift of the convolution before them.
+
+Source: Jacob et al. (2018), Quantization and training of neural networks, eq. 14.
+"""
+
+from collections import Counter
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def norms_behind(module: nn.Module, inputs: Tensor) -> list[tuple[nn.Conv2d, _BatchNorm]]:
+    """Return each BatchNorm layer that is called once, on what one convolution has just given."""
+    given: dict[int, tuple[Tensor, nn.Conv2d]] = {}
+    calls: Counter[nn.Module] = Counter()
+    pairs = []
+
+    def after_convolution(layer: nn.Module, _: Any, result: Tensor) -> None:
+        calls[layer] += 1
+        given[id(result)] = (result, layer)  # type: ignore[assignment]
+
+    def before_norm(layer: nn.Module, arguments: tuple[Tensor]) -> None:
+        calls[layer] += 1
+        if id(arguments[0]) in given:
+            pairs.append((given[id(arguments[0])][1], layer))
+
+    with ExitStack() as hooks:
+        for layer in module.modules():
+            if type(layer) is nn.Conv2d or pads_same(layer):
+                hooks.enter_context(layer.register_forward_hook(after_convolution))
+            elif isinstance(layer, _BatchNorm) and layer.affine and layer.track_running_stats:
+                hooks.enter_context(layer.register_forward_pre_hook(before_norm))
+        module(inputs)
+    return [(c, n) for c, n in pairs if calls[c] == calls[n] == 1]  # type: ignore[misc]
+
+
+def pads_same(layer: nn.Module) -> bool:
+    """Return whether it is timm's convolution that pads as TensorFlow does."""
+    return type(layer).__name__ == "Conv2dSame" and isinstance(layer, nn.Conv2d)
+
+
+def steps_after(layer: Any) -> list[nn.Module]:
+    """Return what a BatchNorm layer does after normalising: timm's also activate."""
+    return [step for step in (getattr(layer, "drop", None), getattr(layer, "act", None)) if step]
+
+
+def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
+    """Return a copy of a module in evaluation mode that normalises by its convolutions' weights.
+
+    It gives the same, to rounding. Where it would not, as where something else takes what a
+    convolution gives, the module itself is returned. ``inputs``: some to look with.
+    """
+    merged = deepcopy(module)
+    with torch.no_grad():
+        pairs = norms_behind(merged, inputs)
+        paths = {layer: path for path, layer in merged.named_modules()}
+        for convolution, norm in pairs:
+            merged.set_submodule(paths[convolution], fuse_conv_bn_eval(convolution, norm))
+            merged.set_submodule(paths[norm], nn.Sequential(*steps_after(norm)))
+        is_same = all(map(_is_close, _results(module, inputs), _results(merged, inputs)))
+    return merged if is_same else module
+
+
+def _results(module: nn.Module, inputs: Tensor) -> list[Tensor]:
+    given = module(inputs)
+    return [given] if isinstance(given, Tensor) else list(given)
+
+
+def _is_close(expected: Tensor, found: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
