@@ -202,7 +202,9 @@ def test_weights_are_looked_for_before_any_work(empty: Workspace, photos: Path) 
     assert "embed.weights_sha256 is not set; a file of weights is read only with its" in said
     assert f"It is {found}: set embed.weights_sha256 to that" in said
     empty.configure("embed", weights_sha256=found)
-    empty.run("tlpipe", "check")
+    said = empty.run("tlpipe", "check").stdout
+    images = sum(path.is_file() for path in photos.rglob("*"))
+    assert f"\n{images:,} images out of distribution: {photos}\n" in said
 
 
 def test_packages_of_other_versions_than_pinned_are_said(empty: Workspace, photos: Path) -> None:

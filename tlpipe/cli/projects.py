@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
@@ -307,9 +307,13 @@ def check(
     listing.check_written_out(section.source, "ingest.source")
     if ood:
         listing.check_written_out(ood, "evaluate.ood")
-    with ingest.opened(section) as source, answers.opened(ood) if ood else nullcontext():
+    with ExitStack() as stack:
+        source = stack.enter_context(ingest.opened(section))
         for note in (*source.notes, *charts.describe_source(source.candidates())):
             print(printable(note))
+        if ood:
+            _, names = stack.enter_context(answers.opened(ood))
+            print(printable(f"{len(names):,} images out of distribution: {ood}"))
         links = _links_outside(source, section.source)
     if source.rejects:
         first = source.rejects[0]

@@ -148,7 +148,7 @@ def gallery(
         for number, line in enumerate(_lines(caption, small), start=1):
             small.write(draw, (left, top + _SIDE + number * _LINE - 4), line, "ls")
     with files.replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        sheet.save(temporary, format="PNG", compress_level=1)  # photographs get no smaller by more
 
 
 class _Face:

@@ -156,8 +156,9 @@ def run(
         },
     )
     _log.info("%s version %s", params.name, version)
-    if tracking.own_state(workspace):  # 'tlpipe run' asks this next, without importing MLflow
+    if tracking.own_state(workspace):  # the next run asks this, then without importing MLflow
         changed_by_others(workspace=workspace, name=params.name)
+        tracking.champion_labels(workspace, params.name)
         _aliases({"name": params.name, "version": version}, workspace)
 
 
