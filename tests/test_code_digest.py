@@ -9,6 +9,7 @@ import grimp
 import pytest
 
 from tests.conftest import ROOT
+from tlpipe import code_digest
 from tlpipe.backbones.forward import CODE
 from tlpipe.code_digest import of_closure, of_modules, versions
 from tlpipe.graph import STAGES
@@ -283,5 +284,49 @@ def test_what_is_kept_of_a_package_holds_as_long_as_no_byte_of_it_changes(
     assert importing != alone
     assert found("import kept.b\ny = 2\n", "x = 3\n") not in (alone, importing)
     assert found("import kept.b\ny = 2\n") == importing
-    kept.write_text('{"key": 1}')
-    assert found("y = 2\n") == alone
+    for damaged in ('{"key": 1}', "{", content.decode().replace('"content"', '"other"')):
+        kept.write_text(damaged)
+        assert found("y = 2\n") == alone
+
+
+def test_what_is_no_module_or_is_never_imported_may_be_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locks of editors, the second halves of files on macOS, checkpoints of notebooks, scratch."""
+    package = tmp_path / "strays"
+    (package / ".ipynb_checkpoints").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "a.py").write_text("x = 1\n")
+    (package / ".#a.py").symlink_to("somebody@somewhere.1")
+    (package / "._a.py").write_bytes(b"\0\5\26\7")
+    (package / ".ipynb_checkpoints" / "a-checkpoint.py").write_text("x = ")
+    (package / "scratch.py").write_text("def half(")
+    (package / "folder.py").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(of_closure("strays.a")) == 16
+    with pytest.raises(SyntaxError):
+        of_modules("strays.scratch")
+
+
+@pytest.mark.parametrize("has_home", [True, False])
+def test_a_digest_needs_no_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_home: bool
+) -> None:
+    """It is not there, cannot be made, or nobody knows where it would be."""
+    (tmp_path / "homeless").mkdir()
+    (tmp_path / "homeless" / "__init__.py").touch()
+    (tmp_path / "homeless" / "a.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code_digest._modules.cache_clear()
+    (tmp_path / "file").touch()
+    if has_home:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", no_home)
+    assert len(of_closure("homeless.a")) == 16
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")

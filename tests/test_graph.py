@@ -68,7 +68,7 @@ def test_dvc_yaml_and_the_lock_are_what_is_generated() -> None:
 def test_what_run_reads_and_writes_are_the_deps_and_outs(stage: str) -> None:
     taken = []
     for name, argument in signature(function(stage), eval_str=True).parameters.items():
-        if argument.annotation is Path:
+        if argument.annotation in (Path, Path | None):
             taken.append(name)
         elif is_dataclass(argument.annotation):
             taken += [field.name for field in fields(argument.annotation)]
@@ -150,7 +150,7 @@ def test_the_order_is_that_of_the_data() -> None:
         "audit": ("embed", "ingest", "split"),
         "train": ("embed", "ingest", "split"),
         "export": ("ingest", "split", "train"),
-        "evaluate": ("export", "ingest", "split", "train"),
+        "evaluate": ("audit", "export", "ingest", "split", "train"),
         "register": ("audit", "evaluate", "export", "ingest", "split", "train"),
     }
 

@@ -9,6 +9,7 @@ in the user's cache, and holds as long as no byte of its source changes.
 
 import ast
 import hashlib
+import sys
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tlpipe import files
-from tlpipe.errors import ArtifactError
 
 
 def of_modules(*names: str) -> str:
@@ -67,12 +67,12 @@ def closure(name: str) -> set[str]:
 
 def versions(*packages: str) -> dict[str, str]:
     """Return the versions of those packages, named as on PyPI, that are installed."""
-    found = {package: _version(package) for package in packages}
+    found = {package: _version(package, *sys.path) for package in packages}
     return {package: installed for package, installed in found.items() if installed is not None}
 
 
 @cache
-def _version(package: str) -> str | None:
+def _version(package: str, *_: str) -> str | None:  # reading one takes milliseconds
     try:
         return version(package)
     except PackageNotFoundError:
@@ -87,39 +87,35 @@ class _Module(NamedTuple):
 
 
 def _module(name: str) -> _Module:
-    if (found := _modules(name.partition(".")[0]).get(name)) is None:
+    package = name.partition(".")[0]
+    if (found := _modules(package).get(name)) is None:
+        if name in (sources := _sources(package)):
+            ast.parse(sources[name].read_bytes())  # raises what is wrong with it
         raise ModuleNotFoundError(f"the source of {name} is missing; install tlpipe again")
     return found
 
 
 @cache
 def _modules(package: str) -> dict[str, _Module]:
-    """Return what is known of each module of a package, read or parsed."""
-    sources = _sources(package)
-    contents = {name: path.read_bytes() for name, path in sources.items()}
-    parts = [
-        Path(__file__).read_bytes(),
-        *(f"{n} {len(c)}\n".encode() + c for n, c in contents.items()),
-    ]
-    key = hashlib.sha256(b"".join(parts)).hexdigest()
-    with suppress(ArtifactError, KeyError, TypeError):
-        kept = files.read_json(_kept(sources[package]))
-        if kept["key"] == key:
-            return {name: _Module(*found) for name, found in kept["modules"].items()}
+    """Return what is known of each module of a package that can be parsed, kept or found now."""
+    sources, contents = _sources(package), {}
+    for name, path in sources.items():
+        with suppress(OSError):
+            contents[name] = path.read_bytes()
+    named = [f"{name} {len(content)}\n".encode() + content for name, content in contents.items()]
+    key = hashlib.sha256(b"".join([Path(__file__).read_bytes(), *named])).hexdigest()
+    installed = hashlib.sha256(bytes(sources[package].resolve())).hexdigest()[:16]
+    with suppress(TypeError):
+        if kept := files.kept(f"code/{installed}.json", key):
+            return {name: _Module(*found) for name, found in kept.items()}
     found = {}
     for name, content in contents.items():
-        tree = ast.parse(content)
-        imports = sorted(_imports(tree, name, sources) & sources.keys() - {package})
-        found[name] = _Module(_of_tree(tree), imports)
-    with suppress(OSError):  # a cache that cannot be written is parsed again
-        files.write_json(_kept(sources[package]), {"key": key, "modules": found})
+        with suppress(SyntaxError):  # what nobody imports may be half-written
+            tree = ast.parse(content)
+            imports = sorted(_imports(tree, name, sources) & sources.keys() - {package})
+            found[name] = _Module(_of_tree(tree), imports)
+    files.keep(f"code/{installed}.json", key, found)
     return found
-
-
-def _kept(origin: Path) -> Path:
-    """Return the file of the user's cache that keeps what is known of an installed package."""
-    place = hashlib.sha256(bytes(origin.resolve())).hexdigest()[:16]
-    return files.cache_folder("tlpipe") / "code" / f"{place}.json"
 
 
 def _sources(package: str) -> dict[str, Path]:
@@ -130,7 +126,8 @@ def _sources(package: str) -> dict[str, Path]:
     folder, found = Path(spec.origin).parent, {package: Path(spec.origin)}
     for path in sorted(folder.rglob("*.py")) if spec.submodule_search_locations else ():
         parts = path.relative_to(folder).with_suffix("").parts
-        found[".".join([package, *(p for p in parts if p != "__init__")])] = path
+        if all(part.isidentifier() for part in parts):
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
     return found
 
 

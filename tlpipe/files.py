@@ -271,6 +271,24 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
 
 
+def kept(place: str, key: str) -> dict[str, Any]:
+    """Return what ``keep`` wrote in this place of the user's cache, for this key; else nothing.
+
+    It can be made anew: no home folder, no file, another key and a damaged file are all the same.
+    """
+    with suppress(ArtifactError, KeyError, RuntimeError):
+        found = read_json(cache_folder("tlpipe") / place)
+        if found["key"] == key and isinstance(found["content"], dict):
+            return dict(found["content"])
+    return {}
+
+
+def keep(place: str, key: str, content: Mapping[str, Any]) -> None:
+    """Write for ``kept``; a cache that cannot be written is done without."""
+    with suppress(OSError, RuntimeError):
+        write_json(cache_folder("tlpipe") / place, {"key": key, "content": content})
+
+
 @contextmanager
 def writing_cache(folder: Path) -> Iterator[None]:
     """Name the user's cache, and what to do, where it cannot be written.

@@ -143,7 +143,7 @@ STAGES = {
     "evaluate": Stage(
         "tlpipe.evaluation.evaluate",
         "Measure the bundle on the test split.",
-        reads=("bundle", "pixels", "manifest", "split", "held_out", "history"),
+        reads=(*("bundle", "pixels", "manifest", "split", "held_out", "history", "leaks_report"),),
         writes=("report", "speed", "predictions", "tables", "plots", "examples"),
         optional_sources=("evaluate.ood",),
         libraries=(

@@ -43,6 +43,30 @@ class Shared(nn.Module):
         return result
 
 
+class Stages(nn.Module):
+    """Gives what each part makes; only what the second makes is more than a norm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        self.second = Shared()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.first(x)
+        return first, self.second(first)
+
+
+def test_each_of_several_results_must_stay_the_same() -> None:
+    torch.manual_seed(0)
+    stages = Stages().eval()
+    assert folded(stages, torch.randn(2, 3, 8, 8)) is stages
+
+
+def test_where_there_is_nothing_to_fold_nothing_is_copied() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU()).eval()
+    assert folded(network, torch.randn(1, 3, 8, 8)) is network
+
+
 def test_where_a_fold_would_give_something_else_the_module_stays() -> None:
     torch.manual_seed(0)
     network = Shared().eval()

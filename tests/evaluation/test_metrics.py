@@ -653,6 +653,18 @@ def test_no_threshold_is_null_in_the_report() -> None:
     assert (found["coverage"], found["accuracy"]) == (0, None)
 
 
+@pytest.mark.fault("L04")
+def test_images_that_training_has_seen_copies_of_give_no_threshold() -> None:
+    right = answers(200, [])
+    known = evaluate.selective_prediction(right, [""] * 200, right, [""] * 200, evaluate.Params())
+    assert known["threshold"] == pytest.approx(0.6)
+    found = evaluate.selective_prediction(
+        right, [""] * 200, right, [""] * 200, evaluate.Params(), is_copied=True
+    )
+    assert found["threshold"] is found["observed"]["threshold"] is None
+    assert metrics.why_no_threshold(found).startswith("training has seen copies of the images")
+
+
 @pytest.mark.fault("M01")
 def test_answers_above_a_threshold_count_groups() -> None:
     held_out = answers(200, [])

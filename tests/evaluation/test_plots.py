@@ -127,6 +127,7 @@ OBSERVED = {"threshold": 0.7, "coverage": 0.8, "accuracy": {"value": 0.95}}
 
 def abstention(known: dict[str, Any], observed: dict[str, Any]) -> dict[str, Any]:
     sizes = {"error_rate": 0.02, "confidence": 0.95, "images": 120, "images_needed": 149}
+    sizes["is_copied"] = False
     return {**sizes, **known, "observed": observed}
 
 
@@ -177,6 +178,8 @@ def test_robustness_shows_each_kind_from_none_to_strong() -> None:
         for place, value, ends in zip(places, expected, drawn, strict=True):
             assert ends.tolist() == [[place, value - 0.2], [place, value + 0.05]]
     assert "64 test images" in axes.get_title()
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names == ["none", "mild", "medium", "strong"]
 
 
 def test_slices_are_shown_with_their_intervals() -> None:

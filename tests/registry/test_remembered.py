@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import Workspace
 from tests.registry.test_local import register
+from tlpipe import code_digest
 from tlpipe.errors import RegistryError
 from tlpipe.registry import tracking
 
@@ -61,6 +63,41 @@ def test_a_registry_is_asked_again_once_anybody_has_written_to_it(
     with closing(sqlite3.connect(home / "mlflow.db")) as database, database:
         database.execute("UPDATE registered_model_aliases SET version = 2")
     assert champion(home) == "2"
+
+
+def test_what_others_write_while_it_is_asked_is_not_taken_for_known(
+    home: Path, champion: Callable[[Path], str]
+) -> None:
+    register(home)
+
+    def ask(client: "MlflowClient") -> str:
+        found = str(client.get_registered_model("digits").aliases["champion"])
+        with closing(sqlite3.connect(home / "mlflow.db")) as database, database:
+            database.execute("UPDATE registered_model_aliases SET version = 1")
+        return found
+
+    assert tracking.remembered(home, "champion", ask) == "2"
+    assert champion(home) == "1"
+
+
+def test_an_answer_is_that_of_the_code_that_asked(
+    home: Path, champion: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion(home)
+    monkeypatch.setattr(code_digest, "versions", lambda *_: {"mlflow": "99"})
+    champion(home)
+    monkeypatch.setattr(code_digest, "of_closure", lambda *_: "other")
+    champion(home)
+    assert champion.asked == 3  # type: ignore[attr-defined]
+
+
+def test_a_transaction_that_is_not_ended_is_asked_past(
+    home: Path, champion: Callable[[Path], str]
+) -> None:
+    champion(home)
+    (home / "mlflow.db-journal").touch()
+    champion(home)
+    assert champion.asked == 2  # type: ignore[attr-defined]
 
 
 def test_writes_that_lie_beside_the_database_count(
@@ -114,3 +151,13 @@ def test_a_cache_that_cannot_be_written_or_read_is_done_without(
     kept.mkdir()
     assert champion(home) == "1"
     assert champion.asked == 3  # type: ignore[attr-defined]
+
+
+def test_what_the_next_run_asks_needs_no_mlflow(built: Workspace) -> None:
+    built.call("register")
+    without = "import sys; sys.modules['mlflow'] = None; from tlpipe.cli import main; main()"
+    assert "alias challenger, champion" in built.run("python", "-c", without, "summary").stdout
+    built.run("python", "-c", without, "check")
+    # It has asked for the labels of the champion, when it misses what it trains on.
+    said = built.run("python", "-c", without, "train", code=6).stderr
+    assert "activations/index.json is missing" in said and "not known" not in said

@@ -3,6 +3,7 @@
 Source: Jacob et al. (2018), Quantization and training of neural networks, eq. 14.
 """
 
+import logging
 from collections import Counter
 from contextlib import ExitStack
 from copy import deepcopy
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+_log = logging.getLogger(__name__)
 
-def norms_behind(module: nn.Module, inputs: Tensor) -> list[tuple[nn.Conv2d, _BatchNorm]]:
+
+def norms_after(module: nn.Module, inputs: Tensor) -> list[tuple[nn.Conv2d, _BatchNorm]]:
     """Return each BatchNorm layer that is called once, on what one convolution has just given."""
     given: dict[int, tuple[Tensor, nn.Conv2d]] = {}
     calls: Counter[nn.Module] = Counter()
@@ -26,8 +29,9 @@ def norms_behind(module: nn.Module, inputs: Tensor) -> list[tuple[nn.Conv2d, _Ba
 
     def before_norm(layer: nn.Module, arguments: tuple[Tensor]) -> None:
         calls[layer] += 1
-        if id(arguments[0]) in given:
-            pairs.append((given[id(arguments[0])][1], layer))
+        # What a norm has taken need not be held any longer.
+        if (convolution := given.pop(id(arguments[0]), None)) is not None:
+            pairs.append((convolution[1], layer))
 
     with ExitStack() as hooks:
         for layer in module.modules():
@@ -53,16 +57,21 @@ def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
     """Return a copy of a module in evaluation mode that normalises by its convolutions' weights.
 
     It gives the same, to rounding. Where it would not, as where something else takes what a
-    convolution gives, the module itself is returned. ``inputs``: some to look with.
+    convolution gives, and where there is nothing to fold, the module itself is returned.
+    ``inputs``: some to look with.
     """
-    merged = deepcopy(module)
     with torch.no_grad():
-        pairs = norms_behind(merged, inputs)
+        if not norms_after(module, inputs):
+            return module
+        merged = deepcopy(module)
+        pairs = norms_after(merged, inputs)
         paths = {layer: path for path, layer in merged.named_modules()}
         for convolution, norm in pairs:
             merged.set_submodule(paths[convolution], fuse_conv_bn_eval(convolution, norm))
             merged.set_submodule(paths[norm], nn.Sequential(*steps_after(norm)))
         is_same = all(map(_is_close, _results(module, inputs), _results(merged, inputs)))
+    if not is_same:
+        _log.info("normalisations are not folded: something else takes what is before them")
     return merged if is_same else module
 
 

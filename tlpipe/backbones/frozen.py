@@ -142,7 +142,7 @@ def export(
 
     # The exporter takes apart what normalises, to put it together again, and turns what works in
     # place into what does not: each is half of its time.
-    module = folded(module, _noise_like(example))
+    module = folded(module, _noise_like(example[:1]))
     for layer in module.modules():
         if getattr(layer, "inplace", False):
             layer.inplace = False  # type: ignore[assignment]

@@ -113,7 +113,7 @@ def run(name: str, **given: Any) -> None:
     paths: dict[str, Any] = {}
     for argument, declared in inspect.signature(called, eval_str=True).parameters.items():
         kind = declared.annotation
-        if kind is Path and argument in graph.PATHS:
+        if kind in (Path, Path | None) and argument in graph.PATHS:
             paths[argument] = Path(graph.PATHS[argument])
         elif is_dataclass(kind) and all(field.name in graph.PATHS for field in fields(kind)):
             known = {field.name: Path(graph.PATHS[field.name]) for field in fields(kind)}

@@ -214,9 +214,7 @@ def _limits(found: dict[str, Any] | None) -> list[tuple[str, str]]:
     from tlpipe.evaluation.metrics import describe_gap, why_no_threshold
 
     abstention, ood = found["abstention"], found["ood"]
-    if found["copies"]["is_above_clean"]:
-        threshold = "none: training has seen copies of the images it would be looked for on"
-    elif abstention["threshold"] is None:
+    if abstention["threshold"] is None:
         threshold = f"none: {why_no_threshold(abstention)}"
     else:
         threshold = (

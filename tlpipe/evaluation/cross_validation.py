@@ -162,6 +162,7 @@ def _run_stages(
         split=split,
         held_out=model / held_out.NAME,
         history=history,
+        leaks_report=None,
         report=place / "report.json",
         speed=place / "speed.json",
         predictions=place / "predictions.csv",

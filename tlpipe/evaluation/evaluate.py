@@ -105,6 +105,7 @@ def run(
     split: Path,
     held_out: Path,
     history: Path,
+    leaks_report: Path | None,
     report: Path,
     speed: Path,
     predictions: Path,
@@ -116,7 +117,8 @@ def run(
     """Write the report, how fast it is, the predictions, tables and plots, an example per class.
 
     ``held_out``: predictions for images that did not train, which the abstention threshold goes by
-    and the test accuracy is compared with.
+    and the test accuracy is compared with. ``leaks_report``: of ``audit``; where training has seen
+    copies of such images, they give no threshold. None: nobody looked.
 
     Raises:
         ArtifactError: the bundle is damaged, or knows other classes than the split table.
@@ -134,7 +136,10 @@ def run(
     found = {name: test.ask(predictor, name) for name, predictor in predictors.items()}
     exact, answered = predictors["fp32"], found["fp32"]
     calibrated, groups = answers.of_held_out(held_out, shipped, split)
-    abstention = selective_prediction(answered, test.groups, calibrated, groups, params)
+    is_copied = leaks_report is not None and files.read_json(leaks_report)["is_above_clean"]
+    abstention = selective_prediction(
+        answered, test.groups, calibrated, groups, params, is_copied=is_copied
+    )
     threshold = abstention["threshold"]
     if threshold is None:
         _log.info(
@@ -294,13 +299,16 @@ def selective_prediction(
     held_out: Answers,
     held_out_groups: Sequence[str],
     params: Params,
+    *,
+    is_copied: bool = False,
 ) -> dict[str, Any]:
     """Return the thresholds that ``held_out`` gives, and what they do on the images ``given``.
 
     ``threshold`` keeps errors at the error rate with the probability ``confidence``;
     ``observed`` kept them there on the images held out, which promises nothing. Either is None
     where there is none. ``images`` counts independent images held out: those of a group are one;
-    ``images_needed`` is the least number of them that a threshold can be known from.
+    ``images_needed`` is the least number of them that a threshold can be known from. There is none
+    where training has seen copies of them (``is_copied``).
     """
     rate, confidence_level = params.error_rate, params.confidence
     confidence, hits, place = held_out.confidence, held_out.hits, group_numbers(groups)
@@ -308,7 +316,7 @@ def selective_prediction(
     proven = metrics.threshold_for(confidence, hits, held_out_groups, rate, confidence_level)
 
     def applied(threshold: float) -> dict[str, Any]:
-        if math.isinf(threshold):
+        if is_copied or math.isinf(threshold):
             return {"threshold": None, "coverage": None, "accuracy": None}
         answered = given.confidence >= threshold
         accuracy = None
@@ -326,6 +334,7 @@ def selective_prediction(
         "confidence": confidence_level,
         "images": int(group_numbers(held_out_groups).max()) + 1,
         "images_needed": metrics.images_needed(rate, confidence_level),
+        "is_copied": is_copied,
         **applied(proven),
         "observed": applied(observed),
     }

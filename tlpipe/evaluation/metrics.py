@@ -402,6 +402,7 @@ def _wrong_allowed(most: int, error_rate: float, likely: float) -> Labels:
     from scipy.special import bdtr  # scipy.stats takes longer to import than all else here
 
     allowed, wrong = [-1], -1
+    likely -= 1e-12  # equal but for rounding is not less
     for answers in range(1, most + 1):
         while bdtr(wrong + 1, answers, error_rate) < likely:
             wrong += 1
@@ -471,11 +472,13 @@ def compare_validation(
 
 
 def why_no_threshold(found: Mapping[str, Any]) -> str:
-    """Say why no threshold was found: too few images held out, or too many errors among them.
+    """Say why no threshold was found: copies or too few of images held out, or too many errors.
 
     ``found``: the report's section ``abstention``.
     """
     images, needed = found["images"], found["images_needed"]
+    if found["is_copied"]:
+        return "training has seen copies of the images it would be looked for on"
     if images < needed:
         return f"{images} independent images held out are too few, {needed} or more are needed"
     return f"too many of {images} independent images held out are answered wrongly"

@@ -21,10 +21,6 @@ _HEADLINES = (
     "calibration_error",
 )
 Known = Mapping[str, Mapping[str, Any]]
-_NO_PROMISE = (
-    "No probability is known above which few answers are wrong: it was looked for among images "
-    "that training has seen copies of."
-)
 
 
 def of_model(name: str) -> str:
@@ -60,7 +56,7 @@ def write(
         _results(known),
         _weakest(exact) + ("" if use else " Pictures: plots/ among the artifacts."),
         "## Limits",
-        limits(known["report"], known["leaks_report"]),
+        limits(known["report"]),
         _copies(known["leaks_report"]),
         "## Data",
         _data(known),
@@ -99,8 +95,8 @@ def _weakest(exact: Mapping[str, Any]) -> str:
     return f"Least often found: {', '.join(found)}."
 
 
-def limits(report: Mapping[str, Any], copies: Mapping[str, Any]) -> str:
-    """Say what it does not do, by the reports of ``evaluate`` and of copies by ``audit``."""
+def limits(report: Mapping[str, Any]) -> str:
+    """Say what it does not do, by the report of ``evaluate``."""
     abstention, ood, robustness = report["abstention"], report["ood"], report["robustness"]
     lines = []
     if report["generalisation"]["is_below"]:
@@ -108,8 +104,7 @@ def limits(report: Mapping[str, Any], copies: Mapping[str, Any]) -> str:
             f"Test accuracy is below validation accuracy beyond chance, so other images may cost "
             f"still more: {describe_gap(report['generalisation'])}."
         )
-    promised = _NO_PROMISE if copies["is_above_clean"] else _abstention(abstention)
-    lines += [promised, _ood(ood)]
+    lines += [_abstention(abstention), _ood(ood)]
     kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
     worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
     lines.append(

@@ -93,7 +93,8 @@ def state(workspace: Path) -> str | None:
             about, header = os.fstat(file.fileno()), file.read(100)
     except OSError:
         return None
-    return f"{about.st_ino} {about.st_size} {about.st_mtime_ns} {header[24:28].hex()}"
+    times = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+    return f"{times} {header[24:28].hex()}"
 
 
 def is_own(workspace: Path, address: str) -> bool:

@@ -7,6 +7,7 @@ pipeline made, by the receipt of this stage, and what to do with it.
 import logging
 import os
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -156,10 +157,16 @@ def run(
         },
     )
     _log.info("%s version %s", params.name, version)
-    if tracking.own_state(workspace):  # the next run asks this, then without importing MLflow
-        changed_by_others(workspace=workspace, name=params.name)
-        tracking.champion_labels(workspace, params.name)
-        _aliases({"name": params.name, "version": version}, workspace)
+    _ask_for_the_next_run(workspace, params.name, version)
+
+
+def _ask_for_the_next_run(workspace: Path, name: str, version: str) -> None:
+    """Ask what the next run will: it finds the answers kept, and need not import MLflow."""
+    if tracking.own_state(workspace) is not None:
+        with suppress(RegistryError):  # registered is registered
+            changed_by_others(workspace=workspace, name=name)
+            tracking.champion_labels(workspace, name)
+            _aliases({"name": name, "version": version}, workspace)
 
 
 def registered(receipt: Path, bundle: Path, name: str) -> str:

@@ -158,24 +158,19 @@ def remembered(workspace: Path, question: str, ask: "Callable[[MlflowClient], An
     for the code that asked and the database as it was: whatever is written there ends it.
     ``ask`` gives what JSON can keep; what it raises is not kept.
     """
-    state = own_state(workspace)
+    if (state := own_state(workspace)) is None:
+        with connection(workspace) as client:
+            return ask(client)
     code = (code_digest.of_closure("tlpipe.registry.register"), code_digest.versions("mlflow"))
-    key = f"{state} {code}"
     place = hashlib.sha256(bytes(local.database(workspace))).hexdigest()[:16]
-    path = files.cache_folder("tlpipe") / "registry" / f"{place}.json"
-    answers: dict[str, Any] = {}
-    if state is not None:
-        with suppress(ArtifactError, KeyError):
-            kept = files.read_json(path)
-            answers = kept["answers"] if kept["key"] == key else {}
-        if question in answers:
-            return answers[question]
-    with connection(workspace) as client:
-        answer = ask(client)
-    if state is not None and own_state(workspace) == state:
-        with suppress(OSError):  # a cache that cannot be written is asked again
-            files.write_json(path, {"key": key, "answers": {**answers, question: answer}})
-    return answer
+    place, key = f"registry/{place}.json", f"{state} {code}"
+    answers = files.kept(place, key)
+    if question not in answers:
+        with connection(workspace) as client:
+            answers[question] = ask(client)
+        if own_state(workspace) == state:  # nobody wrote meanwhile
+            files.keep(place, key, answers)
+    return answers[question]
 
 
 def check_own(workspace: Path) -> None:

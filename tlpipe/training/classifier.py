@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tlpipe.backbones.backbone import Backbone, load_network
-from tlpipe.backbones.batchnorm import norms_behind, pads_same, steps_after
+from tlpipe.backbones.batchnorm import norms_after, pads_same, steps_after
 from tlpipe.backbones.frozen import from_pixels
 from tlpipe.backbones.weights import Weights
 from tlpipe.training import linear_probe
@@ -53,7 +53,7 @@ def fold_batch_norms(module: nn.Module, inputs: Tensor) -> int:
     # Tensor cores would round away what is compared.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = module(inputs)
-        pairs = norms_behind(module, inputs)
+        pairs = norms_after(module, inputs)
         turns = any(pads_same(convolution) for convolution, _ in pairs)
         for is_turned in (True, False) if turns else (False,):
             undo = _replace(module, pairs, is_turned=is_turned)

@@ -47,7 +47,6 @@ _CODE = (
     "tlpipe.backbones.augment",
     "tlpipe.backbones.backbone",
     "tlpipe.backbones.batchnorm",
-    "tlpipe.backbones.frozen",
     "tlpipe.backbones.stages",
     "tlpipe.backbones.weights",
     *(
