@@ -105,6 +105,19 @@ def test_a_card_longer_than_the_registry_keeps_is_shared_whole(
     assert "apache-2.0" in content
 
 
+def test_a_license_that_the_hub_does_not_know_is_another_one_with_a_name(
+    released: Workspace, tmp_path: Path
+) -> None:
+    named = ("--license", "House rules 2", "--data-license", "a|b", "--weights-license", "mit")
+    released.call("share", "digits@1", str(tmp_path / "out"), *named)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "House rules 2")
+    assert r"a\|b" in card.content
+    spelled = ("--license", "Apache-2.0", *LICENSES[2:])
+    released.call("share", "digits@1", str(tmp_path / "again"), *spelled)
+    assert ModelCard.load(tmp_path / "again" / "README.md").data.license == "apache-2.0"
+
+
 @pytest.mark.fault("R66")
 @pytest.mark.parametrize(
     ("words", "code", "message"),
@@ -112,6 +125,7 @@ def test_a_card_longer_than_the_registry_keeps_is_shared_whole(
         (("digits@1", "out"), 3, "--license and --data-license and --weights-license not given"),
         (("digits@1", "out", *LICENSES[:4]), 3, "--weights-license not given; nothing was written"),
         (("digits@1", "out", *LICENSES[:5], " "), 3, "--weights-license not given"),
+        (("digits@1", "out", *LICENSES[:5], "None"), 3, "--weights-license not given"),
         (("digits@1", "data", *LICENSES), 6, "data is there already; nothing was written"),
         (("digits@9", "out", *LICENSES), 8, "has no version 9 of digits"),
         (("digits", "out", *LICENSES), 3, "such as digits@champion"),

@@ -17,8 +17,8 @@ from tlpipe.backbones.backbone import Backbone, Stage
 from tlpipe.data.images import Preprocessing
 from tlpipe.data.manifest import load_split
 from tlpipe.data.pixels import Chunks
-from tlpipe.errors import DataError, ParamsError
-from tlpipe.training.advise import Boundary, choose_sample, conclude
+from tlpipe.errors import ArtifactError, DataError, ParamsError
+from tlpipe.training.advise import Boundary, choose_sample, conclude, run
 from tlpipe.training.model import Dataset, Examples
 from tlpipe.training.transferability import LearningCurve
 
@@ -121,6 +121,39 @@ def test_what_is_frozen_goes_by_images_and_domain(
     assert found.reasons[-1] == "too few images a class for a learning curve: collect more"
 
 
+def test_the_smallest_class_decides_whether_there_are_enough() -> None:
+    known = {"value": 0.3, "low": 0.25, "high": 0.35, "confidence": 0.9}
+    data = dataset([0] * 990 + [1] * 10, [0, 1], alone(1002))
+    found = conclude(data, 1000, boundaries(0.5, 0.9), boundaries(0.6)[0], known, None)
+    assert found.freeze == "all"
+    assert "11 to 991 a class, fewer than 20 in one: too few to tune" in found.reasons[0]
+    assert found.reasons[0].endswith("the largest one alone has 0.989")
+
+
+def test_domains_that_cannot_be_told_apart_are_said_to_be() -> None:
+    data = dataset([0, 1] * 50, [0, 1], alone(102))
+    known = {"value": -0.1, "low": -0.2, "high": 0.0, "confidence": 0.9}
+    found = conclude(data, 100, boundaries(0.5, 0.9), boundaries(1.0)[0], known, None)
+    assert found.reasons[1].startswith("nobody can tell whether the domain is like")
+    low = {**known, "value": 0.04, "low": 0.02, "high": 0.06}
+    found = conclude(data, 100, boundaries(0.5, 0.64), boundaries(0.6)[0], low, None)
+    assert found.reasons[1].endswith("Wrong labels look the same: see what audit found")
+
+
+def test_advice_overwrites_nothing_but_advice(tmp_path: Path) -> None:
+    notes, advice = tmp_path / "NOTES.md", tmp_path / "advice.json"
+    notes.write_text("my notes")
+    absent = {name: tmp_path / name for name in ("activations", "pixels", "split", "folder")}
+    with pytest.raises(ArtifactError, match=r"NOTES\.md is not what 'tlpipe advise' writes"):
+        run(**absent, recommendation=notes, images=100)
+    assert notes.read_text() == "my notes"
+    activations.save_advice(
+        advice, activations.Advice(freeze="all", backbone="b", weights_sha256="", data_sha256="")
+    )
+    with pytest.raises(ArtifactError, match=r"index\.json is missing"):
+        run(**absent, recommendation=advice, images=100)
+
+
 def test_a_stage_that_is_better_than_the_last_one_is_named() -> None:
     data = dataset([0, 1] * 50, [0, 1], alone(102))
     known = {"value": 0.2, "low": 0.1, "high": 0.3, "confidence": 0.9}
@@ -157,7 +190,7 @@ def test_the_command_writes_a_picture_and_numbers_of_images_that_may_be_seen(
     assert "recommended: embed.freeze: all" in said
     assert "in the lectures' table: small data" in said
     *_, seen, follow = said.splitlines()
-    assert seen == "see artifacts/advise/advice.png"
+    assert seen == "see artifacts/advise/advice.png; advice.json holds what is recommended"
     assert follow.startswith("to follow it: embed.freeze: auto, embed.advice: advice.json;")
     origin = activations.load(workspace.path / "artifacts/embed/activations").origin
     known = (origin.backbone, origin.weights_sha256, origin.data_sha256)

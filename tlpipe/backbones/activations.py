@@ -86,6 +86,22 @@ class Advice(BaseModel):
     data_sha256: str
 
 
+def check_advice_may_lie(path: Path) -> None:
+    """Check that advice would overwrite nothing but advice.
+
+    Raises:
+        ArtifactError: the file is something else.
+    """
+    try:
+        if path.exists():
+            Advice(**files.read_json(path))
+    except (ArtifactError, ValidationError):
+        raise ArtifactError(
+            f"{path} is not what 'tlpipe advise' writes, and would be overwritten. Nothing was "
+            f"written; move it away, or name another file in embed.advice."
+        ) from None
+
+
 def save_advice(path: Path, advice: Advice) -> None:
     """Write the file that ``embed.advice`` names."""
     files.write_json(path, advice.model_dump())

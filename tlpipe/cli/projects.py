@@ -511,7 +511,7 @@ def advise(
     known = {name: Path(graph.PATHS[name]) for name in ("activations", "pixels", "split")}
     folder = Path("artifacts", "advise")
     print_advice(advise.run(**known, folder=folder, recommendation=recommendation, images=images))
-    print(f"see {folder / 'advice.png'}")
+    print(f"see {folder / 'advice.png'}; {recommendation} holds what is recommended")
     if named is None:
         print(f"to follow it: embed.freeze: auto, embed.advice: {recommendation}; commit that file")
 

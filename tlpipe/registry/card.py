@@ -4,6 +4,7 @@ Sections after Mitchell et al. (2019), Model cards for model reporting.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from tlpipe.bundle import Bundle
@@ -89,7 +90,7 @@ def _results(known: Known) -> str:
 def _weakest(exact: Mapping[str, Any]) -> str:
     rows = exact["per_class"]
     found = [
-        f"{_plain(label)} ({rows[label]['recall']:.0%} of {rows[label]['images']})"
+        f"{plain(label)} ({rows[label]['recall']:.0%} of {rows[label]['images']})"
         for label in by_recall(rows)[:3]
     ]
     return f"Least often found: {', '.join(found)}."
@@ -108,7 +109,7 @@ def limits(report: Mapping[str, Any]) -> str:
     kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
     worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
     lines.append(
-        f"Strong {_plain(worst)} costs most: {kinds[worst][-1]['accuracy']:.1%} right, against "
+        f"Strong {plain(worst)} costs most: {kinds[worst][-1]['accuracy']:.1%} right, against "
         f"{robustness['clean']['accuracy']:.1%} on the same {robustness['images']} images as "
         f"they are."
     )
@@ -127,7 +128,7 @@ def _ood(ood: Mapping[str, Any] | None) -> str:
         above = f"{ood['answered']:.0%} were above that probability;"
     return (
         f"It has no answer for images of anything else: of {ood['images']} from "
-        f"{_plain(ood['source'])}, {above} AUROC {ood['auroc']:.3f}."
+        f"{plain(ood['source'])}, {above} AUROC {ood['auroc']:.3f}."
     )
 
 
@@ -174,10 +175,10 @@ def _data(known: Known) -> str:
         f"{count:,} {name}" for name, count in split["images"].items() if count and name != "unused"
     )
     counts = sorted(data["classes"].items(), key=lambda pair: (-pair[1], pair[0]))
-    shown = [f"{_plain(label)}: {count:,}" for label, count in counts[:_LISTED]]
+    shown = [f"{plain(label)}: {count:,}" for label, count in counts[:_LISTED]]
     more = [f"and {len(counts) - _LISTED} more"] * (len(counts) > _LISTED)
     lines = [
-        f"{_plain(data['source'])}, {data['images']:,} images ({parts}), "
+        f"{plain(data['source'])}, {data['images']:,} images ({parts}), "
         f"{sum(data['rejected'].values()):,} files rejected",
         f"images a class: {', '.join(shown + more)}",
         f"images whose like lies in another split: {split['leaks']} found and left out",
@@ -191,10 +192,10 @@ def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
     origin = shipped.provenance["origin"]
     changed = " with uncommitted changes" * (lineage.get("tlpipe.git_changed") == "true")
     rows = [
-        ["backbone", f"{origin['backbone']}, weights {_plain(origin['weights'])}"],
+        ["backbone", f"{origin['backbone']}, weights {plain(PurePath(origin['weights']).name)}"],
         ["frozen", str(origin["freeze"])],
-        ["commit", f"{_plain(lineage.get('tlpipe.git_commit', 'unknown'))}{changed}"],
-        ["data", _plain(origin["data_version"] or origin["data_sha256"])],
+        ["commit", f"{plain(lineage.get('tlpipe.git_commit', 'unknown'))}{changed}"],
+        ["data", plain(origin["data_version"] or origin["data_sha256"])],
         ["weights", origin["weights_sha256"]],
         ["bundle", shipped.digest],
     ]
@@ -224,7 +225,7 @@ def _value(found: Mapping[str, float] | None) -> str:
 
 
 def _listed(labels: Sequence[str]) -> str:
-    shown = ", ".join(map(_plain, labels[:_LISTED]))
+    shown = ", ".join(map(plain, labels[:_LISTED]))
     return shown if len(labels) <= _LISTED else f"{shown} and {len(labels) - _LISTED} more"
 
 
@@ -238,7 +239,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([line(head), f"{'| --- ' * len(head)}|", *map(line, rows)])
 
 
-def _plain(text: object) -> str:
+def plain(text: object) -> str:
     """Return a name so that Markdown shows it as it is: classes may be called anything."""
     printable = "".join(c if c.isprintable() else " " for c in str(text))
     for special in "\\`*_|<>[]#":

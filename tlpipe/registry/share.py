@@ -6,7 +6,7 @@ is from, loads its weights in five lines, without tlpipe.
 
 import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,21 @@ if TYPE_CHECKING:
 
 _WEIGHTS, _PARITY_IMAGES, _TOLERANCE = "model.safetensors", 4, 1e-4
 _METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
+# The hub refuses other names (its documentation, Licenses); those are "other" there, with a name.
+_KNOWN = frozenset((
+    *("apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m"),
+    *("bigscience-bloom-rail-1.0", "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0"),
+    *("bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0"),
+    *("cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"),
+    *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0"),
+    *("cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
+    *("cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0"),
+    *("epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2", "agpl-3.0", "gfdl", "gpl"),
+    *("gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "isc", "intel-research"),
+    *("h-research", "lppl-1.3c", "ms-pl", "apple-ascl", "mpl-2.0", "odc-by", "odbl"),
+    *("openrail++", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl"),
+))  # fmt: skip
+_NO_LICENSE = frozenset(("", "-", "?", "n/a", "none", "null", "unknown", "unlicensed"))
 
 
 @dataclass(frozen=True)
@@ -94,9 +109,9 @@ def share(workspace: Path, model: Registered, folder: Path, licenses: Licenses) 
         tensors = _tensors(trained, network)
         _check_parity(shipped, trained, network, tensors)
         known = content.known()
-        known["data_report"]["source"] = PurePath(known["data_report"]["source"]).name
         text = card.write(model.name, shipped, known, lineage, _use(network, trained))
-        terms = f"## Licenses\n\n{card.table(['', 'license'], asdict(licenses).items())}"
+        terms_of = {of: card.plain(named) for of, named in asdict(licenses).items()}
+        terms = f"## Licenses\n\n{card.table(['', 'license'], terms_of.items())}"
         metadata = _metadata(model.name, network, known, licenses)
         with versions.new_folder(folder) as target:
             files.write_bytes(target / _WEIGHTS, save(tensors, {"format": "pt"}))
@@ -113,7 +128,11 @@ def _check(licenses: Licenses) -> None:
         ParamsError: one is not.
     """
     options = {"model": "--license", "data": "--data-license", "weights": "--weights-license"}
-    if missing := [options[of] for of, named in asdict(licenses).items() if not named.strip()]:
+    if missing := [
+        options[of]
+        for of, named in asdict(licenses).items()
+        if named.strip().lower() in _NO_LICENSE
+    ]:
         raise ParamsError(
             f"{' and '.join(missing)} not given; nothing was written, since nobody may use what "
             f"has no license. Name those of the model, of the images it was trained on and of its "
@@ -293,8 +312,11 @@ def _metadata(name: str, network: _Network, known: card.Known, licenses: License
         for metric in _METRICS
         if (found := exact.get(metric))
     ]
+    given = licenses.model.strip()
+    is_known = given.lower() in _KNOWN
     data = ModelCardData(
-        license=licenses.model,
+        license=given.lower() if is_known else "other",
+        license_name=None if is_known else given,
         library_name=network.library,
         pipeline_tag="image-classification",
         tags=["image-classification", network.library, "onnx", "transfer-learning", "tlpipe"],

@@ -50,6 +50,7 @@ _THROUGH = 400  # images that go through the network, with pretrained and with r
 # Fewer images, or fewer a class, are small data. Of the settings in benchmarks/results/advice.txt
 # and accuracy.txt, none with fewer than these gained by opening a stage.
 _FEW, _FEW_OF_A_CLASS, _MANY_OF_A_CLASS = 400, 20, 1000
+_UNEVEN = 5  # so many times the images of the smallest class
 # Similar: pretraining takes away this share of the errors that features of random weights make.
 _SIMILAR = 0.5
 _WANTED = 0.02  # of accuracy, by more images
@@ -233,12 +234,19 @@ def run(
     ``embed.advice`` names it.
 
     Raises:
-        ArtifactError: activations, pixels and split table are of different data.
+        ArtifactError: activations, pixels and split table are of different data, or
+            ``recommendation`` is a file of another kind.
         DataError: there are too few images to hold any out.
-        ParamsError: too few images were asked for.
+        ParamsError: too few images were asked for, or the weights are random.
         WeightsError: the pretrained weights are missing.
     """
+    stored.check_advice_may_lie(recommendation)
     data = model.load_dataset(activations, split)
+    if not data.activations.origin.weights_sha256:
+        raise ParamsError(
+            "embed.weights is none, and advice says what pretrained weights are good for. Name "
+            "some, run 'tlpipe run', and ask again."
+        )
     squares = packed.load(pixels)
     if squares.data_sha256 != data.activations.origin.data_sha256:
         raise ArtifactError(
@@ -295,13 +303,16 @@ def conclude(
 ) -> Advice:
     """Decide what to freeze, and say why."""
     total, classes = len(data.labelled), len(data.labels)
+    counts = np.bincount(data.labelled.labels, minlength=classes)
+    smallest = int(counts.min())
     errors = 1 - random.accuracy["value"]
+    # Where random weights make no error, pretraining has none to take away.
     taken = [
-        min(max(gain[end] / errors, 0.0), 1.0) if errors else 1.0
+        min(max(gain[end] / errors, 0.0), 1.0) if errors else 0.0
         for end in ("value", "low", "high")
     ]
-    is_large = total >= _FEW and total / classes >= _FEW_OF_A_CLASS
-    is_many = total / classes >= _MANY_OF_A_CLASS
+    is_large = total >= _FEW and smallest >= _FEW_OF_A_CLASS
+    is_many = smallest >= _MANY_OF_A_CLASS
     place = Place(is_large, taken[0] >= _SIMILAR)
     stages = [stage.name for stage in data.backbone.stages]
     count, opened = 0, ""
@@ -318,7 +329,7 @@ def conclude(
         freeze=freeze if count else stored.ALL,
         place=place,
         reasons=(
-            _of_size(total, classes, place, opened),
+            _of_size(counts, place, opened),
             _of_domain(taken, boundaries[-1], random),
             *_of_boundaries(boundaries),
             _of_data(curve, total / classes),
@@ -333,30 +344,43 @@ def conclude(
     )
 
 
-def _of_size(total: int, classes: int, place: Place, opened: str) -> str:
-    if not place.is_large:
-        follows = (
-            f"fewer than {_FEW:,}, or than {_FEW_OF_A_CLASS} a class: too few to tune what would "
-            f"be opened"
-        )
-    else:
+def _of_size(counts: "npt.NDArray[np.int64]", place: Place, opened: str) -> str:
+    total, smallest, largest = int(counts.sum()), int(counts.min()), int(counts.max())
+    said = f"{total:,} training and validation images of {len(counts)} classes"
+    each = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
+    if place.is_large:
         follows = f"at least {_FEW:,}, and {_FEW_OF_A_CLASS} a class: enough to tune {opened}"
-    return (
-        f"{total:,} training and validation images of {classes} classes, {total / classes:.0f} a "
-        f"class, {follows}"
-    )
+    elif total < _FEW:
+        follows = f"fewer than {_FEW:,}: too few to tune what would be opened"
+    else:
+        follows = f"fewer than {_FEW_OF_A_CLASS} in one: too few to tune what would be opened"
+    if largest > _UNEVEN * smallest:
+        follows += (
+            f". Accuracy says little of the smallest class: the largest one alone has "
+            f"{largest / total:.3f}"
+        )
+    return f"{said}, {each} a class, {follows}"
 
 
 def _of_domain(taken: Sequence[float], last: Boundary, random: Boundary) -> str:
     value, low, high = taken
+    measured = (
+        f"the accuracy of a linear probe is {last.accuracy['value']:.3f} on pretrained features "
+        f"and {random.accuracy['value']:.3f} on those of random weights"
+    )
+    scores = f"LogME {last.logme:.2f} and {random.logme:.2f}"
+    if random.accuracy["value"] == 1:
+        return (
+            f"nobody can tell whether the domain is like that of pretraining: {measured}, which "
+            f"leaves no errors to take away; {scores}"
+        )
     unsure = low < _SIMILAR < high
     verdict = ("unlike", "like")[value >= _SIMILAR]
+    cause = "" if value >= _SIMILAR else ". Wrong labels look the same: see what audit found"
     return (
-        f"the domain is {'probably ' if unsure else ''}{verdict} that of pretraining: the accuracy "
-        f"of a linear probe is {last.accuracy['value']:.3f} on pretrained features and "
-        f"{random.accuracy['value']:.3f} on those of random weights, so pretraining takes away "
-        f"{value:.0%} of the errors ({low:.0%} to {high:.0%}); LogME {last.logme:.2f} and "
-        f"{random.logme:.2f}"
+        f"the domain is {'probably ' if unsure else ''}{verdict} that of pretraining: {measured}, "
+        f"so pretraining takes away {value:.0%} of the errors ({low:.0%} to {high:.0%}); {scores}"
+        f"{cause}"
     )
 
 
