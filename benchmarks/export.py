@@ -125,7 +125,7 @@ def export_main_job(work: Path, threads: int, images: int) -> Given:
     params["export"]["max_accuracy_drop"] = 0.05  # int8 is to be timed, however little it may lose
     (work / "params.yaml").write_text(yaml.safe_dump(params))
     Project(work).generate()
-    run_stages(work, "ingest", "split", "embed", "train", "export")
+    run_stages(work, "ingest", "split", "embed", "audit", "train", "export")
     bundle = bundles.load(work / "artifacts/export/bundle")
     assigned = load_split(work / "artifacts/split/split.csv")
     test = [row for row, image in enumerate(assigned) if image.split == "test"]

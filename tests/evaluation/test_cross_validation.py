@@ -254,7 +254,7 @@ def test_what_is_said_and_drawn(embedded: Workspace, said: Any, report: dict[str
 def test_a_fold_is_what_the_graph_makes_of_it(embedded: Workspace, report: dict[str, Any]) -> None:
     embedded.configure("split", fold=1)
     assert len(embedded.rows("splits.csv")) == 7 * 10  # the command itself has only read it
-    for stage in ("split", "train", "export", "evaluate"):
+    for stage in ("split", "audit", "train", "export", "evaluate"):
         embedded.call(stage)
     rows = load_split(embedded.path / "artifacts/split/split.csv")
     entries = list(load_manifest(embedded.path / "artifacts/ingest/manifest.csv"))
