@@ -18,8 +18,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from tlpipe.graph import STAGES
+
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("ingest", "split", "embed", "audit", "train", "export", "evaluate", "register")
 CLASSES, IMAGES = (10, 100, 1000), 3
 # Memory grows with the images at most: these are ten times as many.
 MOST_GROWTH, MOST_REPORT_MB = 10.0, 1.0

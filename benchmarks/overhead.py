@@ -26,14 +26,16 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from tlpipe import graph
+from tlpipe.data.manifest import evenly
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
-# Of these, in equal parts; a picture of 500 x 375 px out of each half of an image.
+# One picture out of each half of their images.
 PHOTOS = ("trash", "rsscn", "hymenoptera/train")
 SIZE_PX = (500, 375)
 CROPS, CROPS_PX = 424, (80, 80)
 CROP_PX = 224  # what the network takes
-STAGES = ("ingest", "split", "embed", "audit", "train", "export", "evaluate", "register")
 TABLE = Table("what", "measured", "at most", "holds")
 
 
@@ -72,10 +74,11 @@ def prefect_server(env: dict[str, str]) -> Iterator[dict[str, str]]:
 def write_images(folder: Path, count: int, size_px: tuple[int, int]) -> Path:
     """Write so many images of real photographs' halves, a folder a class; return the folder."""
     found = [path for name in PHOTOS for path in sorted((DATA / name).glob("*/*"))]
-    halves = [(path, half) for half in (0, 1) for path in found]
+    halves = [(path, half) for path in found for half in (0, 1)]
     if len(halves) < count:
         raise SystemExit(f"{DATA} has {len(halves)} halves of photographs; expected {count}")
-    for number, (path, half) in enumerate(halves[:: len(halves) // count][:count]):
+    for number in evenly(range(len(halves)), count):
+        path, half = halves[number]
         with Image.open(path) as photo:
             image = photo.convert("RGB")
         width, height = image.size
@@ -115,20 +118,20 @@ def digits(scratch: Path, env: dict[str, str]) -> None:
     row("peak memory of any stage", first.peak_mb / 1000, "GB", 1.5)
     lines = len((home / "dvc.yaml").read_text().splitlines())
     row("dvc.yaml", lines, "lines", 150)
-    for name in STAGES:
+    for name in graph.STAGES:
         cost = measure(["tlpipe", name], home, env)
         TABLE.add_row(f"  {name} alone, CPU", f"{cost.cpu_s:.2f} s", "", "")
 
 
 def against_script(what: str, images: Path, env: dict[str, str], rounds: int) -> tuple[Cost, Cost]:
     """Return what a registered model costs at best and what the script does, in turns."""
-    (graph,) = Path(env["XDG_CACHE_HOME"], "tlpipe", "frozen").glob("*.onnx")
+    (network,) = Path(env["XDG_CACHE_HOME"], "tlpipe", "frozen").glob("*.onnx")
     ours, script = [], []
     for number in range(rounds):
         home = images.parent / f"{images.name}-{number}"
         project(home, env, "--source", str(images))
         ours.append(measure(["tlpipe", "run"], home, env))
-        command = peers.features_and_regression(graph, images, CROP_PX)
+        command = peers.features_and_regression(network, images, CROP_PX)
         script.append(measure(command, images.parent, env))
     mine, bare = (min(costs, key=lambda cost: cost.cpu_s) for costs in (ours, script))
     row(f"{what}: CPU over that of the script", mine.cpu_s / bare.cpu_s, "x", 2)

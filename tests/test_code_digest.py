@@ -256,9 +256,7 @@ def test_the_keys_of_the_graph_and_of_descriptions_cover_what_makes_them() -> No
         assert closure == {*code, *known} | (NO_NUMBERS & closure)
 
 
-def test_what_is_kept_of_a_package_holds_as_long_as_no_byte_of_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_kept_of_a_package_holds_as_long_as_no_byte_of_it_changes(tmp_path: Path) -> None:
     """Each digest comes from a process of its own, which finds what the one before has kept."""
     cache, package = tmp_path / "cache", tmp_path / "kept"
     package.mkdir()

@@ -92,14 +92,19 @@ def check_advice_may_lie(path: Path) -> None:
     Raises:
         ArtifactError: the file is something else.
     """
-    try:
-        if path.exists():
-            Advice(**files.read_json(path))
-    except (ArtifactError, ValidationError):
+    if path.exists() and _read_advice(path) is None:
         raise ArtifactError(
             f"{path} is not what 'tlpipe advise' writes, and would be overwritten. Nothing was "
             f"written; move it away, or name another file in embed.advice."
-        ) from None
+        )
+
+
+def _read_advice(path: Path) -> Advice | None:
+    """Return what a file recommends, None where it is not what ``save_advice`` writes."""
+    try:
+        return Advice(**files.read_json(path))
+    except (ArtifactError, ValidationError):
+        return None
 
 
 def save_advice(path: Path, advice: Advice) -> None:
@@ -114,13 +119,11 @@ def load_advice(path: Path, backbone: str, weights_sha256: str, data_sha256: str
         ArtifactError: it is missing or damaged, or was measured on something else.
     """
     anew = "Take embed.advice out of params.yaml, and run 'tlpipe run', then 'tlpipe advise' again."
-    try:
-        advice = Advice(**files.read_json(path))
-    except (ArtifactError, ValidationError):
+    if (advice := _read_advice(path)) is None:
         raise ArtifactError(
             f"{path}, which embed.advice names, is missing or damaged; expected what 'tlpipe "
             f"advise' writes. {anew}"
-        ) from None
+        )
     found = {"backbone": backbone, "weights_sha256": weights_sha256, "data_sha256": data_sha256}
     if differ := [name for name, value in found.items() if getattr(advice, name) != value]:
         raise ArtifactError(

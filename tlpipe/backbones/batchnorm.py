@@ -61,15 +61,14 @@ def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
     ``inputs``: some to look with.
     """
     with torch.no_grad():
-        if not norms_after(module, inputs):
+        if not (pairs := norms_after(module, inputs)):
             return module
         merged = deepcopy(module)
-        pairs = norms_after(merged, inputs)
-        paths = {layer: path for path, layer in merged.named_modules()}
+        paths = {layer: path for path, layer in module.named_modules()}
         for convolution, norm in pairs:
             merged.set_submodule(paths[convolution], fuse_conv_bn_eval(convolution, norm))
             merged.set_submodule(paths[norm], nn.Sequential(*steps_after(norm)))
-        is_same = all(map(_is_close, _results(module, inputs), _results(merged, inputs)))
+        is_same = all(map(is_close, _results(module, inputs), _results(merged, inputs)))
     if not is_same:
         _log.info("normalisations are not folded: something else takes what is before them")
     return merged if is_same else module
@@ -80,5 +79,6 @@ def _results(module: nn.Module, inputs: Tensor) -> list[Tensor]:
     return [given] if isinstance(given, Tensor) else list(given)
 
 
-def _is_close(expected: Tensor, found: Tensor) -> bool:
+def is_close(expected: Tensor, found: Tensor) -> bool:
+    """Return whether two results differ by no more than other roundings on the way to them."""
     return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))

@@ -98,6 +98,13 @@ def scale_by_logarithm(axes: "Axes") -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+def error_bars(
+    rows: Sequence[Mapping[str, float]], value: str = "accuracy"
+) -> npt.NDArray[np.float64]:
+    """Return how far the interval of each of N rows reaches below and above its value, (2, N)."""
+    return np.array([(row[value] - row["low"], row["high"] - row[value]) for row in rows]).T
+
+
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure as PNG."""
     from matplotlib.text import Text

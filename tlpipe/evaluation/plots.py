@@ -192,11 +192,9 @@ def robustness(found: Mapping[str, Any]) -> "Figure":
         rows = [found["clean"], *found[kind]]
         values = [row["accuracy"] for row in rows]
         places = np.arange(len(names)) + 0.06 * (number - (len(answers.STRENGTHS) - 1) / 2)
-        spread = [[row["accuracy"] - row["low"], row["high"] - row["accuracy"]] for row in rows]
+        spread = charts.error_bars(rows)
         (drawn,) = axes.plot(places, values, "o-", label=kind)
-        axes.errorbar(
-            places, values, np.array(spread).T, fmt="none", capsize=2, color=drawn.get_color()
-        )
+        axes.errorbar(places, values, spread, fmt="none", capsize=2, color=drawn.get_color())
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("accuracy")
@@ -213,9 +211,9 @@ def by_slice(found: Mapping[str, Sequence[Mapping[str, Any]]], overall: float) -
     figure = charts.new_figure(7.5, 1.4 + 0.28 * len(rows))
     axes = figure.subplots()
     values = np.array([row["accuracy"] for _, row in rows])
-    spread = [[row["accuracy"] - row["low"], row["high"] - row["accuracy"]] for _, row in rows]
+    spread = charts.error_bars([row for _, row in rows])
     places = np.arange(len(rows))
-    axes.errorbar(values, places, xerr=np.array(spread).T, fmt="o", markersize=4, capsize=2)
+    axes.errorbar(values, places, xerr=spread, fmt="o", markersize=4, capsize=2)
     axes.axvline(overall, color="gray", linestyle=":")
     axes.set_yticks(places, [f"{name} ({row['images']})" for name, row in rows], fontsize=8)
     axes.invert_yaxis()

@@ -344,7 +344,7 @@ def conclude(
     )
 
 
-def _of_size(counts: "npt.NDArray[np.int64]", place: Place, opened: str) -> str:
+def _of_size(counts: Labels, place: Place, opened: str) -> str:
     total, smallest, largest = int(counts.sum()), int(counts.min()), int(counts.max())
     said = f"{total:,} training and validation images of {len(counts)} classes"
     each = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
@@ -453,11 +453,9 @@ def _draw(path: Path, advice: Advice) -> None:
         axes.tick_params(labelsize=11)
     rows = [boundary.accuracy for boundary in advice.boundaries]
     values = np.array([row["value"] for row in rows])
-    spread = [[row["value"] - row["low"], row["high"] - row["value"]] for row in rows]
+    spread = charts.error_bars(rows, "value")
     places = np.arange(len(rows))
-    left.errorbar(
-        places, values, yerr=np.array(spread).T, fmt="o-", capsize=3, label="pretrained weights"
-    )
+    left.errorbar(places, values, spread, fmt="o-", capsize=3, label="pretrained weights")
     random = advice.random
     left.axhline(
         random.accuracy["value"],
