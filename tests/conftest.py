@@ -268,6 +268,11 @@ def cache_env(kept: Path) -> dict[str, str]:
     return {"XDG_CACHE_HOME": str(kept / "cache"), "DVC_SITE_CACHE_DIR": str(kept / "dvc")}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _leave_the_real_cache_alone(cache_env: dict[str, str]) -> None:
+    os.environ.update(cache_env)
+
+
 @pytest.fixture(scope="session")
 def main_job(kept: Path, cache_env: dict[str, str]) -> Workspace:
     """A workspace after its first 'dvc repro'. Tests read it and register nothing else in it.

@@ -67,6 +67,18 @@ def test_where_there_is_nothing_to_fold_nothing_is_copied() -> None:
     assert folded(network, torch.randn(1, 3, 8, 8)) is network
 
 
+@pytest.mark.parametrize("norm", [{"affine": False}, {"track_running_stats": False}])
+def test_norms_without_weights_or_without_statistics_give_the_same(norm: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, **norm), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)]
+    network = nn.Sequential(*layers).eval()
+    images = torch.randn(2, 3, 8, 8)
+    merged = folded(network, images)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in list(merged.modules())[3:])
+    with torch.no_grad():
+        assert torch.allclose(merged(images), network(images), atol=1e-6)
+
+
 def test_where_a_fold_would_give_something_else_the_module_stays() -> None:
     torch.manual_seed(0)
     network = Shared().eval()

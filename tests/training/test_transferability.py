@@ -120,7 +120,15 @@ def test_logme_is_higher_where_features_tell_classes_apart() -> None:
     shift = random.normal(size=(3, 5))[labels]
     scores = [logme(noise + share * shift, labels) for share in (0.0, 1.0, 4.0)]
     assert scores == sorted(scores)
-    assert logme(7 * noise, labels) == pytest.approx(logme(noise, labels), abs=1e-4)
+    for size in (1e-9, 7, 1e9):
+        assert logme(size * noise, labels) == pytest.approx(logme(noise, labels), abs=1e-4)
+
+
+def test_logme_of_features_that_are_all_zero_is_that_of_noise_alone() -> None:
+    labels = np.arange(60) % 3
+    # Each class's membership is of norm sqrt(20), and normal with the variance 20 / 60.
+    alone = -0.5 * (np.log(2 * np.pi * 20 / 60) + 1)
+    assert logme(np.zeros((60, 5)), labels) == pytest.approx(alone, abs=1e-6)
 
 
 def misses(errors: Floats, images: int = 2000) -> tuple[list[npt.NDArray[np.bool_]], Labels]:

@@ -112,6 +112,9 @@ def save_figure(figure: "Figure", path: Path) -> None:
     check_letters(found.get_text() for found in figure.findobj(Text) if isinstance(found, Text))
     with files.replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # said already
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)
+            figure.set_layout_engine("none")  # or all is drawn twice, and laid out twice
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 

@@ -19,6 +19,7 @@ from tlpipe.training.linear_probe import FOLDS, Floats, Head, Labels
 from tlpipe.training.model import Examples
 
 _ROUNDS, _SETTLED = 100, 1e-6  # of the search for the evidence's maximum
+_LEAST = 1e-12  # that it divides by or takes a logarithm of
 # Exponents that are tried: a half is what a mean of independent terms has; networks lie below.
 # Source: Hestness et al. (2017), Deep learning scaling is predictable, empirically.
 _EXPONENTS = np.geomspace(0.1, 1.0, 40)
@@ -137,7 +138,9 @@ def logme(features: Floats, labels: Labels) -> float:
     Source: You et al. (2021), LogME: practical assessment of pre-trained models for transfer
     learning, ICML, algorithms 1 and 3; the singular values as in You et al. (2022), JMLR 23.
     """
-    left, singular, _ = np.linalg.svd(features, full_matrices=False)
+    # What the features are multiplied by says nothing of them, and decides where the search begins.
+    size = np.sqrt((features**2).mean()) or 1.0
+    left, singular, _ = np.linalg.svd(features / size, full_matrices=False)
     count = len(features)
     squares = singular**2
     found = []
@@ -173,8 +176,8 @@ def _evidence(squares: Floats, along: Floats, beside: float, count: int) -> floa
             break
         before = log_evidence
         gamma = float((beta * squares / precision).sum())
-        alpha = gamma / max(weight, 1e-12)
-        beta = (count - gamma) / max(residual, 1e-12)
+        alpha = max(gamma, _LEAST) / max(weight, _LEAST)
+        beta = max(count - gamma, _LEAST) / max(residual, _LEAST)
     return log_evidence
 
 
