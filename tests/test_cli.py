@@ -103,6 +103,26 @@ def test_doctor_needs_no_project(tmp_path: Path, has_parameters: bool) -> None:
 
 
 @pytest.mark.fault("R39")
+def test_doctor_needs_none_of_the_packages_that_train(workspace: Workspace) -> None:
+    """As where tlpipe is installed to serve alone."""
+    absent = ("torch", "torchvision", "timm", "dvc", "mlflow", "prefect", "onnx", "scipy")
+    program = (
+        f"import sys\nfor name in {absent!r}: sys.modules[name] = None\n"
+        "sys.argv = ['tlpipe', 'doctor']\nfrom tlpipe.cli import main\nmain()\n"
+    )
+    found = workspace.run("python", "-c", program)
+    assert statuses(found.stdout)["lock"] == "ok"
+    assert "Traceback" not in found.stderr
+
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    said = Workspace(tmp_path).run("sh", "-c", f"cd {gone}; rmdir {gone}; tlpipe status", code=6)
+    assert said.stderr == "tlpipe: the current folder was deleted. Go to another one.\n"
+
+
+@pytest.mark.fault("R39")
 def test_both_runtimes_at_once_are_an_error() -> None:
     both = doctor.runtime({"onnxruntime": "1.30.0", "onnxruntime-gpu": "1.30.0"})
     assert both.status == "error"

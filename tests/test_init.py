@@ -16,6 +16,7 @@ from tests.data.test_split import entries
 from tlpipe import files, graph, upgrade
 from tlpipe.cli import projects
 from tlpipe.data import split
+from tlpipe.data.images import LIBHEIF
 from tlpipe.project import Project
 
 # What the folder of a project holds, but for what DVC and Git make.
@@ -85,6 +86,36 @@ def make_earlier(project: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def here(tmp_path: Path, cache_env: dict[str, str]) -> Workspace:
     return Workspace(tmp_path, cache_env)
+
+
+def test_a_source_in_the_project_goes_to_dvc_before_all_else_goes_to_git(
+    tmp_path: Path, photos: Path, cache_env: dict[str, str]
+) -> None:
+    project = here(tmp_path, cache_env)
+    said = project.run("tlpipe", "init", "--here", "--source", photos.name).stdout
+    add, commit = ("dvc add photos", "git add . && git commit -m 'A new project'")
+    assert f"next:\n  {add} && {commit}\n" in said
+    project.run("sh", "-c", f"{add} && git add .")
+    staged = project.run("git", "diff", "--cached", "--name-only").stdout.splitlines()
+    assert "photos.dvc" in staged
+    assert not any(name.endswith(".png") for name in staged)
+
+
+def test_a_repository_that_git_will_not_speak_of_gets_no_other_one_inside(
+    tmp_path: Path, cache_env: dict[str, str]
+) -> None:
+    """As where it is another user's."""
+    (tmp_path / "bin").mkdir()
+    git = tmp_path / "bin" / "git"
+    git.write_text(
+        "#!/bin/sh\necho fatal: detected dubious ownership in repository >&2; exit 128\n"
+    )
+    git.chmod(0o755)
+    env = {**cache_env, "PATH": f"{git.parent}:{os.environ['PATH']}"}
+    (line,) = Workspace(tmp_path, env).call("init", "new", code=3).stderr.splitlines()
+    assert "'git rev-parse' fails in" in line
+    assert "dubious ownership in repository. Mend that" in line
+    assert not (tmp_path / "new" / ".git").exists()
 
 
 def test_init_says_what_the_source_holds_and_writes_parameters_that_fit(
@@ -176,7 +207,8 @@ def test_init_goes_on_after_a_failure(
     (home.path / "p/.dvc/config").touch()
     (home.path / "bin").mkdir()
     git = home.path / "bin/git"
-    git.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
+    none = "echo fatal: not a git repository >&2; exit 128"
+    git.write_text(f"#!/bin/sh\n[ $1 = init ] || {{ {none}; }}\necho no room >&2; exit 1\n")
     git.chmod(0o755)
     path = {"PATH": f"{git.parent}:{os.environ['PATH']}"}
     failing = Workspace(home.path, {**cache_env, **path})
@@ -247,11 +279,73 @@ def test_a_source_that_needs_a_key_gets_a_project_to_write_it_in(
     home = here(tmp_path, cache_env)
     error = home.call("init", "p", "--source", str(photos), code=4).stderr
     assert "ingest.columns" in error
-    assert f"The project is made: say so in {tmp_path}/p/params.yaml" in error
+    assert f"write that in {tmp_path}/p/params.yaml and ask 'tlpipe check'" in error
     made = Workspace(tmp_path / "p", cache_env)
     assert set(made.names()) == {*FILES, ".dvc", ".git"}
     made.configure("ingest", columns={"path": "Bild", "label": "Art"})
     assert "24 images in 2 classes: dark 12, light 12" in made.call("check").stdout
+
+
+def test_a_source_that_is_mended_takes_the_same_command_again(
+    tmp_path: Path, photos: Path, cache_env: dict[str, str]
+) -> None:
+    """As an archive of which half was downloaded."""
+    whole = Path(shutil.make_archive(str(tmp_path / "whole"), "zip", photos))
+    archive = tmp_path / "photos.zip"
+    archive.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    home = here(tmp_path, cache_env)
+    words = ("init", "p", "--source", str(archive))
+    assert (
+        "once the source itself is mended, give the same command"
+        in home.call(*words, code=4).stderr
+    )
+    archive.write_bytes(whole.read_bytes())
+    assert "24 images in 2 classes" in home.call(*words).stdout
+    gate = yaml.safe_load((tmp_path / "p/params.yaml").read_text())["register"]["gate"]
+    assert gate["min_test_images"] < 5  # what fits 24 images, not what stood there before
+    (tmp_path / "p/params.yaml").write_text("mine")
+    assert "already holds params.yaml" in home.call(*words, code=3).stderr
+
+
+def test_what_cannot_be_read_does_not_count(
+    tmp_path: Path, photos: Path, cache_env: dict[str, str]
+) -> None:
+    linked = tmp_path / "linked"
+    for path in photos.rglob("*.png"):
+        place = linked / path.relative_to(photos)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if int(path.stem) < 6:
+            place.symlink_to(path)
+        else:
+            place.write_bytes(path.read_bytes())
+    home = here(tmp_path, cache_env)
+    said = home.call("init", "p", "--source", str(linked)).stdout
+    assert "12 links lead outside of" in said
+    # A fifth of 12 images, less what a split may be off.
+    assert "register.gate.min_test_images is 1;" in said
+    for path in linked.rglob("*.png"):
+        path.rename(path.with_suffix(".heic" if int(path.stem) < 9 else ".png"))
+    made = Workspace(tmp_path / "p", cache_env)
+    made.replace("params.yaml", "min_test_images: 1", "min_test_images: 20")
+    said = made.call("check").stdout
+    assert "min_test_images is 20, and some" in said
+    assert "no first version will pass. Set it lower, or add images." in said
+    if not LIBHEIF:
+        assert "files are called .heic and cannot be read here" in said
+
+
+def test_files_that_git_would_ignore_are_added_by_force(
+    tmp_path: Path, photos: Path, cache_env: dict[str, str]
+) -> None:
+    home = here(tmp_path, cache_env)
+    home.run("git", "init", "-q")
+    (tmp_path / ".gitignore").write_text("*.yaml\n")
+    said = home.call("init", "sub", "--source", str(photos)).stdout
+    (line,) = [line for line in said.splitlines() if "git add --force" in line]
+    home.run("sh", "-c", line.replace("git commit", "git -c user.name=x -c user.email=x@y commit"))
+    committed = home.run("git", "ls-files").stdout
+    for name in ("params.yaml", "dvc.yaml", "tlpipe.lock.yaml"):
+        assert f"sub/{name}" in committed
 
 
 def test_init_overwrites_nothing(tmp_path: Path, cache_env: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from dvc.repo import Repo
 
 from tests.conftest import ROOT, Workspace
@@ -126,6 +127,69 @@ def test_images_that_dvc_does_not_watch_are_not_measured(
     # What a user writes for experiments with it.
     workspace.replace("dvc.yaml", json.dumps(str(odd)).replace("$", "\\\\$"), '"${evaluate.ood}"')
     assert "evaluate was not run" not in workspace.call("evaluate", code=6).stderr
+
+
+@pytest.mark.fault("E25")
+@pytest.mark.parametrize("name", ["2024", "1.5", "on", "null", "0x10"])
+def test_a_folder_that_yaml_would_read_as_something_else_is_a_dependency(
+    workspace: Workspace, name: str
+) -> None:
+    workspace.configure("evaluate", ood=name)
+    workspace.call("upgrade")
+    with Repo(str(workspace.path)) as repo:
+        stage = repo.stage.load_one(str(workspace.path / "dvc.yaml"), "evaluate")
+        assert stage.deps[0].def_path == name
+
+
+@pytest.mark.fault("P29")
+@pytest.mark.parametrize("key", ["audit", "embed.backbone"])
+def test_names_that_dvc_compares_are_missed_before_it_runs(workspace: Workspace, key: str) -> None:
+    path = workspace.path / "params.yaml"
+    content = yaml.safe_load(path.read_text())
+    section, _, field = key.partition(".")
+    if field:
+        del content[section][field]
+    else:
+        del content[section]
+    path.write_text(yaml.safe_dump(content))
+    for command in ("check", "run"):
+        (line,) = workspace.call(command, code=3).stderr.splitlines()
+        assert f"{key} is missing in params.yaml: it has its default, but DVC compares" in line
+    written = ": efficientnet_lite0' in the section embed." if field else "audit: {}'."
+    assert line.endswith(written)
+    content[section] = None if not field else content[section] | {field: "efficientnet_lite0"}
+    path.write_text(yaml.safe_dump(content))
+    workspace.call("check")
+    workspace.run("dvc", "status")
+
+
+@pytest.mark.slow
+def test_status_is_of_this_project_alone(
+    tmp_path: Path, photos: Path, cache_env: dict[str, str]
+) -> None:
+    here = Workspace(tmp_path, cache_env)
+    here.run("git", "init", "-q")
+    here.run("dvc", "init", "-q")
+    for name in ("a", "b"):
+        here.call("init", name, "--source", str(photos))
+        (tmp_path / name / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    said = Workspace(tmp_path / "a", cache_env).call("status").stdout
+    assert "  ingest: " in said
+    assert "b/" not in said
+
+
+@pytest.mark.parametrize("command", ["advise", "lr-find"])
+def test_commands_beside_the_graph_run_no_other_code_either(
+    workspace: Workspace, command: str
+) -> None:
+    path = workspace.path / "tlpipe.lock.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["stages"]["embed"]["code"] = "another"
+    path.write_text(yaml.safe_dump(content))
+    assert (
+        "embed was not run: tlpipe.lock.yaml states code of tlpipe"
+        in workspace.call(command, code=6).stderr
+    )
 
 
 def test_programs_find_the_tlpipe_that_started_them(

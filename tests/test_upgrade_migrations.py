@@ -48,6 +48,18 @@ def changes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.fault("P06")
+@pytest.mark.parametrize("text", ["audit:\n  folds: 3\n", "audit: {folds: 3}\n"])
+def test_the_only_key_of_a_section_is_taken_out_and_the_section_stays(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    removed = ("0.2", Removed("audit.folds", "they are as many as there are"))
+    monkeypatch.setattr(upgrade, "CHANGES", (removed,))
+    new, (said,) = migrate(text, "0.1.0", until="0.2")
+    assert yaml.safe_load(new) in ({"audit": None}, {"audit": {}})
+    assert said.startswith("audit.folds: 3 is taken out")
+
+
+@pytest.mark.fault("P06")
 def test_keys_are_changed_from_version_to_version_and_nothing_else_is(changes: None) -> None:
     text, said = migrate(TEXT, "0.1.0", until="0.3.1")
     assert (

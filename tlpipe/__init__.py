@@ -13,7 +13,11 @@ The Python API is what ``__all__`` names; everything else may change. In a proje
     (True, True)
 """
 
+import os
 from typing import TYPE_CHECKING
+
+# ONNX Runtime sends what it is used for to its maker, unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from tlpipe.predict import Predictor

@@ -201,11 +201,17 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, OSError) as error:
         raise ArtifactError(
-            f"{path} cannot be read as JSON ({error}). Run its stage again: 'dvc repro --force'."
+            f"{path} cannot be read as JSON ({error}). Run its stage again: {again(path)}."
         ) from None
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
     return content
+
+
+def again(path: Path) -> str:
+    """Say how to run the stage again that writes a file, and no other one."""
+    *_, stage = re.findall(r"(?:^|/)artifacts/(\w+)/", path.as_posix()) or ["STAGE"]
+    return f"'dvc repro --force --single-item {stage}'"
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -266,6 +272,25 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
         shutil.copyfile(source, target)
 
 
+def copy_folder(
+    source: Path, target: Path, copy: Callable[[Path, Path], object] = shutil.copyfile
+) -> None:
+    """Copy the files of a folder, at any depth, into another one, which may be there.
+
+    ``shutil.copytree`` says what failed in an error of its own, of which nobody can tell a full
+    disk from a bug.
+
+    ``copy``: what makes one file of another, such as ``link_or_copy``.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            copy(path, place)
+
+
 def cache_folder(name: str) -> Path:
     """Return a program's folder in this user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
@@ -313,7 +338,7 @@ def _rows(
             if len(row) != len(header):
                 raise ArtifactError(
                     f"row {number} of {path} has {len(row)} columns; expected {len(header)}. "
-                    f"Run its stage again: 'dvc repro --force'."
+                    f"Run its stage again: {again(path)}."
                 )
             yield row
 

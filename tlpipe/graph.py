@@ -6,7 +6,6 @@ user's own stages.
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -230,9 +229,8 @@ def generated(named: Mapping[str, str] | None = None) -> str:
 
 
 def _literal(path: str) -> str:
-    """Return a path as YAML in which DVC replaces nothing."""
-    escaped = path.replace("${", "\\${")
-    return path if re.fullmatch(r"[\w./-]+", path) else json.dumps(escaped, ensure_ascii=False)
+    """Return a path as YAML in which DVC replaces nothing, and which is no number or word of it."""
+    return json.dumps(path.replace("${", "\\${"), ensure_ascii=False)
 
 
 def watches(stage: dict[str, Any], source: str, path: str) -> bool:

@@ -3,6 +3,7 @@
 ``Predictor`` is what the evaluation measures and what the server serves.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,11 @@ from tlpipe.data.images import FORMATS, Pixels, crop_middle, read_square
 from tlpipe.errors import ArtifactError, ImageError, ParamsError
 from tlpipe.runtime import open_session
 
+_log = logging.getLogger(__name__)
 Scores = npt.NDArray[np.float32]
+# Endings of images that are answered for even where they cannot be read: with an error.
+_PHOTOGRAPHS = {".heic", ".heif", ".hif", ".avif", ".avifs"}
+_SHOWN = 5  # names of what is left out
 
 
 @dataclass(frozen=True)
@@ -141,11 +146,15 @@ def run(*, bundle: Bundle, images: Sequence[Path], precision: str = "fp32") -> l
 
 def _images_in(folder: Path) -> list[Path]:
     known = Image.registered_extensions()
-    found = sorted(
-        path
-        for path in folder.iterdir()
-        if known.get(path.suffix.lower()) in FORMATS and path.is_file()
-    )
+    names = {suffix for suffix, name in known.items() if name in FORMATS} | _PHOTOGRAPHS
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    found = [path for path in entries if path.suffix.lower() in names and path.is_file()]
+    if left := [f"{path.name}{'/' * path.is_dir()}" for path in entries if path not in set(found)]:
+        more = ", ..." * (len(left) > _SHOWN)
+        _log.warning(
+            "not answered for, since not called as images are: %d of the %d in %s: %s%s",
+            *(len(left), len(entries), folder, ", ".join(left[:_SHOWN]), more),
+        )
     if not found:
         raise ParamsError(
             f"the folder {folder} holds no images itself; expected one with images directly in it, "

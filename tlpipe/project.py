@@ -177,6 +177,26 @@ class Project:
         """
         return params.load(_from_here(self.params), models())
 
+    def check_compared(self) -> None:
+        """Check that params.yaml names all that DVC compares: it runs nothing where a name is gone.
+
+        Raises:
+            ParamsError: a section, or a key that decides for another one, is missing.
+        """
+        content = params.parse(params.read_text(self.params), _from_here(self.params))
+        for name, stage in graph.STAGES.items():
+            for key in (name, *stage.decided_by):
+                section, _, field = key.partition(".")
+                found = content.get(section)
+                if section in content and (not field or field in (found or {})):
+                    continue
+                default = models()[section].model_fields[field].default if field else "{}"
+                raise ParamsError(
+                    f"{key} is missing in {_from_here(self.params)}: it has its default, but DVC "
+                    f"compares what is written, and runs nothing without. Write '{field or key}: "
+                    f"{default}'{f' in the section {section}' if field else ''}."
+                )
+
     def check_code(self, stage: str) -> None:
         """Check that a stage would run the code that the lock states.
 

@@ -287,7 +287,8 @@ def _check(text: str, new: str, change: Change, what: str) -> None:
         ParamsError: it does not.
     """
     try:
-        if (yaml.safe_load(new) or {}) == _changed(_plain(yaml.safe_load(text) or {}), change):
+        expected = _changed(_plain(yaml.safe_load(text)) or {}, change)
+        if _plain(yaml.safe_load(new)) == _plain(expected):
             return
     except (yaml.YAMLError, TypeError, AttributeError):  # also where a section is no mapping
         pass
@@ -316,9 +317,9 @@ def _changed(content: dict[str, Any], change: Change) -> dict[str, Any]:
 
 
 def _plain(content: Any) -> Any:
-    """Return a copy in which no two keys share a mapping."""
+    """Return a copy in which no two keys share a mapping; None for one that holds nothing."""
     if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
+        return {key: _plain(value) for key, value in content.items()} or None
     return content
 
 

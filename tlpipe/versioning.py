@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from tlpipe import files
+from tlpipe import files, graph
 from tlpipe.errors import DataError
 from tlpipe.sources.storage import attempt
 
@@ -241,11 +241,11 @@ def other_versions(workspace: Path) -> str:
 
 def of_inputs(workspace: Path) -> dict[str, str]:
     """Return what a bundle says of its origin: the commit, and the hash of all it is made by."""
-    commit = _git(workspace, "rev-parse", "HEAD")
+    commit = _git(workspace, "rev-parse", "HEAD") or ""
     lock = workspace / "dvc.lock"
     if not commit and _git(workspace, "rev-parse", "--git-dir"):
         commit = NO_COMMIT
-    elif _has_changes(workspace):
+    elif commit and _has_changes(workspace):
         commit = f"{commit} with uncommitted changes"
     return {
         "git_commit": commit,
@@ -262,12 +262,12 @@ def repository_with(workspace: Path, commit: str) -> str:
     """Return the top folder of the workspace's repository if it has a commit, or nothing."""
     if _git(workspace, "cat-file", "-t", commit) != "commit":
         return ""
-    return _git(workspace, "rev-parse", "--show-toplevel")
+    return _git(workspace, "rev-parse", "--show-toplevel") or ""
 
 
 def origin_of(workspace: Path) -> str:
     """Return the address of the workspace's remote ``origin``, or nothing."""
-    return _git(workspace, "remote", "get-url", "origin")
+    return _git(workspace, "remote", "get-url", "origin") or ""
 
 
 def user() -> str:
@@ -305,22 +305,54 @@ def _stages(lock: Path) -> dict[str, Any]:
 
 
 def _has_changes(workspace: Path) -> bool:
-    """Return whether a tracked file is not as committed, but for what every run may change.
+    """Return whether a file is not as committed, but for what every run may change.
 
-    That is ``dvc.lock``, and rows that ``split`` has appended to its table.
+    That is ``dvc.lock``, and rows that ``split`` has appended to its table. Of files that were
+    never committed, those count that a run goes by. Where Git does not answer, nothing is known to
+    be as committed.
     """
     status = ("status", "--porcelain", "--untracked-files=no")
-    if _git(workspace, *status, "--", ".", ":!dvc.lock", f":!{PLACEMENTS}"):
-        return True
+    changed = _git(workspace, *status, "--", ".", ":!dvc.lock", f":!{PLACEMENTS}")
     rows = _git(workspace, "diff", "--numstat", "HEAD", "--", PLACEMENTS)  # added, taken away, name
-    return bool(rows) and rows.split()[1] != "0"
+    if changed is None or rows is None:
+        return True
+    return bool(changed) or (bool(rows) and rows.split()[1] != "0") or _has_uncommitted(workspace)
 
 
-def _git(workspace: Path, *arguments: str) -> str:
+def _has_uncommitted(workspace: Path) -> bool:
+    """Return whether Git does not know a file that a run goes by, and DVC neither.
+
+    That is what DVC reads the graph from, and files of the project that stages read and no stage
+    writes. The folders of a source are DVC's to know.
+    """
+    folder = workspace.absolute()
+    names = {graph.PARAMS, graph.FILE, graph.LOCK}
+    if (lock := workspace / "dvc.lock").is_file():
+        stages = _stages(lock).values()
+        written = {out["path"] for stage in stages for out in stage.get("outs", ())}
+        names |= {read["path"] for stage in stages for read in stage.get("deps", ())} - written
+    paths = (Path(os.path.normpath(folder / name)) for name in names)
+    known = {path for path in paths if path.is_relative_to(folder) and path.is_file()}
+    committed = _git(folder, "ls-files", "-z", "--", *map(str, known))
+    if committed is None:
+        return True
+    unknown = known - {folder / name for name in committed.split("\0")}
+    return not all(_is_of_dvc(path, folder) for path in unknown)
+
+
+def _is_of_dvc(path: Path, folder: Path) -> bool:
+    """Return whether a file in the folder, or what it lies in, was added to DVC."""
+    inside = path.relative_to(folder)
+    added = (inside, *inside.parents[:-1])
+    return any((folder / f"{name}.dvc").is_file() for name in added)
+
+
+def _git(workspace: Path, *arguments: str) -> str | None:
+    """Return what Git says; None where it fails, takes too long or is not there."""
     try:
         result = subprocess.run(
             ["git", *arguments], cwd=workspace, capture_output=True, text=True, timeout=30
         )
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return result.stdout.strip() if result.returncode == 0 else ""
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -184,7 +184,7 @@ def test_the_size_is_said_beforehand(ingested: Workspace) -> None:
     ingested.configure("embed", freeze="blocks5")
     said = ingested.embed().splitlines()
     assert said[0] == ("frozen: 7 of 9 stages, up to blocks5, 2,353,408 of 3,371,008 parameters")
-    assert said[1] == "activations of 24 images: 0.000478 GiB"
+    assert said[1] == "activations of 24 images: 0.49 MiB"
     folder = ingested.path / "artifacts/embed" / "activations"
     size = sum(path.stat().st_size for path in folder.rglob("*.npy"))
     assert size == pytest.approx(0.000478 * 2**30, rel=0.02)

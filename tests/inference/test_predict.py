@@ -69,6 +69,23 @@ def test_any_file_name_is_answered_for_and_escaped(artifacts: Path, tmp_path: Pa
     assert r"\x1b[31mno names no model" in error
 
 
+@pytest.mark.fault("P30")
+def test_no_package_keeps_what_it_would_tell_its_maker(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime keeps an identifier and events in the user's cache, but where CI is set."""
+    for name in ("CI", "GITHUB_ACTIONS", "TF_BUILD", "ORT_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    cache = tmp_path / "cache"
+    home = Workspace(tmp_path, {"XDG_CACHE_HOME": str(cache), "HOME": str(tmp_path)})
+    image = str(artifacts / "evaluate/examples/0.png")
+    bundle = str(artifacts / "export/bundle")
+    home.call("predict", "--model", bundle, image)
+    program = f"import tlpipe; print(tlpipe.Predictor({bundle!r}).predict({image!r}).label)"
+    home.run("python", "-c", program)
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name.lower()]
+
+
 @pytest.mark.fault("S38")
 def test_a_folder_is_answered_for_by_its_images(
     main_job: Workspace, artifacts: Path, tmp_path: Path
@@ -78,8 +95,13 @@ def test_a_folder_is_answered_for_by_its_images(
     (tmp_path / "notes.txt").write_text("none")
     (tmp_path / "empty").mkdir()
     model = ("--model", str(artifacts / "export/bundle"))
-    answers = json.loads(main_job.call("predict", "--json", *model, str(tmp_path)).stdout)
-    assert [Path(answer["path"]).name for answer in answers] == ["1.PNG", "2.png"]
+    (tmp_path / "3.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    result = main_job.call("predict", "--json", *model, str(tmp_path), code=4)
+    answers = json.loads(result.stdout)
+    assert [Path(answer["path"]).name for answer in answers] == ["1.PNG", "2.png", "3.heic"]
+    assert "error" in answers[-1]
+    left = f"not called as images are: 2 of the 5 in {tmp_path}: empty/, notes.txt"
+    assert left in result.stderr
     said = main_job.call("predict", *model, str(tmp_path / "empty"), code=3).stderr
     assert "empty holds no images itself; expected one with images directly in it" in said
 

@@ -1,6 +1,8 @@
 """Real servers: PostgreSQL and S3 behind MLflow; a version is copied there and back out."""
 
+import base64
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -122,6 +124,11 @@ def test_another_server_never_sees_the_account_of_ours(
     address, shown = listening
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "ours")
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text(
+        "[mlflow]\nmlflow_tracking_username = ann\nmlflow_tracking_password = secret\n"
+    )
+    own = f"Basic {base64.b64encode(b'ann:secret').decode()}"
 
     def ask(ours: str, other: str | None) -> str:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", ours)
@@ -136,5 +143,22 @@ def test_another_server_never_sees_the_account_of_ours(
     assert ask("http://127.0.0.1:9", address) == ""
     monkeypatch.setenv("TO_MLFLOW_TRACKING_TOKEN", "theirs")
     assert ask("http://127.0.0.1:9", address) == "Bearer theirs"
-    # Our own server sees ours, also where --to names it.
+    # Our own server sees ours, also where --to names it: the file's goes before a token.
+    assert ask(address, None) == ask(address, address) == own
+    (tmp_path / ".mlflow" / "credentials").unlink()
     assert ask(address, None) == ask(address, address) == "Bearer ours"
+
+
+@pytest.mark.fault("R70")
+def test_what_others_could_not_load_is_not_copied(
+    released: Workspace, fresh_database: Path, tmp_path: Path
+) -> None:
+    """A database alone has no place for artifacts: MLflow takes a folder of who asks."""
+    import mlflow
+
+    database = f"sqlite:///{shutil.copy(fresh_database, tmp_path / 'production.db')}"
+    said = released.call("promote", "digits@1", "--to", database, code=8).stderr
+    assert f"would lie in {released.path}/mlruns" in said
+    assert "Nothing was copied. Expected a server that keeps artifacts" in said
+    client = mlflow.MlflowClient(database)
+    assert client.search_model_versions("name = 'digits'") == []

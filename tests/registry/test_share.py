@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torchvision
 from huggingface_hub import ModelCard
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -21,6 +24,7 @@ from tests.conftest import Workspace, copy_repository
 from tlpipe import Predictor, graph
 from tlpipe.registry import card as cards
 
+ALONE = ("unshare", "--mount", "--map-root-user")
 LICENSES = ("--license", "mit", "--data-license", "cc-by-4.0", "--weights-license", "apache-2.0")
 
 
@@ -185,7 +189,10 @@ def test_torchvision_loads_hidden_units_and_stages_that_were_trained(
     cache_env: dict[str, str], tmp_path: Path
 ) -> None:
     workspace = copy_repository(tmp_path / "copy", cache_env)
-    workspace.configure("embed", backbone="shufflenet_v2_x0_5", weights="none", freeze=4)
+    weights = tmp_path / "of ann" / "mine.pth"
+    weights.parent.mkdir()
+    torch.save(torchvision.models.get_model("shufflenet_v2_x0_5").state_dict(), weights)
+    workspace.configure("embed", backbone="shufflenet_v2_x0_5", weights=str(weights), freeze=4)
     workspace.configure("train", epochs=1, hidden=[16])
     workspace.configure("export", precisions=[])
     workspace.configure("register", gate={"min_accuracy": 0.0, "min_recall": 0.0})
@@ -196,3 +203,59 @@ def test_torchvision_loads_hidden_units_and_stages_that_were_trained(
     normal = ((noise / 255 - mean) / std).astype(np.float32)
     found = logits_of_card(tmp_path / "out", tmp_path, normal.transpose(0, 3, 1, 2))
     np.testing.assert_allclose(found, onnx_logits(tmp_path / "out/bundle", noise), atol=1e-4)
+    shared = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert any(b"mine.pth" in content for content in shared)
+    assert not any(b"of ann" in content for content in shared)
+
+
+def test_a_signature_is_shared_beside_its_bundle(released: Workspace, tmp_path: Path) -> None:
+    released.make_keys("ann")
+    released.call("sign", "digits@1", "--key", "ann.pem")
+    released.call("share", "digits@1", str(tmp_path / "out"), *LICENSES)
+    found = released.call("verify", str(tmp_path / "out/bundle"), "--key", "ann.pub").stdout
+    assert "ann.pub" in found
+
+
+def test_a_report_of_another_bundle_is_not_shared(released: Workspace) -> None:
+    (path,) = released.path.glob("mlartifacts/*/artifacts/report.json")
+    path.write_text(path.read_text().replace('"bundle": "', '"bundle": "0'))
+    (line,) = released.call("share", "digits@1", "out", *LICENSES, code=6).stderr.splitlines()
+    assert "measures another bundle than" in line
+    assert not (released.path / "out").exists()
+
+
+@pytest.mark.fault("E28")
+@pytest.mark.parametrize("command", [("download",), ("share", *LICENSES)])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    released: Workspace, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    place = tmp_path / "full"
+    place.mkdir()
+    mount = 'mount -t tmpfs -o size=100k none "$1" && shift && exec "$@"'
+    try_ = [*ALONE, "sh", "-c", mount, "sh", str(place), "true"]
+    if shutil.which("unshare") is None or subprocess.run(try_, capture_output=True).returncode:
+        pytest.skip("this account may not mount")
+    name, *options = command
+    words = ["tlpipe", name, "digits@1", str(place / "out"), *options]
+    then = f"{shlex.join(words)}; echo $?; ls -A {shlex.quote(str(place))}"
+    result = released.run(*try_[:-1], "sh", "-c", then)
+    assert result.stdout == "6\n"
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("tlpipe: ")
+    assert line.endswith(
+        "No space left on device; the disk is full, or your share of it. Free some of it, and run "
+        "it again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("params.yaml/out", "File exists; expected a folder, or nothing, there. Name another"),
+        ("o" * 300, "File name too long; expected a name that the system can hold. Name a shorter"),
+    ],
+)
+def test_a_place_that_cannot_be_is_one_line(released: Workspace, place: str, message: str) -> None:
+    for words in (("download", "digits@1", place), ("share", "digits@1", place, *LICENSES)):
+        (line,) = released.call(*words, code=6).stderr.splitlines()
+        assert message in line

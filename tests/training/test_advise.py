@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import ModelProto, helper, numpy_helper
 from PIL import Image
 
 from tests.conftest import Workspace
@@ -18,7 +19,13 @@ from tlpipe.data.images import Preprocessing
 from tlpipe.data.manifest import load_split
 from tlpipe.data.pixels import Chunks
 from tlpipe.errors import ArtifactError, DataError, ParamsError
-from tlpipe.training.advise import Boundary, choose_sample, conclude, run
+from tlpipe.training.advise import (
+    Boundary,
+    choose_sample,
+    conclude,
+    run,
+    with_random_weights,
+)
 from tlpipe.training.model import Dataset, Examples
 from tlpipe.training.transferability import LearningCurve
 
@@ -208,6 +215,25 @@ def test_the_command_writes_a_picture_and_numbers_of_images_that_may_be_seen(
         "--images is 7; 2 classes need 8"
         in workspace.call("advise", "--images", "7", code=3).stderr
     )
+
+
+def test_random_weights_are_the_same_values_in_another_order_for_each_draw() -> None:
+    names = ("a", "b", "ids")
+    values = (np.arange(64, dtype=np.float32), np.ones((2, 3), np.float32), np.arange(9))
+    tensors = [numpy_helper.from_array(v, n) for n, v in zip(names, values, strict=True)]
+    graph = helper.make_model(helper.make_graph([], "g", [], [], initializer=tensors))
+    renamed = helper.make_model(helper.make_graph([], "g", [], [], initializer=tensors))
+    renamed.graph.initializer[0].name = "another"
+
+    def drawn(draw: int, of: ModelProto = graph) -> list[list[float]]:
+        mixed = with_random_weights(of, draw).graph.initializer
+        return [numpy_helper.to_array(tensor).ravel().tolist() for tensor in mixed]
+
+    first, second = drawn(0), drawn(1)
+    assert first == drawn(0) == drawn(0, renamed)
+    assert first[0] != second[0] != values[0].tolist() != first[0]
+    assert sorted(first[0]) == sorted(second[0]) == values[0].tolist()
+    assert first[2] == values[2].tolist()
 
 
 def test_nothing_is_advised_before_there_are_activations(empty: Workspace) -> None:

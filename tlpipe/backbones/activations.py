@@ -10,7 +10,6 @@ boundary is. The index is written last::
     index.json   the shapes, the origin, and the digest of every file
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -287,4 +286,4 @@ def keep(folder: Path, target: Path) -> None:
     """Keep a folder's files a second time, without copying where links can be made."""
     files.flush_folder(folder)
     with files.replacing_folder(target) as copy:
-        shutil.copytree(folder, copy, dirs_exist_ok=True, copy_function=files.link_or_copy)
+        files.copy_folder(folder, copy, files.link_or_copy)

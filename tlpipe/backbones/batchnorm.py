@@ -70,7 +70,7 @@ def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
             merged.set_submodule(paths[norm], nn.Sequential(*steps_after(norm)))
         is_same = all(map(is_close, _results(module, inputs), _results(merged, inputs)))
     if not is_same:
-        _log.info("normalisations are not folded: something else takes what is before them")
+        _log.debug("BatchNorm is not folded: something else takes what is before it")
     return merged if is_same else module
 
 

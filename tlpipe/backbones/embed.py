@@ -295,7 +295,7 @@ def _check_size(
 
     features = backbone.stages[-1].kib
     size = gib(features + (2 * int(np.prod(shape)) / 1024 if shape else 0))
-    _log.info("activations of %s images: %.3g GiB", images, size)
+    _log.info("activations of %s images: %s MiB", images, f"{1024 * size:,.2f}")
     if size <= params.max_gib:
         return
     smaller = [

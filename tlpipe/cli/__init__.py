@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,21 @@ import typer
 from tlpipe.cli import doctor, models, projects, stages
 from tlpipe.cli.tables import printable
 from tlpipe.errors import ArtifactError, TlpipeError
+
+_FORBIDDEN = (
+    "expected a folder that may be read and written. Change its permissions, or work in another one"
+)
+_NO_FOLDER = "expected a folder, or nothing, there. Name another place"
+_FULL = "the disk is full, or your share of it. Free some of it, and run it again"
+_NO_LOCKS = "this file system cannot lock files. Work in a folder of another one"
+# What the system may say of a place that a user named, and what is to be done.
+_PLACES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _NO_FOLDER),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
+    errno.ENOLCK: _NO_LOCKS,
+    errno.ENAMETOOLONG: "expected a name that the system can hold. Name a shorter one",
+}
 
 app = typer.Typer(
     help="From labelled images to a classifier in production: reproducible, measured, served.",
@@ -61,15 +77,23 @@ def main() -> None:
         print(f"tlpipe: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        known = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-        if error.filename is None or error.errno not in known:
+        if isinstance(error, FileNotFoundError) and _is_nowhere():
+            print("tlpipe: the current folder was deleted. Go to another one.", file=sys.stderr)
+            raise SystemExit(ArtifactError.exit_code) from None
+        advice = _PLACES.get(error.errno or 0)
+        if advice is None or (error.filename is None and advice not in (_FULL, _NO_LOCKS)):
             raise
-        print(
-            f"tlpipe: {printable(str(error.filename))}: {error.strerror}; expected a folder that "
-            f"may be read and written. Change its permissions, or work in another one.",
-            file=sys.stderr,
-        )
+        where = f"{printable(str(error.filename)[:200])}: " if error.filename else ""
+        print(f"tlpipe: {where}{error.strerror}; {advice}.", file=sys.stderr)
         raise SystemExit(ArtifactError.exit_code) from None
+
+
+def _is_nowhere() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 class _Printable(logging.Formatter):

@@ -115,21 +115,20 @@ def _system(name: str, release: str) -> Finding:
 def _python() -> Finding:
     from importlib.metadata import metadata
 
+    from packaging.specifiers import SpecifierSet
+
     found, package = platform.python_version(), metadata("tlpipe")
     needed = package["Requires-Python"]
     shown = f"Python {found} ({sys.executable}), tlpipe {package['Version']}"
-    if find_spec("packaging") is not None:
-        from packaging.specifiers import SpecifierSet
-
-        if not SpecifierSet(needed).contains(found):
-            return Finding("python", "error", f"{shown}; expected {needed}", "make a new venv")
+    if not SpecifierSet(needed).contains(found):
+        return Finding("python", "error", f"{shown}; expected {needed}", "make a new venv")
     return Finding("python", "ok", shown)
 
 
 def _packages(folder: Path) -> Iterator[Finding]:
     """Compare with what the extra ``pipeline`` asks for, and with the project's constraints."""
     advice = "pip install -c constraints.txt 'tlpipe[pipeline]', where models are to be trained"
-    if find_spec("packaging") is None:
+    if find_spec("torch") is None:
         text = "those that answer (predict, serve, verify), not those that train"
         yield Finding("packages", "warning", text, advice)
         return
@@ -205,6 +204,9 @@ def _gpu(installed: Mapping[str, str]) -> Finding:
 
 def _disk(what: str, folder: Path) -> Finding:
     there = next(path for path in (folder, *folder.parents) if path.exists())
+    if what == "cache" and not os.access(there, os.W_OK):
+        text = f"{there} cannot be written, where exported networks are kept"
+        return Finding(what, "error", text, "set XDG_CACHE_HOME to a folder that can")
     free = shutil.disk_usage(there).free / 1e9
     text = f"{free:,.1f} GB free for {folder}"
     if free >= _FEW_GB:

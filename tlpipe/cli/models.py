@@ -67,7 +67,7 @@ def models(
     as_json: AsJson = False,
     params: ParamsFile = None,
 ) -> None:
-    """List the versions of a model: accuracy, aliases, who registered them, when, from what."""
+    """List the versions of a model: accuracy, aliases, who registered each, when, which commit."""
     from tlpipe.project import Project
     from tlpipe.registry import tracking, versions
 
@@ -174,8 +174,8 @@ def promote(
         str | None,
         typer.Option(
             metavar="URI",
-            help="Copy it to this MLflow server, and do so there. Its account: the variables of "
-            "MLflow with TO_ before them, such as TO_MLFLOW_TRACKING_TOKEN.",
+            help="Copy it to this MLflow server, and put it in production there. Its account: the "
+            "variables of MLflow with TO_ before them, such as TO_MLFLOW_TRACKING_TOKEN.",
         ),
     ] = None,
     params: ParamsFile = None,
@@ -258,6 +258,7 @@ def history(
     name = model_name(project)
     with tracking.connection(project.folder) as client:
         log, now = promotion.history(client, name)
+        answers = "" if now else promotion.stands_in(client, name)
         before = moves.of_deleted(client, name)
     if before:
         print(
@@ -273,7 +274,9 @@ def history(
         print(f"nothing of {name} was in production{f' at {at}' if at else ' yet'}")
         return
     print_moves(log)
-    if at is None and now != log[-1].champion:
+    if at is None and answers:
+        print(f"now: {answers}")
+    elif at is None and now != log[-1].champion:
         print(
             f"now {f'version {now}' if now else 'none'} is in production: its alias was moved in "
             f"MLflow since. The next 'register', 'promote' or 'rollback' writes that down."
@@ -305,13 +308,13 @@ def share(
         Path, typer.Argument(metavar="DIR", help="A new folder; nothing is overwritten.")
     ],
     license_: Annotated[
-        str, typer.Option("--license", metavar="NAME", help="Of what is shared.")
+        str, typer.Option("--license", metavar="NAME", help="License of what is shared; required.")
     ] = "",
     data_license: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the images it was trained on.")
+        str, typer.Option(metavar="NAME", help="License of the images it was trained on; required.")
     ] = "",
     weights_license: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the pretrained weights.")
+        str, typer.Option(metavar="NAME", help="License of the pretrained weights; required.")
     ] = "",
     params: ParamsFile = None,
 ) -> None:

@@ -8,9 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import typer
@@ -22,6 +22,7 @@ from tlpipe.errors import DataError, ParamsError
 from tlpipe.registry import LONGEST_NAME, NOT_IN_NAMES, SUFFIX, check_name
 
 if TYPE_CHECKING:
+    from tlpipe.sources import Candidate
     from tlpipe.sources.listing import Source
 
 _DIGITS, _TEXTURES = "data/digits.yaml", "data/textures.yaml"
@@ -67,9 +68,10 @@ def init(
         check_name(name)
     except ValueError as error:
         raise ParamsError(f"--name is {name!r}; {error}.") from None
-    texts, not_understood = _texts(target, source, name)
-    # What a killed 'init' wrote is the same.
-    if there := sorted(p for p, text in texts.items() if _differs(target / p, text)):
+    texts, unfit, not_understood = _texts(target, source, name)
+    # What a killed 'init' wrote is the same, and one that did not understand the source wrote this.
+    there = sorted(path for path, text in texts.items() if _differs(target / path, text))
+    if there and (there != [graph.PARAMS] or _differs(target / graph.PARAMS, unfit)):
         raise ParamsError(
             f"{target} already holds {', '.join(there)}, and nothing is overwritten. Move that "
             f"away, or name another folder."
@@ -79,17 +81,39 @@ def init(
     has_git = _make_repositories(target, no_git=no_git)
     if not_understood is not None:
         raise DataError(
-            f"{not_understood} The project is made: say so in {target / graph.PARAMS}, then "
-            f"'tlpipe check' looks again."
+            f"{not_understood} The project is made: where a parameter can say how to read it, "
+            f"write that in {target / graph.PARAMS} and ask 'tlpipe check'; once the source itself "
+            f"is mended, give the same command again."
         )
     print("next:")
     steps = [f"cd {shlex.quote(str(folder))}"] if folder is not None else []
     if has_git:  # or 'rebuild' would have no commit to make the model again from
+        if inside := _inside(target, source):  # or Git would keep every image for good
+            steps.append(f"dvc add {shlex.quote(inside)}")
+        if ignored := _ignored(target, texts):
+            steps.append(f"git add --force {shlex.join(ignored)}")
         steps.append("git add . && git commit -m 'A new project'")
     if steps:
         print(f"  {' && '.join(steps)}")
     print("  tlpipe run     # reproduce it, say what came out and whether it passes the gate")
     print("  tlpipe serve   # answer over HTTP with what is in production: the first that passes")
+
+
+def _inside(target: Path, source: str | None) -> str:
+    """Return where in a project its source lies; nothing where that is elsewhere, or a text."""
+    place = _normal(Path(source or ""))
+    is_data = place.is_dir() or place.suffix not in (".csv", ".json", ".yaml", ".yml")
+    is_inside = place.exists() and place.is_relative_to(target) and place != target
+    if not (is_inside and is_data) or place.with_name(f"{place.name}.dvc").exists():
+        return ""
+    return place.relative_to(target).as_posix()
+
+
+def _ignored(target: Path, names: Iterable[str]) -> list[str]:
+    """Return which files Git would leave out: a repository above may ignore names such as these."""
+    command = ["git", "check-ignore", "--", *names]
+    found = subprocess.run(command, cwd=target, capture_output=True, text=True).stdout
+    return found.splitlines()
 
 
 def _normal(path: Path) -> Path:
@@ -110,10 +134,13 @@ def _name(target: Path) -> str:
     return "-".join(words).strip("-_ ")[:LONGEST_NAME] or "model"
 
 
-def _texts(target: Path, source: str | None, name: str) -> tuple[dict[str, str], DataError | None]:
+def _texts(
+    target: Path, source: str | None, name: str
+) -> tuple[dict[str, str], str, DataError | None]:
     """Return the files of a new project, by their paths, and say what its source holds.
 
-    And why a source that is there is not understood: it takes a parameter, which needs a project.
+    And the parameters where the source is not understood, and why it is not: that may take a
+    parameter, which needs a project.
 
     Raises:
         DataError: the source is not there.
@@ -140,13 +167,17 @@ def _texts(target: Path, source: str | None, name: str) -> tuple[dict[str, str],
             not_understood = error
     images = min(_ENOUGH, max(1, int(held.tested)))
     has_recall = held.smallest >= _ENOUGH_OF_EACH
-    texts[graph.PARAMS] = upgrade.template(graph.PARAMS).format(
-        source=json.dumps(found, ensure_ascii=False),
-        name=json.dumps(name, ensure_ascii=False),
-        ood=_TEXTURES if source is None else "null",
-        recall=_RECALL if has_recall else 0.0,
-        images=images,
-    )
+
+    def parameters(images: int, recall: float) -> str:
+        return upgrade.template(graph.PARAMS).format(
+            source=json.dumps(found, ensure_ascii=False),
+            name=json.dumps(name, ensure_ascii=False),
+            ood=_TEXTURES if source is None else "null",
+            recall=recall,
+            images=images,
+        )
+
+    texts[graph.PARAMS] = parameters(images, _RECALL if has_recall else 0.0)
     if images < _ENOUGH:
         print(
             f"few images: register.gate.min_test_images is {images}; {_ENOUGH} where there are "
@@ -161,7 +192,8 @@ def _texts(target: Path, source: str | None, name: str) -> tuple[dict[str, str],
     texts["README.md"] = upgrade.template("README.md").format(name=name)
     written = {**generated, graph.FILE: dvc_yaml(params.parse(texts[graph.PARAMS], Path()))}
     bases = {upgrade.base(path): text for path, text in written.items()}
-    return {**texts, **written, **bases, graph.LOCK: lock()}, not_understood
+    made = {**texts, **written, **bases, graph.LOCK: lock()}
+    return made, parameters(_ENOUGH, _RECALL), not_understood
 
 
 def _check_outside(target: Path, source: Path) -> None:
@@ -198,10 +230,9 @@ def _look_at(source: str) -> _Held:
     Raises:
         DataError: it cannot be read, or its labels not be told.
     """
-    from tlpipe.data import charts, split
-    from tlpipe.sources import listing
+    from tlpipe.data import charts, ingest
 
-    with listing.opened(source) as opened:
+    with ingest.opened(ingest.Params(source=source)) as opened:
         candidates = list(opened.candidates())
         for note in (*opened.notes, *charts.describe_source(candidates)):
             print(printable(note))
@@ -209,25 +240,44 @@ def _look_at(source: str) -> _Held:
             first = opened.rejects[0]
             text = printable(f"{first.path}: {first.detail}")
             print(f"{len(opened.rejects)} would be rejected, the first is {text}")
-        if links := _links_outside(opened, source):
-            print(f"{links}. ingest.follow_links: true in params.yaml reads what they lead to")
-    splits = Counter(candidate.split for candidate in candidates)
-    labels = Counter(one.label for one in candidates)
+        links = _links_outside(opened)
+        if links:
+            said = _of_links(links, source)
+            print(f"{said}. ingest.follow_links: true in params.yaml reads what they lead to")
+    return _held(candidates, links, _TEST)
+
+
+def _held(candidates: "Iterable[Candidate]", links: Mapping[str, str], share: float) -> _Held:
+    """Return what the gate can ask for; what cannot be read, as links out of a folder, is left out.
+
+    ``share``: of the images that test, where the source does not say which do.
+    """
+    from tlpipe.data import ingest, split
+
+    unread = {suffix for suffixes, _ in ingest.unread() for suffix in suffixes}
+    read = [
+        one
+        for one in candidates
+        if one.file not in links and PurePath(one.file).suffix.lower() not in unread
+    ]
+    splits = Counter(one.split for one in read)
+    labels = Counter(one.label for one in read)
     least = 1 - split.TOLERANCE
     if not splits["test"]:
-        return _Held(least * _TEST * splits.total(), _TEST * min(labels.values(), default=0))
-    tested = Counter(one.label for one in candidates if one.split == "test")
+        return _Held(least * share * splits.total(), share * min(labels.values(), default=0))
+    tested = Counter(one.label for one in read if one.split == "test")
     return _Held(least * splits["test"], min(tested[label] for label in labels))
 
 
-def _links_outside(opened: "Source", name: str) -> str:
-    """Say which links of a folder lead out of it; nothing where none does."""
+def _links_outside(opened: "Source") -> dict[str, str]:
+    """Return which links of a folder lead out of it, and where to."""
     from tlpipe.sources.storage import Folder
 
-    links = list(opened.storage.links_outside()) if isinstance(opened.storage, Folder) else []
-    if not links:
-        return ""
-    first = printable(" -> ".join(map(str, links[0])))
+    return dict(opened.storage.links_outside()) if isinstance(opened.storage, Folder) else {}
+
+
+def _of_links(links: Mapping[str, str], name: str) -> str:
+    first = printable(" -> ".join(next(iter(links.items()))))
     return f"{len(links)} links lead outside of {name} and will be rejected, the first is {first}"
 
 
@@ -241,7 +291,7 @@ def _make_repositories(target: Path, *, no_git: bool) -> bool:
     def is_in(*command: str) -> bool:
         return subprocess.run(command, cwd=target, capture_output=True).returncode == 0
 
-    has_git = is_in("git", "rev-parse", "--show-toplevel") if shutil.which("git") else False
+    has_git = _is_in_git(target) if shutil.which("git") else False
     if not has_git and not no_git and shutil.which("git"):
         _make(target, "git", "init", "--quiet")
         has_git = True
@@ -258,6 +308,27 @@ def _make_repositories(target: Path, *, no_git: bool) -> bool:
     return has_git
 
 
+def _is_in_git(target: Path) -> bool:
+    """Return whether a folder is in a Git repository.
+
+    Raises:
+        ParamsError: Git will not say: one made inside it would hide the files from it.
+    """
+    command = ("git", "rev-parse", "--show-toplevel")
+    env = {**os.environ, "LC_ALL": "C"}
+    asked = subprocess.run(command, cwd=target, capture_output=True, text=True, env=env)
+    if asked.returncode and "not a git repository" not in asked.stderr:
+        raise ParamsError(_fails(target, "git rev-parse", asked.stderr))
+    return not asked.returncode
+
+
+def _fails(target: Path, command: str, said: str) -> str:
+    return (
+        f"'{command}' fails in {target}: {' '.join(said.split())[:300]}. Mend that, and give the "
+        f"same command again."
+    )
+
+
 def _make(target: Path, *command: str) -> None:
     """Run a command that makes a repository.
 
@@ -267,10 +338,7 @@ def _make(target: Path, *command: str) -> None:
     made = subprocess.run(command, cwd=target, capture_output=True, text=True)
     if made.returncode:
         name = " ".join(command if command[0] == "git" else command[3:])
-        why = " ".join(f"{made.stderr} {made.stdout}".split())[:300]
-        raise ParamsError(
-            f"'{name}' fails in {target}: {why}. Mend that, and give the same command again."
-        )
+        raise ParamsError(_fails(target, name, f"{made.stderr} {made.stdout}"))
 
 
 def check(
@@ -287,13 +355,14 @@ def check(
     """Check params.yaml and that the sources are there, before anything runs."""
     from tlpipe import versioning
     from tlpipe.backbones import embed
-    from tlpipe.data import charts, ingest
+    from tlpipe.data import charts, ingest, split
     from tlpipe.evaluation import answers
     from tlpipe.registry import register
     from tlpipe.sources import listing
 
     project = enter(params)
     found = sections(project)
+    project.check_compared()
     for folder in filter(Path.is_dir, (Path(), Path("artifacts"))):
         files.check_writable(folder)
     to_fetch = embed.check_weights(cast(embed.Params, found["embed"]))
@@ -309,12 +378,13 @@ def check(
         listing.check_written_out(ood, "evaluate.ood")
     with ExitStack() as stack:
         source = stack.enter_context(ingest.opened(section))
-        for note in (*source.notes, *charts.describe_source(source.candidates())):
+        candidates = list(source.candidates())
+        for note in (*source.notes, *charts.describe_source(candidates)):
             print(printable(note))
         if ood:
             _, names = stack.enter_context(answers.opened(ood))
             print(printable(f"{len(names):,} images out of distribution: {ood}"))
-        links = _links_outside(source, section.source)
+        links = _links_outside(source)
     if source.rejects:
         first = source.rejects[0]
         print(
@@ -324,7 +394,16 @@ def check(
         most = section.max_rejected
         ingest.check_rejected(source.rejects, source.counts.total(), most, "ingest lists each")
     if links:
-        print(f"{links}. ingest.follow_links: true reads what they lead to.")
+        said = _of_links(links, section.source)
+        print(f"{said}. ingest.follow_links: true reads what they lead to.")
+    shares = cast(split.Params, found["split"])
+    held = _held(candidates, links, 1 / shares.folds if shares.folds else shares.test)
+    asked = cast(register.Params, found["register"]).gate.min_test_images
+    if asked > (tests := held.tested / (1 - split.TOLERANCE)):
+        print(
+            f"register.gate.min_test_images is {asked}, and some {tests:.0f} images will test: no "
+            f"first version will pass. Set it lower, or add images."
+        )
     versioning.check_hidden(Path(), Path(section.source), hide=hide)
 
 
@@ -384,11 +463,15 @@ def status(params: ParamsFile = None) -> None:
 
     project = enter(params)
     project.check_generated()
-    command = [sys.executable, "-P", "-m", "dvc", "status", "--json"]
-    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if asked.returncode:
-        raise typer.Exit(asked.returncode)
-    print(f"stages: {_changed(json.loads(asked.stdout))}")
+    if os.access(project.folder, os.W_OK):
+        # This project's stages alone: its DVC repository may hold others.
+        command = [sys.executable, "-P", "-m", "dvc", "status", "--json", graph.FILE]
+        asked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if asked.returncode:
+            raise typer.Exit(asked.returncode)
+        print(f"stages: {_changed(json.loads(asked.stdout))}")
+    else:
+        print("stages: nobody can tell, since DVC has to write into the project, and it may not")
     receipt = Path(graph.PATHS["receipt"])
     print(f"made last: {_made_last(receipt)}")
     name = model_name(project)
@@ -506,7 +589,9 @@ def advise(
     from tlpipe.backbones import embed
     from tlpipe.training import advise
 
-    named = cast(embed.Params, sections(enter(params))["embed"]).advice
+    project = enter(params)
+    project.check_code("embed")  # whose activations it looks at
+    named = cast(embed.Params, sections(project)["embed"]).advice
     recommendation = Path(named or "advice.json")
     known = {name: Path(graph.PATHS[name]) for name in ("activations", "pixels", "split")}
     folder = Path("artifacts", "advise")
@@ -527,6 +612,8 @@ def lr_find(
     from tlpipe.training import lr_find, train
 
     project = Project.find(params)
+    for stage in ("embed", "train"):
+        project.check_code(stage)
     section = cast(train.Params, sections(project)["train"])
     plot = plot or project.folder / "artifacts" / "lr-find.png"
     known = {name: project.path(name) for name in ("activations", "pixels", "split")}

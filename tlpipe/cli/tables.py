@@ -134,6 +134,9 @@ def print_versions(name: str, found: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
+    if not found:
+        print(f"{name} has no version: all that were registered were deleted in MLflow")
+        return
     table = Table(
         Column("version", justify="right"),
         "accuracy",

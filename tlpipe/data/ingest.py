@@ -326,16 +326,21 @@ def opened(params: Params) -> Iterator[listing.Source]:
         if not source.has_boxes:
             reason = f"{params.source} holds no boxes"
             check_effect("ingest", params, ("background", "box_margin"), reason)
-        for name, suffixes, advice in (
-            ("HEIF", (".heic", ".heif", ".hif"), f"{HEIC_EXTRA} reads them"),
-            ("AVIF", (".avif", ".avifs"), "this Pillow was built without it"),
-        ):
-            count = sum(source.suffixes[suffix] for suffix in suffixes)
-            if count and name not in FORMATS:
+        for suffixes, advice in unread():
+            if count := sum(source.suffixes[suffix] for suffix in suffixes):
                 total = source.counts.total()
                 text = f"{count} of {total} files are called {suffixes[0]} and cannot be read here"
                 source.notes.append(f"{text}: {advice}, or convert them")
         yield source
+
+
+def unread() -> list[tuple[tuple[str, ...], str]]:
+    """Return the endings of images that cannot be read here, and what may be done about it."""
+    known = (
+        ("HEIF", (".heic", ".heif", ".hif"), f"{HEIC_EXTRA} reads them"),
+        ("AVIF", (".avif", ".avifs"), "this Pillow was built without it"),
+    )
+    return [(suffixes, advice) for name, suffixes, advice in known if name not in FORMATS]
 
 
 def _without_effect(

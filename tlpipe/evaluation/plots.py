@@ -150,10 +150,8 @@ def coverage(
     axes.step(curve.coverage, curve.accuracy, where="post", label="test images")
     axes.axhline(1 - abstention["error_rate"], color="gray", linestyle=":", label="asked for")
     promised = f"kept with {abstention['confidence']:.0%} confidence on images like these"
-    for found, kept in (
-        (abstention, promised),
-        (abstention["observed"], "kept on images held out"),
-    ):
+    seen = "which would do on images held out, by chance or not"
+    for found, kept in ((abstention, promised), (abstention["observed"], seen)):
         if found["accuracy"]:
             label = f"threshold {_near_one(found['threshold'])}, {kept}"
             axes.plot(found["coverage"], found["accuracy"]["value"], "o", label=label)

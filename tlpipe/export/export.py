@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -253,8 +253,11 @@ def _provenance(card: models.Card, divisor: float, workspace: Path) -> dict[str,
     """Return what the model was made of: no times, no paths of this machine."""
     import onnxruntime
 
+    stated = card.model_dump(exclude={"labels"})
+    if not stated["origin"]["weights"].startswith("models:/"):  # what a registry holds is no path
+        stated["origin"]["weights"] = PurePath(stated["origin"]["weights"]).name
     return {
-        **card.model_dump(exclude={"labels"}),
+        **stated,
         **versioning.of_inputs(workspace),
         "temperature": divisor,
         "packages": {package: version(package) for package in _PACKAGES}

@@ -4,7 +4,6 @@ Sections after Mitchell et al. (2019), Model cards for model reporting.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from tlpipe.bundle import Bundle
@@ -192,7 +191,7 @@ def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
     origin = shipped.provenance["origin"]
     changed = " with uncommitted changes" * (lineage.get("tlpipe.git_changed") == "true")
     rows = [
-        ["backbone", f"{origin['backbone']}, weights {plain(PurePath(origin['weights']).name)}"],
+        ["backbone", f"{origin['backbone']}, weights {plain(origin['weights'])}"],
         ["frozen", str(origin["freeze"])],
         ["commit", f"{plain(lineage.get('tlpipe.git_commit', 'unknown'))}{changed}"],
         ["data", plain(origin["data_version"] or origin["data_sha256"])],

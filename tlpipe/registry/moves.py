@@ -20,7 +20,7 @@ count for nothing.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 CHAMPION, PREVIOUS = "champion", "previous"
-PROMOTION, ROLLBACK, ADOPTION, BY_HAND = "promotion", "rollback", "adoption", "by-hand"
+PROMOTION, ROLLBACK, ADOPTION = "promotion", "rollback", "adoption"
+BY_HAND, DELETION = "by-hand", "deletion"
 BUNDLE_TAG = "tlpipe.bundle"  # of a version: the digest of its bundle
 LONGEST = 5000  # characters of a version's description that MLflow keeps
 _TAG = "tlpipe.move."
@@ -75,9 +76,9 @@ class Move:
     Attributes:
         number: counts the log's entries.
         follows: the number of the move before it that counts, 0 for none.
-        champion: number of a version; empty where somebody took it out by hand.
+        champion: number of a version; empty where somebody took it out by hand or deleted it.
         previous: that of the version before it, or empty.
-        kind: ``PROMOTION``, ``ROLLBACK``, ``ADOPTION`` or ``BY_HAND``.
+        kind: ``PROMOTION``, ``ROLLBACK``, ``ADOPTION``, ``BY_HAND`` or ``DELETION``.
         why: for those who read the history.
         by: who moved, or found what was moved by hand.
         at: when, by the server's clock, UTC.
@@ -173,6 +174,27 @@ def standing(moves: list[Move]) -> list[str]:
     return steps
 
 
+def was_deleted(moves: list[Move], there: Collection[int]) -> bool:
+    """Return whether no alias names a champion because its version was deleted.
+
+    Where it is there still, somebody took the alias away: then nothing is in production.
+
+    ``there``: the numbers of the versions that there are.
+    """
+    steps = standing(moves)
+    was_taken_away = bool(moves) and moves[-1].kind == BY_HAND and not moves[-1].champion
+    return bool(steps) and int(steps[-1]) not in there and not was_taken_away
+
+
+def stand_ins(moves: list[Move], there: Collection[int]) -> list[str]:
+    """Return which versions may answer where the champion cannot, the best one first.
+
+    First those that nobody has rolled back.
+    """
+    known = (*reversed(standing(moves)), *(move.champion for move in reversed(moves)))
+    return list(dict.fromkeys(number for number in known if number and int(number) in there))
+
+
 def seen(client: "MlflowClient", name: str, version: "ModelVersion | None") -> Seen:
     """Return what a move to a version, or to none, is to be held to."""
     born = _born(client, name)
@@ -252,6 +274,8 @@ def settle(client: "MlflowClient", name: str) -> Move | None:
         else:
             kind = BY_HAND
             why = f"the alias {CHAMPION} was {'set' if champion else 'taken away'} in MLflow"
+            if not champion and last.champion and _version(client, name, last.champion) is None:
+                kind, why = DELETION, f"version {last.champion} was deleted in MLflow"
         to = seen(client, name, _version(client, name, champion) if champion else None)
         with suppress(Overtaken):  # others have written it down first
             return move(client, name, to, after=last, kind=kind, why=why)

@@ -59,14 +59,12 @@ def stands_in(client: "MlflowClient", name: str) -> str:
     Where the champion's version is deleted, MLflow takes its alias along.
     """
     log = moves.history(client, name)
-    if not log or not (gone := log[-1].champion):
+    there = tracking.numbers(client, name)
+    if not moves.was_deleted(log, there):
         return ""
-    known = set(tracking.numbers(client, name))
-    if int(gone) in known:  # it is there: somebody took the alias away
-        return ""
-    steps = [step for step in reversed(moves.standing(log)) if int(step) in known]
-    said = f"{name} version {gone}, which was deleted in MLflow"
-    answers = f"version {steps[0]} answers" if steps else "no other can answer"
+    said = f"{name} version {moves.standing(log)[-1]}, which was deleted in MLflow"
+    others = moves.stand_ins(log, there)
+    answers = f"version {others[0]} answers" if others else "no other can answer"
     return f"{said}; {answers}, until another is promoted"
 
 
@@ -146,13 +144,18 @@ def rollback(client: "MlflowClient", name: str, which: str | None = None, reason
         raise RegistryError(f"nothing of {name} is in production, so nothing can be rolled back.")
     last = log[-1]
     if which is None:
-        steps = moves.standing(log)
-        if len(steps) < 2:
+        # Where somebody took the last one out by hand, that is what was in production before.
+        there = tracking.numbers(client, name)
+        before = [
+            step for step in moves.standing(log) if int(step) in there and step != last.champion
+        ]
+        if not before:
+            now = f"version {last.champion}" if last.champion else "nothing"
             raise RegistryError(
-                f"{name} version {last.champion} is the first that is known to have been in "
-                f"production; there is none to go back to. Name one, or promote another."
+                f"{now} of {name} is in production, and no version is left that was there before; "
+                f"there is none to go back to. Name one, or promote another."
             )
-        which = steps[-2]
+        which = before[-1]
     version = tracking.find_version(client, name, which)
     target = str(version.version)
     known = sorted({entry.champion for entry in log} - {last.champion, ""}, key=int)

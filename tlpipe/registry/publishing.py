@@ -5,7 +5,6 @@ after being killed anywhere, completes the same run and the same version.
 """
 
 import csv
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -81,6 +80,19 @@ class Content:
         found = {name: dict(files.read_json(getattr(self, name))) for name in reports}
         return {**found, "label_issues": {"found": files.count_rows(self.label_issues)}}
 
+    def known_of(self, shipped: Bundle) -> dict[str, dict[str, Any]]:
+        """Read the same, if it is of this bundle.
+
+        Raises:
+            ArtifactError: the report is of another one.
+        """
+        found = self.known()
+        if found["report"]["bundle"] != shipped.digest:
+            raise ArtifactError(
+                f"{self.report} measures another bundle than {self.bundle}. Run 'tlpipe run'."
+            )
+        return found
+
 
 _PLACES = {
     "model": tracking.MODEL_FOLDER,
@@ -128,11 +140,7 @@ def publish(
         ArtifactError: the report is of another bundle.
     """
     shipped = bundles.load(content.bundle)
-    known = content.known()
-    if known["report"]["bundle"] != shipped.digest:
-        raise ArtifactError(
-            f"{content.report} measures another bundle than {content.bundle}. Run 'tlpipe run'."
-        )
+    known = content.known_of(shipped)
     text = card.shortened(card.write(name, shipped, known, lineage))
     found = _find_run(client, experiment_id, shipped)
     if found is None:
@@ -262,7 +270,7 @@ def _log_artifacts(client: "MlflowClient", run_id: str, content: Content) -> Non
             source, target = getattr(content, field.name), Path(name, _PLACES[field.name])
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
-                shutil.copytree(source, target, copy_function=files.link_or_copy)
+                files.copy_folder(source, target, files.link_or_copy)
             else:
                 files.link_or_copy(source, target)
         paths = [path for path in sorted(Path(name).rglob("*")) if path.is_file()]

@@ -113,7 +113,7 @@ def run(
             )
         if keep is not None:
             with files.replacing_folder(keep) as folder:
-                shutil.copytree(found.folder, folder, dirs_exist_ok=True)
+                files.copy_folder(found.folder, folder)
     return known.name, found.digest
 
 

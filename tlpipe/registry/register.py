@@ -102,7 +102,8 @@ def run(
                 params.name,
                 version,
             )
-        if folder := tracking.only_here(client, published.run_id, workspace):
+        artifacts = client.get_run(published.run_id).info.artifact_uri
+        if folder := tracking.only_here(client, artifacts, workspace):
             _log.warning(
                 "the registry is a shared one, and what was registered lies in %s only: others "
                 "cannot load it, nor anybody once this project is moved; name a server that keeps "

@@ -4,7 +4,6 @@ It is laid out as the Hugging Face hub expects a model. timm or torchvision, whi
 is from, loads its weights in five lines, without tlpipe.
 """
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tlpipe import bundle as bundles
 from tlpipe import files
 from tlpipe.backbones.backbone import (
     in_timm,
@@ -82,11 +82,13 @@ def share(workspace: Path, model: Registered, folder: Path, licenses: Licenses) 
 
     ``README.md`` is a model card with the hub's metadata, numbers with intervals among them;
     ``model.safetensors`` and ``config.json`` are the network in timm's or torchvision's names;
-    ``bundle/`` holds the ONNX graphs, labels, preprocessing and provenance. The weights are held
-    against the bundle before. No image is among it, and of the source its last name alone.
+    ``bundle/`` holds the ONNX graphs, labels, preprocessing and provenance, ``bundle.sig`` its
+    signature, where it has one. The weights are held against the bundle before. No image is among
+    it, and of the source its last name alone.
 
     Raises:
-        ArtifactError: the bundle is damaged, or something is at the folder's place.
+        ArtifactError: the bundle is damaged, the registered report is of another one, or something
+            is at the folder's place.
         ParamsError: a license is missing.
         ParityError: the registered weights give other answers than the bundle.
         RegistryError: there is no such version, some of its artifacts are gone, or what is called
@@ -108,7 +110,7 @@ def share(workspace: Path, model: Registered, folder: Path, licenses: Licenses) 
         network = _network(shipped)
         tensors = _tensors(trained, network)
         _check_parity(shipped, trained, network, tensors)
-        known = content.known()
+        known = content.known_of(shipped)
         text = card.write(model.name, shipped, known, lineage, _use(network, trained))
         terms_of = {of: card.plain(named) for of, named in asdict(licenses).items()}
         terms = f"## Licenses\n\n{card.table(['', 'license'], terms_of.items())}"
@@ -116,7 +118,10 @@ def share(workspace: Path, model: Registered, folder: Path, licenses: Licenses) 
         with versions.new_folder(folder) as target:
             files.write_bytes(target / _WEIGHTS, save(tensors, {"format": "pt"}))
             files.write_json(target / "config.json", network.config)
-            shutil.copytree(shipped.folder, target / "bundle")
+            files.copy_folder(shipped.folder, target / "bundle")
+            if (signature := Path(temporary, bundles.SIGNATURE)).is_file():
+                beside = bundles.signature_beside(target / "bundle")
+                files.write_bytes(beside, signature.read_bytes())
             files.write_bytes(target / "README.md", f"{metadata}\n{text}\n\n{terms}\n".encode())
     return shipped
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
 from tlpipe import code_digest, files
@@ -37,9 +37,18 @@ CHALLENGER = "challenger"
 _DIGEST = re.compile("[0-9a-f]{64}")
 _ADDRESS = "MLFLOW_TRACKING_URI"
 _REGISTRY = "MLFLOW_REGISTRY_URI"
-_ACCOUNT = tuple(f"MLFLOW_TRACKING_{part}" for part in ("USERNAME", "PASSWORD", "TOKEN"))
+# What shows a server who asks, and whether that may be shown to anybody in between.
+_ACCOUNT = tuple(
+    f"MLFLOW_TRACKING_{part}"
+    for part in (
+        *("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4", "CLIENT_CERT_PATH"),
+        "INSECURE_TLS",
+    )
+)
 _TRAINING = {"tlpipe.kind": "training"}
 BUNDLE_FOLDER, MODEL_FOLDER = "bundle", "trained"
+_BATCH = 1000  # metrics that MLflow takes at once
+_PATIENCE = 10  # times as long as a server took to fail, it is not asked again
 
 
 @contextmanager
@@ -50,7 +59,7 @@ def connection(
 
     ``create``: make the workspace's own store where there is none yet. ``address``: of another
     server than the workspace's, which sees the account in the variables ``TO_MLFLOW_TRACKING_...``,
-    never that of the workspace's server.
+    never that of the workspace's server, nor that in ``~/.mlflow/credentials``.
 
     Raises:
         RegistryError: there is no store, or it cannot be used from here.
@@ -69,8 +78,11 @@ def connection(
         _set({_REGISTRY: None})  # MLflow would prefer it, also to the address of another server
         if address is not None and urlsplit(address).netloc != urlsplit(given or "").netloc:
             _set({name: os.environ.get(f"TO_{name}") for name in _ACCOUNT})
+            stack.enter_context(_without_credentials_file())
         address = address or given or local.address(workspace)
-        if local.is_own(workspace, address):
+        if not local.is_own(workspace, address):
+            _check_address(address, create=create)
+        else:
             if create and not local.database(workspace).exists():
                 local.create(workspace)
             address = stack.enter_context(local.opened(workspace, to_write=create))
@@ -78,18 +90,49 @@ def connection(
         try:
             yield mlflow.MlflowClient()
         except _errors() as error:
-            line = _shortened(without_credentials(" ".join(str(error).split())))
-            if not _has_store(address):
-                raise RegistryError(
-                    f"{without_credentials(address)} is no address of a registry: MLflow knows no "
-                    f"{address.partition(':')[0]}:. Expected http://, https://, or a database, "
-                    f"such as sqlite:////folder/mlflow.db."
+            said = without_credentials(" ".join(str(error).split()))
+            shown = without_credentials(address)
+            if refused := re.search(r"error code (401|403)\b", said):
+                raise UnreachableError(
+                    f"MLflow at {shown} refuses whoever asks (HTTP {refused[1]}). Give an account "
+                    f"that may do this: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                    f"MLFLOW_TRACKING_TOKEN; with TO_ before them for the server of --to."
                 ) from error
+            # Behind addresses and numbers of attempts, the libraries say last what happened.
+            if cause := re.search(r"\(Caused by (.+)\)", said):
+                said = cause[1]
+            kept = "what was built is kept, and the same command goes on from here"
+            then = kept if create else "then give the same command again"
             raise UnreachableError(
-                f"MLflow at {without_credentials(address)} does not answer as expected: {line} "
-                f"Check that it runs; what was built is kept, and the same command goes on from "
-                f"here."
+                f"MLflow at {shown} does not answer as expected: {_shortened(said)} Check that "
+                f"MLflow runs there; {then}."
             ) from error
+
+
+def _check_address(address: str, *, create: bool) -> None:
+    """Check that an address may be one of a registry; ``create``: it may be made there.
+
+    Raises:
+        RegistryError: it is none, or there is no such database.
+    """
+    parts, shown = urlsplit(address), without_credentials(address)
+    expected = (
+        "Expected http://HOST:PORT, https://, or a database, such as sqlite:////folder/mlflow.db."
+    )
+    if not _has_store(address):
+        raise RegistryError(
+            f"{shown} is no address of a registry: MLflow knows no {parts.scheme}:. {expected}"
+        )
+    is_web = parts.scheme in ("http", "https")
+    is_whole = "://" in address or address == "databricks"
+    if parts.scheme in ("", "file") or not is_whole or (is_web and not parts.netloc):
+        raise RegistryError(f"{shown} is no address of a registry. {expected}")
+    database = Path(address.partition(":///")[2].partition("?")[0])
+    if parts.scheme == "sqlite" and not create and not database.is_file():
+        raise RegistryError(
+            f"there is no database {database.absolute()}; an absolute path has four slashes before "
+            f"it: sqlite:////folder/mlflow.db. {local.MAKE}"
+        )
 
 
 def _shortened(text: str, most: int = 300) -> str:
@@ -105,6 +148,19 @@ def _has_store(address: str) -> bool:
 
     scheme = urlsplit(address).scheme.partition("+")[0]
     return scheme == "databricks" or scheme in _tracking_store_registry._registry
+
+
+@contextmanager
+def _without_credentials_file() -> Iterator[None]:
+    """Let MLflow not read ``~/.mlflow/credentials``, which it would show to any server."""
+    from mlflow.utils import credentials
+
+    reads = credentials._read_mlflow_creds_from_file
+    credentials._read_mlflow_creds_from_file = lambda: (None, None)
+    try:
+        yield
+    finally:
+        credentials._read_mlflow_creds_from_file = reads
 
 
 @contextmanager
@@ -168,8 +224,7 @@ def remembered(workspace: Path, question: str, ask: "Callable[[MlflowClient], An
     if question not in answers:
         with connection(workspace) as client:
             answers[question] = ask(client)
-        if own_state(workspace) == state:  # nobody wrote meanwhile
-            files.keep(place, key, answers)
+        files.keep(place, key, answers)
     return answers[question]
 
 
@@ -193,13 +248,21 @@ def experiment(client: "MlflowClient", name: str, workspace: Path) -> str:
     Raises:
         RegistryError: it is deleted.
     """
+    from mlflow.exceptions import MlflowException
+
     if (found := find_experiment(client, name)) is not None:
         return str(found.experiment_id)
     is_local = client.tracking_uri == local.address(workspace)
     root = local.artifacts(workspace) if is_local else None
     # Or MLflow's page opens with the views of language models.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=root, tags=kind))
+    try:
+        return str(client.create_experiment(name, artifact_location=root, tags=kind))
+    except MlflowException as error:
+        found = client.get_experiment_by_name(name)  # somebody was faster
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+            raise
+        return str(found.experiment_id)
 
 
 def find_experiment(client: "MlflowClient", name: str) -> "Experiment | None":
@@ -290,7 +353,8 @@ def numbers(client: "MlflowClient", name: str) -> list[int]:
 def _what_there_is(client: "MlflowClient", name: str) -> str:
     found = numbers(client, name)
     if not found:
-        return local.MAKE
+        # Of a model without versions, all were deleted.
+        return local.REGISTER if client.search_registered_models(f"name = '{name}'") else local.MAKE
     known = [*map(str, found[-5:]), *sorted(client.get_registered_model(name).aliases)]
     return f"Expected one that is there, such as {', '.join(known)}."
 
@@ -307,6 +371,8 @@ class Fetched:
 def fetch(client: "MlflowClient", name: str, which: str) -> Fetched:
     """Fetch and verify a bundle; for the champion, where it is gone or damaged, the last good one.
 
+    Where somebody took the alias away, nothing is in production, whatever was there before.
+
     Raises:
         ArtifactError: its files are damaged.
         RegistryError: there is no such version, or its stored bundle is not the registered one.
@@ -321,11 +387,11 @@ def fetch(client: "MlflowClient", name: str, which: str) -> Fetched:
         if which != CHAMPION:
             raise
         wrong = error
-    log = moves.history(client, name)
-    # First those that nobody has taken out.
-    known = [*reversed(moves.standing(log)), *(move.champion for move in reversed(log))]
-    bad = str(version.version) if version else next(iter(known), "")
-    for number in dict.fromkeys(known):
+    log, there = moves.history(client, name), numbers(client, name)
+    if version is None and not moves.was_deleted(log, there):
+        raise wrong
+    bad = str(version.version) if version else moves.standing(log)[-1]
+    for number in moves.stand_ins(log, there):
         if number == bad:
             continue
         with suppress(ArtifactError, RegistryError):
@@ -382,11 +448,14 @@ def _missing(client: "MlflowClient", version: "ModelVersion") -> str:
     return ""
 
 
-def only_here(client: "MlflowClient", run_id: str, workspace: Path) -> str:
-    """Return where the artifacts of a run lie, if in this project and the registry elsewhere."""
+def only_here(client: "MlflowClient", artifacts: str, workspace: Path) -> str:
+    """Return where artifacts lie, if in this project and the registry elsewhere.
+
+    ``artifacts``: the address of a run's, or of an experiment's.
+    """
     if local.is_own(workspace, client.tracking_uri):
         return ""
-    parts = urlsplit(client.get_run(run_id).info.artifact_uri)
+    parts = urlsplit(artifacts)
     folder = Path(unquote(parts.path))
     is_within = folder.is_absolute() and folder.is_relative_to(local.project(workspace))
     return str(folder) if parts.scheme in ("", "file") and is_within else ""
@@ -505,9 +574,14 @@ def live_run(workspace: Path, name: str) -> Iterator[Callable[[Sequence["Step"]]
         yield lambda _: None
         return
     run_id, logged, status = run.info.run_id, 0, "FAILED"
+    waits_until, waiting = 0.0, cast("Sequence[Step]", ())
 
-    def log(steps: "Sequence[Step]") -> None:
-        nonlocal logged
+    def log(steps: "Sequence[Step]", *, is_last: bool = False) -> None:
+        nonlocal logged, waits_until, waiting
+        waiting = steps
+        began = time.monotonic()
+        if began < waits_until and not is_last:
+            return
         now = int(time.time() * 1000)
         metrics = [
             Metric(key, value, now, number)
@@ -517,14 +591,19 @@ def live_run(workspace: Path, name: str) -> Iterator[Callable[[Sequence["Step"]]
         ]
         try:
             with connection(workspace) as client:
-                client.log_batch(run_id, metrics=metrics)
+                for start in range(0, len(metrics), _BATCH):
+                    client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
             logged = len(steps)
         except RegistryError as error:
+            # A server that says nothing may cost a tenth of the time, not a minute an epoch.
+            waits_until = began + _PATIENCE * (time.monotonic() - began)
             _log.warning("the live curves wait: %s", error)
 
     try:
         yield log
         status = "FINISHED"
+        if len(waiting) > logged:
+            log(waiting, is_last=True)
     except Interrupted:
         status = "KILLED"
         raise

@@ -4,7 +4,6 @@ What ``table``, ``describe`` and ``describe_folder`` return, JSON can hold; ``cl
 ``load_bundle`` is for Python.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -284,7 +283,8 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
 
     Raises:
         ArtifactError: the bundle, here or there, is damaged.
-        RegistryError: there is no such version here, or what arrived is something else.
+        RegistryError: there is no such version here, what arrived is something else, or the
+            registry there keeps artifacts in this project's folder.
     """
     with TemporaryDirectory() as folder:
         with tracking.connection(workspace) as client:
@@ -295,9 +295,18 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
             origin = f"{address} version {version.version}"
         lineage = {key: value for key, value in tags.items() if key.startswith(_KEPT)}
         with tracking.connection(workspace, address=to) as client:
+            experiment = tracking.experiment(client, name, workspace)
+            place = str(client.get_experiment(experiment).artifact_location)
+            if folder := tracking.only_here(client, place, workspace):
+                raise RegistryError(
+                    f"the registry at {without_credentials(to)} has no place for artifacts of its "
+                    f"own: they would lie in {folder} only, where no other machine can load them. "
+                    f"Nothing was copied. Expected a server that keeps artifacts: 'mlflow server "
+                    f"--artifacts-destination ...'."
+                )
             published = publishing.publish(
                 client,
-                tracking.experiment(client, name, workspace),
+                experiment,
                 name,
                 content,
                 lineage=lineage | {"tlpipe.copied_from": origin},
@@ -361,7 +370,7 @@ def download(workspace: Path, model: Registered, folder: Path) -> Bundle:
             )
         files.write_bytes(beside, signature.read_bytes())
     with new_folder(folder) as new:
-        shutil.copytree(bundle.folder, new, dirs_exist_ok=True)
+        files.copy_folder(bundle.folder, new)
         if (written := bundles.load(new).digest) != bundle.digest:
             raise ArtifactError(
                 f"what was written has the digest {written[:16]}..., expected "

@@ -91,7 +91,8 @@ def run(
         listener = socket.create_server((host, port))
     except OSError as error:
         raise ServingError(
-            f"cannot listen on {host}:{port}: {error.strerror}. Name another with --port."
+            f"cannot listen on {host}:{port}: {error.strerror}. Name another address with --host, "
+            f"or another port with --port."
         ) from None
     _log.info(
         "serving %s in %s on http://%s:%s with %s",

@@ -101,6 +101,9 @@ class Archive(Listed):
             raise DataError(f"{self._address} changed while it was read. Run again.")
 
 
+_ZIP = b"PK\x03\x04"  # begins a zip archive, whose list of members stands at its end
+
+
 def open_archive(file: IO[bytes], address: str) -> Archive:
     """Open a zip or tar file; ``file`` is closed with the archive, or where it is none.
 
@@ -108,9 +111,12 @@ def open_archive(file: IO[bytes], address: str) -> Archive:
         DataError: it is neither, damaged, encrypted, a part of one, too large when unpacked, or
             holds a member that would lead outside, a link or a device.
     """
+    begins = b""
     try:
         with ExitStack() as opened:
             opened.enter_context(file)
+            begins = file.read(len(_ZIP))
+            file.seek(0)
             _check_known(file, address)
             if zipfile.is_zipfile(file):
                 members = _zip_members(file, address)
@@ -125,6 +131,11 @@ def open_archive(file: IO[bytes], address: str) -> Archive:
             raise StoreError(
                 f"ingest.source {address} cannot be read: {error}. Nothing was rejected or "
                 f"changed: check the disk and the room in {_scratch_folder()}, then run again."
+            ) from None
+        if begins == _ZIP:
+            raise DataError(
+                f"ingest.source {address} begins like a zip archive and is damaged or incomplete "
+                f"({error}). Fetch it again."
             ) from None
         raise DataError(
             f"ingest.source {address} cannot be read as an archive ({error}); expected a folder, a "

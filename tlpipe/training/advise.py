@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tlpipe import files
 from tlpipe.backbones import activations as stored
@@ -46,7 +45,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 _BATCH = 8
-_THROUGH = 400  # images that go through the network, with pretrained and with random weights
+_DRAWS = 3  # of random weights; one alone may be better or worse by some points
+_THROUGH = 300  # images that go through the network, with pretrained and each of random weights
 # Fewer images, or fewer a class, are small data. Of the settings in benchmarks/results/advice.txt
 # and accuracy.txt, none with fewer than these gained by opening a stage.
 _FEW, _FEW_OF_A_CLASS, _MANY_OF_A_CLASS = 400, 20, 1000
@@ -87,7 +87,7 @@ class Advice:
         classes: how many classes.
         looked_at: images of the sample.
         boundaries: of the pretrained network, from the first stage to the last.
-        random: of the network with random weights, where it is best.
+        random: of the network with random weights, where it is best: the mean over draws.
         gain: by how much the pretrained features are more accurate than those of random weights,
             as ``paired_difference`` gives it.
         curve: None where classes are too small for one.
@@ -198,11 +198,11 @@ def _averaged(given: Floats) -> Floats:
     return averaged
 
 
-def with_random_weights(graph: "ModelProto") -> "ModelProto":
+def with_random_weights(graph: "ModelProto", draw: int) -> "ModelProto":
     """Return the graph with the values of each of its tensors in random order.
 
     So weights are random and of the pretrained distribution, tensor by tensor, and no other network
-    has to be exported.
+    has to be exported. The order depends on the draw and on the tensor's place, not on its name.
 
     Source: Raghu et al. (2019), Transfusion: understanding transfer learning for medical imaging,
     NeurIPS, section 5, Mean Var initialisation, here with all moments.
@@ -211,10 +211,11 @@ def with_random_weights(graph: "ModelProto") -> "ModelProto":
 
     drawn = ModelProto()
     drawn.CopyFrom(graph)
-    for tensor in drawn.graph.initializer:
+    for place, tensor in enumerate(drawn.graph.initializer):
         values = numpy_helper.to_array(tensor)
         if values.dtype.kind == "f":
-            mixed = generator(0, tensor.name).permutation(values.ravel()).reshape(values.shape)
+            order = generator(draw, f"random weights {place}")
+            mixed = order.permutation(values.ravel()).reshape(values.shape)
             tensor.CopyFrom(numpy_helper.from_array(mixed, tensor.name))
     return drawn
 
@@ -278,17 +279,20 @@ def advise(data: Dataset, squares: packed.Chunks, images: int) -> Advice:
     some = choose_sample(data, min(images, max(_THROUGH, FOLDS * whole.classes)))
     rows = some.examples.rows
     graph = _graph(data)
-    with meter("images, with pretrained and with random weights", total=2 * len(rows)) as shown:
-        pretrained = stage_features(graph, data, rows, squares, shown)
-        drawn = stage_features(with_random_weights(graph), data, rows, squares, shown)
-    probes = 2 * len(data.backbone.stages) + len(SHARES)
+    passes = 1 + _DRAWS
+    with meter("images through networks", total=passes * len(rows)) as shown:
+        pretrained, *drawn = (
+            stage_features(network, data, rows, squares, shown)
+            for network in (graph, *(with_random_weights(graph, n) for n in range(_DRAWS)))
+        )
+    probes = passes * len(data.backbone.stages) + len(SHARES)
     with threadpool_limits(1), meter("linear probes", total=probes) as shown:
-        boundaries, wrong = _at_boundaries(pretrained, some, shown)
-        random, wrong_at_random = _at_boundaries(drawn, some, shown)
+        boundaries, right = _at_boundaries([pretrained], some, shown)
+        random, right_at_random = _at_boundaries(drawn, some, shown)
         curve = measure_curve(_features(data, whole.examples.rows), whole, shown)
     best = max(range(len(random)), key=lambda number: random[number].accuracy["value"])
     gain = paired_difference(
-        ~wrong_at_random[best], ~wrong[-1], some.groups[some.held].astype(str).tolist(), CONFIDENCE
+        right_at_random[best], right[-1], some.groups[some.held].astype(str).tolist(), CONFIDENCE
     )
     return conclude(data, len(whole.examples), boundaries, random[best], gain, curve)
 
@@ -431,18 +435,25 @@ def _features(data: Dataset, rows: Labels) -> Floats:
 
 
 def _at_boundaries(
-    features: dict[str, Floats], sample: Sample, shown: Meter
-) -> tuple[list[Boundary], list[npt.NDArray[np.bool_]]]:
-    """Return what probes make of each stage, and which images (H,) they answer wrongly there."""
-    boundaries, wrong = [], []
-    for name, given in features.items():
-        (misses,) = held_out_misses(given, sample)
-        accuracy = share_interval(~misses, sample.groups[sample.held], CONFIDENCE)
-        logme = transferability.logme(given, sample.examples.labels)
-        boundaries.append(Boundary(name, accuracy, logme))
-        wrong.append(misses)
-        shown.advance(1)
-    return boundaries, wrong
+    draws: Sequence[dict[str, Floats]], sample: Sample, shown: Meter
+) -> tuple[list[Boundary], list[Floats]]:
+    """Return what probes make of each stage, and how much of each image (H,) is right there.
+
+    ``draws``: what each stage gives, of each network; the means over these are returned.
+    """
+    boundaries, right = [], []
+    for name in draws[0]:
+        shares, scores = [], []
+        for given in (features[name] for features in draws):
+            (misses,) = held_out_misses(given, sample)
+            shares.append(~misses)
+            scores.append(transferability.logme(given, sample.examples.labels))
+            shown.advance(1)
+        share: Floats = np.mean(shares, axis=0)
+        accuracy = share_interval(share, sample.groups[sample.held], CONFIDENCE)
+        boundaries.append(Boundary(name, accuracy, float(np.mean(scores))))
+        right.append(share)
+    return boundaries, right
 
 
 def _draw(path: Path, advice: Advice) -> None:
