@@ -1,5 +1,6 @@
 """What commands say where nothing is there, nothing is in production, or something is gone."""
 
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -123,6 +124,20 @@ def test_a_server_that_is_down_or_refuses_is_said_to_be_so(empty: Workspace) -> 
     said = models(free_port())
     assert "Connection refused" in said
     assert said.endswith("Check that MLflow runs there; then give the same command again.")
+
+
+@pytest.mark.fault("R62")
+def test_status_says_that_the_run_in_production_was_deleted(home: Workspace) -> None:
+    put(home, "1")
+    client = client_of(home)
+    run_id = str(client.get_model_version("digits", "1").run_id)
+    assert tracking.of_deleted_run(client, "digits", "1") == ""
+    client.delete_run(run_id)
+    said = tracking.of_deleted_run(client, "digits", "1")
+    assert "the run of digits version 1 was deleted in MLflow" in said
+    command = shlex.split(said.partition("Restore it: '")[2].removesuffix("'."))
+    home.run("env", *command)
+    assert tracking.of_deleted_run(client, "digits", "1") == ""
 
 
 @pytest.mark.fault("R62")

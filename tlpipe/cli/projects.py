@@ -481,9 +481,12 @@ def status(params: ParamsFile = None) -> None:
     with tracking.connection(Path()) as client:
         log, champion = promotion.history(client, name)
         answers = "" if champion else promotion.stands_in(client, name)
+        lost = tracking.of_deleted_run(client, name, champion) if champion else ""
     since = f", since {log[-1].at:%Y-%m-%d %H:%M:%S} UTC" if log else ""
     shown = f"{name} version {champion}{since}" if champion else answers or "nothing"
     print(f"in production: {shown}")
+    if lost:
+        print(lost)
 
 
 def _changed(found: dict[str, list[Any]]) -> str:

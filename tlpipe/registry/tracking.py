@@ -350,6 +350,18 @@ def numbers(client: "MlflowClient", name: str) -> list[int]:
     return sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
 
 
+def of_deleted_run(client: "MlflowClient", name: str, number: str) -> str:
+    """Say that the run of a version was deleted, with what the version is made of; else nothing."""
+    run_id = client.get_model_version(name, number).run_id
+    if not run_id or client.get_run(run_id).info.lifecycle_stage != "deleted":
+        return ""
+    restore = local.command(client, "mlflow", "runs", "restore", "--run-id", run_id)
+    return (
+        f"the run of {name} version {number} was deleted in MLflow, and 'mlflow gc' would remove "
+        f"the model with it. Restore it: '{restore}'."
+    )
+
+
 def _what_there_is(client: "MlflowClient", name: str) -> str:
     found = numbers(client, name)
     if not found:
