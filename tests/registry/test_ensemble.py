@@ -18,25 +18,35 @@ from tlpipe.data import pixels
 from tlpipe.data.manifest import load_split, rows_of
 from tlpipe.registry import local
 
-# Two of one size, whose images are resized inside the graph, and one of a larger size. 3: the
-# workspace stores what it wants.
-BACKBONES = ("timm/test_resnet", "timm/test_byobnet", "shufflenet_v2_x0_5")
+# A linear probe, two that were fine-tuned alike but for the seed, and one of larger images, which
+# are what the workspace stores last.
+VERSIONS: tuple[dict[str, dict[str, object]], ...] = (
+    {"embed": {"backbone": "timm/test_resnet", "freeze": "all"}},
+    {
+        "embed": {"backbone": "timm/test_resnet", "freeze": 3},
+        "train": {"epochs": 4, "seed": 0, "backbone_lr": 0.001},
+    },
+    {"train": {"seed": 1}},
+    {"embed": {"backbone": "shufflenet_v2_x0_5", "freeze": "all"}, "train": {"seed": 0}},
+)
 
 
 @pytest.fixture(scope="session")
-def three_made(kept: Path, cache_env: dict[str, str]) -> Workspace:
-    """A project with three registered versions of three backbones, with random weights."""
+def members_made(kept: Path, cache_env: dict[str, str]) -> Workspace:
+    """A project with four registered versions on random weights."""
     kept.mkdir(parents=True, exist_ok=True)
-    target, made = kept / "three", kept / "three made"
-    with FileLock(kept / "three lock"):
+    target, made = kept / "members", kept / "members made"
+    with FileLock(kept / "members lock"):
         if made.exists():
             return Workspace(target, cache_env)
         workspace = copy_repository(target, cache_env)
         workspace.replace("data/digits.yaml", "images_per_class: 100", "images_per_class: 24")
         workspace.configure("register", gate={"min_accuracy": 0.1, "min_recall": 0.0})
         workspace.configure("evaluate", ood=None)
-        for backbone in BACKBONES:
-            workspace.configure("embed", backbone=backbone, weights="none")
+        workspace.configure("embed", weights="none")
+        for version in VERSIONS:
+            for section, values in version.items():
+                workspace.configure(section, **values)
             workspace.reproduce()
         made.touch()
     return workspace

@@ -336,6 +336,12 @@ def share(
 
 def ensemble(
     named: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL)],
+    soup: Annotated[
+        bool,
+        typer.Option(
+            "--soup", help="Average the weights of fine-tuned versions of one architecture."
+        ),
+    ] = False,
     params: ParamsFile = None,
 ) -> None:
     """Make one model of several registered versions, evaluate it and register it.
@@ -348,12 +354,13 @@ def ensemble(
 
     absolute = [_absolute(model) for model in named]
     project = enter(params)
-    for stage in ("evaluate", "register"):
+    for stage in ("export", "evaluate", "register"):
         project.check_code(stage)
     found = sections(project)
     folder = Path("artifacts", "ensemble")
     made = ensemble.run(
         models=[_from_here(model) for model in absolute],
+        is_soup=soup,
         measured=_measured(),
         folder=folder,
         workspace=Path(),

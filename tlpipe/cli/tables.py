@@ -106,10 +106,12 @@ def print_ensemble(made: "Made") -> None:
         column.justify = "right"
     Console().print(table)
     change = made.change
-    print(
-        f"{made.images:,} images were held out of all members; weights were fitted on them, and "
-        f"what stands there of all together is cross-fitted"
+    how = (
+        "its members were chosen on them, so what stands there of all together is optimistic"
+        if made.is_soup
+        else "what stands there of all together is by weights that were fitted without the image"
     )
+    print(f"{made.images:,} images were held out of all members; {how}")
     print(
         f"on {made.tested:,} test images, beside {printable(made.best)}, the best member on images "
         f"held out: {change['value']:+.4f} ({change['confidence']:.0%} interval "

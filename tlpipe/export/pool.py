@@ -363,7 +363,6 @@ def check_pool(
     weights: Floats,
     common: Preprocessing,
     sample: Sample,
-    *,
     tolerance: float,
     threads: int,
 ) -> Parity:

@@ -1,12 +1,12 @@
 """Command ``ensemble``: several registered versions as one, measured, registered and gated as any.
 
-Weights and temperature are fitted on answers for images held out, which each member's run keeps;
-test images decide nothing. Everything lies in one folder, which is replaced whole, before it is
-registered from there.
+Either all of them answer, and their probabilities are mixed, or their weights are averaged (a
+soup). What decides is what they answer for images held out, which each member's run keeps; test
+images decide nothing. All lies in one folder, which is replaced whole, and registered from there.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,52 +18,42 @@ import numpy.typing as npt
 
 from tlpipe import bundle as bundles
 from tlpipe import files, held_out
-from tlpipe.bundle import ANY_SIZE, Bundle
+from tlpipe.bundle import ANY_SIZE
 from tlpipe.data import charts, ingest
 from tlpipe.data import pixels as packed
-from tlpipe.data.images import Preprocessing, Sampling
+from tlpipe.data.images import Preprocessing
 from tlpipe.data.manifest import Assignment, load_split, rows_of
-from tlpipe.errors import ArtifactError, DataError, ParamsError, RegistryError
+from tlpipe.data.pixels import PackedPixels
+from tlpipe.errors import ArtifactError, DataError, ParamsError
 from tlpipe.evaluation import evaluate
 from tlpipe.export import export
 from tlpipe.held_out import HeldOut
-from tlpipe.registry import Registered, moves, register, tracking, versions
-from tlpipe.registry.gate import Measured, sampling_of
-from tlpipe.registry.publishing import Content
+from tlpipe.registry import Registered, members, register, tracking
+from tlpipe.registry.gate import Measured
+from tlpipe.registry.members import Member
 from tlpipe.resampling import group_numbers, paired_difference, share_interval
+from tlpipe.training import model as trained
 from tlpipe.training.train import HISTORY
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-    from tlpipe.export.graph import Parity, Sample
+    from tlpipe.export.graph import Sample
     from tlpipe.export.pool import Floats, Labels
-    from tlpipe.export.pool import Member as PoolMember
+    from tlpipe.export.pool import Member as Part
 
 _log = logging.getLogger(__name__)
+_PACKAGES = ("numpy", "onnx", "pillow", "scipy")
 _LEAST = 8  # independent images held out
 _ANY_SIZE_IMAGES = 8
-_PACKAGES = ("numpy", "onnx", "pillow", "scipy")
 
 
 @dataclass(frozen=True)
-class Member:
-    """A registered version, and what its run keeps; ``name``: ``NAME@VERSION``."""
+class Settings:
+    """The parameters of the stages whose work is done here, and from where images come."""
 
-    name: str
-    bundle: Bundle
-    content: Content
-    held: HeldOut
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How it wants images."""
-        return self.bundle.preprocessing
-
-    @property
-    def sampling(self) -> Sampling:
-        """How images were stored that it was trained on."""
-        return sampling_of(self.bundle)
+    export: export.Params
+    evaluate: evaluate.Params
+    register: register.Params
+    source: ingest.Params
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ class Row:
 
     Attributes:
         name: of the member; empty for all together.
-        weight: in the ensemble; 0 where it adds nothing and was left out.
+        weight: of the member, 0 where nothing was gained by it and it was left out.
         held_out: accuracy on images held out, as ``share_interval`` gives it.
         log_loss: on these, in nats.
         test: accuracy on the test split.
@@ -87,10 +77,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Made:
-    """What was made, of which members; ``best`` of them on images held out.
+    """What was made, of which members; ``best`` of them by accuracy on images held out.
 
-    ``change``: by how much more often than that one it is right on the test split, as
-    ``paired_difference`` gives it; ``images``: how many were held out.
+    Attributes:
+        members: in the order in which they were named.
+        together: the ensemble.
+        best: name of the member.
+        change: by how much more often than that one the ensemble is right on the test split, as
+            ``paired_difference`` gives it.
+        images: how many were held out of all members.
+        tested: how many test images there are.
+        is_soup: whether weights were averaged; its members were then chosen on these images.
     """
 
     members: tuple[Row, ...]
@@ -99,51 +96,81 @@ class Made:
     change: dict[str, float]
     images: int
     tested: int
+    is_soup: bool
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The parameters of the stages whose work is done here, and what the gate reads."""
+class _Answers:
+    """Log probabilities for images that no member has trained on, by row.
 
-    export: export.Params
-    evaluate: evaluate.Params
-    register: register.Params
-    source: ingest.Params
+    ``rows``, ``labels``: (N,); ``members``: (M, N, C); ``together``: (N, C), of a mixture each
+    image's with weights that were fitted without it; ``weights``: (M,).
+    """
+
+    rows: "Labels"
+    labels: "Labels"
+    members: "Floats"
+    together: "Floats"
+    weights: "Floats"
 
 
 def run(
     *,
     models: Sequence[Registered | Path],
+    is_soup: bool,
     measured: Measured,
     folder: Path,
     workspace: Path,
     settings: Settings,
 ) -> Made:
-    """Make, evaluate and register an ensemble of registered versions; write all into ``folder``.
+    """Make, evaluate and register one model of several versions; write all into ``folder``.
 
-    A bundle's folder is taken for the version of the project's model that has its content.
+    Args:
+        models: a bundle's folder is the version of the project's model that has its content.
+        is_soup: average weights, instead of mixing probabilities.
+        measured: images of the project, which must be those that all members were trained on.
+        folder: is replaced whole.
+        workspace: the project.
+        settings: of the project.
 
     Raises:
-        ArtifactError: the members' data are not those of this project, or something is damaged.
+        ArtifactError: a member was trained on other data, or something is damaged.
         DataError: too few images were held out.
-        ParamsError: members differ in labels, cannot see what is stored, or are too few.
+        ParamsError: members differ in labels, are too few, or nothing is gained by them.
         ParityError: the graph answers otherwise than its members.
         RegistryError: a version does not exist, or its run does not keep what is needed.
     """
-    name = settings.register.name
     with TemporaryDirectory() as temporary:
         with tracking.connection(workspace) as client:
-            members = [
-                _fetch(client, model, name, Path(temporary, str(number)))
+            found = [
+                members.fetch(client, model, settings.register.name, Path(temporary, str(number)))
                 for number, model in enumerate(models)
             ]
-        _check(members)
-        assignments = _check_data(members, measured)
-        content = _content(members[0].content, folder, measured)
+        members.check(found)
+        members.check_data(found, measured.split)
+        members.check_squares(found, packed.load(measured.pixels).sampling)
         with files.replacing_folder(folder) as new:
-            made = _make(members, assignments, measured, new, settings)
+            make = _average if is_soup else _mix
+            answers = make(found, measured, new, workspace, settings.export)
+            evaluate.run(
+                pixels=measured.pixels,
+                manifest=measured.manifest,
+                split=measured.split,
+                held_out=new / "model" / held_out.NAME,
+                leaks_report=found[0].content.leaks_report,
+                params=settings.evaluate,
+                **{name: new / place for name, place in _WRITTEN.items() if name in _MEASURED},
+            )
+            made = _compare(found, answers, measured.split, new, is_soup)
+            files.write_json(new / "members.json", asdict(made))
+            (new / "plots" / "training.png").unlink()  # of epochs, which there were none of
+            _draw(new / "plots" / "ensemble.png", made)
+        # Of the data, each member's run knows the same.
+        kept = {name: folder / place for name, place in _WRITTEN.items() if name != "tables"}
         register.run(
-            content=content,
+            content=replace(
+                found[0].content, **kept, manifest=measured.manifest, split=measured.split
+            ),
             measured=measured,
             receipt=folder / "receipt.json",
             workspace=workspace,
@@ -153,253 +180,87 @@ def run(
     return made
 
 
-def _fetch(client: "MlflowClient", model: Registered | Path, name: str, folder: Path) -> Member:
-    """Fetch a version with all that its run keeps."""
-    if isinstance(model, Path):
-        digest = bundles.load(model).digest
-        try:
-            found = tracking.find_version(client, name, digest)
-        except RegistryError:
-            raise RegistryError(
-                f"{model} is no version of {name}, and a bundle alone does not say what it answers "
-                f"for images held out; expected what is registered. Register it: 'tlpipe run', or "
-                f"name another."
-            ) from None
-    else:
-        found = tracking.find_version(client, model.name, model.which)
-        if model.which == moves.CHAMPION:
-            tracking.check_promoted(client, found)
-    folder.mkdir()
-    content, bundle, _ = versions.fetch(client, found, folder)
-    called = f"{found.name}@{found.version}"
-    if names := bundles.members(bundle.provenance):
-        raise ParamsError(
-            f"{called} is itself made of {', '.join(names)}; expected versions that were trained. "
-            f"Name those."
-        )
-    return Member(called, bundle, content, held_out.load(content.model / held_out.NAME))
+# By the names of graph.PATHS.
+_MEASURED = ("bundle", "history", "report", "speed", "predictions", "tables", "plots", "examples")
+_WRITTEN = {
+    "model": "model",
+    "bundle": "bundle",
+    "parity": "parity.json",
+    "history": "history.csv",
+    "report": "report.json",
+    "speed": "speed.json",
+    "predictions": "predictions.csv",
+    "tables": "tables",
+    "plots": "plots",
+    "examples": "examples",
+}
 
 
-def _check(members: Sequence[Member]) -> None:
-    """Check that there are several members, with the same labels.
-
-    Raises:
-        ParamsError: there are not.
-    """
-    if len(members) < 2:
-        raise ParamsError(
-            f"an ensemble of {members[0].name} alone is {members[0].name}; expected two versions "
-            f"or more. Name another: 'tlpipe models' lists them."
-        )
-    first, *others = members
-    known = {first.bundle.digest: first.name}
-    for member in others:
-        if same := known.get(member.bundle.digest):
-            raise ParamsError(
-                f"{same} and {member.name} are the same bundle, sha256 "
-                f"{member.bundle.digest[:16]}...; expected each once. Take one away."
-            )
-        known[member.bundle.digest] = member.name
-        if member.bundle.labels != first.bundle.labels:
-            theirs, ours = {*member.bundle.labels}, {*first.bundle.labels}
-            apart = [f"has {one}" for one in sorted(theirs - ours)]
-            apart += [f"lacks {one}" for one in sorted(ours - theirs)]
-            raise ParamsError(
-                f"{member.name} has other labels than {first.name}: it "
-                f"{', '.join(apart) or 'has them in another order'}; expected the same in the same "
-                f"order. Leave it out, or train it on the same data."
-            )
-
-
-def _check_data(members: Sequence[Member], measured: Measured) -> list[Assignment]:
-    """Check that all members were trained on what is here, split as it is; return the split table.
-
-    Groups may differ: whether two images are nearly equal is looked up in squares of the size that
-    a backbone wants.
-
-    Raises:
-        ArtifactError: a member was trained on other images, labels or splits.
-    """
-    here = load_split(measured.split)
-    facts = [(row.key, row.label, row.split) for row in here]
-    for member in members:
-        theirs = [(row.key, row.label, row.split) for row in load_split(member.content.split)]
-        if theirs == facts:
-            continue
-        apart = len({*theirs} ^ {*facts})
-        what = f"{apart} rows differ" if apart else "the order differs"
-        raise ArtifactError(
-            f"{member.name} was trained on other data than {measured.split} holds: of "
-            f"{len(theirs)} images there and {len(here)} here, {what} in image, label or split; "
-            f"expected the same. Leave it out, train it on these, or check out the data of all "
-            f"members."
-        )
-    return here
-
-
-def _content(known: Content, folder: Path, measured: Measured) -> Content:
-    """Return what the run keeps: what is made here, and what a member's run knows of the data."""
-    made = {
-        name: folder / place
-        for name, place in (
-            *(("model", "model"), ("bundle", "bundle"), ("parity", "parity.json")),
-            *(("report", "report.json"), ("speed", "speed.json"), ("plots", "plots")),
-            *(("predictions", "predictions.csv"), ("examples", "examples")),
-            ("history", "history.csv"),
-        )
-    }
-    return replace(known, **made, manifest=measured.manifest, split=measured.split)
-
-
-def _make(
-    members: Sequence[Member],
-    assignments: Sequence[Assignment],
+def _mix(
+    found: Sequence[Member],
     measured: Measured,
     folder: Path,
-    settings: Settings,
-) -> Made:
-    """Fit weights and temperature, write the bundle and what its run keeps, and evaluate it."""
+    _: Path,
+    params: export.Params,
+) -> _Answers:
+    """Write a graph in which all members answer, with weights and a temperature fitted."""
     from tlpipe.export import pool
 
-    stored = packed.load(measured.pixels)
-    common = _common(members, stored.sampling)
-    threads = max(member.bundle.provenance["origin"]["threads"] for member in members)
-    parts = [_part(member) for member in members]
-    held = _held_out(members, parts, stored, assignments, common, threads)
-    groups = [assignments[row].group for row in held.rows]
+    stored, assignments = packed.load(measured.pixels), load_split(measured.split)
+    common = pool.common_preprocessing([one.preprocessing for one in found], stored.sampling)
+    threads = max(one.bundle.provenance["origin"]["threads"] for one in found)
+    parts = [_part(member) for member in found]
+    rows, labels, answers = _held_out(found, parts, stored, assignments, common, threads)
+    groups = [assignments[row].group for row in rows]
     if (independent := len(np.unique(group_numbers(groups)))) < _LEAST:
         raise DataError(
             f"weights cannot be fitted: {independent} independent images were held out of every "
             f"member; expected {_LEAST} at least. Add images."
         )
-    weights = pool.rounded(pool.solve_weights(held.answers, held.labels))
-    pooled = pool.cross_fit(held.answers, held.labels, groups)
-    logits = pooled.astype(np.float32)
-    temperature = held_out.fit_temperature(logits, held.labels)
-    kept = _with_weight(members, weights, len(held.rows))
-    parity = _save_bundle(
-        folder / "bundle",
+    weights = pool.rounded(pool.solve_weights(answers, labels))
+    together = pool.cross_fit(answers, labels, groups)
+    logits = together.astype(np.float32)
+    temperature = held_out.fit_temperature(logits, labels)
+    kept = np.flatnonzero(weights).tolist()
+    _check_several([one.name for one in found], kept, len(rows), "mixture has a lower log loss")
+    provenance = _provenance(found, weights, temperature, common, measured, threads)
+    _save_bundle(
+        folder,
         [parts[number] for number in kept],
         weights[kept],
         common,
-        sample=_sample(
-            stored.array,
-            assignments,
-            rows_of(assignments, "test"),
-            members[0].bundle.labels,
-            common,
-        ).first(settings.export.parity_images),
-        tolerance=settings.export.parity_tolerance,
-        labels=members[0].bundle.labels,
-        provenance=_provenance(members, weights, temperature, common, measured, threads),
-    )
-    files.write_json(
-        folder / "parity.json", {**asdict(parity), "temperature": temperature, "precisions": {}}
+        _sample(stored, assignments, rows_of(assignments, "test"), found[0], common),
+        found[0].bundle.labels,
+        provenance,
+        params,
     )
     (folder / "model").mkdir()
-    alone = np.zeros(len(held.rows), np.int64)
-    held_out.save(folder / "model" / held_out.NAME, HeldOut(held.rows, held.labels, logits, alone))
-    _save_history(folder / "history.csv", held, groups)
-    _evaluate(members[0].content, measured, folder, settings.evaluate)
-    made = _compare(
-        members,
-        weights,
-        held,
-        pooled,
-        assignments,
-        folder / "predictions.csv",
-        settings.evaluate.confidence,
-    )
-    files.write_json(folder / "model" / tracking.MEMBERS, asdict(made))
-    (folder / "plots" / "training.png").unlink()  # of epochs, which there were none of
-    _draw(folder / "plots" / "ensemble.png", made)
-    return made
+    none = np.zeros(len(rows), np.int64)
+    held_out.save(folder / "model" / held_out.NAME, HeldOut(rows, labels, logits, none))
+    files.write_json(folder / "model" / tracking.ENSEMBLE, provenance["ensemble"])
+    _save_history(folder / "history.csv", labels, answers, groups)
+    calibrated = pool.log_softmax(logits, temperature)
+    return _Answers(rows, labels, answers, calibrated, weights)
 
 
-def _with_weight(
-    members: Sequence[Member], weights: "Floats", images: int
-) -> npt.NDArray[np.int64]:
-    """Return the numbers of the members that have a weight, at least two.
+def _check_several(names: Sequence[str], kept: Sequence[int], images: int, gain: str) -> None:
+    """Check that more than one member is left; say which are not.
 
     Raises:
         ParamsError: there is one alone.
     """
-    kept = np.flatnonzero(weights)
-    without = np.flatnonzero(weights == 0).tolist()
-    others = ", ".join(members[number].name for number in without)
+    others = ", ".join(name for number, name in enumerate(names) if number not in kept)
     if len(kept) < 2:
         raise ParamsError(
-            f"no ensemble was made: on {images} images held out, no mixture has a lower log loss "
-            f"than {members[kept[0]].name} alone, and {others} would get no weight; expected two "
-            f"members that err on other images. Promote that one, or name others."
+            f"nothing was made: on {images} images held out, no {gain} than {names[kept[0]]} alone "
+            f"has, so {others} would be left out; expected members that err on other images. "
+            f"Promote that one, or name others."
         )
     if others:
         _log.info("left out, since on images held out nothing is gained by it: %s", others)
-    return kept
 
 
-def _save_bundle(
-    folder: Path,
-    parts: "Sequence[PoolMember]",
-    weights: "Floats",
-    common: Preprocessing,
-    *,
-    sample: "Sample",
-    tolerance: float,
-    labels: tuple[str, ...],
-    provenance: Mapping[str, Any],
-) -> "Parity":
-    """Write the bundle, once its graphs have proven equal to the members."""
-    from tlpipe.export import graph, pool
-
-    threads, temperature = provenance["origin"]["threads"], provenance["temperature"]
-    metadata = bundles.metadata(labels, common, provenance)
-    whole = pool.merged(parts, weights, common)
-    exact = graph.finished(whole, temperature, metadata)
-    parity = pool.check_pool(
-        exact, parts, weights, common, sample, tolerance=tolerance, threads=threads
-    )
-    resizing = graph.finished(graph.with_any_size(whole, common), temperature, metadata)
-    graph.check_any_size(
-        resizing,
-        graph.in_onnx(exact, threads),
-        sample.first(_ANY_SIZE_IMAGES),
-        common,
-        tolerance=tolerance,
-        threads=threads,
-    )
-    graphs = {"fp32": exact, ANY_SIZE: resizing}
-    bundles.save(folder, graphs=graphs, labels=labels, preprocessing=common, provenance=provenance)
-    return parity
-
-
-def _common(members: Sequence[Member], stored: Sampling) -> Preprocessing:
-    """Return how the ensemble wants images: as they are stored here.
-
-    Raises:
-        ParamsError: a member was trained on larger squares, or on another range of values.
-    """
-    from tlpipe.export import pool
-
-    for member in members:
-        sees, origin = member.preprocessing, member.bundle.provenance["origin"]
-        if sees.short_side_px > stored.short_side_px:
-            raise ParamsError(
-                f"{member.name} was trained on squares of {sees.short_side_px} px, and those "
-                f"stored here have {stored.short_side_px}; expected as large ones, from which all "
-                f"others can be made. Set embed.backbone: {origin['backbone']} in params.yaml, run "
-                f"'dvc repro split', then this again."
-            )
-        if sees.value_range != stored.value_range:
-            raise ParamsError(
-                f"{member.name} was trained with ingest.value_range {sees.value_range}, and images "
-                f"are stored here with {stored.value_range}; expected the same. Leave it out, or "
-                f"train it anew."
-            )
-    return pool.common_preprocessing([member.preprocessing for member in members], stored)
-
-
-def _part(member: Member) -> "PoolMember":
+def _part(member: Member) -> "Part":
     """Return a member's exact graph as the pool takes it."""
     import onnx
     from onnx import numpy_helper
@@ -411,46 +272,39 @@ def _part(member: Member) -> "PoolMember":
     return pool.Member(model, float(numpy_helper.to_array(divisor)), member.preprocessing)
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Images that no member has trained on: rows (N,), labels (N,), log probabilities (M, N, C)."""
-
-    rows: "Labels"
-    labels: "Labels"
-    answers: "Floats"
-
-
 def _held_out(
-    members: Sequence[Member],
-    parts: "Sequence[PoolMember]",
-    stored: packed.PackedPixels,
+    found: Sequence[Member],
+    parts: "Sequence[Part]",
+    stored: PackedPixels,
     assignments: Sequence[Assignment],
     common: Preprocessing,
     threads: int,
-) -> _Held:
-    """Return what the members answer for images that were held out of all of them.
+) -> "tuple[Labels, Labels, Floats]":
+    """Return the images held out of all members: rows, labels, log probabilities (M, N, C).
 
-    Those that were trained on squares of another kind than is stored here are asked again, as the
-    ensemble shows images to them: a linear probe by the heads of its folds, since it has itself
-    trained on these images.
+    Members that were trained on other squares than are stored here are asked again, as the ensemble
+    shows images to them: a linear probe by the heads of its folds, since it has itself trained on
+    these images.
     """
     from tlpipe.export import pool
 
-    rows = sorted(set.intersection(*({*member.held.rows.tolist()} for member in members)))
-    again = [number for number, one in enumerate(members) if one.sampling != stored.sampling]
+    rows = sorted(set.intersection(*({*member.held.rows.tolist()} for member in found)))
+    again = [number for number, one in enumerate(found) if one.sampling != stored.sampling]
     taken = {}
     if again and rows:
-        sample = _sample(stored.array, assignments, rows, members[0].bundle.labels, common)
+        sample = _sample(stored, assignments, rows, found[0], common)
         asked = [parts[number] for number in again]
-        taken = dict(zip(again, pool.last_inputs(asked, common, sample, threads), strict=True))
-    labels, answers = np.empty(0, np.int64), []
-    for number, (member, part) in enumerate(zip(members, parts, strict=True)):
-        held = _in_order(member.held.only(rows))
-        labels, logits = held.labels, held.logits
-        if number in taken:
-            logits = pool.held_out_logits(part, held, taken[number])
-        answers.append(pool.log_softmax(logits, part.temperature))
-    return _Held(np.array(rows, np.int64), labels, np.stack(answers))
+        inputs = pool.last_inputs(asked, common, sample, threads)
+        taken = dict(zip(again, inputs, strict=True))
+    held = [_in_order(member.held.only(rows)) for member in found]
+    logits = [
+        pool.held_out_logits(part, one, taken[number]) if number in taken else one.logits
+        for number, (part, one) in enumerate(zip(parts, held, strict=True))
+    ]
+    answers = [
+        pool.log_softmax(one, part.temperature) for one, part in zip(logits, parts, strict=True)
+    ]
+    return np.array(rows, np.int64), held[0].labels, np.stack(answers)
 
 
 def _in_order(held: HeldOut) -> HeldOut:
@@ -462,22 +316,22 @@ def _in_order(held: HeldOut) -> HeldOut:
 
 
 def _sample(
-    squares: packed.Chunks,
+    stored: PackedPixels,
     assignments: Sequence[Assignment],
     rows: Sequence[int],
-    labels: Sequence[str],
+    member: Member,
     common: Preprocessing,
 ) -> "Sample":
     from tlpipe.export.graph import Sample
 
-    numbers = {label: number for number, label in enumerate(labels)}
+    numbers = {label: number for number, label in enumerate(member.bundle.labels)}
     truth = np.array([numbers[assignments[row].label] for row in rows], np.int64)
     groups = [assignments[row].group for row in rows]
-    return Sample(squares, common.crop_px, rows, truth, groups)
+    return Sample(stored.array, common.crop_px, rows, truth, groups)
 
 
 def _provenance(
-    members: Sequence[Member],
+    found: Sequence[Member],
     weights: "Floats",
     temperature: float,
     common: Preprocessing,
@@ -487,21 +341,22 @@ def _provenance(
     """Return what the ensemble was made of; equal members give equal bytes, at any commit."""
     import onnxruntime
 
-    first = members[0].bundle.provenance["origin"]
+    origins = [member.bundle.provenance["origin"] for member in found]
+    mixed = [
+        {
+            "model": member.name,
+            "bundle": member.bundle.digest,
+            "weight": weight,
+            "temperature": member.bundle.provenance["temperature"],
+            "backbone": origin["backbone"],
+            "freeze": origin["freeze"],
+            "preprocessing": member.preprocessing.model_dump(),
+        }
+        for member, origin, weight in zip(found, origins, weights.tolist(), strict=True)
+        if weight
+    ]
     return {
-        "ensemble": [
-            {
-                "model": member.name,
-                "bundle": member.bundle.digest,
-                "weight": weight,
-                "backbone": member.bundle.provenance["origin"]["backbone"],
-                "freeze": member.bundle.provenance["origin"]["freeze"],
-                "temperature": member.bundle.provenance["temperature"],
-                "preprocessing": member.preprocessing.model_dump(),
-            }
-            for member, weight in zip(members, weights.tolist(), strict=True)
-            if weight
-        ],
+        "ensemble": mixed,
         "origin": {
             "backbone": "ensemble",
             "weights": "",
@@ -509,7 +364,7 @@ def _provenance(
             "freeze": "",
             "preprocessing": common.model_dump(),
             "data_sha256": files.sha256(measured.manifest),
-            "data_version": first["data_version"],
+            "data_version": origins[0]["data_version"],
             "threads": threads,
         },
         "split_sha256": files.sha256(measured.split),
@@ -520,21 +375,110 @@ def _provenance(
     }
 
 
-def _save_history(path: Path, held: _Held, groups: Sequence[str]) -> None:
+def _save_bundle(
+    folder: Path,
+    parts: "Sequence[Part]",
+    weights: "Floats",
+    common: Preprocessing,
+    test: "Sample",
+    labels: tuple[str, ...],
+    provenance: dict[str, Any],
+    params: export.Params,
+) -> None:
+    """Write the bundle once its graphs have proven equal to the members, and the parity report."""
+    from tlpipe.export import graph, pool
+
+    threads, temperature = provenance["origin"]["threads"], provenance["temperature"]
+    metadata = bundles.metadata(labels, common, provenance)
+    whole = pool.merged(parts, weights, common)
+    exact = graph.finished(whole, temperature, metadata)
+    tested = test.first(params.parity_images)
+    tolerance = params.parity_tolerance
+    parity = pool.check_pool(exact, parts, weights, common, tested, tolerance, threads)
+    resizing = graph.finished(graph.with_any_size(whole, common), temperature, metadata)
+    graph.check_any_size(
+        resizing,
+        graph.in_onnx(exact, threads),
+        tested.first(_ANY_SIZE_IMAGES),
+        common,
+        tolerance=tolerance,
+        threads=threads,
+    )
+    bundles.save(
+        folder / "bundle",
+        graphs={"fp32": exact, ANY_SIZE: resizing},
+        labels=labels,
+        preprocessing=common,
+        provenance=provenance,
+    )
+    report = {**asdict(parity), "temperature": temperature, "precisions": {}}
+    files.write_json(folder / "parity.json", report)
+
+
+def _save_history(path: Path, labels: "Labels", answers: "Floats", groups: Sequence[str]) -> None:
     """Write what the best member alone comes to, the best two, and so on, by their log loss."""
     from tlpipe.export import pool
 
-    losses = [pool.log_loss(one, held.labels) for one in held.answers]
+    losses = [pool.log_loss(one, labels) for one in answers]
     order = np.argsort(losses, kind="stable")
     rows = []
     for count in range(1, len(order) + 1):
-        chosen = held.answers[order[:count]]
-        fitted = pool.mix(chosen, pool.solve_weights(chosen, held.labels))
-        fair = pool.cross_fit(chosen, held.labels, groups)
-        accuracy = float(_hits(fair, held.labels).mean())
-        numbers = (pool.log_loss(fitted, held.labels), pool.log_loss(fair, held.labels), accuracy)
+        chosen = answers[order[:count]]
+        fitted = pool.mix(chosen, pool.solve_weights(chosen, labels))
+        crossed = pool.cross_fit(chosen, labels, groups)
+        accuracy = float(_hits(crossed, labels).mean())
+        numbers = (pool.log_loss(fitted, labels), pool.log_loss(crossed, labels), accuracy)
         rows.append((count, *(f"{number:.6f}" for number in numbers), ""))
     files.write_csv(path, HISTORY, rows)
+
+
+def _average(
+    found: Sequence[Member],
+    measured: Measured,
+    folder: Path,
+    workspace: Path,
+    params: export.Params,
+) -> _Answers:
+    """Write the model of mean weights, and export it as the stage does."""
+    from tlpipe.export import pool, soup
+
+    stored, assignments = packed.load(measured.pixels), load_split(measured.split)
+    ingredients = [
+        soup.Ingredient(one.name, trained.load(one.content.model), _in_order(one.held))
+        for one in found
+    ]
+    soup.check(ingredients)
+    held = ingredients[0].held
+    sample = _sample(stored, assignments, held.rows.tolist(), found[0], found[0].preprocessing)
+    chosen, logits = soup.greedy(ingredients, sample)
+    _check_several(
+        [one.name for one in found], chosen, len(held.rows), "mean of weights is as accurate"
+    )
+    model = soup.average([ingredients[number] for number in chosen])
+    none = np.zeros(len(held.rows), np.int64)
+    answers = HeldOut(held.rows, held.labels, logits, none)
+    trained.save(folder / "model", model, answers)
+    export.run(
+        model=folder / "model",
+        pixels=measured.pixels,
+        split=measured.split,
+        bundle=folder / "bundle",
+        parity=folder / "parity.json",
+        workspace=workspace,
+        params=params,
+    )
+    temperature = bundles.load(folder / "bundle").provenance["temperature"]
+    together = pool.log_softmax(logits, temperature)
+    loss, accuracy = pool.log_loss(together, held.labels), _hits(together, held.labels).mean()
+    row = (len(chosen), "", f"{loss:.6f}", f"{accuracy:.6f}", "")
+    files.write_csv(folder / "history.csv", HISTORY, [row])
+    weights = np.zeros(len(found))
+    weights[chosen] = 1 / len(chosen)
+    alone = [
+        pool.log_softmax(one.held.logits, member.bundle.provenance["temperature"])
+        for one, member in zip(ingredients, found, strict=True)
+    ]
+    return _Answers(held.rows, held.labels, np.stack(alone), together, weights)
 
 
 def _hits(answers: "Floats", truth: "Labels") -> npt.NDArray[np.bool_]:
@@ -542,70 +486,45 @@ def _hits(answers: "Floats", truth: "Labels") -> npt.NDArray[np.bool_]:
     return right
 
 
-def _evaluate(known: Content, measured: Measured, folder: Path, params: evaluate.Params) -> None:
-    evaluate.run(
-        bundle=folder / "bundle",
-        pixels=measured.pixels,
-        manifest=measured.manifest,
-        split=measured.split,
-        held_out=folder / "model" / held_out.NAME,
-        history=folder / "history.csv",
-        leaks_report=known.leaks_report,
-        report=folder / "report.json",
-        speed=folder / "speed.json",
-        predictions=folder / "predictions.csv",
-        tables=folder / "tables",
-        plots=folder / "plots",
-        examples=folder / "examples",
-        params=params,
-    )
-
-
 def _compare(
-    members: Sequence[Member],
-    weights: "Floats",
-    held: _Held,
-    pooled: "Floats",
-    assignments: Sequence[Assignment],
-    predictions: Path,
-    confidence: float,
+    found: Sequence[Member], answers: _Answers, split: Path, folder: Path, is_soup: bool
 ) -> Made:
-    """Compare the ensemble with its members: on images held out, and on the test split.
+    """Compare all together with each member: on images held out, and on the test split.
 
-    What members answered on the test split is what ``evaluate`` has written of them.
+    What members answered for test images is what ``evaluate`` has written of them.
     """
     from tlpipe.export import pool
 
-    groups = [assignments[row].group for row in held.rows]
+    assignments = load_split(split)
+    groups = [assignments[row].group for row in answers.rows]
     tested = [row for row in assignments if row.split == "test"]
     place = [row.group for row in tested]
+    report = files.read_json(folder / "report.json")
+    confidence = report["precisions"]["fp32"]["accuracy"]["confidence"]
 
-    def row(name: str, weight: float, answers: "Floats", test: npt.NDArray[np.bool_]) -> Row:
+    def row(name: str, weight: float, given: "Floats", test: npt.NDArray[np.bool_]) -> Row:
         return Row(
-            name,
-            weight,
-            share_interval(_hits(answers, held.labels), groups, confidence),
-            pool.log_loss(answers, held.labels),
-            share_interval(test, place, confidence),
+            name=name,
+            weight=weight,
+            held_out=share_interval(_hits(given, answers.labels), groups, confidence),
+            log_loss=pool.log_loss(given, answers.labels),
+            test=share_interval(test, place, confidence),
         )
 
-    hits = [_tested(member.content.predictions, tested) for member in members]
-    rows = [
-        row(member.name, weight, answers, test)
-        for member, weight, answers, test in zip(
-            members, weights.tolist(), held.answers, hits, strict=True
-        )
-    ]
+    hits = [_tested(member.content.predictions, tested) for member in found]
+    each = zip(found, answers.weights.tolist(), answers.members, hits, strict=True)
+    rows = [row(member.name, weight, given, test) for member, weight, given, test in each]
     by_accuracy = [(row.held_out["value"], -row.log_loss) for row in rows]
     best = by_accuracy.index(max(by_accuracy))
-    own = _tested(predictions, tested)
+    own = _tested(folder / "predictions.csv", tested)
     return Made(
         members=tuple(rows),
-        together=row("", 1.0, pooled, own),
+        together=row("", 1.0, answers.together, own),
         best=rows[best].name,
         change=paired_difference(hits[best], own, place, confidence),
-        images=len(held.rows),
+        images=len(answers.rows),
         tested=len(tested),
+        is_soup=is_soup,
     )
 
 
@@ -616,7 +535,7 @@ def _tested(predictions: Path, tested: Sequence[Assignment]) -> npt.NDArray[np.b
         ArtifactError: it is of other images.
     """
     rows = list(files.read_csv(predictions, evaluate.PREDICTIONS))
-    if [(path, label) for path, label, *_ in rows] != [(row.path, row.label) for row in tested]:
+    if [row[:2] for row in rows] != [[row.path, row.label] for row in tested]:
         raise ArtifactError(
             f"{predictions} is of other test images than the split table; expected the same. "
             f"Register the version anew."
@@ -627,26 +546,25 @@ def _tested(predictions: Path, tested: Sequence[Assignment]) -> npt.NDArray[np.b
 def _draw(path: Path, made: Made) -> None:
     """Draw the accuracy of each member and of all together, and the weights."""
     rows = [*made.members, made.together]
-    names = [row.name or "ensemble" for row in rows]
     places = np.arange(len(rows))
     figure = charts.new_figure(11, 1.8 + 0.5 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    for which, offset, label in (
-        ("held_out", -0.12, f"{made.images} images held out"),
-        ("test", 0.12, f"{made.tested} test images"),
-    ):
-        found = [getattr(row, which) for row in rows]
+    kinds = (
+        ([row.held_out for row in rows], -0.12, f"{made.images:,} images held out"),
+        ([row.test for row in rows], 0.12, f"{made.tested:,} test images"),
+    )
+    for found, offset, label in kinds:
         values = [one["value"] for one in found]
         spread = charts.error_bars(found, "value")
         left.errorbar(values, places + offset, xerr=spread, fmt="o", capsize=3, label=label)
-    left.set_yticks(places, names)
+    left.set_yticks(places, [row.name or "ensemble" for row in rows])
     left.invert_yaxis()
-    left.set_xlabel(f"accuracy, {rows[0].test['confidence']:.0%} intervals")
+    left.set_xlabel(f"accuracy, {rows[0].test['confidence']:.0%} intervals", fontsize=12)
     left.legend()
     weights = [row.weight for row in made.members]
-    right.barh(places[:-1], weights, color="gray")
+    right.barh(places[:-1], weights, height=0.5, color="gray")
     for place, weight in enumerate(weights):
         right.text(weight, place, f" {weight:.3f}", va="center")
-    right.set_xlim(0, 1.2 * max(weights))
-    right.set_xlabel("weight")
+    right.set_xlim(0, 1.35 * max(weights))
+    right.set_xlabel("weight", fontsize=12)
     charts.save_figure(figure, path)

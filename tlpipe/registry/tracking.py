@@ -40,7 +40,7 @@ _REGISTRY = "MLFLOW_REGISTRY_URI"
 _ACCOUNT = tuple(f"MLFLOW_TRACKING_{part}" for part in ("USERNAME", "PASSWORD", "TOKEN"))
 _TRAINING = {"tlpipe.kind": "training"}
 BUNDLE_FOLDER, MODEL_FOLDER = "bundle", "trained"
-MEMBERS = "members.json"  # in the second one, of an ensemble
+ENSEMBLE = "ensemble.json"  # in the second one, where members answer instead of one network
 
 
 @contextmanager
@@ -481,7 +481,7 @@ def fetch_model(workspace: Path, model: Registered) -> Path:
     with connection(workspace) as client:
         version = find_version(client, model.name, model.which)
         folder = artifact(client, version.run_id, MODEL_FOLDER)
-    if folder is not None and (folder / MEMBERS).exists():
+    if folder is not None and (folder / ENSEMBLE).exists():
         raise RegistryError(
             f"{model} is an ensemble, and embed.weights takes one network; expected a version that "
             f"was trained. Name one of its members: 'tlpipe show {model}'."
