@@ -243,7 +243,7 @@ def _built_on(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows that say what it is built on."""
     from tlpipe.bundle import members
 
-    origin, rows = provenance["origin"], [("made of", "\n".join(members(provenance)))]
+    origin, rows = provenance["origin"], [("made of", ", ".join(members(provenance)))]
     if "ensemble" in provenance:  # each member has its own
         return rows
     backbone = ("backbone", f"{origin['backbone']}, weights {origin['weights']}")

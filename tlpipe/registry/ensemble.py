@@ -148,7 +148,7 @@ def run(
             ]
         members.check(found)
         members.check_data(found, measured.split)
-        members.check_squares(found, packed.load(measured.pixels).sampling)
+        members.check_squares(found, packed.load(measured.pixels).sampling, is_exact=is_soup)
         with files.replacing_folder(folder) as new:
             make = _average if is_soup else _mix
             answers = make(found, measured, new, workspace, settings.export)
@@ -222,7 +222,9 @@ def _mix(
     logits = together.astype(np.float32)
     temperature = held_out.fit_temperature(logits, labels)
     kept = np.flatnonzero(weights).tolist()
-    _check_several([one.name for one in found], kept, len(rows), "mixture has a lower log loss")
+    _check_several(
+        [one.name for one in found], kept, len(rows), "mixture has a lower log loss than"
+    )
     provenance = _provenance(found, weights, temperature, common, measured, threads)
     _save_bundle(
         folder,
@@ -252,8 +254,8 @@ def _check_several(names: Sequence[str], kept: Sequence[int], images: int, gain:
     others = ", ".join(name for number, name in enumerate(names) if number not in kept)
     if len(kept) < 2:
         raise ParamsError(
-            f"nothing was made: on {images} images held out, no {gain} than {names[kept[0]]} alone "
-            f"has, so {others} would be left out; expected members that err on other images. "
+            f"nothing was made: on {images} images held out, no {gain} {names[kept[0]]} "
+            f"alone, so {others} would be left out; expected members that err on other images. "
             f"Promote that one, or name others."
         )
     if others:
@@ -452,7 +454,7 @@ def _average(
     sample = _sample(stored, assignments, held.rows.tolist(), found[0], found[0].preprocessing)
     chosen, logits = soup.greedy(ingredients, sample)
     _check_several(
-        [one.name for one in found], chosen, len(held.rows), "mean of weights is as accurate"
+        [one.name for one in found], chosen, len(held.rows), "mean of weights is as accurate as"
     )
     model = soup.average([ingredients[number] for number in chosen])
     none = np.zeros(len(held.rows), np.int64)

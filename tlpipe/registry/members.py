@@ -123,24 +123,27 @@ def check_data(members: Sequence[Member], split: Path) -> None:
         )
 
 
-def check_squares(members: Sequence[Member], stored: Sampling) -> None:
+def check_squares(members: Sequence[Member], stored: Sampling, *, is_exact: bool) -> None:
     """Check that what each member wants can be made of the squares that are stored here.
+
+    ``is_exact``: they must be those that it was trained on; otherwise larger ones will do.
 
     Raises:
         ParamsError: a member was trained on larger squares, or on another range of values.
     """
     for member in members:
-        sees, origin = member.preprocessing, member.bundle.provenance["origin"]
-        if sees.short_side_px > stored.short_side_px:
+        sees = member.sampling
+        is_enough = stored.short_side_px >= sees.short_side_px and not is_exact
+        if sees.value_range != stored.value_range or not (is_enough or sees == stored):
+            backbone = member.bundle.provenance["origin"]["backbone"]
+            expected = "just these" if is_exact else "these, or larger ones to make them of"
             raise ParamsError(
-                f"{member.name} was trained on squares of {sees.short_side_px} px, and those "
-                f"stored here have {stored.short_side_px}; expected as large ones, from which all "
-                f"others can be made. Set embed.backbone: {origin['backbone']} in params.yaml, run "
-                f"'dvc repro split', then this again."
+                f"{member.name} was trained on squares of {_described(sees)}, and those stored here "
+                f"have {_described(stored)}; expected {expected}. Set embed.backbone: {backbone} in "
+                f"params.yaml, run 'dvc repro split', then this again."
             )
-        if sees.value_range != stored.value_range:
-            raise ParamsError(
-                f"{member.name} was trained with ingest.value_range {sees.value_range}, and images "
-                f"are stored here with {stored.value_range}; expected the same. Leave it out, or "
-                f"train it anew."
-            )
+
+
+def _described(sampling: Sampling) -> str:
+    levels = f", values from {sampling.value_range}" if sampling.value_range else ""
+    return f"{sampling.short_side_px} px, {sampling.interpolation}{levels}"
