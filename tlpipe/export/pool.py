@@ -209,8 +209,8 @@ def merged(members: Sequence[Member], weights: Floats, common: Preprocessing) ->
         part = Extractor(member.graph).extract_model([IMAGES], [LOGITS])
         part = compose.add_prefix(part, f"{name}_")
         view = _view_of(members, number, common)
-        if view == name:
-            before = parser.parse_model(_view_text(member, name, common, part.ir_version))
+        if view == f"view{number}":
+            before = parser.parse_model(_view_text(member, view, common, part.ir_version))
             nodes += before.graph.node
             tensors += before.graph.initializer
         taken = f"{view}_{IMAGES}" if view else IMAGES
@@ -219,16 +219,18 @@ def merged(members: Sequence[Member], weights: Floats, common: Preprocessing) ->
         nodes += part.graph.node
         tensors += part.graph.initializer
         tensors += [
-            numpy_helper.from_array(np.float32(member.temperature), f"{name}_{TEMPERATURE}"),
-            numpy_helper.from_array(np.float32(np.log(weight)), f"{name}_log_weight"),
+            numpy_helper.from_array(np.float32(member.temperature), f"pool.{name}.{TEMPERATURE}"),
+            numpy_helper.from_array(np.float32(np.log(weight)), f"pool.{name}.log_weight"),
         ]
         steps = ("scaled", "log_softmax", "weighted", "log")
-        scaled, softmax, weighted, log = (f"{name}_{step}" for step in steps)
-        given = [f"{name}_{LOGITS}", f"{name}_{TEMPERATURE}"]
+        scaled, softmax, weighted, log = (f"pool.{name}.{step}" for step in steps)
+        given = [f"{name}_{LOGITS}", f"pool.{name}.{TEMPERATURE}"]
         nodes += [
             helper.make_node("Div", given, [scaled], name=scaled),
             helper.make_node("LogSoftmax", [scaled], [softmax], name=softmax, axis=-1),
-            helper.make_node("Add", [softmax, f"{name}_log_weight"], [weighted], name=weighted),
+            helper.make_node(
+                "Add", [softmax, f"pool.{name}.log_weight"], [weighted], name=weighted
+            ),
             helper.make_node("Unsqueeze", [weighted, "pool.axis"], [log], name=log),
         ]
         logs.append(log)
@@ -269,7 +271,7 @@ def _view_of(members: Sequence[Member], number: int, common: Preprocessing) -> s
     if (common.short_side_px, common.crop_px) == member.view[:2]:
         return ""
     first = next(other for other, one in enumerate(members) if one.view == member.view)
-    return f"m{first}"
+    return f"view{first}"
 
 
 def _view_text(member: Member, name: str, common: Preprocessing, ir_version: int) -> str:

@@ -138,9 +138,9 @@ def check_squares(members: Sequence[Member], stored: Sampling, *, is_exact: bool
             backbone = member.bundle.provenance["origin"]["backbone"]
             expected = "just these" if is_exact else "these, or larger ones to make them of"
             raise ParamsError(
-                f"{member.name} was trained on squares of {_described(sees)}, and those stored here "
-                f"have {_described(stored)}; expected {expected}. Set embed.backbone: {backbone} in "
-                f"params.yaml, run 'dvc repro split', then this again."
+                f"{member.name} was trained on squares of {_described(sees)}, and those stored "
+                f"here have {_described(stored)}; expected {expected}. Set embed.backbone: "
+                f"{backbone} in params.yaml, run 'dvc repro split', then this again."
             )
 
 
