@@ -185,6 +185,18 @@ def test_each_member_sees_its_own_crop_of_its_own_size() -> None:
         pool.check_pool(content, members, weights[::-1], common, sample_of(images, 48), 1e-4, 1)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_borders_are_resized_as_pillow_resizes_them(interpolation: str) -> None:
+    """Where a crop is the whole square, as it is of an ensemble; edges are sharp there."""
+    view = sees(48, 48, interpolation)
+    images = np.random.default_rng(0).integers(0, 256, (8, 48, 48, 3), dtype=np.uint8)
+    images = np.where(images > 127, 255, 0).astype(np.uint8)
+    model = tiny(0, 48)
+    content = graph.with_any_size(model, view).SerializeToString()
+    exact = graph.in_onnx(model.SerializeToString(), 1)
+    graph.check_any_size(content, exact, sample_of(images, 48), view, tolerance=1e-3, threads=1)
+
+
 def test_equal_views_are_taken_as_they_are_and_equal_tensors_are_kept_once() -> None:
     view = sees(48, 40)
     same = tiny(0, 40)

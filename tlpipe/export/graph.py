@@ -143,7 +143,8 @@ def _head(model: Model, ir_version: int) -> onnx.ModelProto:
 # The names begin with the prefix, since the classifier has an input "images" too. -0.5: Pillow's
 # bicubic kernel. The quotient of integers is int(side * long / short), and Round rounds halves to
 # even, as Python's does. Resize gets all four sizes: with "axes", ONNX Runtime 1.31 confuses them
-# when it moves the transpositions.
+# when it moves the transpositions. Without exclude_outside it repeats pixels beyond the border,
+# which moves those inside by up to eleven levels; Pillow leaves them out.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["" : {opset}]>
 any_size (uint8[batch, height, width, 3] any_images) => (uint8[batch, {crop}, {crop}, 3] any_square)
@@ -157,7 +158,8 @@ any_size (uint8[batch, height, width, 3] any_images) => (uint8[batch, {crop}, {c
   any_target = Div (any_grown, any_short)
   any_count = Shape <start = 0, end = 1> (any_images)
   any_shape = Concat <axis = 0> (any_count, any_channels, any_target)
-  any_resized = Resize <mode = "{mode}", cubic_coeff_a = -0.5, antialias = 1>
+  any_resized = Resize
+    <mode = "{mode}", cubic_coeff_a = -0.5, antialias = 1, exclude_outside = 1>
     (any_planes, , , any_shape)
   any_over = Sub (any_target, any_side)
   any_over_exact = Cast <to = 11> (any_over)

@@ -179,7 +179,8 @@ view (uint8[batch, {side}, {side}, 3] images) => (uint8[batch, {crop}, {crop}, 3
   {name}_planes = Transpose <perm = [0, 3, 1, 2]> (images)
   {name}_count = Shape <start = 0, end = 1> (images)
   {name}_shape = Concat <axis = 0> ({name}_count, {name}_sizes)
-  {name}_resized = Resize <mode = "{mode}", cubic_coeff_a = -0.5, antialias = 1>
+  {name}_resized = Resize
+    <mode = "{mode}", cubic_coeff_a = -0.5, antialias = 1, exclude_outside = 1>
     ({name}_planes, , , {name}_shape)
   {name}_kept = Slice ({name}_resized, {name}_start, {name}_end, {name}_axes)
   {name}_images = Transpose <perm = [0, 2, 3, 1]> ({name}_kept)
