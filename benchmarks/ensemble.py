@@ -26,7 +26,7 @@ from tlpipe.graph import STAGES
 ROOT = Path(__file__).resolve().parent.parent
 SETS = ("hymenoptera", "trash")
 # Of what the table does not show, little is made.
-LESS = {
+LESS: dict[str, dict[str, Any]] = {
     "export": {"precisions": []},
     "evaluate": {"corrupted_images": 1, "ood": None, "mistakes": 0},
     "audit": {"folds": 2},
@@ -52,7 +52,7 @@ def made(home: Path, source: Path, backbones: list[str]) -> dict[str, Any]:
         content = yaml.safe_load(params.read_text())
         content["embed"] |= {"backbone": backbone, "freeze": "all"}
         for section, less in LESS.items():
-            content[section] = (content.get(section) or {}) | less
+            content[section] = {**(content.get(section) or {}), **less}
         params.write_text(yaml.safe_dump(content, sort_keys=False))
         for stage in STAGES:
             tlpipe(project, stage)

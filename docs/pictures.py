@@ -120,7 +120,7 @@ def ensemble(home: Path) -> None:
     run(home, "init-mixed", "tlpipe init mixed")
     run(project, "run-mixed", "tlpipe run")
     params = project / "params.yaml"
-    params.write_text(f"{params.read_text()}\nembed:\n  backbone: efficientnet_lite1\n")
+    params.write_text(params.read_text().replace("efficientnet_lite0", "efficientnet_lite1"))
     run(project, "run-mixed-again", "tlpipe run")
     run(project, "ensemble", "tlpipe ensemble mixed@1 mixed@2")
     save(opened(project / "artifacts/ensemble/plots/ensemble.png"), PICTURES / "ensemble.png")

@@ -84,7 +84,8 @@ def test_an_image_is_answered_by_weights_that_its_group_has_not_fitted() -> None
     def weight(pooled: np.ndarray, given: np.ndarray) -> np.ndarray:
         first, second = np.exp(given)
         widest = np.arange(60), np.abs(first - second).argmax(axis=1)
-        return ((np.exp(pooled) - second) / (first - second))[widest]
+        found: np.ndarray = ((np.exp(pooled) - second) / (first - second))[widest]
+        return found
 
     moved = np.abs(weight(after, changed) - weight(before, answers))
     assert moved[inside].max() < 1e-9
@@ -123,6 +124,10 @@ def sees(short: int, crop: int, interpolation: str = "bilinear") -> Preprocessin
     )
 
 
+def stored(side: int) -> Sampling:
+    return Sampling(short_side_px=side, interpolation="bilinear")
+
+
 def pictures(count: int, side: int) -> np.ndarray:
     """Smooth pictures: of noise, one grey level more or less would count."""
     random = np.random.default_rng(3)
@@ -159,8 +164,7 @@ def test_each_member_sees_its_own_crop_of_its_own_size() -> None:
         Member(tiny(number, view.crop_px), temperature, view)
         for number, (view, temperature) in enumerate(zip(views, (1.0, 0.5, 2.0), strict=True))
     ]
-    stored = Sampling(short_side_px=48, interpolation="bilinear")
-    common = pool.common_preprocessing(views, stored)
+    common = pool.common_preprocessing(views, stored(48))
     assert (common.short_side_px, common.crop_px) == (48, 48)
     weights = np.array([0.5, 0.3, 0.2])
     content = graph.finished(pool.merged(members, weights, common), 1.5, {})
@@ -201,20 +205,16 @@ def test_equal_views_are_taken_as_they_are_and_equal_tensors_are_kept_once() -> 
     view = sees(48, 40)
     same = tiny(0, 40)
     members = [Member(same, 1.0, view), Member(same, 2.0, view)]
-    common = pool.common_preprocessing([view, view], Sampling(**_stored(48)))
+    common = pool.common_preprocessing([view, view], stored(48))
     assert common.crop_px == 40
     model = pool.merged(members, np.array([0.5, 0.5]), common)
     assert "Resize" not in {node.op_type for node in model.graph.node}
     weights = [tensor for tensor in model.graph.initializer if list(tensor.dims) == [CLASSES, 3]]
     assert len(weights) == 1
-    larger = pool.common_preprocessing([view, view], Sampling(**_stored(64)))
+    larger = pool.common_preprocessing([view, view], stored(64))
     assert larger.crop_px == 64
     model = pool.merged(members, np.array([0.5, 0.5]), larger)
     assert [node.op_type for node in model.graph.node].count("Resize") == 1
-
-
-def _stored(side: int) -> dict[str, object]:
-    return {"short_side_px": side, "interpolation": "bilinear"}
 
 
 def test_a_graph_of_another_opset_is_one_line() -> None:
@@ -232,7 +232,7 @@ def test_vgg_inception_and_resnet_answer_as_one(family: Callable[[str], Family])
     members = [Member(one.graph, 1.0, one.backbone.preprocessing) for one in families]
     views = [member.preprocessing for member in members]
     assert [view.crop_px for view in views] == [224, 299, 224]
-    common = pool.common_preprocessing(views, Sampling(short_side_px=342, interpolation="bilinear"))
+    common = pool.common_preprocessing(views, stored(342))
     weights = np.array([0.2, 0.3, 0.5])
     content = graph.finished(pool.merged(members, weights, common), 1.0, {})
     images = pictures(4, 342)

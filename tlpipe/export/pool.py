@@ -25,7 +25,7 @@ from PIL import Image
 from tlpipe.backbones.frozen import OPSET
 from tlpipe.bundle import IMAGES, LOGITS, PROBABILITIES
 from tlpipe.data.images import Pixels, Preprocessing, Sampling, crop_middle, square
-from tlpipe.errors import ArtifactError
+from tlpipe.errors import ArtifactError, ParamsError
 from tlpipe.export.graph import (
     TEMPERATURE,
     Logits,
@@ -46,6 +46,7 @@ from tlpipe.runtime import open_session
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 FOLDS = 4
+_MOST_BYTES = 2**31 - 2**20  # of Protocol Buffers, less the head of the file
 _BATCH = 4
 _DIGITS = 3  # of a weight: the file should not differ where the last bits of a logit do
 
@@ -197,6 +198,7 @@ def merged(members: Sequence[Member], weights: Floats, common: Preprocessing) ->
 
     Raises:
         ArtifactError: a member was exported for another opset.
+        ParamsError: all together are more than a file can hold.
     """
     nodes, tensors, logs = list[onnx.NodeProto](), list[onnx.TensorProto](), list[str]()
     for number, (member, weight) in enumerate(zip(members, weights.tolist(), strict=True)):
@@ -259,6 +261,11 @@ def merged(members: Sequence[Member], weights: Floats, common: Preprocessing) ->
         ],
         _shared(nodes, tensors),
     )
+    if (size := graph.ByteSize()) > _MOST_BYTES:
+        raise ParamsError(
+            f"the members take {size / 1e9:.1f} GB together, and an ONNX file holds "
+            f"{_MOST_BYTES / 1e9:.1f} at most; expected smaller ones. Name fewer."
+        )
     return helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET)],
