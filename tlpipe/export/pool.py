@@ -389,7 +389,8 @@ def check_pool(
     shown = [f"{view}_{IMAGES}" for view in sorted({view for view in views if view})]
     session = open_session(_showing(graph, shown, TensorProto.UINT8), threads=threads, device="cpu")
     given = list(sample.batches(_BATCH))
-    results = [session.run([LOGITS, *shown], {IMAGES: images}) for images in given]
+    each = track(given, total=len(given), description="parity: the ensemble")
+    results = [session.run([LOGITS, *shown], {IMAGES: images}) for images in each]
     logits, *squares = (np.concatenate(parts) for parts in zip(*results, strict=True))
     seen = dict(zip(shown, squares, strict=True)) | {IMAGES: np.concatenate(given)}
     answers = []
@@ -398,8 +399,9 @@ def check_pool(
         if view:
             _check_view(pixels, seen[IMAGES], member)
         compute = in_onnx(member.graph.SerializeToString(), threads)
-        batches = range(0, len(pixels), _BATCH)
-        alone = np.concatenate([compute(pixels[start : start + _BATCH]) for start in batches])
+        starts = range(0, len(pixels), _BATCH)
+        shown_starts = track(starts, total=len(starts), description="parity: a member alone")
+        alone = np.concatenate([compute(pixels[i : i + _BATCH]) for i in shown_starts])
         answers.append(log_softmax(alone, member.temperature))
     expected = mix(np.stack(answers), weights).astype(np.float32)
     parity = measure_parity(expected, logits)

@@ -1,5 +1,6 @@
 """What an ensemble is made of: registered versions, with what their runs keep."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from tlpipe.data.manifest import load_split
 from tlpipe.errors import ArtifactError, ParamsError, RegistryError
 from tlpipe.held_out import HeldOut
 from tlpipe.registry import Registered, moves, tracking, versions
-from tlpipe.registry.gate import sampling_of
+from tlpipe.registry.gate import label_changes, sampling_of
 from tlpipe.registry.publishing import Content
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,15 @@ class Member:
 
 
 def fetch(client: "MlflowClient", model: Registered | Path, name: str, folder: Path) -> Member:
-    """Fetch a version with all that its run keeps."""
+    """Fetch a version with all that its run keeps.
+
+    ``name``: of the model whose versions a bundle's folder is looked for among.
+
+    Raises:
+        ArtifactError: the bundle is damaged.
+        ParamsError: it is itself made of versions.
+        RegistryError: there is no such version, or its run does not keep what is needed.
+    """
     if isinstance(model, Path):
         digest = bundles.load(model).digest
         try:
@@ -56,9 +67,10 @@ def fetch(client: "MlflowClient", model: Registered | Path, name: str, folder: P
         found = tracking.find_version(client, model.name, model.which)
         if model.which == moves.CHAMPION:
             tracking.check_promoted(client, found)
+    called = f"{found.name}@{found.version}"
+    _log.info("fetching %s", called)
     folder.mkdir()
     content, bundle, _ = versions.fetch(client, found, folder)
-    called = f"{found.name}@{found.version}"
     if names := bundles.members(bundle.provenance):
         raise ParamsError(
             f"{called} is itself made of {', '.join(names)}; expected versions that were trained. "
@@ -88,13 +100,10 @@ def check(members: Sequence[Member]) -> None:
             )
         known[member.bundle.digest] = member.name
         if member.bundle.labels != first.bundle.labels:
-            theirs, ours = {*member.bundle.labels}, {*first.bundle.labels}
-            apart = [f"has {one}" for one in sorted(theirs - ours)]
-            apart += [f"lacks {one}" for one in sorted(ours - theirs)]
+            apart = label_changes(first.bundle.labels, member.bundle.labels) or "another order"
             raise ParamsError(
-                f"{member.name} has other labels than {first.name}: it "
-                f"{', '.join(apart) or 'has them in another order'}; expected the same in the same "
-                f"order. Leave it out, or train it on the same data."
+                f"{member.name} has other labels than {first.name} ({apart}); expected the same in "
+                f"the same order. Leave it out, or train it on the same data."
             )
 
 
