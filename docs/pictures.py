@@ -50,6 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         tutorial(Path(home))
         advice(Path(home))
+        ensemble(Path(home))
 
 
 def opened(path: str | Path) -> "Image":
@@ -111,6 +112,18 @@ def advice(home: Path) -> None:
     run(project, "embed-advised", "dvc repro split embed")
     run(project, "advise", "tlpipe advise")
     save(opened(project / "artifacts/advise/advice.png"), PICTURES / "advice.png")
+
+
+def ensemble(home: Path) -> None:
+    """Make one model of two, on the built-in digits, in a project of its own."""
+    project = home / "mixed"
+    run(home, "init-mixed", "tlpipe init mixed")
+    run(project, "run-mixed", "tlpipe run")
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("efficientnet_lite0", "efficientnet_lite1"))
+    run(project, "run-mixed-again", "tlpipe run")
+    run(project, "ensemble", "tlpipe ensemble mixed@1 mixed@2")
+    save(opened(project / "artifacts/ensemble/plots/ensemble.png"), PICTURES / "ensemble.png")
 
 
 def commit(project: Path, message: str) -> None:

@@ -266,6 +266,24 @@ def _check_alone(graph: Path) -> None:
         )
 
 
+def members(provenance: Mapping[str, Any]) -> list[str]:
+    """Return the versions that an ensemble was made of, with their weights; none of others.
+
+    ``provenance``: of a bundle. Where weights were averaged (a soup), the names alone.
+    """
+    mixed = [f"{one['model']} ({one['weight']:.3f})" for one in provenance.get("ensemble", ())]
+    return mixed or list(provenance.get("soup", ()))
+
+
+def describe(provenance: Mapping[str, Any]) -> str:
+    """Return what a bundle is built on: its backbone and what was frozen, or its members."""
+    origin, named = provenance["origin"], " and ".join(members(provenance))
+    if "ensemble" in provenance:
+        return f"ensemble of {named}"
+    soup = f", weights averaged of {named}" if named else ""
+    return f"{origin['backbone']}, frozen: {origin['freeze']}{soup}"
+
+
 SIGNATURE = "bundle.sig"  # beside the bundle of a registered version
 
 

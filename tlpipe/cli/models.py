@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 import typer
 
 from tlpipe import graph
-from tlpipe.cli.stages import MODEL, AsJson, ParamsFile, enter, model_name, sections
+from tlpipe.cli.stages import (
+    MODEL,
+    AsJson,
+    ParamsFile,
+    enter,
+    model_name,
+    sections,
+    with_ood_that_fits,
+)
 from tlpipe.cli.tables import (
     print_answers,
     print_decision,
+    print_ensemble,
     print_json,
     print_model,
     print_moves,
@@ -51,7 +60,7 @@ def add(app: typer.Typer) -> None:
     """Add these commands."""
     for about_versions in (models, show, compare, promote, rollback, history):
         app.command()(about_versions)
-    for about_bundles in (download, share, verify, sign, rebuild):
+    for about_bundles in (ensemble, download, share, verify, sign, rebuild):
         app.command()(about_bundles)
     for answering in (predict, serve):
         app.command()(answering)
@@ -326,6 +335,47 @@ def share(
     licenses = share.Licenses(license_, data_license, weights_license)
     share.share(Project.near(params).folder, named, folder, licenses)
     print(f"{folder} is {named}, ready to publish; read {folder / 'README.md'} before")
+
+
+def ensemble(
+    named: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL)],
+    soup: Annotated[
+        bool,
+        typer.Option(
+            "--soup", help="Average the weights of fine-tuned versions of one architecture."
+        ),
+    ] = False,
+    params: ParamsFile = None,
+) -> None:
+    """Make one model of several registered versions, evaluate it and register it.
+
+    They must have the same labels, data and splits.
+    """
+    from tlpipe.data import ingest
+    from tlpipe.export import export
+    from tlpipe.registry import ensemble, register
+
+    absolute = [_absolute(model) for model in named]
+    project = enter(params)
+    for stage in ("export", "evaluate", "register"):
+        project.check_code(stage)
+    found = sections(project)
+    folder = Path("artifacts", "ensemble")
+    made = ensemble.run(
+        models=[_from_here(model) for model in absolute],
+        is_soup=soup,
+        measured=_measured(),
+        folder=folder,
+        workspace=Path(),
+        settings=ensemble.Settings(
+            cast(export.Params, found["export"]),
+            with_ood_that_fits(found),
+            cast(register.Params, found["register"]),
+            cast(ingest.Params, found["ingest"]),
+        ),
+    )
+    print_ensemble(made)
+    print(f"see {folder / 'plots' / 'ensemble.png'}")
 
 
 def rebuild(

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tlpipe.registry.ensemble import Made, Row
     from tlpipe.registry.gate import Decision
     from tlpipe.registry.moves import Move
     from tlpipe.training.advise import Advice
@@ -87,6 +88,39 @@ def print_advice(advice: "Advice") -> None:
     for reason in advice.reasons:
         print(f"- {printable(reason)}")
     print(f"in the lectures' table: {advice.place}")
+
+
+def print_ensemble(made: "Made") -> None:
+    """Print what each member and all together came to, and the difference to the best member."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("member", "weight", "accuracy, held out", "log loss", "accuracy, test")
+    for row in made.members:
+        name = escape(printable(row.name))
+        table.add_row(name, f"{row.weight:.3f}", *_columns(row))
+    table.add_section()
+    table.add_row("all together", "", *_columns(made.together))
+    for column in (table.columns[1], table.columns[3]):
+        column.justify = "right"
+    Console().print(table)
+    change = made.change
+    how = (
+        "its members were chosen on them, so what stands there of all together is optimistic"
+        if made.is_soup
+        else "what stands there of all together is by weights that were fitted without the image"
+    )
+    print(f"{made.images:,} images were held out of all members; {how}")
+    print(
+        f"on {made.tested:,} test images, beside {printable(made.best)}, the best member on images "
+        f"held out: {change['value']:+.4f} ({change['confidence']:.0%} interval "
+        f"{change['low']:+.4f} to {change['high']:+.4f})"
+    )
+
+
+def _columns(row: "Row") -> tuple[str, str, str]:
+    return _value(row.held_out), f"{row.log_loss:.3f}", _value(row.test)
 
 
 def print_decision(name: str, decision: "Decision") -> None:
@@ -198,8 +232,7 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("classes", f"{len(labels)}: {', '.join(labels[:_LISTED])}{more}"),
         *_weakest(found.get("precisions", {}).get("fp32")),
         *_limits(found.get("limits")),
-        ("backbone", f"{origin['backbone']}, weights {origin['weights']}"),
-        ("frozen", str(origin["freeze"])),
+        *_built_on(provenance),
         ("data", origin["data_version"] or origin["data_sha256"]),
         ("commit", provenance["git_commit"] or "none"),
         ("packages", ", ".join(packages)),
@@ -207,6 +240,17 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("bundle", f"{found['bundle']}, intact"),
         ("signature", signed if found["is_signed"] else "none"),
     ]
+
+
+def _built_on(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows that say what it is built on."""
+    from tlpipe.bundle import members
+
+    origin, rows = provenance["origin"], [("made of", ", ".join(members(provenance)))]
+    if "ensemble" in provenance:  # each member has its own
+        return rows
+    backbone = ("backbone", f"{origin['backbone']}, weights {origin['weights']}")
+    return [*(rows if rows[0][1] else []), backbone, ("frozen", str(origin["freeze"]))]
 
 
 def _limits(found: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -276,7 +320,7 @@ def _origin(found: dict[str, Any]) -> str:
     changes = " with uncommitted changes" if found["git_changed"] else ""
     place = "/".join(filter(None, (found["git_remote"], found["git_folder"].rstrip("/"))))
     copied = f"copied from {found['copied_from']}" if found["copied_from"] else ""
-    return ", ".join(filter(None, (f"{commit}{changes}", place, copied)))
+    return ", ".join(filter(None, (found["made_of"], f"{commit}{changes}", place, copied)))
 
 
 def _minute(moment: str) -> str:

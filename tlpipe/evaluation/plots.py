@@ -229,7 +229,8 @@ def training(history: Path) -> "Figure":
 
     def column(axes: "Axes", name: str, label: str) -> None:
         known = [(float(row[along]), float(row[name])) for row in rows if row[name]]
-        axes.plot(*zip(*known, strict=True), ".-", label=label)
+        if known:
+            axes.plot(*zip(*known, strict=True), ".-", label=label)
 
     figure = charts.new_figure(8, 3.8)
     left, right = figure.subplots(1, 2)

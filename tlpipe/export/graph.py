@@ -143,7 +143,8 @@ def _head(model: Model, ir_version: int) -> onnx.ModelProto:
 # The names begin with the prefix, since the classifier has an input "images" too. -0.5: Pillow's
 # bicubic kernel. The quotient of integers is int(side * long / short), and Round rounds halves to
 # even, as Python's does. Resize gets all four sizes: with "axes", ONNX Runtime 1.31 confuses them
-# when it moves the transpositions.
+# when it moves the transpositions. Without exclude_outside it repeats pixels beyond the border,
+# which moves those inside by up to eleven levels; Pillow leaves them out.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["" : {opset}]>
 any_size (uint8[batch, height, width, 3] any_images) => (uint8[batch, {crop}, {crop}, 3] any_square)
@@ -157,7 +158,8 @@ any_size (uint8[batch, height, width, 3] any_images) => (uint8[batch, {crop}, {c
   any_target = Div (any_grown, any_short)
   any_count = Shape <start = 0, end = 1> (any_images)
   any_shape = Concat <axis = 0> (any_count, any_channels, any_target)
-  any_resized = Resize <mode = "{mode}", cubic_coeff_a = -0.5, antialias = 1>
+  any_resized = Resize
+    <mode = "{mode}", cubic_coeff_a = -0.5, antialias = 1, exclude_outside = 1>
     (any_planes, , , any_shape)
   any_over = Sub (any_target, any_side)
   any_over_exact = Cast <to = 11> (any_over)
@@ -317,7 +319,12 @@ def measure_parity(trained: Logits, exported: Logits) -> Parity:
     )
 
 
-def check_parity(parity: Parity, tolerance: float, what: str = "the exported graph") -> None:
+def check_parity(
+    parity: Parity,
+    tolerance: float,
+    what: str = "the exported graph",
+    of: str = "the trained model",
+) -> None:
     """Raise an error for a graph that differs.
 
     ``tolerance``: largest difference of a logit, for logits whose spread is 1 or less; larger ones
@@ -330,7 +337,7 @@ def check_parity(parity: Parity, tolerance: float, what: str = "the exported gra
     # Written so that a NaN is an error too.
     if not (parity.max_difference <= allowed and parity.same_top1 == parity.images):
         raise ParityError(
-            f"{what} differs from the trained model: logits, which spread by "
+            f"{what} differs from {of}: logits, which spread by "
             f"{parity.logit_spread:.2g}, by up to {parity.max_difference:.2g}, the top label on "
             f"{parity.images - parity.same_top1} of {parity.images} images; expected at most "
             f"{allowed:.2g} and 0. Nothing was exported. Report it, or raise "
@@ -372,19 +379,28 @@ def check_any_size(
     )
     ours = [square(Image.fromarray(picture), preprocessing) for picture in shown]
     wanted = crop_middle(np.stack([np.asarray(one) for one in ours]), preprocessing.crop_px)
-    apart = np.abs(squares.astype(np.int16) - wanted)
-    if apart.max() > _LEVELS or (apart > 1).mean() > _BEYOND_ONE:
-        raise ParityError(
-            f"the any-size graph resizes otherwise than training did: {(apart > 1).mean():.1%} of "
-            f"the values of {len(shown)} pictures differ by more than one grey level, by up to "
-            f"{apart.max()}; expected {_BEYOND_ONE:.2%} and {_LEVELS} at most. Nothing was "
-            f"exported. This version of onnxruntime is to blame: try another one."
-        )
+    check_levels(squares, wanted, "the any-size graph")
     check_parity(
         measure_parity(np.concatenate([exact(one[np.newaxis]) for one in squares]), logits),
         tolerance,
         "the any-size graph",
     )
+
+
+def check_levels(found: Pixels, wanted: Pixels, what: str) -> None:
+    """Check that a graph has resized pictures (N, S, S, 3) as ``data.images`` does, in grey levels.
+
+    Raises:
+        ParityError: it has not.
+    """
+    apart = np.abs(found.astype(np.int16) - wanted)
+    if apart.max() > _LEVELS or (apart > 1).mean() > _BEYOND_ONE:
+        raise ParityError(
+            f"{what} resizes otherwise than training did: {(apart > 1).mean():.1%} of the values "
+            f"of {len(found)} pictures differ by more than one grey level, by up to {apart.max()}; "
+            f"expected {_BEYOND_ONE:.2%} and {_LEVELS} at most. Nothing was exported. This version "
+            f"of onnxruntime is to blame: try another one."
+        )
 
 
 def any_size_pictures(sample: Sample, side: int) -> list[Pixels]:

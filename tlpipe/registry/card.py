@@ -6,7 +6,7 @@ Sections after Mitchell et al. (2019), Model cards for model reporting.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tlpipe.bundle import Bundle
+from tlpipe.bundle import Bundle, describe, members
 from tlpipe.data import leaks
 from tlpipe.evaluation.metrics import UNKNOWN, by_recall, describe_gap, title, why_no_threshold
 from tlpipe.registry import SUFFIX
@@ -41,11 +41,11 @@ def write(
     that say where it comes from, and with ``PURPOSE`` what it is for; ``use``: how to use it, where
     it is not from the registry.
     """
-    origin, exact = shipped.provenance["origin"], known["report"]["precisions"]["fp32"]
+    exact = known["report"]["precisions"]["fp32"]
     accuracy = exact["accuracy"]
     parts = [
         f"# {name}: {_listed(shipped.labels)}",
-        f"{origin['backbone']}, frozen: {origin['freeze']}; right for "
+        f"{_built_on(shipped)}; right for "
         f"**{accuracy['value']:.1%}** of {known['report']['images']:,} test images "
         f"({accuracy['confidence']:.0%} interval {accuracy['low']:.1%} to {accuracy['high']:.1%}).",
         "## Intended use",
@@ -71,6 +71,14 @@ def write(
 def shortened(text: str) -> str:
     """Return a card that is at most as long as MLflow keeps."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]}\n…"
+
+
+def _built_on(shipped: Bundle) -> str:
+    """Return what it is built on; names of members may hold what Markdown understands."""
+    text = describe(shipped.provenance)
+    for name in members(shipped.provenance):
+        text = text.replace(name, plain(name))
+    return text
 
 
 def _results(known: Known) -> str:
@@ -191,6 +199,7 @@ def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
     origin = shipped.provenance["origin"]
     changed = " with uncommitted changes" * (lineage.get("tlpipe.git_changed") == "true")
     rows = [
+        *(["made of", plain(one)] for one in members(shipped.provenance)),
         ["backbone", f"{origin['backbone']}, weights {plain(origin['weights'])}"],
         ["frozen", str(origin["freeze"])],
         ["commit", f"{plain(lineage.get('tlpipe.git_commit', 'unknown'))}{changed}"],
@@ -198,16 +207,20 @@ def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
         ["weights", origin["weights_sha256"]],
         ["bundle", shipped.digest],
     ]
+    if "ensemble" in shipped.provenance:  # each member has its own
+        rows = [row for row in rows if row[0] not in ("backbone", "frozen", "weights")]
     return table(["", ""], rows)
 
 
 def _use(name: str, shipped: Bundle) -> str:
     crop = shipped.preprocessing.crop_px
     rebuild = f"tlpipe rebuild {name}@champion   # the same bytes from its commit and data\n"
+    is_made_of_others = bool(members(shipped.provenance))
+    can_rebuild = is_commit(shipped.provenance.get("git_commit", "")) and not is_made_of_others
     return (
         f"```sh\ntlpipe predict --model {name}@champion IMAGE\n"
         f"tlpipe serve --model {name}@champion\n"
-        f"{rebuild * is_commit(shipped.provenance.get('git_commit', ''))}```\n\n"
+        f"{rebuild * can_rebuild}```\n\n"
         f"With MLflow alone, on RGB images of {crop} x {crop} (`uint8`, N x H x W x 3):\n\n"
         f'```python\nmodel = mlflow.onnx.load_model("models:/{name}@champion")\n'
         f"session = onnxruntime.InferenceSession(model.SerializeToString())\n"

@@ -34,6 +34,7 @@ _DIGESTS = "sha256.json"  # of every artifact, by its path
 SPLIT, SPLIT_REPORT = "data/split.csv", "data/split.json"
 LEAKS = "data/leaks.json"
 REPORT, SPEED = "report.json", "speed.json"
+MEMBERS_TAG = "tlpipe.ensemble"  # which versions an ensemble was made of
 _AT_ONCE = 1000  # the most metrics that MLflow takes in one request
 
 
@@ -164,8 +165,9 @@ def publish(
 
 
 def _tags(shipped: Bundle) -> dict[str, str]:
-    origin = shipped.provenance["origin"]
+    origin, made_of = shipped.provenance["origin"], bundles.members(shipped.provenance)
     return {
+        **({MEMBERS_TAG: bundles.describe(shipped.provenance)} if made_of else {}),
         moves.BUNDLE_TAG: shipped.digest,
         "tlpipe.onnx_sha256": shipped.model_sha256,
         "tlpipe.data_sha256": origin["data_sha256"],
@@ -231,7 +233,7 @@ def _settings(shipped: Bundle) -> dict[str, object]:
     return {
         name: value
         for name, value in settings.items()
-        if name not in ("origin", "packages", "preprocessing")
+        if name not in ("origin", "packages", "preprocessing", "ensemble")
     }
 
 

@@ -93,6 +93,7 @@ def run(
             folder outside of its repository, or nobody confirmed.
     """
     known = _of_folder(model, workspace) if isinstance(model, Path) else _stored(model, workspace)
+    _check_is_trained(known)
     origin = _origin(known, repository, workspace)
     with TemporaryDirectory() as name:
         clone = Path(name, "clone")
@@ -147,6 +148,22 @@ def _of_folder(folder: Path, workspace: Path) -> _Known:
     _log.info("a bundle has no split table: images are placed as the commit places them")
     where = {"tlpipe.git_folder": versioning.describe(workspace).get("tlpipe.git_folder", "")}
     return _Known(str(folder), bundle.digest, where, bundle, None, threads)
+
+
+def _check_is_trained(known: _Known) -> None:
+    """Check that a version came out of the stages, and of no other versions.
+
+    Raises:
+        RegistryError: it is an ensemble.
+    """
+    made_of = known.tags.get(publishing.MEMBERS_TAG, "")
+    if known.bundle is not None and bundles.members(known.bundle.provenance):
+        made_of = bundles.describe(known.bundle.provenance)
+    if made_of:
+        raise RegistryError(
+            f"{known.name} was made of other versions and of no commit: {made_of}; expected one "
+            f"that was trained. Rebuild those, and make it anew: 'tlpipe ensemble'."
+        )
 
 
 def _origin(known: _Known, repository: str | None, workspace: Path) -> _Origin:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from tlpipe import files, graph, versioning
-from tlpipe.bundle import digest
+from tlpipe.bundle import digest, members
 from tlpipe.data import ingest, leaks
 from tlpipe.errors import ArtifactError, GateError, RegistryError, UnreachableError
 from tlpipe.params import Section
@@ -95,7 +95,8 @@ def run(
         )
         version = published.version
         made_at = published.bundle.provenance.get("git_commit", "")
-        if made_at and not versioning.is_commit(made_at):
+        can_rebuild = not made_at or versioning.is_commit(made_at)
+        if not can_rebuild and not members(published.bundle.provenance):
             _log.warning(
                 "%s version %s was made with uncommitted changes, so 'tlpipe rebuild' cannot make "
                 "it again; commit before the run",

@@ -19,7 +19,7 @@ from tlpipe.backbones.backbone import (
     torchvision_network,
     torchvision_options,
 )
-from tlpipe.bundle import Bundle
+from tlpipe.bundle import Bundle, describe
 from tlpipe.errors import ParamsError, WeightsError
 from tlpipe.registry import Registered, card, moves, tracking, versions
 from tlpipe.runtime import generator
@@ -89,7 +89,7 @@ def share(workspace: Path, model: Registered, folder: Path, licenses: Licenses) 
     Raises:
         ArtifactError: the bundle is damaged, the registered report is of another one, or something
             is at the folder's place.
-        ParamsError: a license is missing.
+        ParamsError: a license is missing, or it is an ensemble.
         ParityError: the registered weights give other answers than the bundle.
         RegistryError: there is no such version, some of its artifacts are gone, or what is called
             champion is not what was promoted.
@@ -106,6 +106,12 @@ def share(workspace: Path, model: Registered, folder: Path, licenses: Licenses) 
             if model.which == moves.CHAMPION:
                 tracking.check_promoted(client, version)
             content, shipped, lineage = versions.fetch(client, version, Path(temporary))
+        if "ensemble" in shipped.provenance:
+            raise ParamsError(
+                f"{model} is an {describe(shipped.provenance)}, and neither timm nor torchvision "
+                f"has a network of such weights; expected a version that was trained. Share its "
+                f"members, or its bundle: 'tlpipe download'."
+            )
         trained = models.load(content.model)
         network = _network(shipped)
         tensors = _tensors(trained, network)

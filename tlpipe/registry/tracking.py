@@ -47,6 +47,7 @@ _ACCOUNT = tuple(
 )
 _TRAINING = {"tlpipe.kind": "training"}
 BUNDLE_FOLDER, MODEL_FOLDER = "bundle", "trained"
+ENSEMBLE = "ensemble.json"  # in the second one, where members answer instead of one network
 _BATCH = 1000  # metrics that MLflow takes at once
 _PATIENCE = 10  # times as long as a server took to fail, it is not asked again
 
@@ -561,6 +562,11 @@ def fetch_model(workspace: Path, model: Registered) -> Path:
     with connection(workspace) as client:
         version = find_version(client, model.name, model.which)
         folder = artifact(client, version.run_id, MODEL_FOLDER)
+    if folder is not None and (folder / ENSEMBLE).exists():
+        raise RegistryError(
+            f"{model} is an ensemble, and embed.weights takes one network; expected a version that "
+            f"was trained. Name one of its members: 'tlpipe show {model}'."
+        )
     if folder is None:
         raise RegistryError(
             f"{model} has no {MODEL_FOLDER} folder among the artifacts of its run: it was not "

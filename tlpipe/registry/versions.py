@@ -145,6 +145,7 @@ def _entry(
         "registered_at": _moment(version.creation_timestamp),
         "bundle": tags.get(moves.BUNDLE_TAG, ""),
         "backbone": tags.get("tlpipe.backbone", ""),
+        "made_of": tags.get(publishing.MEMBERS_TAG, ""),
         "git_commit": tags.get("tlpipe.git_commit", ""),
         "git_changed": tags.get("tlpipe.git_changed") == "true",
         "git_remote": tags.get("tlpipe.git_remote", ""),

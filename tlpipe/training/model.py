@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tlpipe import files
 from tlpipe import held_out as held_outs
@@ -124,6 +124,7 @@ class Card(BaseModel):
     ``epoch`` is the one that was kept, 0 the solved head. ``validation_accuracy`` and
     ``validation_loss`` (nats) are of the predictions held out: those of cross-validation where a
     linear probe is all that was trained, since it has then trained on the validation split too.
+    ``soup``: the versions whose weights were averaged, where they were.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -137,6 +138,7 @@ class Card(BaseModel):
     epoch: int
     validation_accuracy: float
     validation_loss: float
+    soup: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
 
 
 @dataclass(frozen=True)
