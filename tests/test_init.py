@@ -334,6 +334,21 @@ def test_what_cannot_be_read_does_not_count(
         assert "files are called .heic and cannot be read here" in said
 
 
+def test_one_tiny_class_takes_the_floor_of_recall_from_no_other_class(
+    tmp_path: Path, cache_env: dict[str, str]
+) -> None:
+    for label, count in (("paper", 30), ("trash", 5)):
+        (tmp_path / "all" / label).mkdir(parents=True)
+        for number in range(count):
+            picture = Image.new("RGB", (40, 40), (number, 2 * number, 100))
+            picture.save(tmp_path / "all" / label / f"{number}.png")
+    home = here(tmp_path, cache_env)
+    said = home.call("init", "p", "--source", str(tmp_path / "all")).stdout
+    assert "few images of the smallest class: it will have some 1 test images" in said
+    gate = yaml.safe_load((tmp_path / "p/params.yaml").read_text())["register"]["gate"]
+    assert gate["min_recall"] == 0.5
+
+
 def test_files_that_git_would_ignore_are_added_by_force(
     tmp_path: Path, photos: Path, cache_env: dict[str, str]
 ) -> None:

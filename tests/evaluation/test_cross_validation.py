@@ -14,6 +14,7 @@ from scipy import stats
 from tests.conftest import Workspace, copy_repository
 from tlpipe import files
 from tlpipe.cli.tables import print_folds
+from tlpipe.data import leaks
 from tlpipe.data.manifest import Assignment, load_manifest, load_split, save_split
 from tlpipe.data.split import Params, assign
 from tlpipe.evaluation import cross_validation
@@ -128,6 +129,37 @@ def test_pooled_images_count_by_their_groups() -> None:
     right = summarise([fold([True] * 5, 5 * i, 1.0) for i in range(3)], photos, 0.95)
     known = stats.binomtest(3, 3).proportion_ci(0.95, method="wilson")
     assert right["pooled"]["accuracy"]["low"] == pytest.approx(known.low)
+
+
+def test_rounding_is_no_spread() -> None:
+    """Weighted means of equal numbers, as balanced accuracy is one."""
+    folds = [
+        fold([True] * 10, 10 * number, 1.0, balanced_accuracy=1 + rounding)
+        for number, rounding in enumerate((-3e-16, 4e-16, -2e-16))
+    ]
+    means = summarise(folds, [""] * 30, 0.95)["mean"]
+    assert means["balanced_accuracy"]["low"] == pytest.approx(means["accuracy"]["low"])
+    assert means["balanced_accuracy"]["value"] <= 1.0
+
+
+@pytest.mark.fault("M28")
+def test_copies_that_audit_found_are_said_beside_the_folds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"copies": 40, "images": 40, "share": 1.0, "examples": []}
+    content = {"is_above_clean": True, "clean_share": 0.1, "splits": {"validation": found}}
+    path = tmp_path / "leaks.json"
+    assert leaks.found_by_audit(path) == ""
+    path.write_text(json.dumps(content | {"is_above_clean": False}))
+    assert leaks.found_by_audit(path) == ""
+    path.write_text(json.dumps(content))
+    copies = leaks.found_by_audit(path)
+    assert copies.startswith("40 of 40 validation images looked at are rotated, mirrored")
+    folds = [fold([True] * 5, 5 * i, 1.0) for i in range(3)]
+    report = summarise(folds, [""] * 15, 0.95, copies)
+    assert f"Too good to be true: {copies}" in draw(report).get_suptitle()
+    print_folds(report)
+    assert f"too good to be true: {copies}" in capsys.readouterr().out
 
 
 def test_folds_means_and_intervals_are_drawn() -> None:

@@ -355,6 +355,15 @@ def test_a_floor_of_recall_takes_images_enough_for_one_mistake(
     assert f"fewer than {fewest + 1} independent test images: " in rule.found
 
 
+def test_a_floor_of_no_recall_asks_for_nothing_and_says_so(
+    main_job: Workspace, fewer: Path
+) -> None:
+    artifacts = main_job.path / "artifacts"
+    manifest = artifacts / "ingest/manifest.csv"
+    rule = rule_of(decide(artifacts, manifest, fewer, min_recall=0.0), "recall")
+    assert (rule.expected, rule.verdict) == ("nothing: register.gate.min_recall is 0", "holds")
+
+
 def test_a_floor_of_recall_counts_the_images_of_a_group_once(
     main_job: Workspace, fewer: Path, tmp_path: Path
 ) -> None:

@@ -264,7 +264,7 @@ def test_artifacts_of_a_shared_registry_that_lie_in_one_project_are_named(
         assert tracking.only_here(client, run.info.artifact_uri, home.path) == ""
     elsewhere = tmp_path_factory.mktemp("shared")
     address = f"sqlite:///{elsewhere}/shared.db"
-    with tracking.connection(home.path, address=address) as client:
+    with tracking.connection(home.path, create=True, address=address) as client:
         place = str(home.path / "mlruns")
         run = client.create_run(client.create_experiment("digits", artifact_location=place))
         where = run.info.artifact_uri

@@ -406,7 +406,7 @@ def test_damaged_members_are_named_and_the_rest_goes_on(empty: Workspace, photos
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.zip", b"PK\3\4 no", "a.zip cannot be read as an archive"),
+        ("a.zip", b"PK\3\4 no", "a.zip begins like a zip archive and is damaged or incomplete"),
         ("b.tar", b"x" * 600, "b.tar cannot be read as an archive"),
         ("c.tar.gz", b"\x1f\x8b no", "c.tar.gz is damaged"),
         ("labels.csv", b"path,label\na.png,a\n", "A table is read from the folder that holds it"),

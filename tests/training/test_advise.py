@@ -150,7 +150,10 @@ def test_domains_that_cannot_be_told_apart_are_said_to_be() -> None:
 def test_advice_overwrites_nothing_but_advice(tmp_path: Path) -> None:
     notes, advice = tmp_path / "NOTES.md", tmp_path / "advice.json"
     notes.write_text("my notes")
-    absent = {name: tmp_path / name for name in ("activations", "pixels", "split", "folder")}
+    absent = {
+        name: tmp_path / name
+        for name in ("activations", "pixels", "split", "leaks_report", "folder")
+    }
     with pytest.raises(ArtifactError, match=r"NOTES\.md is not what 'tlpipe advise' writes"):
         run(**absent, recommendation=notes, images=100)
     assert notes.read_text() == "my notes"
@@ -159,6 +162,16 @@ def test_advice_overwrites_nothing_but_advice(tmp_path: Path) -> None:
     )
     with pytest.raises(ArtifactError, match=r"index\.json is missing"):
         run(**absent, recommendation=advice, images=100)
+
+
+@pytest.mark.fault("M28")
+def test_of_copies_nothing_is_promised() -> None:
+    data = dataset([0, 1] * 50, [0, 1], alone(102))
+    known = {"value": 0.2, "low": 0.1, "high": 0.3, "confidence": 0.9}
+    copies = "40 of 40 validation images looked at are copies"
+    found = conclude(data, 100, boundaries(0.8), boundaries(0.6)[0], known, None, copies)
+    assert found.reasons[-1].startswith("cannot tell whether more images would help, and all")
+    assert copies in found.reasons[-1]
 
 
 def test_a_stage_that_is_better_than_the_last_one_is_named() -> None:

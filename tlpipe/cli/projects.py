@@ -153,7 +153,7 @@ def _texts(
     if source is None:
         for path in (_DIGITS, _TEXTURES):
             texts[path] = upgrade.template(path)
-    found, held, not_understood = _DIGITS, _Held(150, 20), None
+    found, held, not_understood = _DIGITS, _Held(150, 20, 20), None
     if source is not None:
         if "://" not in source:
             source = str(_normal(Path(source)))
@@ -166,7 +166,7 @@ def _texts(
                 raise
             not_understood = error
     images = min(_ENOUGH, max(1, int(held.tested)))
-    has_recall = held.smallest >= _ENOUGH_OF_EACH
+    has_recall = held.largest >= _ENOUGH_OF_EACH
 
     def parameters(images: int, recall: float) -> str:
         return upgrade.template(graph.PARAMS).format(
@@ -180,14 +180,20 @@ def _texts(
     texts[graph.PARAMS] = parameters(images, _RECALL if has_recall else 0.0)
     if images < _ENOUGH:
         print(
-            f"few images: register.gate.min_test_images is {images}; {_ENOUGH} where there are "
-            f"more. Raise it as the set grows"
+            f"few images: register.gate.min_test_images is {images}; it is {_ENOUGH} in larger "
+            f"sets. Raise it as this one grows"
         )
     if not has_recall:
         print(
-            f"few images of a class: register.gate.min_recall is 0, since the smallest class will "
-            f"have some {held.smallest:.0f} test images; {_RECALL} where each has "
+            f"few images of a class: register.gate.min_recall is 0, since the largest class will "
+            f"have some {held.largest:.0f} test images; {_RECALL} where each has "
             f"{_ENOUGH_OF_EACH}. Raise it as the set grows"
+        )
+    elif held.smallest < _ENOUGH_OF_EACH:
+        print(
+            f"few images of the smallest class: it will have some {held.smallest:.0f} test images, "
+            f"of which its recall can hardly be told, and the gate asks for {_RECALL} of every "
+            f"class. Add images of it, or set register.gate.min_recall to 0"
         )
     texts["README.md"] = upgrade.template("README.md").format(name=name)
     written = {**generated, graph.FILE: dvc_yaml(params.parse(texts[graph.PARAMS], Path()))}
@@ -218,10 +224,11 @@ def _source(source: str, target: Path) -> str:
 
 
 class _Held(NamedTuple):
-    """How many images of a source will test at least, and how many of the smallest class, about."""
+    """How many images of a source will test at least, and how many of a class, about."""
 
     tested: float
     smallest: float
+    largest: float
 
 
 def _look_at(source: str) -> _Held:
@@ -264,9 +271,13 @@ def _held(candidates: "Iterable[Candidate]", links: Mapping[str, str], share: fl
     labels = Counter(one.label for one in read)
     least = 1 - split.TOLERANCE
     if not splits["test"]:
-        return _Held(least * share * splits.total(), share * min(labels.values(), default=0))
-    tested = Counter(one.label for one in read if one.split == "test")
-    return _Held(least * splits["test"], min(tested[label] for label in labels))
+        tested = Counter({label: share * count for label, count in labels.items()})
+        total = share * splits.total()
+    else:
+        tested = Counter(one.label for one in read if one.split == "test")
+        total = splits["test"]
+    each = [tested[label] for label in labels] or [0]
+    return _Held(least * total, min(each), max(each))
 
 
 def _links_outside(opened: "Source") -> dict[str, str]:
@@ -410,6 +421,7 @@ def check(
 def summary(params: ParamsFile = None) -> None:
     """Show what the pipeline made last, and what comes next."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from tlpipe.registry import register
@@ -418,7 +430,7 @@ def summary(params: ParamsFile = None) -> None:
     table = Table(show_header=False, title="tlpipe", title_justify="left")
     rows, following = register.summary(receipt=Path(graph.PATHS["receipt"]), workspace=Path())
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, escape(printable(value)))
     console = Console(soft_wrap=True)
     console.print(table)
     console.print(f"next: {following}", markup=False)
@@ -596,7 +608,8 @@ def advise(
     project.check_code("embed")  # whose activations it looks at
     named = cast(embed.Params, sections(project)["embed"]).advice
     recommendation = Path(named or "advice.json")
-    known = {name: Path(graph.PATHS[name]) for name in ("activations", "pixels", "split")}
+    names = ("activations", "pixels", "split", "leaks_report")
+    known = {name: Path(graph.PATHS[name]) for name in names}
     folder = Path("artifacts", "advise")
     print_advice(advise.run(**known, folder=folder, recommendation=recommendation, images=images))
     print(f"see {folder / 'advice.png'}; {recommendation} holds what is recommended")
@@ -645,7 +658,7 @@ def cross_validate(
     found = sections(project)
     if folds is not None:
         found["split"] = found["split"].model_copy(update={"folds": folds})
-    known = ("manifest", "pixels", "activations", "placements")
+    known = ("manifest", "pixels", "activations", "placements", "leaks_report")
     folder = Path("artifacts", "cross-validation")
     report = cross_validation.run(
         **{name: Path(graph.PATHS[name]) for name in known},

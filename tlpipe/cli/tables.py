@@ -69,6 +69,11 @@ def print_folds(report: dict[str, Any]) -> None:
     share = f"{means[0]['confidence']:.0%}"
     print(f"+-: {share} interval, corrected for the training images that folds share")
     print(f"pooled: accuracy {describe(pooled['accuracy'])} on {pooled['images']} images")
+    if report["copies"]:
+        print(
+            f"too good to be true: {report['copies']}, and folds share them as splits do. Keep the "
+            f"copies of an original in one group, and ask again"
+        )
 
 
 def print_advice(advice: "Advice") -> None:

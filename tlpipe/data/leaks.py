@@ -10,11 +10,13 @@ image's few best candidates are then aligned by an affine map and compared pixel
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tlpipe import files
 from tlpipe.data.manifest import SPLITS, Assignment, evenly
 from tlpipe.data.pixels import THUMBNAIL_PX
 
@@ -135,6 +137,9 @@ def find(thumbnails: Thumbnails, assignments: Sequence[Assignment]) -> Found:
     return Found(pairs, max(_LEAST, 1 - (1 - usual) * (1 - _GAP)), len(trains))
 
 
+NOTHING_SEEN = "no held-out image has structure to compare"
+
+
 def describe(content: Mapping[str, Any]) -> str:
     """Return in words what was found, from ``Found.content``."""
     shares = [
@@ -143,11 +148,25 @@ def describe(content: Mapping[str, Any]) -> str:
         if (found := content["splits"].get(split)) and found["images"]
     ]
     if not shares:
-        return "no held-out image has structure to compare"
+        return NOTHING_SEEN
     return (
         f"{' and '.join(shares)} looked at are rotated, mirrored or sheared copies of training "
         f"images"
     )
+
+
+def found_by_audit(report: Path) -> str:
+    """Return in words which copies ``audit`` found, where that were more than clean sets show.
+
+    Nothing where it found none, or has not run.
+
+    Raises:
+        ArtifactError: its report is damaged.
+    """
+    if not report.is_file():
+        return ""
+    content = files.read_json(report)
+    return describe(content) if content["is_above_clean"] else ""
 
 
 def warning(content: Mapping[str, Any]) -> str:

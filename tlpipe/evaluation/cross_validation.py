@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tlpipe import files, held_out
-from tlpipe.data import charts
+from tlpipe.data import charts, leaks
 from tlpipe.data import split as splits
 from tlpipe.data.manifest import SPLITS, load_manifest, load_split, rows_of
 from tlpipe.errors import ArtifactError, Interrupted, ParamsError
@@ -36,6 +36,7 @@ _LESS: Mapping[str, Mapping[str, Any]] = {
     "evaluate": {"columns": (), "corrupted_images": 1, "ood": None, "mistakes": 0},
 }
 _SHARES, _LOSSES = (0.0, 1.0), (0.0, math.inf)
+_ROUNDING = 1e-12  # of a share
 
 Stage = Callable[..., None]
 
@@ -59,6 +60,7 @@ def run(
     pixels: Path,
     activations: Path,
     placements: Path,
+    leaks_report: Path,
     folder: Path,
     workspace: Path,
     stages: Mapping[str, Stage],
@@ -68,7 +70,8 @@ def run(
 
     ``stages``: the ``run`` of each of ``STAGES``; ``params``: their sections. What they write is
     taken away again. ``placements``: where images are already, which stay in their folds; it is
-    only read.
+    only read. ``leaks_report``: of ``audit``, if it has run: the report says of which copies it
+    knows, which folds share as splits do.
 
     Raises:
         ParamsError: ``split.folds`` is not set.
@@ -114,7 +117,7 @@ def run(
             shutil.rmtree(place)
         known["placements"].unlink()
         groups = [entry.group for entry in load_manifest(manifest)]
-        report = summarise(folds, groups, confidence)
+        report = summarise(folds, groups, confidence, leaks.found_by_audit(leaks_report))
         files.write_json(target / "report.json", report)
         charts.save_figure(draw(report), target / "folds.png")
     return report
@@ -192,14 +195,16 @@ def _read(place: Path) -> Fold:
     )
 
 
-def summarise(folds: Sequence[Fold], groups: Sequence[str], confidence: float) -> dict[str, Any]:
+def summarise(
+    folds: Sequence[Fold], groups: Sequence[str], confidence: float, copies: str = ""
+) -> dict[str, Any]:
     """Return the report: each fold, the means over folds, and the accuracy over all images.
 
     ``groups``: of each row of the manifest. The pooled accuracy takes the trained classifiers as
     they are; its interval says what other test images would change, with whole groups.
     The interval of a mean says what other training images would change too. A metric that a
     fold does not have has no mean: AUROC where it tests one class, the calibration error where it
-    tests one group.
+    tests one group. ``copies``: those of training images among held-out ones, in words.
     """
     tested = sum(fold.images["test"] for fold in folds)
     share = tested / sum(fold.images["train"] for fold in folds)
@@ -222,6 +227,7 @@ def summarise(folds: Sequence[Fold], groups: Sequence[str], confidence: float) -
         ],
         "mean": means,
         "pooled": _pooled(folds, groups, confidence),
+        "copies": copies,
     }
 
 
@@ -245,7 +251,10 @@ def mean_with_interval(
     from scipy.special import stdtrit
 
     # Not NumPy's, whose rounding finds a spread in equal numbers.
-    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    inside = [min(max(value, bounds[0]), bounds[1]) for value in values]
+    mean, deviation = statistics.fmean(inside), statistics.stdev(inside)
+    if deviation < _ROUNDING:  # weighted means of equal numbers differ by so much
+        deviation = 0.0
     quantile = float(stdtrit(len(values) - 1, 0.5 + confidence / 2))
     half_width = quantile * deviation * math.sqrt(1 / len(values) + test_share)
     return {
@@ -292,9 +301,10 @@ def draw(report: Mapping[str, Any]) -> "Figure":
             axes.set_xlabel("split.fold")
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8)
-    accuracy = evaluate.describe(report["pooled"]["accuracy"])
-    figure.suptitle(
-        f"{len(folds)} folds; pooled accuracy {accuracy} on {report['pooled']['images']} images",
-        fontsize=10,
-    )
+    pooled = report["pooled"]
+    accuracy = evaluate.describe(pooled["accuracy"])
+    heading = f"{len(folds)} folds; pooled accuracy {accuracy} on {pooled['images']} images"
+    if report["copies"]:
+        heading += f"\nToo good to be true: {report['copies']}"
+    figure.suptitle(heading, fontsize=10)
     return figure

@@ -68,7 +68,9 @@ def parse(text: str) -> Registered | Path:
         return registered(text)
     folder = Path(text)
     if not (text and folder.exists()):
-        hint = f", such as {text}@champion" if re.fullmatch(NAME, text) else ""
+        is_alias = text in ("champion", "challenger", "previous") or text.isdecimal()
+        example = f"NAME@{text}" if is_alias else f"{text}@champion"
+        hint = f", such as {example}" if re.fullmatch(NAME, text) else ""
         raise ParamsError(
             f"{text or 'an empty text'} names no model: there is no such folder; expected {FORMS}"
             f"{hint}. 'tlpipe models' lists what is registered."

@@ -341,7 +341,10 @@ def _recall(recalls: Mapping[str, float], part: Part, labels: Sequence[str], lea
     if few:
         found += f"; fewer than {needed} independent test images: {some(few, 5)}"
         verdict = "cannot tell" if verdict == "holds" else verdict
-    return Rule("recall", found, f"at least {least:.4f}, of every class", verdict)
+    expected = f"at least {least:.4f}, of every class"
+    if not least:
+        expected = "nothing: register.gate.min_recall is 0"
+    return Rule("recall", found, expected, verdict)
 
 
 def _copies(path: Path | None) -> Rule:

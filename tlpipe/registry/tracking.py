@@ -295,8 +295,7 @@ def find_version(client: "MlflowClient", name: str, which: str) -> "ModelVersion
         if found := client.search_model_versions(wanted):
             return max(found, key=lambda version: int(version.version))
         raise RegistryError(
-            f"the registry has no version of {name} with the bundle {which[:16]}.... "
-            f"{local.REGISTER}"
+            f"the registry has no version of {name} with the bundle {which[:16]}. {local.REGISTER}"
         )
     try:
         if which.isdecimal():

@@ -15,7 +15,7 @@ import numpy as np
 from tlpipe import files
 from tlpipe.backbones import activations as stored
 from tlpipe.backbones import frozen
-from tlpipe.data import charts
+from tlpipe.data import charts, leaks
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import crop_middle
 from tlpipe.data.manifest import evenly
@@ -225,12 +225,14 @@ def run(
     activations: Path,
     pixels: Path,
     split: Path,
+    leaks_report: Path,
     folder: Path,
     recommendation: Path,
     images: int,
 ) -> Advice:
     """Look at so many training and validation images; write ``report.json`` and ``advice.png``.
 
+    ``leaks_report``: of ``audit``, if it has run: of images with copies, more ones promise nothing.
     ``recommendation``: a file of the project, which ``embed.freeze: auto`` follows where
     ``embed.advice`` names it.
 
@@ -253,7 +255,7 @@ def run(
         raise ArtifactError(
             f"{pixels} holds other images than {activations} is of. Run 'tlpipe run'."
         )
-    advice = advise(data, squares.array, images)
+    advice = advise(data, squares.array, images, leaks.found_by_audit(leaks_report))
     with files.replacing_folder(folder) as new:
         files.write_json(new / "report.json", advice.content())
         _draw(new / "advice.png", advice)
@@ -270,8 +272,11 @@ def run(
     return advice
 
 
-def advise(data: Dataset, squares: packed.Chunks, images: int) -> Advice:
-    """Measure boundaries, random weights and a learning curve, and draw the conclusion."""
+def advise(data: Dataset, squares: packed.Chunks, images: int, copies: str = "") -> Advice:
+    """Measure boundaries, random weights and a learning curve, and draw the conclusion.
+
+    ``copies``: in words, which ``audit`` has found.
+    """
     import scipy.optimize  # noqa: F401 - loads SciPy's BLAS: only what is loaded can be limited
     from threadpoolctl import threadpool_limits
 
@@ -294,7 +299,7 @@ def advise(data: Dataset, squares: packed.Chunks, images: int) -> Advice:
     gain = paired_difference(
         right_at_random[best], right[-1], some.groups[some.held].astype(str).tolist(), CONFIDENCE
     )
-    return conclude(data, len(whole.examples), boundaries, random[best], gain, curve)
+    return conclude(data, len(whole.examples), boundaries, random[best], gain, curve, copies)
 
 
 def conclude(
@@ -304,6 +309,7 @@ def conclude(
     random: Boundary,
     gain: dict[str, float],
     curve: LearningCurve | None,
+    copies: str = "",
 ) -> Advice:
     """Decide what to freeze, and say why."""
     total, classes = len(data.labelled), len(data.labels)
@@ -336,7 +342,7 @@ def conclude(
             _of_size(counts, place, opened),
             _of_domain(taken, boundaries[-1], random),
             *_of_boundaries(boundaries),
-            _of_data(curve, total / classes),
+            _of_copies(copies) if copies else _of_data(curve, total / classes),
         ),
         total=total,
         classes=classes,
@@ -397,6 +403,14 @@ def _of_boundaries(boundaries: Sequence[Boundary]) -> list[str]:
         f"features of {best.name} separate the classes better than those of {last.name}: "
         f"accuracy {best.accuracy['value']:.3f}; what the last stages know is of other images"
     ]
+
+
+def _of_copies(copies: str) -> str:
+    return (
+        f"cannot tell whether more images would help, and all accuracies here are too high: "
+        f"{copies}. Keep the copies of an original in one group, and ask again; originals are what "
+        f"counts"
+    )
 
 
 def _of_data(curve: LearningCurve | None, images: float) -> str:
