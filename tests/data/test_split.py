@@ -258,6 +258,9 @@ def test_a_class_that_cannot_is_an_error_or_only_trains() -> None:
     )
     with pytest.raises(DataError, match=message):
         splits(entries(100) + row * 3)
+    several = [row[0]._replace(label=label, path=label) for label in "cde"]
+    with pytest.raises(DataError, match=r"class 'c' has 1 images.* 2 more lack one: d, e\."):
+        splits(entries(100) + several)
     assert splits(entries(100) + row * 3, small_classes="train")[100:] == ["train"] * 3
     two = entries(2, labels="c", start=1000)
     assert splits(entries(100) + two, small_classes="train")[100:] == ["train"] * 2
@@ -745,6 +748,16 @@ def test_small_sets_are_no_lottery() -> None:
                 pairs = zip(rows, result.splits, strict=True)
                 count = sum((row.label, s) == (label, split) for row, s in pairs)
                 assert abs(count - 0.2 * images) <= max(0.1 * images, 1)
+
+
+@pytest.mark.fault("L02")
+def test_a_class_is_not_evened_out_at_the_cost_of_the_whole() -> None:
+    for seed in range(300):
+        rows = entries(120, labels="aaaaabbbbc")
+        if abs([by_hash(row, seed) for row in rows].count("test") - 24) > 6:
+            continue
+        found = assign(rows, Params(seed=seed)).splits
+        assert abs(found.count("test") - 24) <= 6, seed
 
 
 @pytest.mark.fault("L01", "L02")

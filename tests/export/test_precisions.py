@@ -145,6 +145,17 @@ def test_what_falls_short_is_an_error_with_its_numbers() -> None:
     )
 
 
+def test_a_rare_class_is_not_lost_for_nothing() -> None:
+    """Of a thousand images five are of the class that eight bits no longer name."""
+    truth = np.repeat([0, 1], [995, 5])
+    other = eye(np.zeros_like(truth))
+    verdict = judge(eye(truth), other, truth)
+    assert verdict.accuracy_change["value"] == -0.005  # as a share of all: within what is allowed
+    assert verdict.reason == (
+        "its accuracy as a mean over classes differs by -0.5000, expected at least -0.01"
+    )
+
+
 def test_what_few_images_cannot_tell_is_said() -> None:
     """All of n agree: Wilson's interval rules out one per cent of changes from n = 381 on."""
     for images, can_tell in ((50, False), (380, False), (381, True)):

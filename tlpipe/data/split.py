@@ -24,6 +24,7 @@ from tlpipe.errors import ArtifactError, DataError
 from tlpipe.params import Section, check_effect
 from tlpipe.resampling import deal
 from tlpipe.runtime import uniform
+from tlpipe.sources.paths import some
 
 _log = logging.getLogger(__name__)
 HELD_OUT = ("test", "validation")
@@ -363,7 +364,8 @@ class _Groups:
                 label: sum(n for group, n in images.items() if self.place[group] == split)
                 for label, images in self._images.items()
             }
-            is_off = _is_off(sum(counts.values()), share * everything, TOLERANCE)
+            total, wanted = sum(counts.values()), share * everything
+            is_off = _is_off(total, wanted, TOLERANCE)
             tolerance = TOLERANCE if is_off else _CLASS_TOLERANCE
             for label, images in sorted(self._images.items()):
                 count, asked = counts[label], share * images.total()
@@ -377,7 +379,10 @@ class _Groups:
                         and group not in self.fixed
                         and self.labels[group] == {label}
                         and abs(after - asked) < abs(count - asked)
+                        # What is right as a whole stays so, whatever one class would have.
+                        and (is_off or not _is_off(total + after - count, wanted, TOLERANCE))
                     ):
+                        total += after - count
                         self.place[group], count = there, after
 
     def _complete(
@@ -520,26 +525,30 @@ def _check_classes(
         distinct[entry.label].add(entry.group)
         if place := earlier.get(entry.sha256):
             rows[entry.label][place] += 1
-    for label, counts in sorted(found.items()):
-        needed: Iterable[str] = ("train",)
-        keep = ""
-        if params.small_classes == "error":
-            needed = SPLITS
-            keep = ", or set split.small_classes: train to keep it unmeasured"
-        if missing := [split for split in needed if not counts[split]]:
-            advice = "Add images"
-            if known := rows[label]:
-                places = ", ".join(f"{place} {count}" for place, count in sorted(known.items()))
-                advice = (
-                    f"splits.csv places {known.total()} of them ({places}), where they stay. Add "
-                    f"images that it does not know; or draw all anew by another split.seed; or "
-                    f"draw these anew: delete their rows there, and the split table of the last run"
-                )
-            raise DataError(
-                f"the class {label!r} has {counts.total()} images, {len(distinct[label])} of them "
-                f"distinct, and none for {', '.join(missing)}; every class must stand in "
-                f"{', '.join(needed)}. {advice}; or take the class out{keep}."
+    needed: Iterable[str] = ("train",)
+    keep = ""
+    if params.small_classes == "error":
+        needed = SPLITS
+        keep = ", or set split.small_classes: train to keep it unmeasured"
+    if short := [
+        label for label, counts in sorted(found.items()) if not all(map(counts.get, needed))
+    ]:
+        label, *others = short
+        missing = [split for split in needed if not found[label][split]]
+        more = f" {len(others)} more lack one: {some(others, 5)}." if others else ""
+        advice = "Add images"
+        if known := rows[label]:
+            places = ", ".join(f"{place} {count}" for place, count in sorted(known.items()))
+            advice = (
+                f"splits.csv places {known.total()} of them ({places}), where they stay. Add "
+                f"images that it does not know; or draw all anew by another split.seed; or "
+                f"draw these anew: delete their rows there, and the split table of the last run"
             )
+        raise DataError(
+            f"the class {label!r} has {found[label].total()} images, {len(distinct[label])} of "
+            f"them distinct, and none for {', '.join(missing)}; every class must stand in "
+            f"{', '.join(needed)}.{more} {advice}; or take the class out{keep}."
+        )
     for split in SPLITS:
         if split not in splits:
             raise DataError(f"no image is left for {split}. Add images.")

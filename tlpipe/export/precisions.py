@@ -102,7 +102,7 @@ def judge(
     """Compare the answers of two graphs (N, C) for the same held-out images.
 
     ``groups``: (N,) names of images that belong together, or empty ones; ``size``: as in
-    ``Verdict``; ``max_drop``: of accuracy.
+    ``Verdict``; ``max_drop``: of accuracy, over all images and as a mean over classes.
 
     Processors differ in the last bits of logits, and where they do, an image that lies between two
     classes may count on one and not on the other. So that this does not decide what ships, an
@@ -120,6 +120,14 @@ def judge(
         reasons.append(
             f"its accuracy on {len(truth)} held-out images differs by {change['value']:+.4f} "
             f"({change['low']:+.4f} to {change['high']:+.4f}), expected at least {-max_drop:+g}"
+        )
+    # Or a class of few images among many could be lost for nothing.
+    gained = kept - right
+    balanced = float(np.mean([gained[truth == label].mean() for label in np.unique(truth)]))
+    if not reasons and balanced < -max_drop:
+        reasons.append(
+            f"its accuracy as a mean over classes differs by {balanced:+.4f}, expected at least "
+            f"{-max_drop:+g}"
         )
     if size > MOST_BYTES[name]:
         reasons.append(
