@@ -24,6 +24,7 @@ def limits(
     ood: dict[str, Any] | None = WALLS,
     *,
     is_copied: bool = False,
+    noisy: float = 0.4,
 ) -> str:
     sizes = {"error_rate": 0.02, "confidence": 0.95, "images": 120, "images_needed": 149}
     sizes["is_copied"] = is_copied
@@ -33,8 +34,8 @@ def limits(
         "robustness": {
             "images": 64,
             "clean": {"accuracy": 0.9},
-            "blur": [{"accuracy": 0.8}],
-            "noise": [{"accuracy": 0.4}],
+            "blur": [{"accuracy": max(0.8, noisy)}],
+            "noise": [{"accuracy": noisy}],
         },
         "generalisation": {"is_below": False},
     }
@@ -45,11 +46,14 @@ def limits(
 def test_a_known_threshold_is_told_with_its_confidence() -> None:
     text = limits(KNOWN, KNOWN, 0.25)
     assert (
-        "Answers below a probability of 0.910 should be left to people: above it at most 2.0% are "
-        "wrong, with 95% confidence. It leaves 60% of test images answered, 99.0% right." in text
+        "Answers below a probability of 0.910 should be left to people: above it at most 2.0% of "
+        "all answers are wrong, whatever the class, with 95% confidence. It leaves 60% of test images answered, 99.0% right."
+        in text
     )
     assert "of 50 from walls, 25% were above that probability; AUROC 0.750." in text
     assert "Strong noise costs most: 40.0% right, against 90.0%" in text
+    text = limits(KNOWN, KNOWN, 0.25, noisy=0.9)
+    assert "None of blur, noise costs anything: 90.0% right on the same 64 images" in text
 
 
 @pytest.mark.fault("L04")

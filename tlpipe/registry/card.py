@@ -115,11 +115,17 @@ def limits(report: Mapping[str, Any]) -> str:
     lines += [_abstention(abstention), _ood(ood)]
     kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
     worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
-    lines.append(
-        f"Strong {plain(worst)} costs most: {kinds[worst][-1]['accuracy']:.1%} right, against "
-        f"{robustness['clean']['accuracy']:.1%} on the same {robustness['images']} images as "
-        f"they are."
-    )
+    least, clean = kinds[worst][-1]["accuracy"], robustness["clean"]["accuracy"]
+    images = f"on the same {robustness['images']} images as they are"
+    if least < clean:
+        lines.append(
+            f"Strong {plain(worst)} costs most: {least:.1%} right, against {clean:.1%} {images}."
+        )
+    else:
+        lines.append(
+            f"None of {', '.join(map(plain, kinds))} costs anything: {clean:.1%} right {images}, "
+            f"and no fewer with them. So few images may hold none of a rare class."
+        )
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -155,8 +161,8 @@ def _abstention(found: Mapping[str, Any]) -> str:
     if found["threshold"] is not None:
         return (
             f"Answers below a probability of {found['threshold']:.3f} should be left to people: "
-            f"above it at most {rate} are wrong, with {confidence_level} confidence. "
-            f"{_answered(found)}"
+            f"above it at most {rate} of all answers are wrong, whatever the class, with "
+            f"{confidence_level} confidence. {_answered(found)}"
         )
     text = (
         f"No probability is known above which at most {rate} of answers are wrong "
