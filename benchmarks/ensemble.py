@@ -60,9 +60,7 @@ def made(home: Path, source: Path, backbones: list[str]) -> dict[str, Any]:
     name = yaml.safe_load(params.read_text())["register"]["name"]
     versions = [f"{name}@{number + 1}" for number in range(len(backbones))]
     tlpipe(project, "ensemble", *versions)
-    report: dict[str, Any] = json.loads(
-        (project / "artifacts/ensemble/model/members.json").read_text()
-    )
+    report: dict[str, Any] = json.loads((project / "artifacts/ensemble/members.json").read_text())
     return report
 
 

@@ -135,8 +135,8 @@ def test_init_says_what_the_source_holds_and_writes_parameters_that_fit(
     assert params["ingest"]["source"] == str(photos)
     assert params["register"]["name"] == "my-flowers"
     assert params["register"]["gate"]["min_test_images"] == 3  # of some five
-    assert "few images: register.gate.min_test_images is 3; 20 where there are" in said.stdout
-    assert "the smallest class will have some 2 test images; 0.5 where each" in said.stdout
+    assert "few images: register.gate.min_test_images is 3; it is 20 in larger" in said.stdout
+    assert "the largest class will have some 2 test images; 0.5 where each" in said.stdout
     assert (made.path / "tlpipe.lock.yaml").read_text() == lock()
     checked = made.run("tlpipe", "check")
     assert "24 images in 2 classes" in checked.stdout
@@ -144,7 +144,7 @@ def test_init_says_what_the_source_holds_and_writes_parameters_that_fit(
 
 @pytest.mark.fault("E33")
 @pytest.mark.parametrize("count", [3, 4])
-def test_the_gate_asks_for_no_recall_that_given_test_images_cannot_show(
+def test_where_few_given_images_test_a_class_that_is_said(
     tmp_path: Path, cache_env: dict[str, str], count: int
 ) -> None:
     """The smaller class has images enough, but few that test."""
@@ -157,8 +157,9 @@ def test_the_gate_asks_for_no_recall_that_given_test_images_cannot_show(
     said = here(tmp_path, cache_env).call("init", "p", "--source", "given", "--no-git").stdout
     params = yaml.safe_load((tmp_path / "p/params.yaml").read_text())
     asked = params["register"]["gate"]
-    assert (asked["min_test_images"], asked["min_recall"]) == (20, 0.0 if count == 3 else 0.5)
-    assert ("the smallest class will have some 3 test images" in said) is (count == 3)
+    assert (asked["min_test_images"], asked["min_recall"]) == (20, 0.5)
+    said_so = "few images of the smallest class: it will have some 3 test images" in said
+    assert said_so is (count == 3)
     assert "min_test_images is" not in said
 
 

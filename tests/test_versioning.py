@@ -29,8 +29,9 @@ from tlpipe import versioning
 def test_appended_rows_of_the_split_table_are_no_changes_and_others_are(
     tmp_path: Path, path: str, text: str, expected: str
 ) -> None:
-    read = [{"path": name} for name in ("mine.yaml", "data/raw.zip", "made.csv", "s3://x/y", "/x")]
-    stages = {"ingest": {"deps": read, "outs": [{"path": "made.csv"}]}}
+    names = ("mine.yaml", "data/raw.zip", "made.csv", "made/inside.csv", "s3://x/y", "/x")
+    read, made = ([{"path": name} for name in part] for part in (names, ("made.csv", "made")))
+    stages = {"ingest": {"deps": read, "outs": made}}
     for name, content in {
         "splits.csv": "a,1\nb,2\n",
         "dvc.lock": json.dumps({"stages": stages}),
@@ -43,7 +44,9 @@ def test_appended_rows_of_the_split_table_are_no_changes_and_others_are(
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], cwd=tmp_path, check=True)
     (tmp_path / path).write_text(text)
-    (tmp_path / "made.csv").write_text("")
+    (tmp_path / "made").mkdir()
+    for name in ("made.csv", "made/inside.csv"):
+        (tmp_path / name).write_text("")
     assert versioning.describe(tmp_path)["tlpipe.git_changed"] == expected
 
 

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -329,8 +329,10 @@ def _has_uncommitted(workspace: Path) -> bool:
     names = {graph.PARAMS, graph.FILE, graph.LOCK}
     if (lock := workspace / "dvc.lock").is_file():
         stages = _stages(lock).values()
-        written = {out["path"] for stage in stages for out in stage.get("outs", ())}
-        names |= {read["path"] for stage in stages for read in stage.get("deps", ())} - written
+        written = [PurePath(out["path"]) for stage in stages for out in stage.get("outs", ())]
+        reads = {read["path"] for stage in stages for read in stage.get("deps", ())}
+        # What is read may lie in a folder that was written.
+        names |= {name for name in reads if not any(map(PurePath(name).is_relative_to, written))}
     paths = (Path(os.path.normpath(folder / name)) for name in names)
     known = {path for path in paths if path.is_relative_to(folder) and path.is_file()}
     committed = _git(folder, "ls-files", "-z", "--", *map(str, known))

@@ -127,7 +127,7 @@ def test_resizing_as_training_did_passes_and_any_other_fails(interpolation: Inte
     other = {"bicubic": "linear", "bilinear": "cubic"}[interpolation]
     for values in (
         {"mode": other},
-        {"mode": "nearest", "antialias": 0},
+        {"mode": "nearest", "antialias": 0, "exclude_outside": 0},
         {"coordinate_transformation_mode": "asymmetric"},
         {"coordinate_transformation_mode": "align_corners"},
     ):

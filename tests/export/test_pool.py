@@ -1,5 +1,6 @@
 """Weights of a linear opinion pool, and its graph, against NumPy, SciPy, Pillow and the members."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -211,6 +212,15 @@ def test_equal_views_are_taken_as_they_are_and_equal_tensors_are_kept_once() -> 
     assert "Resize" not in {node.op_type for node in model.graph.node}
     weights = [tensor for tensor in model.graph.initializer if list(tensor.dims) == [CLASSES, 3]]
     assert len(weights) == 1
+    # All but the two temperatures and what follows is one, and answers as the members do alone.
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert (kinds["ReduceMean"], kinds["Gemm"], kinds["LogSoftmax"]) == (1, 1, 2)
+    images = pictures(4, 40)
+    alone = [pool.log_softmax(logits_of(same, images), divisor) for divisor in (1.0, 2.0)]
+    expected = pool.mix(np.stack(alone), np.array([0.5, 0.5]))
+    np.testing.assert_allclose(logits_of(model, images), expected, atol=1e-5)
+    apart = pool.merged(members, np.array([0.5, 0.5]), common, is_joined=False)
+    assert Counter(node.op_type for node in apart.graph.node)["Gemm"] == 2
     larger = pool.common_preprocessing([view, view], stored(64))
     assert larger.crop_px == 64
     model = pool.merged(members, np.array([0.5, 0.5]), larger)

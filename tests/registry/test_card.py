@@ -47,8 +47,8 @@ def test_a_known_threshold_is_told_with_its_confidence() -> None:
     text = limits(KNOWN, KNOWN, 0.25)
     assert (
         "Answers below a probability of 0.910 should be left to people: above it at most 2.0% of "
-        "all answers are wrong, whatever the class, with 95% confidence. It leaves 60% of test images answered, 99.0% right."
-        in text
+        "all answers are wrong, whatever the class, with 95% confidence. It leaves 60% of test "
+        "images answered, 99.0% right." in text
     )
     assert "of 50 from walls, 25% were above that probability; AUROC 0.750." in text
     assert "Strong noise costs most: 40.0% right, against 90.0%" in text

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from filelock import FileLock
 from PIL import Image
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, logsumexp, softmax
 
 from tests.conftest import Workspace, copy_repository
@@ -189,6 +189,18 @@ def test_weights_and_answers_are_those_of_the_members_asked_alone(mixed: Workspa
     np.testing.assert_allclose(np.exp(logits), np.exp(pool), atol=5e-3)
     expected = softmax(logits.astype(np.float64) / found.provenance["temperature"], axis=1)
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    # Of what is said of each image held out, without it: the temperature of the least loss.
+    fitted_on = held_out.load(run_of(mixed, 5) / "trained/held_out.safetensors")
+    divisor = minimize_scalar(
+        lambda t: (
+            -log_softmax(fitted_on.logits / t, axis=1)[
+                np.arange(len(rows)), fitted_on.labels
+            ].mean()
+        ),
+        bounds=(0.05, 20),
+        method="bounded",
+    ).x
+    assert found.provenance["temperature"] == pytest.approx(divisor, rel=0.02)
     report = json.loads((mixed.path / "artifacts/ensemble/report.json").read_text())
     accuracy = (logits.argmax(axis=1) == truth).mean()
     assert report["precisions"]["fp32"]["accuracy"]["value"] == pytest.approx(accuracy)
@@ -206,6 +218,10 @@ def test_it_is_said_of_what_it_was_made(mixed_made: tuple[Workspace, str]) -> No
     made = json.loads((workspace.path / "artifacts/ensemble/members.json").read_text())
     assert [row["name"] for row in made["members"]] == ["digits@1", "digits@2", "digits@4"]
     assert made["members"][2]["weight"] == 0
+    best = next(row for row in made["members"] if row["name"] == made["best"])
+    gained = made["together"]["test"]["value"] - best["test"]["value"]
+    assert made["change"]["value"] == pytest.approx(gained, abs=1e-12)
+    assert "next: tlpipe compare digits@5 | tlpipe promote digits@5" in said
     assert "left out, since on images held out nothing is gained by it: digits@4" in said
     assert "on 45 test images, beside digits@2, the best member on images held out: " in said
     part = bundle.describe(bundle.load(workspace.path / "artifacts/ensemble/bundle").provenance)
@@ -267,7 +283,8 @@ def test_made_again_it_is_the_same_version_and_a_failure_leaves_it(
         with pytest.raises(OSError, match="No space left"):
             mixed.call("ensemble", "digits@1", "digits@2")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".ens")] == []
+    left = {path.name for path in folder.parent.iterdir() if path.name.startswith(".ens")}
+    assert left == {".ensemble.lock"}
     mixed.call("ensemble", "digits@1", "digits@2", "digits@4")
     assert json.loads((folder / "receipt.json").read_text())["version"] == "5"
 
@@ -326,6 +343,12 @@ def test_weights_of_two_trainings_are_averaged(members: Workspace) -> None:
             np.testing.assert_allclose(tensor, mean, rtol=1e-6, atol=1e-7)
     shipped = bundle.load(folder / "bundle")
     assert shipped.provenance["soup"] == ["digits@2", "digits@3"]
+    # Made again at another commit it has the same bytes, and it claims no training for its own.
+    assert (shipped.provenance["git_commit"], shipped.provenance["l2"]) == ("", None)
+    held = held_out.load(folder / "model/held_out.safetensors")
+    logs = log_softmax(held.logits.astype(np.float64), axis=1)
+    loss = -logs[np.arange(len(logs)), held.labels].mean()
+    assert shipped.provenance["validation_loss"] == pytest.approx(loss)
     assert shipped.model.stat().st_size < 1.05 * (
         (run_of(members, 2) / "bundle/model.onnx").stat().st_size
     )
@@ -338,5 +361,8 @@ def test_weights_of_two_trainings_are_averaged(members: Workspace) -> None:
     assert hits[0] >= max(hits[1:])
     shown = members.call("show", "digits@5").stdout
     assert "digits@2, digits@3" in shown
+    client = mlflow.MlflowClient(f"sqlite:///{members.path / 'mlflow.db'}")
+    card = str(client.get_model_version("digits", "5").description)
+    assert "Its members were chosen on the images held out" in card
     (line,) = members.call("rebuild", "digits@5", code=8).stderr.splitlines()
     assert "was made of other versions and of no commit" in line

@@ -189,7 +189,7 @@ def promote(
     ] = None,
     params: ParamsFile = None,
 ) -> None:
-    """Put a version in production, by default the one that this project registered last.
+    """Put a version in production, by default the one that 'tlpipe run' registered last.
 
     It has to pass the gate against the one that is there.
     """
@@ -376,6 +376,8 @@ def ensemble(
     )
     print_ensemble(made)
     print(f"see {folder / 'plots' / 'ensemble.png'}")
+    version = printable(made.version)
+    print(f"next: tlpipe compare {version} | tlpipe promote {version}")
 
 
 def rebuild(

@@ -256,9 +256,12 @@ def _provenance(card: models.Card, divisor: float, workspace: Path) -> dict[str,
     stated = card.model_dump(exclude={"labels"})
     if not stated["origin"]["weights"].startswith("models:/"):  # what a registry holds is no path
         stated["origin"]["weights"] = PurePath(stated["origin"]["weights"]).name
+    made_at = versioning.of_inputs(workspace)
+    if card.soup:  # the versions that it was made of say all, and none of it was trained here
+        made_at = dict.fromkeys(made_at, "")
     return {
         **stated,
-        **versioning.of_inputs(workspace),
+        **made_at,
         "temperature": divisor,
         "packages": {package: version(package) for package in _PACKAGES}
         | {"onnxruntime": onnxruntime.__version__},  # by this name with and without a GPU

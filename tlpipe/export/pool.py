@@ -189,12 +189,19 @@ view (uint8[batch, {side}, {side}, 3] images) => (uint8[batch, {crop}, {crop}, 3
 """
 
 
-def merged(members: Sequence[Member], weights: Floats, common: Preprocessing) -> onnx.ModelProto:
+def merged(
+    members: Sequence[Member],
+    weights: Floats,
+    common: Preprocessing,
+    *,
+    is_joined: bool = True,
+) -> onnx.ModelProto:
     """Return the pool's graph, with a temperature of 1.
 
     Input ``images``: (N, S, S, 3) uint8 RGB as ``common`` crops them. Outputs as those of
     ``graph.classifier``: ``logits`` are the log probabilities of the pool. Member k's tensors have
-    ``mk_`` before their names; what equal views and equal weights give is computed once.
+    ``mk_`` before their names. What equal views and equal weights give is computed once, as by
+    members on one frozen backbone; not ``is_joined`` keeps all that each member computes.
 
     Raises:
         ArtifactError: a member was exported for another opset.
@@ -249,6 +256,9 @@ def merged(members: Sequence[Member], weights: Floats, common: Preprocessing) ->
         numpy_helper.from_array(np.array([0], np.int64), "pool.axis"),
         numpy_helper.from_array(np.float32(1), TEMPERATURE),
     ]
+    tensors = _shared(nodes, tensors)
+    if is_joined:
+        nodes = _joined(nodes)
     classes = members[0].graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value
     side = common.crop_px
     graph = helper.make_graph(
@@ -259,7 +269,7 @@ def merged(members: Sequence[Member], weights: Floats, common: Preprocessing) ->
             helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", classes])
             for name in (LOGITS, PROBABILITIES)
         ],
-        _shared(nodes, tensors),
+        tensors,
     )
     if (size := graph.ByteSize()) > _MOST_BYTES:
         raise ParamsError(
@@ -301,10 +311,7 @@ def _view_text(member: Member, name: str, common: Preprocessing, ir_version: int
 def _shared(
     nodes: Sequence[onnx.NodeProto], tensors: Sequence[onnx.TensorProto]
 ) -> list[onnx.TensorProto]:
-    """Let nodes use one of several equal tensors; return those that are left.
-
-    Members on one frozen backbone then compute it once: ONNX Runtime joins equal nodes.
-    """
+    """Let nodes use one of several equal tensors; return those that are left."""
     kept: dict[bytes, onnx.TensorProto] = {}
     names: dict[str, str] = {}
     for tensor in tensors:
@@ -321,6 +328,23 @@ def _shared(
     return list(kept.values())
 
 
+def _joined(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Return the nodes without those that do what an earlier one does to the same inputs.
+
+    ONNX Runtime joins equal nodes too, but folds BatchNorm into each convolution before, whose
+    weights are then no longer the same ones.
+    """
+    names: dict[str, str] = {}
+    seen: dict[tuple[str, str, tuple[str, ...], tuple[bytes, ...]], onnx.NodeProto] = {}
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        attributes = sorted(one.SerializeToString(deterministic=True) for one in node.attribute)
+        key = (node.domain, node.op_type, tuple(node.input), tuple(attributes))
+        if (first := seen.setdefault(key, node)) is not node:
+            names.update(zip(node.output, first.output, strict=True))
+    return list(seen.values())
+
+
 def last_inputs(
     members: Sequence[Member], common: Preprocessing, sample: Sample, threads: int
 ) -> list[Logits]:
@@ -329,7 +353,7 @@ def last_inputs(
     ``sample``: cropped as ``common`` says.
     """
     equal = np.full(len(members), 1 / len(members))
-    graph = merged(members, equal, common)
+    graph = merged(members, equal, common, is_joined=False)
     names = [f"m{number}_{last_layer(one.graph).input[0]}" for number, one in enumerate(members)]
     session = open_session(_showing(graph, names, TensorProto.FLOAT), threads=threads, device="cpu")
     shown = track(

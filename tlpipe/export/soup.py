@@ -68,10 +68,12 @@ def _facts(model: Model) -> dict[str, str]:
     }
 
 
-def average(ingredients: Sequence[Ingredient]) -> Model:
+def average(ingredients: Sequence[Ingredient], logits: Logits | None = None) -> Model:
     """Return the model of mean weights.
 
     Whole numbers, such as how many batches BatchNorm has seen, are the first one's.
+
+    ``logits``: what it answers for the images held out, by which its card is written.
     """
     first = ingredients[0].model
     stages = {
@@ -83,8 +85,23 @@ def average(ingredients: Sequence[Ingredient]) -> Model:
         (_mean([weight for weight, _ in layer]), _mean([bias for _, bias in layer]))
         for layer in layers
     )
-    names = tuple(one.name for one in ingredients)
-    return Model(first.card.model_copy(update={"soup": names}), stages, head)
+    facts: dict[str, Any] = {"soup": tuple(one.name for one in ingredients)}
+    if logits is not None:
+        facts |= _measured(logits, ingredients[0].held)
+    return Model(first.card.model_copy(update=facts), stages, head)
+
+
+def _measured(logits: Logits, held: HeldOut) -> dict[str, Any]:
+    """Return what a card says of a training, for what was not trained but averaged."""
+    from scipy.special import log_softmax
+
+    logs = log_softmax(logits.astype(np.float64), axis=1)
+    return {
+        "l2": None,
+        "epoch": 0,
+        "validation_accuracy": float((logits.argmax(axis=1) == held.labels).mean()),
+        "validation_loss": float(-logs[np.arange(len(logs)), held.labels].mean()),
+    }
 
 
 def _mean(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:

@@ -56,7 +56,7 @@ def write(
         _results(known),
         _weakest(exact) + ("" if use else " Pictures: plots/ among the artifacts."),
         "## Limits",
-        limits(known["report"]),
+        limits(known["report"], is_soup="soup" in shipped.provenance),
         _copies(known["leaks_report"]),
         "## Data",
         _data(known),
@@ -103,7 +103,7 @@ def _weakest(exact: Mapping[str, Any]) -> str:
     return f"Least often found: {', '.join(found)}."
 
 
-def limits(report: Mapping[str, Any]) -> str:
+def limits(report: Mapping[str, Any], *, is_soup: bool = False) -> str:
     """Say what it does not do, by the report of ``evaluate``."""
     abstention, ood, robustness = report["abstention"], report["ood"], report["robustness"]
     lines = []
@@ -112,7 +112,13 @@ def limits(report: Mapping[str, Any]) -> str:
             f"Test accuracy is below validation accuracy beyond chance, so other images may cost "
             f"still more: {describe_gap(report['generalisation'])}."
         )
-    lines += [_abstention(abstention), _ood(ood)]
+    lines += [_abstention(abstention)]
+    if is_soup:
+        lines.append(
+            "Its members were chosen on the images held out: the accuracy there, and what is said "
+            "of a threshold, are optimistic."
+        )
+    lines += [_ood(ood)]
     kinds = {name: steps for name, steps in robustness.items() if name not in ("images", "clean")}
     worst = min(kinds, key=lambda kind: kinds[kind][-1]["accuracy"])
     least, clean = kinds[worst][-1]["accuracy"], robustness["clean"]["accuracy"]

@@ -313,7 +313,7 @@ def average(
     _check_several(
         [one.name for one in found], chosen, len(held.rows), "mean of weights is as accurate as"
     )
-    model = soup.average([ingredients[number] for number in chosen])
+    model = soup.average([ingredients[number] for number in chosen], logits)
     none = np.zeros(len(held.rows), np.int64)
     answers = HeldOut(held.rows, held.labels, logits, none)
     trained.save(folder / "model", model, answers)

@@ -73,6 +73,7 @@ class Made:
         images: how many were held out of all members.
         tested: how many test images there are.
         is_soup: whether weights were averaged; its members were then chosen on these images.
+        version: which it was registered as, NAME@VERSION; empty before.
     """
 
     members: tuple[Row, ...]
@@ -82,6 +83,7 @@ class Made:
     images: int
     tested: int
     is_soup: bool
+    version: str = ""
 
 
 def run(
@@ -109,8 +111,10 @@ def run(
         ParamsError: members differ in labels, are too few, or nothing is gained by them.
         ParityError: the graph answers otherwise than its members.
         RegistryError: a version does not exist, or its run does not keep what is needed.
+        TrainingError: another ensemble is made here.
     """
-    with TemporaryDirectory() as temporary:
+    lock = files.locked(folder.with_name(f".{folder.name}.lock"), "an ensemble")
+    with lock, TemporaryDirectory() as temporary:
         with tracking.connection(workspace) as client:
             found = [
                 members.fetch(client, model, settings.register.name, Path(temporary, str(number)))
@@ -118,7 +122,10 @@ def run(
             ]
         members.check(found)
         members.check_data(found, measured.split)
-        members.check_squares(found, packed.load(measured.pixels).sampling, is_exact=is_soup)
+        stored = packed.load(measured.pixels).sampling
+        members.check_squares(found, stored, is_exact=is_soup)
+        # What is known of the data hangs on the squares that were looked at: those stored here.
+        base = next((one for one in found if one.sampling == stored), found[0])
         with files.replacing_folder(folder) as new:
             make = combine.average if is_soup else combine.mix
             answers = make(found, measured, new, workspace, settings.export)
@@ -127,7 +134,7 @@ def run(
                 manifest=measured.manifest,
                 split=measured.split,
                 held_out=new / "model" / held_out.NAME,
-                leaks_report=found[0].content.leaks_report,
+                leaks_report=base.content.leaks_report,
                 params=settings.evaluate,
                 **{name: new / place for name, place in _WRITTEN.items() if name in _MEASURED},
             )
@@ -135,19 +142,17 @@ def run(
             files.write_json(new / "members.json", asdict(made))
             (new / "plots" / "training.png").unlink()  # of epochs, which there were none of
             _draw(new / "plots" / "ensemble.png", made)
-        # Of the data, each member's run knows the same.
         kept = {name: folder / place for name, place in _WRITTEN.items() if name != "tables"}
         register.run(
-            content=replace(
-                found[0].content, **kept, manifest=measured.manifest, split=measured.split
-            ),
+            content=replace(base.content, **kept, manifest=measured.manifest, split=measured.split),
             measured=measured,
             receipt=folder / "receipt.json",
             workspace=workspace,
             source=settings.source,
             params=settings.register,
         )
-    return made
+        receipt = files.read_json(folder / "receipt.json")
+    return replace(made, version=f"{receipt['name']}@{receipt['version']}")
 
 
 # By the names of graph.PATHS.

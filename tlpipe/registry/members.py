@@ -117,18 +117,19 @@ def check_data(members: Sequence[Member], split: Path) -> None:
         ArtifactError: a member was trained on other images, labels or splits.
     """
     here = load_split(split)
-    facts = [(row.key, row.label, row.split) for row in here]
+    facts = [(row.path, row.key, row.label, row.split) for row in here]
     for member in members:
-        theirs = [(row.key, row.label, row.split) for row in load_split(member.content.split)]
+        there = load_split(member.content.split)
+        theirs = [(row.path, row.key, row.label, row.split) for row in there]
         if theirs == facts:
             continue
         apart = len({*theirs} ^ {*facts})
         what = f"{apart} rows differ" if apart else "the order differs"
         raise ArtifactError(
             f"{member.name} was trained on other data than {split} holds: of "
-            f"{len(theirs)} images there and {len(here)} here, {what} in image, label or split; "
-            f"expected the same. Leave it out, train it on these, or check out the data of all "
-            f"members."
+            f"{len(theirs)} images there and {len(here)} here, {what} in name, image, label or "
+            f"split; expected the same. Leave it out, train it on these, or check out the data of "
+            f"all members."
         )
 
 
@@ -142,6 +143,15 @@ def check_squares(members: Sequence[Member], stored: Sampling, *, is_exact: bool
     """
     for member in members:
         sees = member.sampling
+        if (
+            sees.short_side_px == stored.short_side_px
+            and sees.interpolation != stored.interpolation
+        ):
+            _log.info(
+                "%s was trained on squares that were resized by %s, and is shown those stored "
+                "here, by %s; what it answers for these decides its weight",
+                *(member.name, sees.interpolation, stored.interpolation),
+            )
         is_enough = stored.short_side_px >= sees.short_side_px and not is_exact
         if sees.value_range != stored.value_range or not (is_enough or sees == stored):
             backbone = member.bundle.provenance["origin"]["backbone"]
