@@ -307,7 +307,7 @@ def test_members_that_do_not_go_together_are_one_line(members: Workspace) -> Non
     table.write_text(known.replace(",test,", ",validation,", 1))
     *_, line = members.call("ensemble", "digits@1", "digits@2", code=6).stderr.splitlines()
     assert "digits@1 was trained on other data than artifacts/split/split.csv holds" in line
-    assert "2 rows differ in image, label or split" in line
+    assert "2 rows differ in name, image, label or split" in line
     table.write_text(known)
     change_bundle(members, labels=tuple("abcdefghij"))
     *_, line = members.call("ensemble", "digits@1", str(folder), code=8).stderr.splitlines()
