@@ -21,7 +21,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from tests.conftest import Workspace, copy_repository
-from tlpipe import Predictor, graph
+from tlpipe import Predictor, files, graph
 from tlpipe.registry import card as cards
 
 ALONE = ("unshare", "--mount", "--map-root-user")
@@ -192,7 +192,8 @@ def test_torchvision_loads_hidden_units_and_stages_that_were_trained(
     weights = tmp_path / "of ann" / "mine.pth"
     weights.parent.mkdir()
     torch.save(torchvision.models.get_model("shufflenet_v2_x0_5").state_dict(), weights)
-    workspace.configure("embed", backbone="shufflenet_v2_x0_5", weights=str(weights), freeze=4)
+    pinned = {"weights": str(weights), "weights_sha256": files.sha256(weights)}
+    workspace.configure("embed", backbone="shufflenet_v2_x0_5", freeze=4, **pinned)
     workspace.configure("train", epochs=1, hidden=[16])
     workspace.configure("export", precisions=[])
     workspace.configure("register", gate={"min_accuracy": 0.0, "min_recall": 0.0})

@@ -298,10 +298,10 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
         with tracking.connection(workspace, address=to) as client:
             experiment = tracking.experiment(client, name, workspace)
             place = str(client.get_experiment(experiment).artifact_location)
-            if folder := tracking.only_here(client, place, workspace):
+            if elsewhere := tracking.only_here(client, place, workspace):
                 raise RegistryError(
                     f"the registry at {without_credentials(to)} has no place for artifacts of its "
-                    f"own: they would lie in {folder} only, where no other machine can load them. "
+                    f"own: they would lie in {elsewhere} only, where no other machine can load them. "
                     f"Nothing was copied. Expected a server that keeps artifacts: 'mlflow server "
                     f"--artifacts-destination ...'."
                 )
