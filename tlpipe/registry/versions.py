@@ -301,7 +301,7 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
             if elsewhere := tracking.only_here(client, place, workspace):
                 raise RegistryError(
                     f"the registry at {without_credentials(to)} has no place for artifacts of its "
-                    f"own: they would lie in {elsewhere} only, where no other machine can load them. "
+                    f"own: they would lie in {elsewhere} only, where nobody else can load them. "
                     f"Nothing was copied. Expected a server that keeps artifacts: 'mlflow server "
                     f"--artifacts-destination ...'."
                 )
