@@ -106,11 +106,11 @@ class Workspace:
     def reproduce(self, last: str = "register") -> str:
         """Run the stages up to one as 'dvc repro' would anew, in this process; return what is said.
 
-        For what is not about DVC. ``last``: its stage; ``audit`` runs where nothing else is last.
+        For what is not about DVC. ``last``: its stage; ``audit`` runs where a stage reads it.
         """
         stages = list(graph.STAGES)
         upto = stages[: stages.index(last) + 1]
-        if last not in ("audit", "register"):
+        if last not in ("audit", "evaluate", "register"):
             upto = [stage for stage in upto if stage != "audit"]
         return "".join(self.call(stage).stderr for stage in upto)
 
