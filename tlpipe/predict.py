@@ -14,14 +14,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from tlpipe.bundle import IMAGES, LOGITS, PROBABILITIES, Bundle, load
-from tlpipe.data.images import FORMATS, Pixels, crop_middle, read_square
+from tlpipe.data.images import FORMATS, UNREAD, Pixels, crop_middle, read_square
 from tlpipe.errors import ArtifactError, ImageError, ParamsError
 from tlpipe.runtime import open_session
 
 _log = logging.getLogger(__name__)
 Scores = npt.NDArray[np.float32]
-# Endings of images that are answered for even where they cannot be read: with an error.
-_PHOTOGRAPHS = {".heic", ".heif", ".hif", ".avif", ".avifs"}
 _SHOWN = 5  # names of what is left out
 
 
@@ -146,7 +144,8 @@ def run(*, bundle: Bundle, images: Sequence[Path], precision: str = "fp32") -> l
 
 def _images_in(folder: Path) -> list[Path]:
     known = Image.registered_extensions()
-    names = {suffix for suffix, name in known.items() if name in FORMATS} | _PHOTOGRAPHS
+    names = {suffix for suffix, name in known.items() if name in FORMATS}
+    names.update(*(suffixes for suffixes, _ in UNREAD))  # answered for with an error
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     found = [path for path in entries if path.suffix.lower() in names and path.is_file()]
     if left := [f"{path.name}{'/' * path.is_dir()}" for path in entries if path not in set(found)]:

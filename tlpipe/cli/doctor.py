@@ -63,7 +63,7 @@ def examine(params: Path | None) -> Iterator[Finding]:
     yield runtime(installed)
     yield _gpu(installed)
     yield _disk("disk", folder)
-    yield _disk("cache", files.cache_folder("tlpipe"))
+    yield _cache(files.cache_folder("tlpipe"))
     yield _program("git", "models will not say which commit they were made from")
     yield _dvc()
     if is_project:
@@ -202,11 +202,21 @@ def _gpu(installed: Mapping[str, str]) -> Finding:
     return Finding("GPU", "ok", shown)
 
 
-def _disk(what: str, folder: Path) -> Finding:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if what == "cache" and not os.access(there, os.W_OK):
+def _cache(folder: Path) -> Finding:
+    there = _existing(folder)
+    if not os.access(there, os.W_OK):
         text = f"{there} cannot be written, where exported networks are kept"
-        return Finding(what, "error", text, "set XDG_CACHE_HOME to a folder that can")
+        return Finding("cache", "error", text, "set XDG_CACHE_HOME to a folder that can")
+    return _disk("cache", folder)
+
+
+def _existing(folder: Path) -> Path:
+    """Return a folder, or what of its parents is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _disk(what: str, folder: Path) -> Finding:
+    there = _existing(folder)
     free = shutil.disk_usage(there).free / 1e9
     text = f"{free:,.1f} GB free for {folder}"
     if free >= _FEW_GB:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 
 import typer
 
-from tlpipe import graph
+from tlpipe import files, graph
 from tlpipe.cli.stages import (
     MODEL,
     AsJson,
@@ -376,7 +376,8 @@ def ensemble(
     )
     print_ensemble(made)
     print(f"see {folder / 'plots' / 'ensemble.png'}")
-    version = printable(made.version)
+    receipt = files.read_json(folder / "receipt.json")
+    version = printable(f"{receipt['name']}@{receipt['version']}")
     print(f"next: tlpipe compare {version} | tlpipe promote {version}")
 
 

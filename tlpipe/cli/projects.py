@@ -259,9 +259,10 @@ def _held(candidates: "Iterable[Candidate]", links: Mapping[str, str], share: fl
 
     ``share``: of the images that test, where the source does not say which do.
     """
-    from tlpipe.data import ingest, split
+    from tlpipe.data import split
+    from tlpipe.data.images import UNREAD
 
-    unread = {suffix for suffixes, _ in ingest.unread() for suffix in suffixes}
+    unread = {suffix for suffixes, _ in UNREAD for suffix in suffixes}
     read = [
         one
         for one in candidates

@@ -44,6 +44,15 @@ FORMATS = (
     *(("AVIF",) if features.check("avif") else ()),
     *(("HEIF",) if LIBHEIF else ()),
 )
+# Endings of images that cannot be read here, and what may be done about it.
+UNREAD = tuple(
+    (suffixes, advice)
+    for name, suffixes, advice in (
+        ("HEIF", (".heic", ".heif", ".hif"), f"{HEIC_EXTRA} reads them"),
+        ("AVIF", (".avif", ".avifs"), "this Pillow was built without it"),
+    )
+    if name not in FORMATS
+)
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 20
 Pixels = npt.NDArray[np.uint8]

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from tlpipe import files
 from tlpipe.code_digest import of_modules, versions
 from tlpipe.data import charts
-from tlpipe.data.images import FORMATS, HEIC_EXTRA, LIBHEIF, Sampling
+from tlpipe.data.images import LIBHEIF, UNREAD, Sampling
 from tlpipe.data.journal import Earlier, FirstPass, Journal, Outcome, remember
 from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
 from tlpipe.data.reading import read_all
@@ -326,21 +326,12 @@ def opened(params: Params) -> Iterator[listing.Source]:
         if not source.has_boxes:
             reason = f"{params.source} holds no boxes"
             check_effect("ingest", params, ("background", "box_margin"), reason)
-        for suffixes, advice in unread():
+        for suffixes, advice in UNREAD:
             if count := sum(source.suffixes[suffix] for suffix in suffixes):
                 total = source.counts.total()
                 text = f"{count} of {total} files are called {suffixes[0]} and cannot be read here"
                 source.notes.append(f"{text}: {advice}, or convert them")
         yield source
-
-
-def unread() -> list[tuple[tuple[str, ...], str]]:
-    """Return the endings of images that cannot be read here, and what may be done about it."""
-    known = (
-        ("HEIF", (".heic", ".heif", ".hif"), f"{HEIC_EXTRA} reads them"),
-        ("AVIF", (".avif", ".avifs"), "this Pillow was built without it"),
-    )
-    return [(suffixes, advice) for name, suffixes, advice in known if name not in FORMATS]
 
 
 def _without_effect(

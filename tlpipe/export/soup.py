@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tlpipe.backbones.backbone import describe
 from tlpipe.errors import ParamsError
-from tlpipe.export import graph
+from tlpipe.export import graph, pool
 from tlpipe.export.graph import Logits, Sample
 from tlpipe.held_out import HeldOut
 from tlpipe.training.model import Model
@@ -93,14 +93,11 @@ def average(ingredients: Sequence[Ingredient], logits: Logits | None = None) -> 
 
 def _measured(logits: Logits, held: HeldOut) -> dict[str, Any]:
     """Return what a card says of a training, for what was not trained but averaged."""
-    from scipy.special import log_softmax
-
-    logs = log_softmax(logits.astype(np.float64), axis=1)
     return {
         "l2": None,
         "epoch": 0,
         "validation_accuracy": float((logits.argmax(axis=1) == held.labels).mean()),
-        "validation_loss": float(-logs[np.arange(len(logs)), held.labels].mean()),
+        "validation_loss": pool.log_loss(pool.log_softmax(logits, 1.0), held.labels),
     }
 
 

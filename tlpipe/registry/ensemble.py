@@ -73,7 +73,6 @@ class Made:
         images: how many were held out of all members.
         tested: how many test images there are.
         is_soup: whether weights were averaged; its members were then chosen on these images.
-        version: which it was registered as, NAME@VERSION; empty before.
     """
 
     members: tuple[Row, ...]
@@ -83,7 +82,6 @@ class Made:
     images: int
     tested: int
     is_soup: bool
-    version: str = ""
 
 
 def run(
@@ -151,8 +149,7 @@ def run(
             source=settings.source,
             params=settings.register,
         )
-        receipt = files.read_json(folder / "receipt.json")
-    return replace(made, version=f"{receipt['name']}@{receipt['version']}")
+    return made
 
 
 # By the names of graph.PATHS.
