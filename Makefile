@@ -30,7 +30,9 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 run: setup
 	@tlpipe run
 
+# Where Python may not write byte-code, each process would compile tlpipe anew.
 setup: $(READY)
+	@.venv/bin/python -m compileall -qq -j 0 tlpipe tests
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"tlpipe needs Python 3.11 to 3.13; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 run")'

@@ -91,6 +91,11 @@ def test_status_says_what_has_changed_since(workspace: Workspace) -> None:
     workspace.configure("ingest", max_rejected=0.5)
     said = workspace.call("status").stdout
     assert "what follows:\n  ingest: params.yaml ingest modified\n" in said
+    # Of a stage whose outputs are not there, as in a fresh clone, no path is listed.
+    assert "stages: not here: what split, embed, audit, train, export, evaluate, register" in said
+    assert "deleted" not in said
+    shutil.rmtree(workspace.path / "artifacts")
+    assert "not here: what ingest, split, embed" in workspace.call("status").stdout
 
 
 @pytest.mark.fault("E24")

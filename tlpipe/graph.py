@@ -34,6 +34,7 @@ PATHS = {
     "activations": "artifacts/embed/activations",
     "label_issues": "artifacts/audit/label_issues.csv",
     "leaks_report": "artifacts/audit/leaks.json",
+    "shortcuts": "artifacts/audit/shortcuts.json",
     "data_plots": "artifacts/audit/plots",
     "model": "artifacts/train/model",
     "held_out": "artifacts/train/model/held_out.safetensors",
@@ -120,9 +121,9 @@ STAGES = {
     ),
     "audit": Stage(
         "tlpipe.training.audit",
-        "Show the data set, label issues, and held-out images with copies in train.",
+        "Show the data set, its label issues, copies of held-out images in train, and shortcuts.",
         reads=("manifest", "pixels", "split", "activations", "data_report"),
-        writes=("label_issues", "leaks_report", "data_plots"),
+        writes=("label_issues", "leaks_report", "shortcuts", "data_plots"),
         libraries=("cleanlab", "matplotlib", "numpy", "pillow", "scikit-learn", "scipy"),
     ),
     "train": Stage(
@@ -157,7 +158,7 @@ STAGES = {
         reads=(
             *("model", "bundle", "parity", "report", "speed", "predictions", "plots", "examples"),
             *("history", "data_report", "split_report", "rejects", "label_issues", "leaks_report"),
-            *("data_plots", "pixels", "manifest", "split"),
+            *("shortcuts", "data_plots", "pixels", "manifest", "split"),
         ),
         writes=("receipt",),
         kept=("receipt",),  # or DVC's run cache would stand in for a registration

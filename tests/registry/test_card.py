@@ -95,6 +95,7 @@ def known(artifacts: Path) -> dict[str, Any]:
         "data_report": "ingest/report.json",
         "split_report": "split/report.json",
         "leaks_report": "audit/leaks.json",
+        "shortcuts": "audit/shortcuts.json",
     }
     found = {name: json.loads((artifacts / path).read_text()) for name, path in stages.items()}
     return {**found, "label_issues": {"found": 60}}
@@ -137,6 +138,17 @@ def test_copies_in_train_are_told_beside_the_limits(artifacts: Path) -> None:
     assert "**The accuracy promises too much:**" in limits
     assert "30 of 48 test images looked at are rotated, mirrored or sheared copies" in limits
     assert "clean sets show 5% at most" in limits
+
+
+@pytest.mark.fault("L08")
+def test_a_class_that_its_files_tell_is_told_beside_the_limits(artifacts: Path) -> None:
+    reports, shipped = known(artifacts), bundle.load(artifacts / "export/bundle")
+    assert "the objects" not in card.write("digits", shipped, reports, {})
+    row = {"label": "a|b", "property": "width", "images": 9, "right": 8, "wrong": 1}
+    reports["shortcuts"]["told"] = [{**row, "correlation": 0.9}]
+    limits = card.write("digits", shipped, reports, {}).split("## Limits")[1].split("## Data")[0]
+    assert "**It may know the files, not the objects:**" in limits
+    assert r"the files alone tell a\|b by its width (8 of 9 images, 1 of others)" in limits
 
 
 @pytest.mark.fault("L03")

@@ -85,7 +85,7 @@ def test_one_run_and_one_version_tell_where_the_bundle_comes_from(main_job: Work
     drawn = {"confusion", "coverage", "reliability", "mistakes", "training"}
     assert {f"plots/{name}.png" for name in drawn} <= set(plots)
     tables = {"data/ingest.json", "data/split.json", "data/rejects.csv", "data/label_issues.csv"}
-    tables.add("data/leaks.json")
+    tables |= {"data/leaks.json", "data/shortcuts.json"}
     split = {"data/manifest.csv", "data/split.csv"}  # what 'rebuild' starts from
     assert set(data) == tables | split | {"data/plots"}
     assert {"data/plots/classes.png", "data/plots/label_issues.png"} <= set(pictures)
@@ -288,6 +288,7 @@ def test_the_summary_shows_the_last_run_and_what_comes_next(main_job: Workspace)
         "lowest recall",
         "copies in train",
         "as in clean sets: ",
+        "no class is told by the size",
         " of 1,000 labels: artifacts/audit/label_issues.csv",
         "artifacts/export/bundle/model.onnx, 13.5 MB",
         "digits version 1, alias challenger, champion",

@@ -1,5 +1,6 @@
 """Answers of the registry in a project's folder that are not asked twice."""
 
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -14,18 +15,26 @@ from tests.conftest import Workspace
 from tests.registry.test_local import register
 from tlpipe import code_digest
 from tlpipe.errors import RegistryError
-from tlpipe.registry import tracking
+from tlpipe.registry import local, tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project's folder with one version of the model ``digits``."""
+    folder = tmp_path_factory.mktemp("registered")
+    register(folder)
+    return folder
+
+
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    workspace = tmp_path / "project"
-    workspace.mkdir()
-    register(workspace)
+    workspace = Path(shutil.copytree(registered, tmp_path / "project"))
+    with local.opened(workspace):  # its locations become those of this folder
+        pass
     return workspace
 
 

@@ -1,6 +1,7 @@
 """What commands say where nothing is there, nothing is in production, or something is gone."""
 
 import shlex
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -22,16 +23,26 @@ from tlpipe.training.model import Measured as Validation
 from tlpipe.training.model import Step
 
 
+@pytest.fixture(scope="module")
+def two_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose registry holds versions 1 and 2 of a model, without bundles."""
+    folder = tmp_path_factory.mktemp("two versions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with tracking.connection(folder, create=True) as client:
+            experiment = tracking.experiment(client, "digits", folder)
+            client.create_registered_model("digits")
+            for _ in range(2):
+                run = client.create_run(experiment)
+                place = f"{run.info.artifact_uri}/model"
+                client.create_model_version("digits", place, run_id=run.info.run_id)
+    return folder
+
+
 @pytest.fixture
-def home(empty: Workspace) -> Workspace:
-    """A project whose registry holds versions 1 and 2 of a model, without bundles."""
-    with tracking.connection(empty.path, create=True) as client:
-        experiment = tracking.experiment(client, "digits", empty.path)
-        client.create_registered_model("digits")
-        for _ in range(2):
-            run = client.create_run(experiment)
-            place = f"{run.info.artifact_uri}/model"
-            client.create_model_version("digits", place, run_id=run.info.run_id)
+def home(empty: Workspace, two_versions: Path) -> Workspace:
+    """A project with a copy of that registry: to make one takes seconds."""
+    shutil.copytree(two_versions, empty.path, dirs_exist_ok=True)
     return empty
 
 

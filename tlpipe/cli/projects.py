@@ -508,10 +508,26 @@ def _changed(found: dict[str, list[Any]]) -> str:
         return "none has run yet"
     if not found:
         return "all are up to date"
-    lines = [f"  {stage}: {', '.join(_changes(entries))}" for stage, entries in found.items()]
-    return "\n".join(
-        ["changed, so that 'tlpipe run' runs them and what follows:", *map(printable, lines)]
-    )
+    gone = [stage for stage, entries in found.items() if _is_gone(entries)]
+    changed = {stage: entries for stage, entries in found.items() if stage not in gone}
+    lines = []
+    if gone:
+        lines.append(
+            f"not here: what {', '.join(gone)} would write. 'dvc pull' fetches it where another "
+            f"copy has pushed it; 'tlpipe run' makes it."
+        )
+    if changed:
+        lines.append("changed, so that 'tlpipe run' runs them and what follows:")
+        lines += [
+            f"  {stage}: {', '.join(_changes(entries))}" for stage, entries in changed.items()
+        ]
+    return "\n".join(map(printable, lines))
+
+
+def _is_gone(entries: list[Any]) -> bool:
+    """Return whether something that a stage writes is not there, as in a fresh clone."""
+    outs = (entry.get("changed outs", {}) for entry in entries if isinstance(entry, dict))
+    return any(how == "deleted" for some in outs for how in some.values())
 
 
 def _changes(entries: list[Any]) -> Iterator[str]:

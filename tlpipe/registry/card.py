@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tlpipe.bundle import Bundle, describe, members
-from tlpipe.data import leaks
+from tlpipe.data import leaks, shortcuts
 from tlpipe.evaluation.metrics import UNKNOWN, by_recall, describe_gap, title, why_no_threshold
 from tlpipe.registry import SUFFIX
 from tlpipe.registry.moves import LONGEST
@@ -58,6 +58,7 @@ def write(
         "## Limits",
         limits(known["report"], is_soup="soup" in shipped.provenance),
         _copies(known["leaks_report"]),
+        _shortcuts(known["shortcuts"]["told"]),
         "## Data",
         _data(known),
         "## How it was made",
@@ -159,6 +160,14 @@ def _copies(found: Mapping[str, Any]) -> str:
         f"**The accuracy promises too much:** {leaks.describe(found)}, clean sets show "
         f"{found['clean_share']:.0%} at most. data/leaks.json among the artifacts names some."
     )
+
+
+def _shortcuts(told: Sequence[Mapping[str, Any]]) -> str:
+    """Say which classes the files tell without a look at the picture, if any."""
+    if not told:
+        return ""
+    shown = [{**row, "label": plain(row["label"])} for row in told]
+    return f"**It may know the files, not the objects:** {shortcuts.warning(shown)}"
 
 
 def _abstention(found: Mapping[str, Any]) -> str:

@@ -56,6 +56,7 @@ class Content:
     rejects: Path
     label_issues: Path
     leaks_report: Path
+    shortcuts: Path
     data_plots: Path
     manifest: Path
     split: Path
@@ -77,7 +78,8 @@ class Content:
 
     def known(self) -> dict[str, dict[str, Any]]:
         """Read what the stages report: what the card is written from."""
-        reports = ("report", "speed", "parity", "data_report", "split_report", "leaks_report")
+        about_data = ("data_report", "split_report", "leaks_report", "shortcuts")
+        reports = ("report", "speed", "parity", *about_data)
         found = {name: dict(files.read_json(getattr(self, name))) for name in reports}
         return {**found, "label_issues": {"found": files.count_rows(self.label_issues)}}
 
@@ -110,6 +112,7 @@ _PLACES = {
     "rejects": "data/rejects.csv",
     "label_issues": "data/label_issues.csv",
     "leaks_report": LEAKS,
+    "shortcuts": "data/shortcuts.json",
     "data_plots": "data/plots",
     "manifest": "data/manifest.csv",
     "split": SPLIT,

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from tlpipe import files, graph, versioning
 from tlpipe.bundle import digest, members
-from tlpipe.data import ingest, leaks
+from tlpipe.data import ingest, leaks, shortcuts
 from tlpipe.errors import ArtifactError, GateError, RegistryError, UnreachableError
 from tlpipe.evaluation import metrics
 from tlpipe.params import Section
@@ -134,6 +134,7 @@ def run(
                 _log.warning("%s", error)
     result, data = files.read_json(content.report), files.read_json(content.data_report)
     copies = files.read_json(content.leaks_report)
+    told = files.read_json(content.shortcuts)["told"]
     shipped = published.bundle
     files.write_json(
         receipt,
@@ -152,6 +153,7 @@ def run(
                 "found": leaks.describe(copies),
                 "is_above_clean": copies["is_above_clean"],
             },
+            "shortcuts": shortcuts.describe(told),
             "label_issues": files.count_rows(content.label_issues),
             "images": data["images"],
             "classes": len(data["classes"]),
@@ -288,6 +290,7 @@ def summary(*, receipt: Path, workspace: Path) -> tuple[list[tuple[str, str]], s
         ("lowest recall", content["lowest_recall"]),
         ("validation accuracy", _validation(content["generalisation"])),
         ("copies in train", _copies(content["copies"])),
+        ("shortcuts", content["shortcuts"]),
         (
             "label issues",
             f"{content['label_issues']:,} of {content['images']:,} labels: "

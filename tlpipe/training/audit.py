@@ -17,6 +17,7 @@ from tlpipe import files
 from tlpipe.backbones import activations as stored
 from tlpipe.data import charts, leaks
 from tlpipe.data import pixels as packed
+from tlpipe.data import shortcuts as told_by_files
 from tlpipe.data.manifest import Assignment, Entry, evenly, load_manifest, load_split
 from tlpipe.data.pixels import Chunks
 from tlpipe.errors import ArtifactError
@@ -55,10 +56,11 @@ def run(
     data_report: Path,
     label_issues: Path,
     leaks_report: Path,
+    shortcuts: Path,
     data_plots: Path,
     params: Params,
 ) -> None:
-    """Write the table of label issues, the report of leaks, and pictures of the data set.
+    """Write the table of label issues, reports of leaks and shortcuts, and pictures of the data.
 
     Raises:
         ArtifactError: manifest, pixels, split and activations are of different data.
@@ -92,6 +94,8 @@ def run(
     copies = leaks.find(images.thumbnails, assignments)
     content = copies.content(assignments)
     files.write_json(leaks_report, content)
+    told = told_by_files.find(entries)
+    files.write_json(shortcuts, {"told": told})
     report = files.read_json(data_report)
     with files.replacing_folder(data_plots) as folder:
         charts.classes(folder / "classes.png", assignments)
@@ -107,6 +111,8 @@ def run(
         _log.warning("%s See %s and %s.", leaks.warning(content), leaks_report, data_plots)
     else:
         _log.info("%s", leaks.describe(content))
+    if told:
+        _log.warning("%s See %s.", told_by_files.warning(told), shortcuts)
 
 
 @dataclass(frozen=True)
