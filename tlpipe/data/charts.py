@@ -125,11 +125,13 @@ _LONGEST = 200  # characters of a caption; more cannot be shown anyway
 
 def gallery(
     path: Path,
-    squares: Sequence[npt.NDArray[np.uint8]],
+    squares: Sequence[npt.NDArray[np.uint8] | None],
     captions: Sequence[str],
     *,
     title: str,
     columns: int = 6,
+    reading: str = "",
+    headings: Sequence[str] = (),
 ) -> None:
     """Draw images, each above its caption, in rows; with none, the title alone.
 
@@ -138,24 +140,39 @@ def gallery(
 
     Args:
         path: the PNG file to write.
-        squares: images (H, H, 3) uint8 RGB.
+        squares: images (H, H, 3) uint8 RGB; None leaves a place empty.
         captions: one for each image.
         title: of the whole picture.
         columns: images in a row.
+        reading: how it is read, below the title.
+        headings: a line above each row, if there are any.
     """
-    check_letters((title, *captions))
+    check_letters((title, reading, *captions, *headings))
     small, large = (_Face(size) for size in (15, 19))  # of the fonts of the figures
     rows = -(-len(squares) // columns)
-    across, down = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP
-    sheet = Image.new("RGB", (columns * across + _GAP, _TITLE + rows * down + _GAP), "white")
+    across = _SIDE + _GAP
+    down = _SIDE + 2 * _LINE + _GAP + (_LINE + 4 if headings else 0)
+    width = columns * across + _GAP
+    words = _wrapped(reading, small, width - 2 * _GAP) if reading else []
+    start = _TITLE + len(words) * _LINE + (_GAP if words else 0)
+    sheet = Image.new("RGB", (width, start + rows * down + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     large.write(draw, ((sheet.width - large.length(title)) / 2, _TITLE / 2), title, "lm")
+    for number, line in enumerate(words):
+        small.write(draw, (_GAP, _TITLE + number * _LINE), line, "la")
+    for number, heading in enumerate(headings):
+        line, *more = _lines(heading, small, width - 3 * _GAP)
+        line += "…" if more else ""
+        small.write(draw, (_GAP, start + number * down + _LINE - 4), line, "ls")
     for position, (square, caption) in enumerate(zip(squares, captions, strict=True)):
+        if square is None:
+            continue
         row, column = divmod(position, columns)
-        left, top = _GAP + column * across, _TITLE + row * down
+        left = _GAP + column * across
+        top = start + row * down + (_LINE + 4 if headings else 0)
         image = Image.fromarray(square).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         sheet.paste(image, (left, top))
-        for number, line in enumerate(_lines(caption, small), start=1):
+        for number, line in enumerate(_lines(caption, small, _SIDE), start=1):
             small.write(draw, (left, top + _SIDE + number * _LINE - 4), line, "ls")
     with files.replacing(path) as temporary:
         sheet.save(temporary, format="PNG", compress_level=1)  # photographs get no smaller by more
@@ -189,24 +206,36 @@ class _Face:
             x += font.getlength(run)
 
 
-def _lines(caption: str, font: _Face) -> list[str]:
-    """Break a caption into at most two lines that fit below an image."""
+def _lines(caption: str, font: _Face, width: int) -> list[str]:
+    """Break a caption into at most two lines of a width in pixels."""
     text = "".join(c if c.isprintable() else " " for c in caption).strip()
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]}{text[-_LONGEST // 2 :]}"
     first = text
-    while font.length(first) > _SIDE:
+    while font.length(first) > width:
         first = first[:-1]
     if first == text:
         return [text]
     if " " in first and text[len(first)] != " ":
         first = first[: first.rindex(" ")]
     rest = text[len(first) :].strip()
-    if font.length(rest) > _SIDE:
-        while font.length(f"…{rest}") > _SIDE:
+    if font.length(rest) > width:
+        while font.length(f"…{rest}") > width:
             rest = rest[1:]
         rest = f"…{rest}"
     return [first, rest]
+
+
+def _wrapped(text: str, font: _Face, width: int) -> list[str]:
+    """Break a text of plain words into lines of a width in pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.length(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 _COLOURS = {"train": "#4c72b0", "validation": "#dd8452", "test": "#55a868", UNUSED: "#bbbbbb"}
