@@ -145,13 +145,14 @@ def gallery(
         title: of the whole picture.
         columns: images in a row.
         reading: how it is read, below the title.
-        headings: a line above each row, if there are any.
+        headings: what stands above images and those beside them that have none: two lines at most,
+            one for each image, if there are any.
     """
     check_letters((title, reading, *captions, *headings))
     small, large = (_Face(size) for size in (15, 19))  # of the fonts of the figures
     rows = -(-len(squares) // columns)
-    across = _SIDE + _GAP
-    down = _SIDE + 2 * _LINE + _GAP + (_LINE + 4 if headings else 0)
+    above = 2 * _LINE + 4 if headings else 0
+    across, down = _SIDE + _GAP, above + _SIDE + 2 * _LINE + _GAP
     width = columns * across + _GAP
     words = _wrapped(reading, small, width - 2 * _GAP) if reading else []
     start = _TITLE + len(words) * _LINE + (_GAP if words else 0)
@@ -160,19 +161,21 @@ def gallery(
     large.write(draw, ((sheet.width - large.length(title)) / 2, _TITLE / 2), title, "lm")
     for number, line in enumerate(words):
         small.write(draw, (_GAP, _TITLE + number * _LINE), line, "la")
-    for number, heading in enumerate(headings):
-        line, *more = _lines(heading, small, width - 3 * _GAP)
-        line += "…" if more else ""
-        small.write(draw, (_GAP, start + number * down + _LINE - 4), line, "ls")
     for position, (square, caption) in enumerate(zip(squares, captions, strict=True)):
+        row, column = divmod(position, columns)
+        left, top = _GAP + column * across, start + row * down
+        if headings and headings[position]:
+            others = (n for n in range(column + 1, columns) if headings[row * columns + n])
+            room = (next(others, columns) - column) * across - 2 * _GAP
+            for number, line in enumerate(headings[position].splitlines()[:2], start=1):
+                shown = _cut(line, small, room)
+                small.write(draw, (left, top + number * _LINE - 4), shown, "ls")
         if square is None:
             continue
-        row, column = divmod(position, columns)
-        left = _GAP + column * across
-        top = start + row * down + (_LINE + 4 if headings else 0)
+        top += above
         image = Image.fromarray(square).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         sheet.paste(image, (left, top))
-        for number, line in enumerate(_lines(caption, small, _SIDE), start=1):
+        for number, line in enumerate(_lines(caption, small), start=1):
             small.write(draw, (left, top + _SIDE + number * _LINE - 4), line, "ls")
     with files.replacing(path) as temporary:
         sheet.save(temporary, format="PNG", compress_level=1)  # photographs get no smaller by more
@@ -206,24 +209,29 @@ class _Face:
             x += font.getlength(run)
 
 
-def _lines(caption: str, font: _Face, width: int) -> list[str]:
-    """Break a caption into at most two lines of a width in pixels."""
+def _lines(caption: str, font: _Face) -> list[str]:
+    """Break a caption into at most two lines that fit below an image."""
     text = "".join(c if c.isprintable() else " " for c in caption).strip()
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]}{text[-_LONGEST // 2 :]}"
     first = text
-    while font.length(first) > width:
+    while font.length(first) > _SIDE:
         first = first[:-1]
     if first == text:
         return [text]
     if " " in first and text[len(first)] != " ":
         first = first[: first.rindex(" ")]
-    rest = text[len(first) :].strip()
-    if font.length(rest) > width:
-        while font.length(f"…{rest}") > width:
-            rest = rest[1:]
-        rest = f"…{rest}"
-    return [first, rest]
+    return [first, _cut(text[len(first) :].strip(), font, _SIDE)]
+
+
+def _cut(line: str, font: _Face, width: int) -> str:
+    """Return a line of a width in pixels, without its beginning where it is longer."""
+    text = "".join(c if c.isprintable() else " " for c in line)
+    if font.length(text) <= width:
+        return text
+    while font.length(f"…{text}") > width:
+        text = text[1:]
+    return f"…{text}"
 
 
 def _wrapped(text: str, font: _Face, width: int) -> list[str]:

@@ -317,12 +317,14 @@ def _neighbours(inputs: Inputs, chosen: _Chosen) -> tuple[Figure, int]:
             Picture(image, f"{labels[label]}, cosine {cosine:.2f}")
             for image, label, cosine in zip(seen[1:], of, cosines, strict=True)
         ]
+        if answer.row in inputs.issues:
+            note += f" audit suggests {labels[inputs.issues[answer.row]]}, too."
         rows.append(Row(_described(answer, labels), pictures, f"{note} {answer.path}"))
     total = len(data.train)
     among = f"{len(others):,} of {total:,}" if len(others) < total else f"{total:,}"
     reading = (
         f"Beside each mistake stand the nearest of {among} training images, by the cosine between "
-        f"features (1: the same direction). Where most of them carry the label that was answered, "
+        f"features (1: the same direction). Where all of them carry the label that was answered, "
         f"the mistake's own label may be wrong: look at the image."
     )
     return Figure("neighbours", title, reading, rows), doubtful
@@ -342,7 +344,7 @@ def _hint(answer: Answer, near: Sequence[int], labels: Sequence[str]) -> tuple[s
         f"{as_answered} of the {len(near)} nearest are labelled {labels[answer.predicted]}, "
         f"{as_labelled} {labels[answer.label]}"
     )
-    if 2 * as_answered > len(near):
+    if as_answered == len(near):
         return f"{said}: is the label wrong?", True
     if 2 * as_labelled > len(near):
         return f"{said}: the label fits, the answer does not.", False
@@ -397,7 +399,10 @@ def _stage(
             for image, excited in zip(images, channel.excited, strict=True)
         ]
         heading = f"channel {channel.number}: strongest on {labels[channel.label]}"
-        note = f"{channel.selectivity:.0%} of the variance of its peaks lies between classes"
+        note = (
+            f"the class explains {channel.selectivity:.0%} of the variance of its strongest "
+            f"response to an image"
+        )
         rows.append(Row(heading, pictures, note))
     if field is not None and channels.is_patch(field, crop_px):
         what = (

@@ -14,7 +14,7 @@ from tlpipe.data.images import Pixels
 
 # Of Okabe and Ito (2008): told apart also by those who see no red or no green.
 MARK = (230, 159, 0)
-_MOST_COLUMNS = 8
+_COLUMNS, _MOST_COLUMNS = 6, 8  # of small rows together, and of a long one
 _LEAST_PX = 64
 
 
@@ -49,23 +49,21 @@ class Figure:
 
 
 def draw(folder: Path, figure: Figure) -> None:
-    """Write a figure as a PNG file, each of its rows in as many lines as it takes."""
-    columns = min(_MOST_COLUMNS, max(len(row.pictures) for row in figure.rows))
+    """Write a figure as a PNG file: rows of few pictures side by side, long ones in lines."""
+    width = min(_MOST_COLUMNS, max(len(row.pictures) for row in figure.rows))
     squares: list[Pixels | None] = []
-    captions, headings = [], []
+    captions, headings = list[str](), list[str]()
     for row in figure.rows:
-        for start in range(0, len(row.pictures), columns):
-            shown = row.pictures[start : start + columns]
-            left = columns - len(shown)
-            squares += [*(_square(picture.pixels) for picture in shown), *[None] * left]
-            captions += [*(picture.caption for picture in shown), *[""] * left]
-            headings.append(". ".join(filter(None, (row.heading, row.note))) if not start else "")
+        empty = -len(row.pictures) % width
+        squares += [*(_square(picture.pixels) for picture in row.pictures), *[None] * empty]
+        captions += [*(picture.caption for picture in row.pictures), *[""] * empty]
+        headings += [f"{row.heading}\n{row.note}", *[""] * (len(row.pictures) + empty - 1)]
     charts.gallery(
         folder / f"{figure.name}.png",
         squares,
         captions,
         title=figure.title,
-        columns=columns,
+        columns=width * max(_COLUMNS // width, 1),
         reading=figure.reading,
         headings=headings,
     )
