@@ -109,9 +109,12 @@ def place(found: Floats) -> Floats:
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1):
+    # Where all are equal, the share of the variance that a component explains is 0 / 0.
+    with threadpool_limits(1), np.errstate(invalid="ignore"):
         most = min(_COMPONENTS, *found.shape)
-        components = PCA(most, svd_solver="covariance_eigh").fit_transform(found)
+        components = PCA(most, svd_solver="covariance_eigh").fit_transform(
+            found.astype(np.float64)  # it squares them
+        )
         placed = components[:, :2]
         if len(found) > _FEW:
             placed = TSNE(

@@ -84,7 +84,7 @@ def run(
     chosen = _choose(inputs, networks.after, images, mistakes)
     heat = _heat_maps(inputs, networks, chosen)
     near, doubtful = _neighbours(inputs, chosen)
-    shown = [*heat, near, *_channels(inputs, networks, images), _filters(networks)]
+    shown = [*heat, near, _filters(networks), *_channels(inputs, networks, images)]
     points = _points(inputs, networks.after, chosen)
     found = Explained(
         mistakes=len(chosen.wrong),
@@ -422,7 +422,7 @@ def _stage(
         f"gave. {what}"
     )
     title = f"Stage {number}, {name}: what excites its channels"
-    return Figure(f"stage-{number:02d}-{name}", title, reading, rows)
+    return Figure(f"stage-{number:02d}-{name}", title, reading, rows, is_folded=True)
 
 
 def _filters(networks: _Networks) -> Figure:

@@ -39,13 +39,15 @@ class Row:
 class Figure:
     """A gallery: the name of its file, what it shows, and how it is read.
 
-    Where there is nothing to show, ``reading`` says why.
+    Where there is nothing to show, ``reading`` says why. ``is_folded``: the page shows it when
+    asked for.
     """
 
     name: str
     title: str
     reading: str
     rows: Sequence[Row] = field(default=())
+    is_folded: bool = False
 
 
 def draw(folder: Path, figure: Figure) -> None:

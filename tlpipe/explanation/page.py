@@ -137,10 +137,13 @@ def _named(figures: Sequence[Figure]) -> list[tuple[str, str]]:
 
 def _section(figure: Figure) -> str:
     rows = "\n".join(_row(row) for row in figure.rows)
-    return (
-        f'<section id="{figure.name}">\n<h2>{html.escape(figure.title)}</h2>\n'
-        f"<p>{html.escape(figure.reading)}</p>\n{rows}\n</section>"
-    )
+    title, reading = html.escape(figure.title), html.escape(figure.reading)
+    body = f'<p>{reading}</p>\n<div class="rows">\n{rows}\n</div>'
+    if figure.is_folded:
+        body = f"<details><summary><h2>{title}</h2></summary>\n{body}\n</details>"
+    else:
+        body = f"<h2>{title}</h2>\n{body}"
+    return f'<section id="{figure.name}">\n{body}\n</section>'
 
 
 def _row(row: Row) -> str:
@@ -151,7 +154,8 @@ def _row(row: Row) -> str:
         for picture in row.pictures
     )
     note = f'<p class="quiet">{html.escape(row.note)}</p>' if row.note else ""
-    return f'<h3>{html.escape(row.heading)}</h3>\n{note}\n<div class="row">{pictures}</div>'
+    heading = f"<h3>{html.escape(row.heading)}</h3>"
+    return f'<div>{heading}\n{note}\n<div class="row">{pictures}</div></div>'
 
 
 def _address(pixels: Pixels) -> str:
