@@ -1,21 +1,20 @@
-"""Ways to lay images out on a plane: ``python benchmarks/embedding.py [--data FOLDER]``.
+"""Ways to lay images out on a plane: ``python benchmarks/embedding.py PROJECT...``.
 
-Features of the pretrained network of the images of a set, on a plane: ours (t-SNE from principal
-components), two principal components alone, and UMAP where it is installed. ``trust``:
-trustworthiness, whether the ten nearest on the plane are near by features, too (Venna and Kaski,
-2001; 1 at best); ``kept``: the share of the ten nearest by features that are among the ten nearest
-on the plane; CPU seconds with one thread, those of UMAP after a first run that compiles it.
+Features of the pretrained network of the images of projects, after 'tlpipe run', on a plane: ours
+(t-SNE from principal components), two principal components alone, and UMAP where it is installed.
+``trust``: trustworthiness, whether the ten nearest on the plane are near by features, too (Venna
+and Kaski, 2001; 1 at best); ``kept``: the share of the ten nearest by features that are among the
+ten nearest on the plane; CPU seconds with one thread, those of UMAP after a first run that compiles
+it.
 """
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from accuracy import ROOT, Case, prepare
 from rich.console import Console
 from rich.table import Table
 from sklearn.decomposition import PCA
@@ -23,14 +22,12 @@ from sklearn.manifold import trustworthiness
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
+from tlpipe.backbones import activations
 from tlpipe.explanation import embedding
+from tlpipe.graph import PATHS
 
 Floats = npt.NDArray[np.float32]
 NEAR = 10
-CASES = [
-    *(Case(name, "all", 0) for name in ("hymenoptera", "rsscn", "trash", "digits")),
-    Case("sign-digits", "all", 0, validation=0.15, test=0.15),
-]
 
 
 def components(found: Floats) -> Floats:
@@ -68,15 +65,12 @@ def near(found: Floats) -> npt.NDArray[np.int64]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    given = parser.parse_args()
+    parser.add_argument("projects", type=Path, nargs="+")
     known = ways()
-    table = Table("data", "images", *(f"{n}:\ntrust, kept, CPU s" for n in known))
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            source = ROOT / "data/digits.yaml" if case.data == "digits" else given.data / case.data
-            data, _ = prepare(Path(folder), source, case, 0)
-            found = data.activations.features[:].astype(np.float32)
+    table = Table("project", "images", *(f"{n}:\ntrust, kept, CPU s" for n in known))
+    for project in parser.parse_args().projects:
+        stored = activations.load(project / PATHS["activations"])
+        found = stored.features[:].astype(np.float32)
         expected, cells = near(found), []
         for place in known.values():
             with threadpool_limits(1):
@@ -86,7 +80,7 @@ def main() -> None:
             kept = np.mean([len({*a} & {*b}) for a, b in zip(near(placed), expected, strict=True)])
             trust = trustworthiness(found, placed, n_neighbors=NEAR)
             cells.append(f"{trust:.3f}, {kept / NEAR:.2f}, {seconds:.1f}")
-        table.add_row(case.data, f"{len(found):,}", *cells)
+        table.add_row(project.name, f"{len(found):,}", *cells)
     Console(width=120).print(table)
 
 

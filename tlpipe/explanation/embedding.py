@@ -3,7 +3,10 @@
 Features are what the trained network's last stage gives, which is what its head decides by.
 """
 
+import io
+import re
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from tlpipe.data import pixels as packed
 from tlpipe.explanation.channels import batches, middle
 from tlpipe.explanation.maps import Network
-from tlpipe.progress import Meter
+from tlpipe.progress import Meter, meter
 from tlpipe.training.model import Dataset
 
 Floats = npt.NDArray[np.float32]
@@ -21,10 +24,11 @@ Ints = npt.NDArray[np.int64]
 _COMPONENTS = 50  # of PCA, that t-SNE sees
 _PERPLEXITY = 30  # neighbours that count, about
 _FEW = 3 * _PERPLEXITY
+_ITERATIONS = 1000
 
 
 def features(
-    network: Network, data: Dataset, squares: packed.Chunks, rows: Ints, meter: Meter
+    network: Network, data: Dataset, squares: packed.Chunks, rows: Ints, shown: Meter
 ) -> Floats:
     """Return the trained network's features of images, (N, D).
 
@@ -33,7 +37,7 @@ def features(
     """
     stored, opened = data.activations, data.open_stages
     if not opened:
-        meter.advance(len(rows))
+        shown.advance(len(rows))
         found: Floats = stored.features[rows].astype(np.float32)
         return found
     blocks = []
@@ -51,7 +55,7 @@ def features(
                 current = stage(current)
         blocks.append(current.numpy())
         squares.unmap()
-        meter.advance(len(blocks[-1]))
+        shown.advance(len(blocks[-1]))
     return np.concatenate(blocks)
 
 
@@ -96,6 +100,20 @@ def _unit(rows: Floats) -> Floats:
     return scaled
 
 
+class _Iterations(io.StringIO):
+    """Takes what t-SNE prints, and tells a meter which iteration it says."""
+
+    def __init__(self, shown: Meter) -> None:
+        super().__init__()
+        self._shown, self._done = shown, 0
+
+    def write(self, text: str) -> int:
+        for said in re.findall(r"Iteration (\d+)", text):
+            self._shown.advance(int(said) - self._done)
+            self._done = int(said)
+        return len(text)
+
+
 def place(found: Floats) -> Floats:
     """Return a place on a plane for each of N images, (N, 2) in [0, 1], by features (N, D).
 
@@ -117,9 +135,18 @@ def place(found: Floats) -> Floats:
         )
         placed = components[:, :2]
         if len(found) > _FEW:
-            placed = TSNE(
-                init="pca", perplexity=_PERPLEXITY, random_state=0, n_jobs=1
-            ).fit_transform(components)
+            with (
+                meter("t-SNE, iterations", total=_ITERATIONS) as shown,
+                redirect_stdout(_Iterations(shown)),
+            ):
+                placed = TSNE(
+                    init="pca",
+                    max_iter=_ITERATIONS,
+                    perplexity=_PERPLEXITY,
+                    random_state=0,
+                    n_jobs=1,
+                    verbose=2,
+                ).fit_transform(components)
     if placed.shape[1] < 2:
         placed = np.pad(placed, ((0, 0), (0, 2 - placed.shape[1])))
     low, high = placed.min(axis=0), placed.max(axis=0)

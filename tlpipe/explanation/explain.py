@@ -106,13 +106,13 @@ def run(
 
 def _about(inputs: Inputs, found: Explained) -> str:
     """Return a sentence on what is explained."""
-    card = inputs.model.card
-    opened = len(inputs.data.backbone.stages) - inputs.data.backbone.position(card.origin.boundary)
-    tuned = f"its last {opened} stages fine-tuned" if opened else "frozen, with a trained head"
+    opened = inputs.data.open_stages if found.is_changed else 0
+    tuned = f"the last {opened} of its stages fine-tuned" if opened else "as pretrained"
     right = found.tested - found.all_mistakes
     return (
-        f"{card.origin.backbone}, {tuned}. It is right on {right:,} of {found.tested:,} test "
-        f"images. Bundle {found.bundle[:16]}."
+        f"{inputs.data.backbone.name}, {tuned}, with a head for {len(inputs.data.labels):,} "
+        f"classes. It is right on {right:,} of {found.tested:,} test images. "
+        f"Bundle {found.bundle[:16]}."
     )
 
 
@@ -201,7 +201,8 @@ def _heat_maps(inputs: Inputs, networks: _Networks, chosen: _Chosen) -> list[Fig
         )
     elif inputs.data.open_stages:
         compared = (
-            "Fine-tuning has changed no weight of the network, so there is no picture of before."
+            "No epoch of fine-tuning was better than the pretrained weights, which were kept: so "
+            "there is no picture of before."
         )
     else:
         compared = (
