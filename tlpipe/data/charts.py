@@ -165,8 +165,9 @@ def gallery(
         row, column = divmod(position, columns)
         left, top = _GAP + column * across, start + row * down
         if headings and headings[position]:
-            others = (n for n in range(column + 1, columns) if headings[row * columns + n])
-            room = (next(others, columns) - column) * across - 2 * _GAP
+            beside = headings[position + 1 : (row + 1) * columns]
+            free = next((n for n, other in enumerate(beside) if other), columns - column - 1)
+            room = (1 + free) * across - 2 * _GAP
             for number, line in enumerate(headings[position].splitlines()[:2], start=1):
                 shown = _cut(line, small, room)
                 small.write(draw, (left, top + number * _LINE - 4), shown, "ls")

@@ -163,11 +163,12 @@ def _choose(inputs: Inputs, network: Network, images: int, mistakes: int) -> _Ch
     data, labels = inputs.data, set(inputs.data.labels)
     known = [number for number, row in enumerate(inputs.rows) if row.label in labels]
     most = images if data.open_stages else _MOST_POINTS
-    tested = [answer.row for answer in inputs.answers]
-    rows = np.unique([*evenly(known, most), *evenly(tested, most)]).astype(np.int64)
+    # Of few images some have to be test images, or there would be no hit.
+    tested = evenly([answer.row for answer in inputs.answers], -(-most // 4))
     wrong = [answer for answer in inputs.answers if answer.label != answer.predicted]
     worst = sorted(wrong, key=lambda answer: -answer.probability)[:mistakes]
-    rows = np.union1d(rows, np.array([answer.row for answer in worst], np.int64))
+    others = evenly(known, max(most - len(tested), 1))
+    rows = np.unique([*others, *tested, *(answer.row for answer in worst)]).astype(np.int64)
     with meter("features of images", total=len(rows)) as shown:
         found = embedding.features(network, data, inputs.squares, rows, shown)
     there = set(rows.tolist())

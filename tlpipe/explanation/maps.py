@@ -25,7 +25,7 @@ from tlpipe.training.model import Array, Model
 # More tokens than this of no place would be no class token, distillation token and registers.
 _MOST_PREFIX = 8
 _LEAST_PLACES = 0.5  # share of a map's places that an answer has to depend on
-_PROBES = 2  # images of noise that are looked at, of each place
+_PROBES = 2  # images of noise: their number tells the first axis of a result from others
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def grad_cam(
     gradient-based localization, ICCV, eq. 1 and 2.
     """
     with torch.enable_grad():
-        current = network.normalise(torch.from_numpy(images)).requires_grad_()
+        current = network.normalise(torch.from_numpy(images))
         weighed: Tensor | None = None
         for name, stage in network.stages.items():
             if weighed is None and name != target.stage:
@@ -226,7 +226,7 @@ def receptive_fields(network: Network, side_px: int) -> dict[str, Field | None]:
     neural networks, NeurIPS, section 2, for the gradient as what is seen.
     """
     found: dict[str, Field | None] = {}
-    noise = torch.rand(3 * _PROBES, 3, side_px, side_px, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(3, 3, side_px, side_px, generator=torch.Generator().manual_seed(0))
     with torch.enable_grad():
         images = (noise - 0.5).requires_grad_()
         current = images + 0
@@ -240,11 +240,11 @@ def receptive_fields(network: Network, side_px: int) -> dict[str, Field | None]:
             is_whole = grid is None or grid.shape[2] < 3
             if grid is None or is_whole:
                 continue
-            places = torch.tensor([0, 1, grid.shape[2] - 1]).repeat_interleave(_PROBES)
-            picked = grid[torch.arange(len(places)), :, places, places].sum()
+            places = torch.tensor([0, 1, grid.shape[2] - 1])
+            picked = grid[torch.arange(3), :, places, places].sum()
             (gradient,) = torch.autograd.grad(picked, images, retain_graph=True)
-            is_seen = (gradient != 0).any(dim=1).any(dim=1)  # (B, W): by columns
-            found[name] = _field(is_seen.unflatten(0, (3, _PROBES)).any(dim=1), grid.shape[2])
+            is_seen = (gradient != 0).any(dim=1).any(dim=1)  # (3, W): by columns
+            found[name] = _field(is_seen, grid.shape[2])
             is_whole = found[name] is None
     return found
 
