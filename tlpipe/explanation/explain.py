@@ -167,7 +167,8 @@ def _choose(inputs: Inputs, network: Network, images: int, mistakes: int) -> _Ch
     tested = evenly([answer.row for answer in inputs.answers], -(-most // 4))
     wrong = [answer for answer in inputs.answers if answer.label != answer.predicted]
     worst = sorted(wrong, key=lambda answer: -answer.probability)[:mistakes]
-    others = evenly(known, max(most - len(tested), 1))
+    left = sorted(set(known) - set(tested))
+    others = evenly(left, max(most - len(tested), 1))
     rows = np.unique([*others, *tested, *(answer.row for answer in worst)]).astype(np.int64)
     with meter("features of images", total=len(rows)) as shown:
         found = embedding.features(network, data, inputs.squares, rows, shown)
@@ -320,7 +321,7 @@ def _neighbours(inputs: Inputs, chosen: _Chosen) -> tuple[Figure, int]:
             for image, label, cosine in zip(seen[1:], of, cosines, strict=True)
         ]
         if answer.row in inputs.issues:
-            note += f" audit suggests {labels[inputs.issues[answer.row]]}, too."
+            note += f" audit suggests {labels[inputs.issues[answer.row]]}."
         rows.append(Row(_described(answer, labels), pictures, f"{note} {answer.path}"))
     total = len(data.train)
     among = f"{len(others):,} of {total:,}" if len(others) < total else f"{total:,}"
@@ -343,8 +344,8 @@ def _hint(answer: Answer, near: Sequence[int], labels: Sequence[str]) -> tuple[s
     """Say what the labels of the nearest images speak for, and whether against the label."""
     as_answered, as_labelled = near.count(answer.predicted), near.count(answer.label)
     said = (
-        f"{as_answered} of the {len(near)} nearest are labelled {labels[answer.predicted]}, "
-        f"{as_labelled} {labels[answer.label]}"
+        f"{as_answered} of the {len(near)} nearest are labelled {labels[answer.predicted]}, and "
+        f"{as_labelled} are labelled {labels[answer.label]}"
     )
     if as_answered == len(near):
         return f"{said}: is the label wrong?", True
