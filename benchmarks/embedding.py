@@ -47,7 +47,10 @@ def umap(found: Floats) -> Floats:
 
 def ways() -> dict[str, Callable[[Floats], Floats]]:
     """Return the ways that are installed."""
-    known = {"ours": embedding.place, "components": components}
+    known: dict[str, Callable[[Floats], Floats]] = {
+        "ours": embedding.place,
+        "components": components,
+    }
     try:
         umap(np.random.default_rng(0).normal(size=(200, 60)).astype(np.float32))
     except ImportError:

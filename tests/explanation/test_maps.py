@@ -1,5 +1,6 @@
 """Maps of a network, Grad-CAM and receptive fields, against what is computed otherwise."""
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -90,7 +91,8 @@ class FirstToken(nn.Module):
         self.norm = nn.LayerNorm(8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)[:, 0]
+        normalised: Tensor = self.norm(x)
+        return normalised[:, 0]
 
 
 def transformer() -> Network:
@@ -145,7 +147,7 @@ def test_a_network_without_places_has_no_map() -> None:
 def test_maps_are_known_by_their_shapes(
     shape: tuple[int, ...], expected: tuple[int, ...] | None
 ) -> None:
-    found = as_map(torch.arange(np.prod(shape)).reshape(shape))
+    found = as_map(torch.arange(math.prod(shape)).reshape(shape))
     assert (None if found is None else tuple(found.shape)) == expected
     if len(shape) == 3 and found is not None:  # the first place is the first token of a place
         prefix = shape[1] - found.shape[2] ** 2

@@ -649,8 +649,7 @@ def explain(
     from tlpipe.training import train
 
     project = enter(params)
-    for stage in ("train", "evaluate"):
-        project.check_code(stage)
+    project.check_code("train")  # whose network it takes apart
     found, folder = sections(project), Path("artifacts", "explain")
     explained = explain.run(
         paths=Paths.of_project(),
