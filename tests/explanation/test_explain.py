@@ -12,6 +12,7 @@ from PIL import Image
 from tests.conftest import Workspace
 from tests.explanation.conftest import LABELS
 from tlpipe import files, graph
+from tlpipe.backbones.backbone import describe
 from tlpipe.errors import ArtifactError
 from tlpipe.explanation import explain
 from tlpipe.explanation.inputs import Paths, load
@@ -63,7 +64,8 @@ def test_the_command_writes_a_page_and_galleries_and_logs_them_once(
     assert shown
     names = {path.name for path in (folder / "plots").iterdir()}
     assert {"mistakes.png", "hits.png", "neighbours.png", "filters.png", "map.png"} <= names
-    assert sum(name.startswith("stage-") for name in names) == 5  # of this network
+    stages = [stage.name for stage in describe("timm/test_resnet").stages]
+    assert {f"stage-{n:02d}-{name}.png" for n, name in enumerate(stages, start=1)} <= names
     for path in (folder / "plots").iterdir():
         with Image.open(path) as picture:
             picture.load()

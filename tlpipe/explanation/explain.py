@@ -347,7 +347,7 @@ def _hint(answer: Answer, near: Sequence[int], labels: Sequence[str]) -> tuple[s
         f"{as_answered} of the {len(near)} nearest are labelled {labels[answer.predicted]}, and "
         f"{as_labelled} are labelled {labels[answer.label]}"
     )
-    if as_answered == len(near):
+    if near and as_answered == len(near):
         return f"{said}: is the label wrong?", True
     if 2 * as_labelled > len(near):
         return f"{said}: the label fits, the answer does not.", False
