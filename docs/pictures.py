@@ -51,6 +51,7 @@ def main() -> None:
         tutorial(Path(home))
         advice(Path(home))
         ensemble(Path(home))
+        explanation(Path(home))
 
 
 def opened(path: str | Path) -> "Image":
@@ -124,6 +125,22 @@ def ensemble(home: Path) -> None:
     run(project, "run-mixed-again", "tlpipe run")
     run(project, "ensemble", "tlpipe ensemble mixed@1 mixed@2")
     save(opened(project / "artifacts/ensemble/plots/ensemble.png"), PICTURES / "ensemble.png")
+
+
+def explanation(home: Path) -> None:
+    """Look inside a network that was fine-tuned on the built-in digits, in a project of its own."""
+    project = home / "explained"
+    run(home, "init-explained", "tlpipe init explained")
+    params = project / "params.yaml"
+    text = params.read_text().replace("freeze: all", "freeze: blocks3")
+    params.write_text(text.replace("epochs: 10", "epochs: 2"))
+    run(project, "run-explained", "tlpipe run")
+    run(project, "explain", "tlpipe explain")
+    plots = project / "artifacts/explain/plots"
+    for name in ("mistakes", "neighbours", "map"):
+        save(opened(plots / f"{name}.png"), PICTURES / f"explain-{name}.png")
+    (stage,) = plots.glob("stage-*-blocks1.png")
+    save(opened(stage), PICTURES / "explain-stage.png")
 
 
 def commit(project: Path, message: str) -> None:

@@ -33,7 +33,19 @@ _TEST = 0.2  # the template's share of test images
 
 def add(app: typer.Typer) -> None:
     """Add these commands."""
-    for command in (init, run, flow, status, check, summary, upgrade, ui, advise, backbones):
+    for command in (
+        init,
+        run,
+        flow,
+        status,
+        check,
+        summary,
+        upgrade,
+        ui,
+        advise,
+        explain,
+        backbones,
+    ):
         app.command()(command)
     app.command("lr-find")(lr_find)
     app.command("cross-validate")(cross_validate)
@@ -632,6 +644,53 @@ def advise(
     print(f"see {folder / 'advice.png'}; {recommendation} holds what is recommended")
     if named is None:
         print(f"to follow it: embed.freeze: auto, embed.advice: {recommendation}; commit that file")
+
+
+def explain(
+    images: Annotated[
+        int,
+        typer.Option(
+            min=1, max=100_000, help="Look at so many training images at most; time goes by them."
+        ),
+    ] = 1000,
+    mistakes: Annotated[
+        int, typer.Option(min=1, max=60, help="Explain so many, and as many right answers.")
+    ] = 12,
+    params: ParamsFile = None,
+) -> None:
+    """Show what the last trained model looks at: filters, patches, heat maps, a map of images."""
+    from tlpipe.explanation import explain
+    from tlpipe.explanation.inputs import Paths
+    from tlpipe.registry import publishing, register, tracking
+    from tlpipe.training import train
+
+    project = enter(params)
+    project.check_code("train")  # whose network it takes apart
+    found, folder = sections(project), Path("artifacts", "explain")
+    explained = explain.run(
+        paths=Paths.of_project(),
+        folder=folder,
+        images=images,
+        mistakes=mistakes,
+        recipe=cast(train.Params, found["train"]),
+    )
+    print(
+        f"{explained.mistakes} of {explained.all_mistakes} mistakes on {explained.tested:,} test "
+        f"images explained; at {explained.doubtful} of them the nearest training images carry the "
+        f"label that was answered"
+    )
+    print(f"see {folder / explain.PAGE}; 'dvc plots show' has the galleries, too")
+    if not tracking.is_there(Path()):
+        return
+    name = cast(register.Params, found["register"]).name
+    with tracking.connection(Path()) as client:
+        added = publishing.add(client, name, explained.bundle, folder, publishing.EXPLAINED)
+    if added is None:
+        print(f"not logged: no run of {name} has this bundle; 'tlpipe run' registers it")
+    else:
+        run_id, is_new = added
+        how = "logged to" if is_new else "already logged to"
+        print(f"{how} {publishing.EXPLAINED}/ among the artifacts of the MLflow run {run_id}")
 
 
 def lr_find(
