@@ -48,7 +48,7 @@ def test_curves_are_live_and_the_model_can_be_begun_from(
         workspace.replace("params.yaml", "weights: none", "weights: models:/digits@champion")
         workspace.reproduce("train")
         card = json.loads((workspace.path / "artifacts/train/model/model.json").read_text())
-        assert card["origin"]["weights"] == "models:/digits@champion"
+        assert card["origin"]["weights"] == "models:/digits@1"
         digest = card["origin"]["weights_sha256"]
         kept = Path(cache_env["XDG_CACHE_HOME"]) / "tlpipe" / "registered" / f"{digest}.safetensors"
         weights = load_file(kept)
