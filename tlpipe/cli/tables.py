@@ -102,7 +102,7 @@ def print_pretrained(found: "Pretrained") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("linear probe, cross-validated, on", "images", "before", "after", "difference")
+    table = Table("linear probe on", "images", "before", "after", "difference")
     for gain in found.gains:
         change = "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**gain.change)
         row = (gain.of, f"{gain.images:,}", _value(gain.before), _value(gain.after), change)

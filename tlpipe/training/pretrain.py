@@ -10,9 +10,8 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,7 +78,7 @@ class Images:
     sha256: str
     held_out: int = 0
     repeated: int = 0
-    rejected: Mapping[str, int] = MappingProxyType({})
+    rejected: Mapping[str, int] = field(default_factory=dict)
     is_own: bool = False
 
     def content(self) -> dict[str, Any]:
