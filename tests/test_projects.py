@@ -178,7 +178,7 @@ def test_status_is_of_this_project_alone(
     assert "b/" not in said
 
 
-@pytest.mark.parametrize("command", ["advise", "lr-find"])
+@pytest.mark.parametrize("command", ["advise", "pretrain", "lr-find"])
 def test_commands_beside_the_graph_run_no_other_code_either(
     workspace: Workspace, command: str
 ) -> None:

@@ -445,6 +445,7 @@ def _draw(path: Path, state: "State", gains: Sequence[Gain]) -> None:
     middle.legend(loc="lower right")
     for axes in (left, middle):
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for number, (name, shown) in enumerate((("before", "before"), ("after", "after"))):
         rows = [getattr(gain, name) for gain in gains]
         places = np.arange(len(gains)) + 0.2 * (2 * number - 1)
