@@ -651,7 +651,7 @@ def pretrain(
     from tlpipe.backbones import embed
     from tlpipe.training import pretrain
 
-    where = None if source is None or "://" in source else str(Path(source).absolute())
+    where = None if source is None or "://" in source else str(Path(source).expanduser().absolute())
     project = enter(params)
     project.check_code("embed")  # whose activations say what it begins from
     section = cast(embed.Params, sections(project)["embed"])

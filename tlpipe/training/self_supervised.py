@@ -103,8 +103,9 @@ def spread(projections: Tensor) -> Tensor:
     the deviation of a coordinate on the unit sphere, here times the root of D.
     """
     coordinates = functional.normalize(projections, dim=1)
-    deviation: Tensor = coordinates.std(dim=0, correction=0).mean()
-    return deviation * projections.shape[1] ** 0.5
+    deviation = coordinates.std(dim=0, correction=0).mean()
+    found: Tensor = deviation * projections.shape[1] ** 0.5
+    return found
 
 
 def train(
