@@ -672,7 +672,8 @@ def pretrain(
         kept = f"pretrained-{found.sha256[:8]}.safetensors"
         print(
             f"to begin from it:\n"
-            f"  cp {folder / pretrain.WEIGHTS} {kept}; dvc add {kept}; git add {kept}.dvc\n"
+            f"  cp {folder / pretrain.WEIGHTS} {kept}\n  dvc add {kept}\n"
+            f"  git add {kept}.dvc .gitignore\n"
             f"and in params.yaml:\n"
             f"  embed:\n    weights: {kept}\n    weights_sha256: {found.sha256}"
         )

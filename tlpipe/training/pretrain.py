@@ -264,7 +264,8 @@ def _pretrain(
     digest = hashlib.sha256(files.json_bytes(made_from)).hexdigest()
     checkpoints = Checkpoints(folder.with_name(_CHECKPOINTS), digest)
     before = _features(network, labelled, sample.examples.rows)
-    state = self_supervised.train(network, feed, images.rows, recipe, device, checkpoints)
+    training = self_supervised.Training(network, feed, images.rows, recipe, device, checkpoints)
+    state = training.run()
     after = _features(network, labelled, sample.examples.rows)
     content = save(
         model.own_names(network.cpu().state_dict()),

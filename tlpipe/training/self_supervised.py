@@ -108,32 +108,7 @@ def spread(projections: Tensor) -> Tensor:
     return found
 
 
-def train(
-    network: nn.Module,
-    feed: Photos,
-    rows: npt.NDArray[np.int64],
-    recipe: Recipe,
-    device: torch.device,
-    checkpoints: Checkpoints,
-) -> State:
-    """Train a network, which gives (B, D) and lies on the device, on images; leave it trained.
-
-    Raises:
-        Interrupted: somebody asked to stop; the next call resumes from there.
-        TrainingError: a loss is not finite, memory is short, or a checkpoint cannot be written.
-    """
-    with (
-        stop_requests() as stop,
-        out_of_memory_explained(
-            f"Lower --batch-size, now {recipe.batch_size}, or take a smaller embed.backbone."
-        ),
-    ):
-        training = _Training(network, feed, rows, recipe, device, checkpoints)
-        training.run(stop)
-    return training.state
-
-
-class _Training:
+class Training:
     """The network with its projection head, the optimiser, and how far they are."""
 
     def __init__(
@@ -145,6 +120,7 @@ class _Training:
         device: torch.device,
         checkpoints: Checkpoints,
     ) -> None:
+        """Take a network, which gives (B, D) and lies on the device, and images by their rows."""
         self.feed, self.recipe, self.device = feed, recipe, device
         self.checkpoints, self.state = checkpoints, State()
         self.images = Examples(rows, np.zeros_like(rows))
@@ -167,12 +143,19 @@ class _Training:
             groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=device.type != "mps"
         )
 
-    def run(self, stop: Stop) -> None:
-        """Take every step that is still to be taken.
+    def run(self) -> State:
+        """Take every step that is still to be taken; leave the network trained.
 
         Raises:
-            Interrupted: somebody asked to stop.
+            Interrupted: somebody asked to stop; the next one resumes from there.
+            TrainingError: a loss is not finite, memory is short, or a checkpoint cannot be written.
         """
+        smaller = f"Lower --batch-size, now {self.recipe.batch_size}, or take a smaller network."
+        with stop_requests() as stop, out_of_memory_explained(smaller):
+            self._run(stop)
+        return self.state
+
+    def _run(self, stop: Stop) -> None:
         if (checkpoint := self.checkpoints.newest()) is not None:
             self._restore(checkpoint)
             _log.info("resumed from the checkpoint at %s", self._place())
