@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import Workspace, copy_repository
 from tlpipe import files
 from tlpipe.training import pretrain, self_supervised
-from tlpipe.training.pretrain import Gain, Images, Pretrained
+from tlpipe.training.pretrain import Gain, Pretrained
 
 MADE = Path("artifacts/pretrain")
 
@@ -88,7 +88,7 @@ def test_the_weights_are_the_networks_own_and_embed_says_what_they_are(
         assert "embed names timm/test_resnet, weights mine.safetensors. Run 'dvc repro" in said
         project.embed()
         index = json.loads((project.path / "artifacts/embed/activations/index.json").read_text())
-        said = f"{count} images of the project's training split without labels"
+        said = f"{count} images of the project's training split without labels, from none"
         assert index["origin"]["pretrained_on"] == said
     finally:
         (project.path / "params.yaml").write_text(params)
@@ -184,7 +184,6 @@ def gain(low: float, value: float, high: float) -> Gain:
 def test_only_a_gain_beyond_chance_is_recommended(
     gains: list[Gain], is_collapsed: bool, verdict: str
 ) -> None:
-    images = Images.__new__(Images)
-    found = Pretrained(images, "", tuple(gains), is_collapsed)
+    found = Pretrained("", tuple(gains), is_collapsed)
     assert found.verdict.startswith(verdict)
     assert found.is_worth_it == verdict.startswith("a gain")

@@ -69,7 +69,7 @@ class Checkpoints:
             raise TrainingError(
                 f"the checkpoint {tensors} cannot be written: {error}. The one before it is "
                 f"intact: "
-                f"make room, then run 'tlpipe run' to resume from there."
+                f"make room, then run again to resume from there."
             ) from None
         for old in numbers[_KEPT - 1 :]:
             for suffix in (".json", ".safetensors"):

@@ -79,7 +79,6 @@ class Images:
     held_out: int = 0
     repeated: int = 0
     rejected: Mapping[str, int] = field(default_factory=dict)
-    is_own: bool = False
 
     def content(self) -> dict[str, Any]:
         """Return what JSON holds of them."""
@@ -111,18 +110,17 @@ class Gain:
 class Pretrained:
     """What came out: the ``sha256`` of the file of weights, and what it is worth.
 
-    ``gains``: on the labelled training and validation images; where the training images were
-    trained on, without labels, then on validation images alone.
+    ``gains``: on labelled training and validation images, then on those of validation alone, which
+    were not trained on.
     """
 
-    images: Images
     sha256: str
     gains: tuple[Gain, ...]
     is_collapsed: bool
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether there is a gain beyond chance, and none but that on unseen images."""
+        """Whether there is a gain beyond chance that unseen images do not speak against."""
         changes = [gain.change for gain in self.gains]
         return not self.is_collapsed and changes[0]["low"] > 0 and changes[-1]["value"] > 0
 
@@ -178,7 +176,7 @@ def run(
         try:
             if source is None:
                 keys = data.activations.keys[data.train.rows].astype(">u8")
-                images = Images(_OWN, own.array, data.train.rows, _named(keys), is_own=True)
+                images = Images(_OWN, own.array, data.train.rows, _named(keys))
             else:
                 unpacked.mkdir(parents=True)
                 kept_out = _held_out(manifest, split)
@@ -244,7 +242,9 @@ def _pretrain(
     weights = backbone.find_weights(origin.weights, origin.weights_sha256)
     network = load_network(backbone, weights).to(device)
     labelled = Photos(squares, device, origin.preprocessing, recipe.augmentation)
-    feed = Photos(images.squares, device, origin.preprocessing, recipe.augmentation)
+    feed = labelled
+    if images.squares is not squares:
+        feed = Photos(images.squares, device, origin.preprocessing, recipe.augmentation)
     made_from = {
         "backbone": backbone.name,
         "weights": origin.weights,
@@ -267,14 +267,12 @@ def _pretrain(
     training = self_supervised.Training(network, feed, images.rows, recipe, device, checkpoints)
     state = training.run()
     after = _features(network, labelled, sample.examples.rows)
-    content = save(
-        model.own_names(network.cpu().state_dict()),
-        {PRETRAINED_ON: f"{len(images.rows):,} images of {images.source} without labels"},
-    )
+    began = PurePath(origin.weights).name
+    said = f"{len(images.rows):,} images of {images.source} without labels, from {began}"
+    content = save(model.own_names(network.cpu().state_dict()), {PRETRAINED_ON: said})
     found = Pretrained(
-        images=images,
         sha256=hashlib.sha256(content).hexdigest(),
-        gains=_gains(data, images, sample, before, after),
+        gains=_gains(data, sample, before, after),
         is_collapsed=state.spreads[-1] < _COLLAPSED,
     )
     report = made_from | {
@@ -402,10 +400,8 @@ def _features(network: "nn.Module", feed: "Photos", rows: npt.NDArray[np.int64])
     return np.concatenate(blocks)
 
 
-def _gains(
-    data: Dataset, images: Images, sample: Sample, before: Floats, after: Floats
-) -> tuple[Gain, ...]:
-    """Return what linear probes gain on all labelled images, then on those never trained on."""
+def _gains(data: Dataset, sample: Sample, before: Floats, after: Floats) -> tuple[Gain, ...]:
+    """Return what linear probes gain on all labelled images, then on those of validation."""
     import scipy.optimize  # noqa: F401 - loads SciPy's BLAS: only what is loaded can be limited
     from threadpoolctl import threadpool_limits
 
@@ -414,7 +410,7 @@ def _gains(
     groups, rows = sample.groups[sample.held], sample.examples.rows[sample.held]
     parts = {"training and validation": np.ones(len(rows), bool)}
     is_validation = np.isin(rows, data.validation.rows)
-    if images.is_own and is_validation.any():
+    if is_validation.any():
         parts["validation"] = is_validation
     return tuple(
         Gain(
