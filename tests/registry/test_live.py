@@ -57,7 +57,7 @@ def test_curves_are_live_and_the_model_can_be_begun_from(
         assert f"set embed.weights_sha256 to {digest}" in said
         shown = workspace.call("show", "digits@2").stdout
         assert "weights models:/digits@1" in shown and "pretrained on" in shown
-        assert "| pretrained on" in client.get_model_version("digits", "2").description
+        assert "| pretrained on" in str(client.get_model_version("digits", "2").description)
         kept = Path(cache_env["XDG_CACHE_HOME"]) / "tlpipe" / "registered" / f"{digest}.safetensors"
         weights = load_file(kept)
 
