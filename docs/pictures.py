@@ -50,6 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         tutorial(Path(home))
         advice(Path(home))
+        pretraining(Path(home))
         ensemble(Path(home))
         explanation(Path(home))
 
@@ -113,6 +114,21 @@ def advice(home: Path) -> None:
     run(project, "embed-advised", "dvc repro split embed")
     run(project, "advise", "tlpipe advise")
     save(opened(project / "artifacts/advise/advice.png"), PICTURES / "advice.png")
+
+
+def pretraining(home: Path) -> None:
+    """Pretrain a small network on 200 of each built-in digit, without labels."""
+    project = home / "pretrained"
+    run(home, "init-pretrained", "tlpipe init pretrained")
+    digits, params = project / "data/digits.yaml", project / "params.yaml"
+    digits.write_text(digits.read_text().replace("_class: 100", "_class: 200"))
+    text = params.read_text().replace("efficientnet_lite0", "timm/test_resnet")
+    text = re.sub("freeze: all .*", "freeze: none", text)
+    more = "none\n  threads: 1\n  augmentation: {horizontal_flip: false}\n"
+    params.write_text(text.replace("weights: imagenet\n", f"weights: {more}"))
+    run(project, "embed-pretrained", "dvc repro split embed")
+    run(project, "pretrain", "tlpipe pretrain --epochs 4")
+    save(opened(project / "artifacts/pretrain/pretrain.png"), PICTURES / "pretraining.png")
 
 
 def ensemble(home: Path) -> None:

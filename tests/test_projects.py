@@ -184,7 +184,8 @@ def test_status_is_of_this_project_alone(
 
 
 @pytest.mark.parametrize(
-    ("command", "stage"), [("advise", "embed"), ("lr-find", "embed"), ("explain", "train")]
+    ("command", "stage"),
+    [("advise", "embed"), ("pretrain", "embed"), ("lr-find", "embed"), ("explain", "train")],
 )
 def test_commands_beside_the_graph_run_no_other_code_either(
     workspace: Workspace, command: str, stage: str

@@ -42,7 +42,8 @@ class Params(Section):
     weights: str = Field(
         default=pretrained.IMAGENET,
         min_length=1,
-        description="'imagenet', 'none' for random ones, or a .safetensors or .pth file.",
+        description="'imagenet', 'none' for random ones, a .safetensors or .pth file, or "
+        "'models:/NAME@ALIAS', a registered model.",
     )
     weights_sha256: str | None = Field(
         default=None,
@@ -86,8 +87,12 @@ class Params(Section):
         return self
 
 
-def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> None:
+def run(
+    *, manifest: Path, pixels: Path, activations: Path, params: Params, pretrained_on: str = ""
+) -> None:
     """Write the features of every image, and its activations at the freeze boundary.
+
+    ``pretrained_on``: what the weights of a registered model were trained on; files say it.
 
     Raises:
         ArtifactError: the advice to follow is missing, or of another network or other images.
@@ -129,6 +134,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
         decoder=images.decoder,
         code=of_modules(*CODE),
         packages=versions(*PACKAGES),
+        pretrained_on=pretrained_on or pretrained.pretrained_on(weights.path),
     )
     kept = activations.with_name(_KEPT)
     with (

@@ -17,7 +17,7 @@ import typer
 
 from tlpipe import files, graph
 from tlpipe.cli.stages import ParamsFile, enter, function, model_name, sections, with_ood_that_fits
-from tlpipe.cli.tables import print_advice, print_folds, printable
+from tlpipe.cli.tables import print_advice, print_folds, print_pretrained, printable
 from tlpipe.errors import DataError, ParamsError
 from tlpipe.registry import LONGEST_NAME, NOT_IN_NAMES, SUFFIX, check_name
 
@@ -44,6 +44,7 @@ def add(app: typer.Typer) -> None:
         ui,
         advise,
         explain,
+        pretrain,
         backbones,
     ):
         app.command()(command)
@@ -691,6 +692,55 @@ def explain(
         run_id, is_new = added
         how = "logged to" if is_new else "already logged to"
         print(f"{how} {publishing.EXPLAINED}/ among the artifacts of the MLflow run {run_id}")
+
+
+def pretrain(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder, an archive or an address of images. (default: the training images)",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(min=1, max=10_000, help="How often each image is seen, in two views.")
+    ] = 100,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=2, max=65_536, help="Images a step. (default: 64, or all if fewer)"),
+    ] = None,
+    params: ParamsFile = None,
+) -> None:
+    """Train the backbone on images without labels, and say what that is worth for your own."""
+    from tlpipe.backbones import embed
+    from tlpipe.training import pretrain
+
+    where = None if source is None or "://" in source else str(Path(source).expanduser().absolute())
+    project = enter(params)
+    project.check_code("embed")  # whose activations say what it begins from
+    section = cast(embed.Params, sections(project)["embed"])
+    names = ("manifest", "activations", "pixels", "split")
+    known = {name: Path(graph.PATHS[name]) for name in names}
+    folder = Path("artifacts", "pretrain")
+    found = pretrain.run(
+        **known,
+        folder=folder,
+        source=where or source,
+        params=section,
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+    print_pretrained(found)
+    print(f"see {folder / 'pretrain.png'} and {folder / 'report.json'}")
+    if found.is_worth_it:
+        kept = f"pretrained-{found.sha256[:8]}.safetensors"
+        print(
+            f"to begin from it:\n"
+            f"  cp {folder / pretrain.WEIGHTS} {kept}\n  dvc add {kept}\n"
+            f"  git add {kept}.dvc .gitignore\n"
+            f"and in params.yaml:\n"
+            f"  embed:\n    weights: {kept}\n    weights_sha256: {found.sha256}"
+        )
 
 
 def lr_find(

@@ -114,6 +114,7 @@ def load_dataset(activations: Path, split: Path) -> Dataset:
 
 
 _TENSORS, _INDEX = "model.safetensors", "model.json"
+_SHOWN = 5  # classes
 _STAGES, _HEAD = "stages.", "head."
 Array = npt.NDArray[np.float32]
 
@@ -271,9 +272,24 @@ def network_tensors(model: Model) -> dict[str, "Tensor"]:
             f"the registered model has tensors that {known.name} has not, such as {unknown[0]}: "
             f"this version of tlpipe cuts it into other stages. Train and register it anew."
         )
-    # Behind the name of its stage, a tensor has the name that the backbone's own code gives it.
-    tensors = {name.partition(".")[2]: tensor for name, tensor in network.state_dict().items()}
+    return own_names(network.state_dict())
+
+
+def own_names(staged: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Return the tensors of a network in stages as its own code names them, sorted.
+
+    That is the name behind the stage's.
+    """
+    tensors = {name.partition(".")[2]: tensor for name, tensor in staged.items()}
     return {name: tensors[name].contiguous() for name in sorted(tensors)}
+
+
+def trained_on(folder: Path) -> str:
+    """Return in a few words what a trained model was trained on, and from which weights."""
+    card = load(folder).card
+    shown = ", ".join(card.labels[:_SHOWN]) + ", ..." * (len(card.labels) > _SHOWN)
+    data = (card.origin.data_version or card.origin.data_sha256)[:10]
+    return f"{len(card.labels)} classes ({shown}), data {data}, from {card.origin.weights}"
 
 
 def keep_weights(folder: Path, backbone: str) -> str:
