@@ -87,12 +87,8 @@ class Params(Section):
         return self
 
 
-def run(
-    *, manifest: Path, pixels: Path, activations: Path, params: Params, pretrained_on: str = ""
-) -> None:
+def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> None:
     """Write the features of every image, and its activations at the freeze boundary.
-
-    ``pretrained_on``: what the weights of a registered model were trained on; files say it.
 
     Raises:
         ArtifactError: the advice to follow is missing, or of another network or other images.
@@ -134,7 +130,7 @@ def run(
         decoder=images.decoder,
         code=of_modules(*CODE),
         packages=versions(*PACKAGES),
-        pretrained_on=pretrained_on or pretrained.pretrained_on(weights.path),
+        pretrained_on=pretrained.pretrained_on(weights.path),
     )
     kept = activations.with_name(_KEPT)
     with (

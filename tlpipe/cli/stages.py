@@ -144,12 +144,9 @@ def _ingest(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
 
 
 def _embed(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
-    from tlpipe.backbones import embed, weights
+    from tlpipe.backbones import embed
 
-    section = cast(embed.Params, found["embed"])
-    if section.weights.startswith(weights.REGISTERED):
-        return _with_registered_weights(section)
-    return {}
+    return {"params": with_registered_weights(cast(embed.Params, found["embed"]))}
 
 
 def _train(found: "dict[str, Section]", stack: ExitStack) -> dict[str, Any]:
@@ -195,13 +192,15 @@ def with_ood_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
     return evaluate.with_ood_that_fits(cast(evaluate.Params, sections["evaluate"]), source)
 
 
-def _with_registered_weights(section: "EmbedParams") -> dict[str, Any]:
-    """Fetch the weights of a registered model; return what pins which version was found."""
+def with_registered_weights(section: "EmbedParams") -> "EmbedParams":
+    """Fetch the weights of a registered model, if they are of one, and pin which was found."""
     from tlpipe.backbones import weights
     from tlpipe.errors import ParamsError, WeightsError
     from tlpipe.registry import registered, tracking
     from tlpipe.training import model as models
 
+    if not section.weights.startswith(weights.REGISTERED):
+        return section
     try:
         model = registered(section.weights)
     except ParamsError as error:
@@ -220,10 +219,7 @@ def _with_registered_weights(section: "EmbedParams") -> dict[str, Any]:
             "set embed.weights_sha256 to %s",
             *(section.weights, version, sha256),
         )
-    return {
-        "params": section.model_copy(update={"weights": named, "weights_sha256": sha256}),
-        "pretrained_on": models.trained_on(folder),
-    }
+    return section.model_copy(update={"weights": named, "weights_sha256": sha256})
 
 
 def _say_what_changed(name: str) -> None:

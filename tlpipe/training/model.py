@@ -23,7 +23,7 @@ from tlpipe import held_out as held_outs
 from tlpipe.backbones import activations as stored
 from tlpipe.backbones.activations import Origin
 from tlpipe.backbones.backbone import Backbone, describe, load_network
-from tlpipe.backbones.weights import registered_file
+from tlpipe.backbones.weights import PRETRAINED_ON, registered_file
 from tlpipe.data.manifest import load_split, rows_of
 from tlpipe.errors import ArtifactError, WeightsError
 from tlpipe.held_out import HeldOut
@@ -284,9 +284,8 @@ def own_names(staged: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     return {name: tensors[name].contiguous() for name in sorted(tensors)}
 
 
-def trained_on(folder: Path) -> str:
-    """Return in a few words what a trained model was trained on, and from which weights."""
-    card = load(folder).card
+def _trained_on(card: Card) -> str:
+    """Return in a few words what a model was trained on, and from which weights."""
     shown = ", ".join(card.labels[:_SHOWN]) + ", ..." * (len(card.labels) > _SHOWN)
     data = (card.origin.data_version or card.origin.data_sha256)[:10]
     return f"{len(card.labels)} classes ({shown}), data {data}, from {card.origin.weights}"
@@ -295,7 +294,8 @@ def trained_on(folder: Path) -> str:
 def keep_weights(folder: Path, backbone: str) -> str:
     """Put the network of a trained model into the user's cache; return the hash of its file.
 
-    What was frozen in it comes from its own pretrained weights; its head is left out.
+    What was frozen in it comes from its own pretrained weights; its head is left out. The file says
+    what it was trained on.
 
     Raises:
         ArtifactError: the model is incomplete.
@@ -312,7 +312,7 @@ def keep_weights(folder: Path, backbone: str) -> str:
             f"the registered model is built on {origin.backbone}; expected {backbone}. Change "
             f"embed.backbone or embed.weights in params.yaml."
         )
-    content = save(network_tensors(model))
+    content = save(network_tensors(model), {PRETRAINED_ON: _trained_on(model.card)})
     digest = hashlib.sha256(content).hexdigest()
     with files.writing_cache(registered_file(digest).parent):
         files.write_bytes(registered_file(digest), content)
