@@ -144,12 +144,9 @@ def _ingest(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
 
 
 def _embed(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
-    from tlpipe.backbones import embed, weights
+    from tlpipe.backbones import embed
 
-    section = cast(embed.Params, found["embed"])
-    if section.weights.startswith(weights.REGISTERED):
-        section = _with_registered_weights(section)
-    return {"params": section}
+    return {"params": with_registered_weights(cast(embed.Params, found["embed"]))}
 
 
 def _train(found: "dict[str, Section]", stack: ExitStack) -> dict[str, Any]:
@@ -195,12 +192,15 @@ def with_ood_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
     return evaluate.with_ood_that_fits(cast(evaluate.Params, sections["evaluate"]), source)
 
 
-def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":
-    """Fetch the weights of a registered model, and pin what was found."""
+def with_registered_weights(section: "EmbedParams") -> "EmbedParams":
+    """Fetch the weights of a registered model, if they are of one, and pin what was found."""
+    from tlpipe.backbones import weights
     from tlpipe.errors import ParamsError, WeightsError
     from tlpipe.registry import registered, tracking
     from tlpipe.training import model as models
 
+    if not section.weights.startswith(weights.REGISTERED):
+        return section
     try:
         model = registered(section.weights)
     except ParamsError as error:

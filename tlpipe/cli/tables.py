@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from tlpipe.registry.ensemble import Made, Row
     from tlpipe.registry.gate import Decision
     from tlpipe.registry.moves import Move
+    from tlpipe.sweep.report import Found
     from tlpipe.training.advise import Advice
 
 _LISTED = 20  # classes
@@ -93,6 +94,35 @@ def print_advice(advice: "Advice") -> None:
     for reason in advice.reasons:
         print(f"- {printable(reason)}")
     print(f"in the lectures' table: {advice.place}")
+
+
+def print_sweep(found: "Found") -> None:
+    """Print the table of a sweep, and what follows from it."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tlpipe.sweep import report
+
+    if found.rows and not found.trials:
+        table = Table("freeze", "images", "validation", "test", "seeds", "")
+        for column in (table.columns[1], table.columns[2]):
+            column.justify = "right"
+        for row in found.rows:
+            spread = f"{min(row.seeds):.3f} to {max(row.seeds):.3f}" if len(row.seeds) > 1 else ""
+            table.add_row(
+                escape(printable(row.level)),
+                f"{row.images:,}",
+                f"{row.validation:.3f}",
+                report.shown(row.test),
+                spread,
+                row.option.partition(":")[0],
+            )
+        Console().print(table)
+        print(report.title(found.rows))
+    for said in report.conclusion(found):
+        print(printable(said))
+    print(f"see {report.PICTURE} and {report.TABLE}")
 
 
 def print_ensemble(made: "Made") -> None:

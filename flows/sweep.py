@@ -1,0 +1,114 @@
+"""A sweep as a Prefect flow whose tasks run on Ray: one task a cell.
+
+``tlpipe sweep`` plans the cells and runs this. Ray is started here for as long as the flow runs, on
+this machine and for this user alone, or is a cluster that an address names: its machines need the
+project under the same path, and the same packages.
+"""
+
+# ruff: noqa: E402
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+# Read when prefect and ray are imported: no telemetry, and time enough for its own server to start.
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# Nothing is imported from a project, whatever is in it.
+os.environ.pop("PYTHONSAFEPATH", None)
+_flows = Path(__file__).resolve().parent
+if __name__ != "__main__" and sys.path[:2] == [str(_flows), str(_flows.parent)]:
+    del sys.path[:2]
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.states import Completed, Failed
+from prefect_ray import RayTaskRunner
+from prefect_ray.context import remote_options
+
+from tlpipe import cells
+
+_QUIET_S = 30.0  # after which something is said of a cell that is at work
+_BYTES = 80_000_000  # the least that Ray takes for objects; a cell gives a line of text
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def work(workspace: str, number: int, deadline: float | None) -> State[None]:
+    """Do one cell; what is done already is not done again."""
+    outcome = cells.work(Path(workspace), number, deadline)
+    made = Failed if outcome.name == "Failed" else Completed
+    return made(name=outcome.name, message=outcome.said)
+
+
+@flow(name="tlpipe-sweep")
+def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
+    """Do the cells that ``tlpipe sweep`` has planned, as many at once as there are processors.
+
+    A task ends as Completed, Cached (it was done before), Pruned, Left (it would not end before
+    ``deadline``, in seconds since 1970) or Failed.
+    """
+    root = Path(workspace)
+    logger = get_run_logger()
+    plan = cells.plan(root)
+    futures: list[PrefectFuture[State[None]]] = []
+    states = []
+    count = plan["tasks"]
+    for number in range(count):
+        before = futures[-1:] if plan["search"] else []  # each trial learns from those before
+        named = work.with_options(name=cells.title(plan, number), retries=0)
+        with remote_options(num_cpus=plan["threads"]):
+            futures.append(named.submit(workspace, number, deadline, wait_for=before))
+    for number, future in enumerate(futures):
+        state = _wait(future, root, logger)
+        said = f"{state.name.lower()}: {state.message}"
+        logger.info("%s of %s, %s %s", number + 1, count, cells.title(plan, number), said)
+        states.append(state)
+    return states
+
+
+def _wait(future: PrefectFuture[State[None]], root: Path, logger: Any) -> State[None]:
+    """Wait for a task, and say now and then how far the work is."""
+    said = ""
+    while True:
+        future.wait(timeout=_QUIET_S)
+        state = future.state
+        if state.is_final():
+            return state
+        if (line := cells.last_said(root)) and line != said:
+            logger.info("%s", line)
+            said = line
+
+
+def runner(address: str | None, threads: int) -> Any:
+    """Return what runs tasks: on Ray at an address, or on one of this process's own.
+
+    ``threads``: that a cell computes with.
+    """
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is not None:
+        return RayTaskRunner(address=address, init_kwargs=quiet)
+    # Whoever reaches Ray's ports runs code: on this machine alone, and with a password.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    local = {
+        "_node_ip_address": "127.0.0.1",
+        "include_dashboard": False,
+        "num_cpus": max(threads, len(os.sched_getaffinity(0))),
+        "object_store_memory": _BYTES,
+    }
+    return RayTaskRunner(init_kwargs=quiet | local)
+
+
+if __name__ == "__main__":
+    with cells.exclusive(Path()):
+        plan = cells.plan(Path())
+        chosen = sweep.with_options(task_runner=runner(plan["address"], plan["threads"]))
+        end = chosen(str(Path().resolve()), plan["deadline"], return_state=True)
+    if not end.is_completed():
+        raise SystemExit(f"tlpipe: the sweep ended as {end.name}: {end.message}")

@@ -1,0 +1,85 @@
+"""The cells of a sweep as a flow sees them: which there are, and the work on one of them.
+
+A flow knows the graph and not the stages, so what does the work is imported when it begins, in the
+process that does it. That process may serve many cells, and imports torch, DVC and MLflow once.
+"""
+
+import importlib
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlpipe import files, graph
+
+FOLDER = Path("artifacts", "sweep")
+PLAN = FOLDER / "plan.json"
+LOGS = FOLDER / "logs"
+_LOCK = FOLDER / ".lock"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the work on a cell ended.
+
+    Attributes:
+        name: one of 'Completed', 'Cached' (it was done before), 'Pruned', 'Left' (no time for it)
+            and 'Failed'.
+        said: a line for people.
+        seconds: that the work took.
+    """
+
+    name: str
+    said: str
+    seconds: float = 0.0
+
+
+def plan(workspace: Path) -> dict[str, Any]:
+    """Return what ``tlpipe sweep`` has planned; 'cells' are in the order of their work.
+
+    Raises:
+        ArtifactError: there is no plan.
+    """
+    return files.read_json(workspace / PLAN)
+
+
+def exclusive(workspace: Path) -> AbstractContextManager[int]:
+    """Hold the workspace for one sweep.
+
+    Raises:
+        BusyError: another sweep holds it.
+    """
+
+    def error(process: str) -> graph.BusyError:
+        return graph.BusyError(
+            f"another sweep works in {workspace.resolve()}: process {process}. Wait for it or end "
+            f"it."
+        )
+
+    return files.exclusive(workspace / _LOCK, error)
+
+
+def work(workspace: Path, number: int, deadline: float | None) -> Outcome:
+    """Do the cell of this number of the plan, or the next trial of a search.
+
+    ``deadline``: seconds since 1970 after which nothing is to be at work; None: there is none.
+    """
+    began = time.monotonic()
+    cell = importlib.import_module("tlpipe.sweep.cell")
+    name, said = cell.run(workspace, number, deadline)
+    return Outcome(name, said, time.monotonic() - began)
+
+
+def last_said(workspace: Path) -> str:
+    """Return the last line that a cell at work has written; nothing where there is none."""
+    logs = sorted((workspace / LOGS).glob("*.log"), key=lambda path: path.stat().st_mtime)
+    lines = logs[-1].read_text(encoding="utf-8").splitlines() if logs else []
+    return f"{logs[-1].stem}: {lines[-1].partition(' ')[2]}" if lines else ""
+
+
+def title(plan: Mapping[str, Any], number: int) -> str:
+    """Return the name that a cell's task has."""
+    cells = plan["cells"]
+    return str(cells[number]["name"]) if number < len(cells) else f"trial-{number}"
