@@ -58,16 +58,15 @@ def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
     plan = cells.plan(root)
     futures: list[PrefectFuture[State[None]]] = []
     states = []
-    count = plan["tasks"]
-    for number in range(count):
+    for number in plan["todo"]:
         before = futures[-1:] if plan["search"] else []  # each trial learns from those before
         named = work.with_options(name=cells.title(plan, number), retries=0)
         with remote_options(num_cpus=plan["threads"]):
             futures.append(named.submit(workspace, number, deadline, wait_for=before))
-    for number, future in enumerate(futures):
+    for place, (number, future) in enumerate(zip(plan["todo"], futures, strict=True), start=1):
         state = _wait(future, root, logger)
-        said = f"{state.name.lower()}: {state.message}"
-        logger.info("%s of %s, %s %s", number + 1, count, cells.title(plan, number), said)
+        said = f"{cells.title(plan, number)} {state.name.lower()}: {state.message}"
+        logger.info("%s of %s, %s", place, len(futures), said)
         states.append(state)
     return states
 

@@ -106,7 +106,8 @@ def sweep(
         deadline=None if seconds is None else began + seconds,
         address=address,
     )
-    print(f"{plan['tasks']} {'trials and the best on test' if ranges else 'cells'}")
+    print(sweeps.describe(plan))
     sys.stdout.flush()
-    run_python(str(Path("flows", "sweep.py")))
+    if plan["todo"]:
+        run_python(str(Path("flows", "sweep.py")))
     print_sweep(sweeps.finish(plan))

@@ -105,18 +105,18 @@ def print_sweep(found: "Found") -> None:
     from tlpipe.sweep import report
 
     if found.rows and not found.trials:
-        table = Table("freeze", "images", "validation", "test", "seeds", "")
+        table = Table("freeze", "images", "validation", "test", "seeds")
         for column in (table.columns[1], table.columns[2]):
             column.justify = "right"
         for row in found.rows:
             spread = f"{min(row.seeds):.3f} to {max(row.seeds):.3f}" if len(row.seeds) > 1 else ""
+            option = row.option.partition(":")[0]
             table.add_row(
-                escape(printable(row.level)),
+                escape(printable(f"{row.level} ({option})" if option else row.level)),
                 f"{row.images:,}",
                 f"{row.validation:.3f}",
                 report.shown(row.test),
                 spread,
-                row.option.partition(":")[0],
             )
         Console().print(table)
         print(report.title(found.rows))

@@ -7,7 +7,7 @@ is left out of it, so that cells that would compute the same are one.
 import copy
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -188,13 +188,18 @@ def cells(
                     }
                     one = cell(values, content, models, seed)
                     used |= one.values.keys()
-                    found.setdefault(str(one.content), one)
+                    found.setdefault(_same(one, models), one)
     if unused := [key for key in keys if key not in used]:
         raise ParamsError(
             f"--set {unused[0]} has no effect at --freeze "
             f"{','.join(map(str, asked.freeze))}. Take it out, or open more."
         )
     return list(found.values())
+
+
+def _same(one: Cell, models: Mapping[str, type[Section]]) -> str:
+    """Return what is equal where two cells would compute the same."""
+    return str([_checked(name, one.content, models) for name in models])
 
 
 def cell(
@@ -220,18 +225,29 @@ def cell(
         split["images_seed"] = seed
     frozen = cast(embed.Params, _checked("embed", changed, models))
     open_stages = _open_stages(frozen)
-    _drop(changed["embed"], _idle(frozen, open_stages))
     recipe = cast(train.Params, _checked("train", changed, models))
-    for _, names in train.without_effects(recipe, frozen.freeze, open_stages):
-        _drop(trained, names)
-    if trained.get("seed") == 0:
+    reasons = train.without_effects(recipe, frozen.freeze, open_stages)
+    idle = {
+        "embed": _idle(frozen, open_stages),
+        "train": {name for _, names in reasons for name in names},
+    }
+    for section, names in idle.items():
+        defaults = models[section].model_fields
+        for name in names & changed[section].keys():
+            # A default that is written down promises nothing.
+            before = (content.get(section) or {}).get(name)
+            if before is not None and before == defaults[name].default:
+                changed[section][name] = before
+            else:
+                del changed[section][name]
+    if trained.get("seed") == 0 and "seed" not in (content.get("train") or {}):
         del trained["seed"]
     found = {name: _checked(name, changed, models) for name in models}
     train.check_effects(cast(train.Params, found["train"]), frozen.freeze, open_stages)
     kept = {
         key: value
         for key, value in values.items()
-        if key.partition(".")[2] in changed[key.partition(".")[0]]
+        if key.partition(".")[2] not in idle.get(key.partition(".")[0], ())
     }
     return Cell(kept, {**copy.deepcopy(dict(content)), **changed}, seed, split.get("images"))
 
@@ -267,17 +283,8 @@ def _open_stages(frozen: embed.Params) -> int:
     return len(stages) - activations.frozen_stages(frozen.freeze, stages, labels=[""])
 
 
-def _idle(frozen: embed.Params, open_stages: int) -> list[str]:
+def _idle(frozen: embed.Params, open_stages: int) -> set[str]:
     """Return keys of embed that have no effect at a level."""
-    count = len(describe(frozen.backbone).stages) - open_stages
-    names = ["advice"]
-    if not count:
-        names.append("views")
-    elif not frozen.views:
-        names.append("augmentation")
-    return names
-
-
-def _drop(section: dict[str, Any], names: Sequence[str]) -> None:
-    for name in names:
-        section.pop(name, None)
+    if open_stages == len(describe(frozen.backbone).stages):
+        return {"advice", "views"}
+    return {"advice"} if frozen.views else {"advice", "augmentation"}

@@ -258,8 +258,8 @@ def _of_search(found: Found) -> list[str]:
 
 def _next(experiment: str) -> str:
     return (
-        f"next: dvc exp apply {experiment} puts its parameters and its model here, and tlpipe run "
-        f"exports and evaluates it"
+        f"next: dvc exp apply {experiment}; tlpipe run. The first puts its parameters and its "
+        f"model here, the second exports and evaluates it"
     )
 
 

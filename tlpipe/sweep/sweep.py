@@ -13,6 +13,7 @@ from tlpipe.errors import ArtifactError, ParamsError
 from tlpipe.project import models
 from tlpipe.registry import sweeps
 from tlpipe.sweep import experiments, grid, report, state
+from tlpipe.sweep import search as searches
 from tlpipe.sweep.grid import Asked, Cell
 from tlpipe.sweep.search import Range
 from tlpipe.sweep.state import Pin
@@ -150,14 +151,27 @@ def plan(
         "deadline": deadline,
         "address": address,
         "cells": [asdict(cell) for cell in planned],
-        "tasks": len(planned) or trials + 1,
         "search": search,
     }
-    words = {"cells": str(made["tasks"]), "commit": baseline}
+    if ranges:
+        known_trials = len(searches.ended(searches.study(made)))
+        made["todo"] = list(range(known_trials, trials + 1))
+    else:
+        known_cells = [state.load(Path(), cell.id) for cell in planned]
+        made["todo"] = [n for n, known_cell in enumerate(known_cells) if known_cell is None]
+    words = {"cells": str(len(planned) or trials), "commit": baseline}
     words |= {each.key: _range(each) for each in ranges}
     made["run"] = sweeps.begin(Path(), name, digest, words)
     state.save_plan(Path(), made)
     return made
+
+
+def describe(made: Mapping[str, Any]) -> str:
+    """Return how much there is to do, in words."""
+    todo = len(made["todo"])
+    if made["search"] is not None:
+        return f"{made['search']['trials']} trials, {todo - 1} of them to do, then the best on test"
+    return f"{len(made['cells'])} cells, {todo} of them to do"
 
 
 def _range(found: Range) -> str:
