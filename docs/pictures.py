@@ -51,6 +51,7 @@ def main() -> None:
         tutorial(Path(home))
         advice(Path(home))
         ensemble(Path(home))
+        sweep(Path(home))
 
 
 def opened(path: str | Path) -> "Image":
@@ -124,6 +125,19 @@ def ensemble(home: Path) -> None:
     run(project, "run-mixed-again", "tlpipe run")
     run(project, "ensemble", "tlpipe ensemble mixed@1 mixed@2")
     save(opened(project / "artifacts/ensemble/plots/ensemble.png"), PICTURES / "ensemble.png")
+
+
+def sweep(home: Path) -> None:
+    """Sweep and search on the built-in digits, in a project of its own."""
+    project = home / "swept"
+    run(home, "init-swept", "tlpipe init swept")
+    commit(project, "A new project")
+    levels = ("--freeze", "all,blocks5,none", "--images", "50,100,200,all", "--seeds", "2")
+    run(project, "sweep", " ".join(("tlpipe sweep", *levels, "--set train.epochs=5")))
+    save(opened(project / "artifacts/sweep/sweep.png"), PICTURES / "sweep.png")
+    ranges = ("--search", "train.head_lr=1e-4..1e-2", "--search", "train.backbone_lr=1e-4..1e-2")
+    run(project, "search", " ".join(("tlpipe sweep --freeze blocks5", *ranges, "--trials 12")))
+    save(opened(project / "artifacts/sweep/sweep.png"), PICTURES / "search.png")
 
 
 def commit(project: Path, message: str) -> None:

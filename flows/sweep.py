@@ -24,10 +24,10 @@ _flows = Path(__file__).resolve().parent
 if __name__ != "__main__" and sys.path[:2] == [str(_flows), str(_flows.parent)]:
     del sys.path[:2]
 
+import ray
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
@@ -48,40 +48,40 @@ def work(workspace: str, number: int, deadline: float | None) -> State[None]:
 
 @flow(name="tlpipe-sweep")
 def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
-    """Do the cells that ``tlpipe sweep`` has planned, as many at once as there are processors.
+    """Do the cells that ``tlpipe sweep`` has planned, as many at once as Ray has processors for.
 
     A task ends as Completed, Cached (it was done before), Pruned, Left (it would not end before
     ``deadline``, in seconds since 1970) or Failed.
     """
-    root = Path(workspace)
-    logger = get_run_logger()
+    root, logger = Path(workspace), get_run_logger()
     plan = cells.plan(root)
-    futures: list[PrefectFuture[State[None]]] = []
-    states = []
-    for number in plan["todo"]:
-        before = futures[-1:] if plan["search"] else []  # each trial learns from those before
-        named = work.with_options(name=cells.title(plan, number), retries=0)
-        with remote_options(num_cpus=plan["threads"]):
-            futures.append(named.submit(workspace, number, deadline, wait_for=before))
-    for place, (number, future) in enumerate(zip(plan["todo"], futures, strict=True), start=1):
-        state = _wait(future, root, logger)
-        said = f"{cells.title(plan, number)} {state.name.lower()}: {state.message}"
-        logger.info("%s of %s, %s", place, len(futures), said)
-        states.append(state)
-    return states
-
-
-def _wait(future: PrefectFuture[State[None]], root: Path, logger: Any) -> State[None]:
-    """Wait for a task, and say now and then how far the work is."""
+    # Of a cluster, no machine may have as many as the one that planned.
+    machines = [node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]]
+    each = min(float(plan["threads"]), max(machines))
+    # Each trial learns from those before.
+    most = 1 if plan["search"] else max(int(sum(count // each for count in machines)), 1)
+    waiting, at_work = list(plan["todo"]), {}
+    states: list[State[None]] = []
     said = ""
-    while True:
-        future.wait(timeout=_QUIET_S)
-        state = future.state
-        if state.is_final():
-            return state
-        if (line := cells.last_said(root)) and line != said:
+    while waiting or at_work:
+        # Not all at once: Ray would not keep their order, and the first ones tell the most.
+        while waiting and len(at_work) < most:
+            number = waiting.pop(0)
+            named = work.with_options(name=cells.title(plan, number))
+            with remote_options(num_cpus=each):
+                future = named.submit(workspace, number, deadline)
+            at_work[future.wrapped_future] = number, future
+        ended, _ = ray.wait(list(at_work), timeout=_QUIET_S)
+        for reference in ended:
+            number, future = at_work.pop(reference)
+            future.wait()
+            states.append(state := future.state)
+            title = f"{len(states)} of {len(plan['todo'])}, {cells.title(plan, number)}"
+            logger.info("%s %s: %s", title, state.name.lower(), state.message)
+        if not ended and (line := cells.last_said(root)) != said:
             logger.info("%s", line)
             said = line
+    return states
 
 
 def runner(address: str | None, threads: int) -> Any:

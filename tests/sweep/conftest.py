@@ -24,7 +24,6 @@ def split_once(tmp_path_factory: pytest.TempPathFactory, cache_env: dict[str, st
     workspace = copy_repository(path / "copy", cache_env)
     workspace.set_source(path / "photos")
     workspace.use_small_network()
-    workspace.configure("train", epochs=2)
     workspace.run("dvc", "repro", "split")
     workspace.run("git", "add", "--all")
     who = ("-c", "user.name=t", "-c", "user.email=t@example.invalid")

@@ -51,7 +51,7 @@ def test_a_cell_holds_what_its_stages_run_with() -> None:
     assert "fit_on" not in tuned.content["train"]
     assert tuned.content["train"]["epochs"] == 3
     assert frozen.content["train"]["epochs"] == 10  # as params.yaml has it: the default
-    assert (frozen.level, tuned.level) == ("all", "none, epochs 3")
+    assert (frozen.level, tuned.level) == ("all", "none")
     own = content()
     assert {name: tuned.content[name] for name in ("ingest", "register")} == {
         name: own[name] for name in ("ingest", "register")

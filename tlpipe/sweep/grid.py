@@ -8,7 +8,7 @@ import copy
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,21 +42,24 @@ class Cell:
     """One training.
 
     Attributes:
-        values: what is varied, by keys of params.yaml; without the seed.
+        values: what is set, by keys of params.yaml; without the seed.
         content: the whole of params.yaml.
         seed: of the images and of training.
         images: training images, or None where all are.
+        alike: keys that have one value in all cells.
     """
 
     values: Mapping[str, Any]
     content: Mapping[str, Any]
     seed: int
     images: int | None
+    alike: frozenset[str] = frozenset()
 
     @property
     def level(self) -> str:
         """What is varied but for the number of images: a line of the picture."""
-        shown = {k: v for k, v in self.values.items() if k != "split.images"}
+        aside = {"split.images", *self.alike}
+        shown = {key: value for key, value in self.values.items() if key not in aside}
         words = [str(shown.pop("embed.freeze"))]
         if backbone := shown.pop("embed.backbone", None):
             words.insert(0, str(backbone))
@@ -175,6 +178,7 @@ def cells(
     """
     found: dict[str, Cell] = {}
     keys = list(asked.settings)
+    alike = frozenset(key for key, values in asked.settings.items() if len(values) == 1)
     used: set[str] = set()
     for seed in range(asked.seeds):
         for backbone, freeze in itertools.product(asked.backbones or (None,), asked.freeze):
@@ -186,7 +190,7 @@ def cells(
                         **dict(zip(keys, settings, strict=True)),
                         **({} if images is None else {"split.images": images}),
                     }
-                    one = cell(values, content, models, seed)
+                    one = replace(cell(values, content, models, seed), alike=alike)
                     used |= one.values.keys()
                     found.setdefault(_same(one, models), one)
     if unused := [key for key in keys if key not in used]:

@@ -190,11 +190,9 @@ def draw(found: Sequence[Row]) -> "Figure":
 def title(found: Sequence[Row]) -> str:
     """Say what was measured, for the picture and above the table."""
     seeds = {len(row.seeds) for row in found}
-    count = str(min(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    return (
-        f"Trained weights in float32, mean over {count} seeds, {CONFIDENCE:.0%} intervals for "
-        f"other test images"
-    )
+    count = f"{max(seeds)} seeds" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)} seeds"
+    mean = f"mean over {count}" if max(seeds) > 1 else "one seed"
+    return f"Trained weights in float32, {mean}, {CONFIDENCE:.0%} intervals for other test images"
 
 
 def draw_trials(found: Sequence[Trial]) -> "Figure":
