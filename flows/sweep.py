@@ -105,9 +105,10 @@ def runner(address: str | None, threads: int) -> Any:
 
 
 if __name__ == "__main__":
-    with cells.exclusive(Path()):
-        plan = cells.plan(Path())
-        chosen = sweep.with_options(task_runner=runner(plan["address"], plan["threads"]))
-        end = chosen(str(Path().resolve()), plan["deadline"], return_state=True)
+    folder = Path().resolve()
+    plan = cells.plan(folder)
+    os.chdir(sys.prefix)  # Ray lets its workers import from the current folder
+    chosen = sweep.with_options(task_runner=runner(plan["address"], plan["threads"]))
+    end = chosen(str(folder), plan["deadline"], return_state=True)
     if not end.is_completed():
         raise SystemExit(f"tlpipe: the sweep ended as {end.name}: {end.message}")

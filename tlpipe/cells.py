@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tlpipe import files, graph
+from tlpipe import files
+from tlpipe.errors import TrainingError
 
 FOLDER = Path("artifacts", "sweep")
 PLAN = FOLDER / "plan.json"
@@ -27,13 +28,11 @@ class Outcome:
     Attributes:
         name: one of 'Completed', 'Cached' (it was done before), 'Pruned', 'Left' (no time for it)
             and 'Failed'.
-        said: a line for people.
-        seconds: that the work took.
+        said: a line for people, with the seconds that the work took.
     """
 
     name: str
     said: str
-    seconds: float = 0.0
 
 
 def plan(workspace: Path) -> dict[str, Any]:
@@ -46,16 +45,16 @@ def plan(workspace: Path) -> dict[str, Any]:
 
 
 def exclusive(workspace: Path) -> AbstractContextManager[int]:
-    """Hold the workspace for one sweep.
+    """Hold the workspace for one sweep; gives the lock's file descriptor, for its flow to inherit.
 
     Raises:
-        BusyError: another sweep holds it.
+        TrainingError: another sweep holds it.
     """
 
-    def error(process: str) -> graph.BusyError:
-        return graph.BusyError(
-            f"another sweep works in {workspace.resolve()}: process {process}. Wait for it or end "
-            f"it."
+    def error(process: str) -> TrainingError:
+        return TrainingError(
+            f"another sweep works in {workspace.resolve()}, as process {process or '?'}; expected "
+            f"one at a time. Wait for it, or stop it."
         )
 
     return files.exclusive(workspace / _LOCK, error)
@@ -69,7 +68,7 @@ def work(workspace: Path, number: int, deadline: float | None) -> Outcome:
     began = time.monotonic()
     cell = importlib.import_module("tlpipe.sweep.cell")
     name, said = cell.run(workspace, number, deadline)
-    return Outcome(name, said, time.monotonic() - began)
+    return Outcome(name, f"{said}; {time.monotonic() - began:.2f} s")
 
 
 def last_said(workspace: Path) -> str:

@@ -1,15 +1,17 @@
 """A sweep as users run it: the command, a real Ray, a real Prefect server, real DVC and MLflow."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import PATIENCE_S, Workspace, wait_until
+from tests.conftest import PATIENCE_S, Workspace, free_port, wait_until
 from tests.sweep.conftest import project as project
 from tests.sweep.conftest import split_once as split_once
 from tlpipe import cells
@@ -39,10 +41,8 @@ def test_a_killed_sweep_goes_on_where_it_was(project: Workspace) -> None:
     wait_until(lambda: len(records(project)) >= 1)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in family:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(one.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait(PATIENCE_S)
     before = records(project)
     result = project.run("tlpipe", *SWEEP)
@@ -67,8 +67,6 @@ def test_a_budget_that_is_over_begins_nothing_more(project: Workspace) -> None:
     path = project.path / cells.FOLDER / "cells" / f"{known}.json"
     content = path.read_text()
     assert content.count('"seconds": ') == 1
-    import json
-
     path.write_text(json.dumps(json.loads(content) | {"seconds": 1e6}))
     result = project.run("tlpipe", "sweep", "--freeze", "all", "--images", "8,12", "--budget", "1h")
     assert "1 are left; the same command goes on" in result.stdout
@@ -77,8 +75,6 @@ def test_a_budget_that_is_over_begins_nothing_more(project: Workspace) -> None:
 
 
 def test_a_ray_that_runs_already_does_the_cells(project: Workspace, tmp_path: Path) -> None:
-    from tests.conftest import free_port
-
     port = free_port()
     env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     cluster = Workspace(project.path, {**project.env, **env})

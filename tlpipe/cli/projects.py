@@ -473,14 +473,15 @@ def _check_and(params: Path | None, *command: str) -> Path:
     return found
 
 
-def run_python(*command: str) -> None:
+def run_python(*command: str, inherit: tuple[int, ...] = ()) -> None:
     """Run a Python program in the current folder; what it ends with, this command ends with.
 
-    Nothing is imported from there: the user's own files may be named as packages are.
+    Nothing is imported from there: the user's own files may be named as packages are. ``inherit``:
+    file descriptors.
     """
     beside = str(Path(sys.executable).parent)  # where DVC finds tlpipe
     env = {**os.environ, "PATH": os.pathsep.join([beside, os.environ.get("PATH", "")])}
-    code = subprocess.run([sys.executable, "-P", *command], env=env).returncode
+    code = subprocess.run([sys.executable, "-P", *command], env=env, pass_fds=inherit).returncode
     if code:
         raise typer.Exit(code)
 

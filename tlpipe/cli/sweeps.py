@@ -68,6 +68,7 @@ def sweep(
 
     After a kill or the end of --budget, the same command goes on.
     """
+    from tlpipe import cells as work
     from tlpipe.sweep import grid
     from tlpipe.sweep import search as searches
     from tlpipe.sweep import sweep as sweeps
@@ -97,17 +98,24 @@ def sweep(
     check(project.params)
     run_python("-m", "dvc", "repro", "split")
     name = cast(Any, sections(project)["register"]).name
-    plan = sweeps.plan(
-        cells,
-        ranges,
-        trials,
-        name,
-        with_registered_weights,
-        deadline=None if seconds is None else began + seconds,
-        address=address,
-    )
-    print(sweeps.describe(plan))
-    sys.stdout.flush()
-    if plan["todo"]:
-        run_python(str(Path("flows", "sweep.py")))
-    print_sweep(sweeps.finish(plan))
+    with work.exclusive(Path()) as lock:
+        plan = sweeps.plan(
+            cells,
+            ranges,
+            trials,
+            name,
+            with_registered_weights,
+            deadline=None if seconds is None else began + seconds,
+            address=address,
+        )
+        print(sweeps.describe(plan))
+        sys.stdout.flush()
+        failed = None
+        try:
+            if plan["todo"]:
+                run_python(str(Path("flows", "sweep.py")), inherit=(lock,))
+        except typer.Exit as end:  # what others came to is worth a picture all the same
+            failed = end
+        print_sweep(sweeps.finish(plan))
+        if failed is not None:
+            raise failed

@@ -52,16 +52,6 @@ def baseline(root: Path) -> tuple[str, str]:
         return commit, _git(root, "write-tree", env=env)
 
 
-def find(root: Path, name: str) -> str:
-    """Return the commit of an experiment, on whatever it hangs; nothing where there is none."""
-    found = _git(root, "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps/")
-    for line in found.splitlines():
-        ref, _, commit = line.partition(" ")
-        if ref.rpartition("/")[2] == name:
-            return commit
-    return ""
-
-
 def save(root: Path, cell: Entry, places: Mapping[str, Path], commit: str, tree: str) -> str:
     """Make the experiment of a cell; return its commit.
 

@@ -24,6 +24,7 @@ from tlpipe.sweep import grid
 from tlpipe.sweep.grid import Cell
 
 STAGES = ("ingest", "split", "embed", "train")  # what a cell is made by
+_LONGEST_NAME = 80  # before the digits that make it unique
 _MEASURED_BY = "tlpipe.sweep.measure"
 # Without effect on what comes out.
 _ASIDE = {"train": {"checkpoint_minutes"}, "embed": {"max_gib"}}
@@ -91,7 +92,7 @@ def entry(cell: Cell, root: Path, models: Mapping[str, type[Section]], pin: Pin)
         id=own_digest,
         frozen=digest({key: parts[key] for key in ("ingest", "embed")}, data),
         ingested="" if is_own else digest({"ingest": parts["ingest"]}, data),
-        name=f"{name.strip('-')}-{own_digest[:8]}",
+        name=f"{name.strip('-')[:_LONGEST_NAME]}-{own_digest[:8]}",
         weights_sha256=frozen.weights_sha256,
         threads=threads,
         level=cell.level,

@@ -113,12 +113,13 @@ def plan(
             f"split.images is {unused} in params.yaml, so nobody can tell how many images could "
             f"train. Take it out, and name numbers in --images."
         )
-    available = len(rows_of(table, "train"))
+    rows = rows_of(table, "train")
+    available, classes = len(rows), len({table[row].label for row in rows})
     for cell in found:
-        if cell.images is not None and cell.images > available:
+        if cell.images is not None and not classes <= cell.images <= available:
             raise ParamsError(
-                f"--images has {cell.images}; the training split has {available} images. Lower it, "
-                f"or say all."
+                f"--images has {cell.images}; the training split has {available} images of "
+                f"{classes} classes, each of which needs one. Give numbers between, or all."
             )
         batch = (cell.content["train"] or {}).get("batch_size")
         if batch is not None and batch > (cell.images or available):
