@@ -132,11 +132,12 @@ def sweep(home: Path) -> None:
     project = home / "swept"
     run(home, "init-swept", "tlpipe init swept")
     commit(project, "A new project")
-    levels = ("--freeze", "all,blocks5,none", "--images", "50,100,200,all", "--seeds", "2")
-    run(project, "sweep", " ".join(("tlpipe sweep", *levels, "--set train.epochs=5")))
+    levels = "--freeze all,blocks5,none --images 50,100,200 --seeds 2 --set train.epochs=3"
+    run(project, "sweep", f"tlpipe sweep {levels}")
     save(opened(project / "artifacts/sweep/sweep.png"), PICTURES / "sweep.png")
-    ranges = ("--search", "train.head_lr=1e-4..1e-2", "--search", "train.backbone_lr=1e-4..1e-2")
-    run(project, "search", " ".join(("tlpipe sweep --freeze blocks5", *ranges, "--trials 12")))
+    ranges = "--search train.head_lr=1e-4..1e-1 --search train.backbone_lr=1e-5..1e-2"
+    fixed = "--freeze blocks5 --images 200 --set train.epochs=3 --set train.metric=loss"
+    run(project, "search", f"tlpipe sweep {fixed} {ranges} --trials 12")
     save(opened(project / "artifacts/sweep/sweep.png"), PICTURES / "search.png")
 
 

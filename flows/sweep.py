@@ -9,8 +9,9 @@ project under the same path, and the same packages.
 import os
 import secrets
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # Read when prefect and ray are imported: no telemetry, and time enough for its own server to start.
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -24,6 +25,14 @@ _flows = Path(__file__).resolve().parent
 if __name__ != "__main__" and sys.path[:2] == [str(_flows), str(_flows.parent)]:
     del sys.path[:2]
 
+from tlpipe import cells
+
+if __name__ == "__main__" and cells.plan(Path())["address"] is None:
+    # Whoever reaches Ray's ports runs code: on this machine alone (Ray itself would make 127.0.0.1
+    # the address by which others reach it), and with a password. Read when ray is imported.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+
 import ray
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -31,8 +40,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
-
-from tlpipe import cells
+from prefect_ray.task_runners import PrefectRayFuture
 
 _QUIET_S = 30.0  # after which something is said of a cell that is at work
 _BYTES = 80_000_000  # the least that Ray takes for objects; a cell gives a line of text
@@ -60,16 +68,17 @@ def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
     each = min(float(plan["threads"]), max(machines))
     # Each trial learns from those before.
     most = 1 if plan["search"] else max(int(sum(count // each for count in machines)), 1)
-    waiting, at_work = list(plan["todo"]), {}
+    waiting = list(plan["todo"])
+    at_work: dict[Any, tuple[int, PrefectRayFuture[Any]]] = {}
     states: list[State[None]] = []
-    said = ""
+    said, began = "", time.time()
     while waiting or at_work:
         # Not all at once: Ray would not keep their order, and the first ones tell the most.
         while waiting and len(at_work) < most:
             number = waiting.pop(0)
             named = work.with_options(name=cells.title(plan, number))
             with remote_options(num_cpus=each):
-                future = named.submit(workspace, number, deadline)
+                future = cast(PrefectRayFuture[Any], named.submit(workspace, number, deadline))
             at_work[future.wrapped_future] = number, future
         ended, _ = ray.wait(list(at_work), timeout=_QUIET_S)
         for reference in ended:
@@ -77,8 +86,8 @@ def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
             future.wait()
             states.append(state := future.state)
             title = f"{len(states)} of {len(plan['todo'])}, {cells.title(plan, number)}"
-            logger.info("%s %s: %s", title, state.name.lower(), state.message)
-        if not ended and (line := cells.last_said(root)) != said:
+            logger.info("%s %s: %s", title, str(state.name).lower(), state.message)
+        if not ended and (line := cells.last_said(root, began)) != said:
             logger.info("%s", line)
             said = line
     return states
@@ -92,11 +101,7 @@ def runner(address: str | None, threads: int) -> Any:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
         return RayTaskRunner(address=address, init_kwargs=quiet)
-    # Whoever reaches Ray's ports runs code: on this machine alone, and with a password.
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     local = {
-        "_node_ip_address": "127.0.0.1",
         "include_dashboard": False,
         "num_cpus": max(threads, len(os.sched_getaffinity(0))),
         "object_store_memory": _BYTES,

@@ -71,11 +71,17 @@ def work(workspace: Path, number: int, deadline: float | None) -> Outcome:
     return Outcome(name, f"{said}; {time.monotonic() - began:.2f} s")
 
 
-def last_said(workspace: Path) -> str:
-    """Return the last line that a cell at work has written; nothing where there is none."""
-    logs = sorted((workspace / LOGS).glob("*.log"), key=lambda path: path.stat().st_mtime)
-    lines = logs[-1].read_text(encoding="utf-8").splitlines() if logs else []
-    return f"{logs[-1].stem}: {lines[-1].partition(' ')[2]}" if lines else ""
+def last_said(workspace: Path, since: float) -> str:
+    """Return the last line that a cell at work has written; nothing where there is none.
+
+    ``since``: when the work began, in seconds since 1970; older lines are of other sweeps.
+    """
+    times = {path: path.stat().st_mtime for path in (workspace / LOGS).glob("*.log")}
+    newest = max(times, key=lambda path: times[path], default=None)
+    if newest is None or times[newest] < since:
+        return ""
+    lines = newest.read_text(encoding="utf-8").splitlines()
+    return f"{newest.stem}: {lines[-1].partition(' ')[2]}" if lines else ""
 
 
 def title(plan: Mapping[str, Any], number: int) -> str:

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from tests.conftest import Workspace
 from tlpipe import cells, files
-from tlpipe.sweep import cell, search, state, sweep
+from tlpipe.sweep import experiments, search, state, sweep
 from tlpipe.sweep.grid import Asked
 
 optuna = pytest.importorskip("optuna")
@@ -96,7 +96,7 @@ def test_a_killed_search_proposes_what_it_would_have_proposed(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(cell.experiments, "save", kill)  # trained, and nothing kept
+        patch.setattr(experiments, "save", kill)  # trained, and nothing kept
         with pytest.raises(Killed):
             cells.work(Path.cwd(), 2, None)
     again = plan(6)

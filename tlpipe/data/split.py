@@ -171,7 +171,7 @@ def limited(assignments: Sequence[Assignment], images: int, seed: int) -> list[A
         for rows in classes.values()
         for row in rows
     }
-    order = []
+    order: list[tuple[float, float, int]] = []
     for rows in classes.values():
         rows.sort(key=lambda row: (position[row], row))
         paces = [-1.0, *((place + 0.5) / len(rows) for place in range(1, len(rows)))]

@@ -126,7 +126,9 @@ def _compute(plan: Mapping[str, Any], cell: Entry, live: Live | None, work: Path
         activations=places["activations"],
         pixels=seen["pixels"],
         split=places["split"],
-        **{name: places[name] for name in _OF_TRAIN},
+        model=places["model"],
+        history=places["history"],
+        train_metrics=places["train_metrics"],
         params=cast(train.Params, found["train"]),
         live=live,
     )
