@@ -136,7 +136,7 @@ def sweep(home: Path) -> None:
     run(project, "sweep", f"tlpipe sweep {levels}")
     save(opened(project / "artifacts/sweep/sweep.png"), PICTURES / "sweep.png")
     ranges = "--search train.head_lr=1e-4..1e-1 --search train.backbone_lr=1e-5..1e-2"
-    fixed = "--freeze blocks5 --images 200 --set train.epochs=3 --set train.metric=loss"
+    fixed = "--freeze blocks5 --images 200 --set train.epochs=3"
     run(project, "search", f"tlpipe sweep {fixed} {ranges} --trials 12")
     save(opened(project / "artifacts/sweep/sweep.png"), PICTURES / "search.png")
 

@@ -87,4 +87,6 @@ def last_said(workspace: Path, since: float) -> str:
 def title(plan: Mapping[str, Any], number: int) -> str:
     """Return the name that a cell's task has."""
     cells = plan["cells"]
-    return str(cells[number]["name"]) if number < len(cells) else f"trial-{number}"
+    if plan["search"] is None:
+        return str(cells[number]["name"])
+    return f"trial-{number}" if number < plan["search"]["trials"] else "best"

@@ -61,6 +61,7 @@ def test_the_best_on_validation_is_measured_on_test_once(here: Workspace) -> Non
         assert 1e-4 <= trial.params["train.head_lr"] <= 1e-1
         assert 0 <= trial.params["train.label_smoothing"] <= 0.2
         assert len(trial.intermediate_values) == 3  # the start, and two epochs
+        assert trial.value == pytest.approx(min(trial.intermediate_values.values()), abs=1e-6)
     result = sweep.finish(made)
     assert (result.left, len(result.trials), len(result.rows)) == (0, 3, 1)
     said = here.call("sweep", *options(3)).stdout  # nothing is left to do

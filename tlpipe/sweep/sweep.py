@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ def cells(asked: Asked, ranges: Sequence[Range]) -> list[Cell]:
     found = grid.cells(asked, content, known)
     if not ranges:
         return found
+    is_tuned = "fit_on" not in found[0].content["train"]
+    if is_tuned and "metric" not in found[0].content["train"]:
+        # Trials go by the loss, so the epoch that is kept does.
+        settings = {**asked.settings, "train.metric": ("loss",)}
+        found = grid.cells(replace(asked, settings=settings), content, known)
     if len(found) != 1:
         raise ParamsError(
             f"--search goes over one setting of all else, and {len(found)} were given; expected "
