@@ -65,7 +65,7 @@ def test_the_best_on_validation_is_measured_on_test_once(here: Workspace) -> Non
     result = sweep.finish(made)
     assert (result.left, len(result.trials), len(result.rows)) == (0, 3, 1)
     said = here.call("sweep", *options(3)).stdout  # nothing is left to do
-    assert "3 trials, 0 of them pruned; the least validation loss is" in said
+    assert "3 trials, 0 of them ended early; the least validation loss is" in said
     assert f"train.head_lr: {study.best_params['train.head_lr']}" in said
     assert len(here.rows("artifacts/sweep/table.csv")) == 3
 

@@ -1,5 +1,6 @@
 """What a sweep has found: a table, a picture, and what to do next."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of a search: its validation loss, or the least one before it was pruned."""
+    """One trial of a search: its validation loss, or the least one before it was pruned or failed."""
 
     loss: float
     is_pruned: bool
@@ -84,11 +85,8 @@ def collect(root: Path, plan: Mapping[str, Any]) -> Found:
     found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     records = []
     for cell in cells:
-        record = state.load(root, cell.id)
-        if record is None:
-            continue
-        records.append(record)
-        if "test" in record:
+        if (record := state.measured(root, cell.id)) is not None:
+            records.append(record)
             found[cell.level, cell.images or plan["train_images"]].append(record)
     levels = list(dict.fromkeys(cell.level for cell in cells))
     order = sorted(found, key=lambda key: (levels.index(key[0]), key[1]))
@@ -102,10 +100,10 @@ def _collect_search(root: Path, plan: Mapping[str, Any]) -> Found:
     study = search.study(plan)
     trials, records, rows = [], [], []
     for trial in search.ended(study):
-        pruned = trial.state.name == "PRUNED"
-        loss = min(trial.intermediate_values.values()) if pruned else trial.value
-        assert loss is not None
-        trials.append(Trial(loss, pruned, dict(trial.params)))
+        is_whole = trial.value is not None and trial.state.name == "COMPLETE"
+        least = min(trial.intermediate_values.values(), default=math.inf)
+        loss = float(trial.value) if is_whole else least
+        trials.append(Trial(loss, not is_whole, dict(trial.params)))
         if (record := state.load(root, trial.user_attrs["cell"])) is not None:
             records.append(record)
             if "test" in record:
@@ -199,7 +197,7 @@ def draw_trials(found: Sequence[Trial]) -> "Figure":
     """Draw the validation loss of each trial, and the least one so far."""
     figure = charts.new_figure(9, 5.4)
     axes = figure.subplots()
-    for is_pruned, label in ((False, "a trial"), (True, "pruned, its least loss")):
+    for is_pruned, label in ((False, "a trial"), (True, "ended early, its least loss")):
         chosen = [
             (n, trial.loss) for n, trial in enumerate(found, 1) if trial.is_pruned == is_pruned
         ]
@@ -245,7 +243,7 @@ def _of_search(found: Found) -> list[str]:
     pruned = len(found.trials) - len(whole)
     best = min(whole, key=lambda trial: trial.loss)
     said = [
-        f"{len(found.trials)} trials, {pruned} of them pruned; the least validation loss is "
+        f"{len(found.trials)} trials, {pruned} of them ended early; the least validation loss is "
         f"{best.loss:.4f}",
         "put into params.yaml: " + ", ".join(f"{k}: {v}" for k, v in best.params.items()),
     ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlpipe import params
 from tlpipe.cells import FOLDER
-from tlpipe.errors import ParamsError
+from tlpipe.errors import Interrupted, ParamsError, TlpipeError
 from tlpipe.project import models
 from tlpipe.registry import sweeps
 from tlpipe.sweep import grid, state
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Trials before TPE proposes and medians prune; epochs of each before it may be pruned.
 _RANDOM, _WARM = 5, 1
 _LOGARITHMIC = 10  # a range whose ends are so many times apart is searched by powers
-_CELL, _SECONDS = "cell", "seconds"
+_CELL, _SECONDS, _FAILED = "cell", "seconds", "failed"
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ def read_range(text: str) -> Range:
         if low is not None and high is not None and low < high:
             return Range(key, low, high)
     elif len(ends) == 1 and values and len(choices := grid.read_setting(text)[1]) > 1:
-        return Range(key, None, None, choices)
+        if all(isinstance(choice, (str, int, float)) for choice in choices):
+            return Range(key, None, None, choices)
     raise ParamsError(
-        f"--search {text} is no range; expected LOW..HIGH with LOW below HIGH, or choices with "
-        f"commas between: {example}, --search train.optimiser=adamw,sgd."
+        f"--search {text} is no range; expected LOW..HIGH with LOW below HIGH, or words or "
+        f"numbers with commas between: {example}, --search train.optimiser=adamw,sgd."
     )
 
 
@@ -121,10 +122,12 @@ def study(plan: Mapping[str, Any]) -> "Study":
 
 
 def ended(found: "Study") -> "list[FrozenTrial]":
-    """Return the trials that came to an end, pruned or not."""
+    """Return the trials that came to an end, pruned or failed ones too; not those of a kill."""
     from optuna.trial import TrialState
 
-    return list(found.get_trials(False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
+    trials = found.get_trials(deepcopy=False)
+    whole = (TrialState.COMPLETE, TrialState.PRUNED)
+    return [trial for trial in trials if trial.state in whole or _FAILED in trial.user_attrs]
 
 
 def run(plan: Mapping[str, Any], number: int, deadline: float | None) -> tuple[str, str]:
@@ -137,11 +140,14 @@ def run(plan: Mapping[str, Any], number: int, deadline: float | None) -> tuple[s
     done = ended(found)
     if number < len(done):
         return "Cached", _said(done[number])
-    if number == plan["search"]["trials"]:
-        return _measure_best(plan, found)
+    is_last = number == plan["search"]["trials"]
+    if is_last and len(done) < number:
+        return "Left", "trials are left, and the test images are shown to the best of all"
     seconds = max((trial.user_attrs.get(_SECONDS, 0.0) for trial in done), default=0.0)
     if needed := work.too_long(seconds, deadline):
         return "Left", f"it would take some {needed}"
+    if is_last:
+        return _measure_best(plan, found)
     for trial in found.get_trials(False, states=(TrialState.RUNNING,)):  # its process was killed
         found.tell(trial.number, state=TrialState.FAIL)
         found.enqueue_trial(trial.params)
@@ -174,8 +180,14 @@ def _trial(plan: Mapping[str, Any], found: "Study") -> tuple[str, str]:
         trial.set_user_attr(_SECONDS, time.monotonic() - began)
         found.tell(trial, state=optuna.trial.TrialState.PRUNED)
         sweeps.record(Path(), plan["run"], [_of_pruned(entry, trial)])
-        ending = ended(found)[-1]
-        return "Pruned", _said(ending)
+        return "Pruned", _said(found.trials[trial.number])
+    except Interrupted:
+        raise
+    except TlpipeError as error:  # such as a loss that is no number: others may do better
+        said = " ".join(str(error).split())
+        trial.set_user_attr(_FAILED, said)
+        found.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return "Pruned", f"failed: {said}"
     sweeps.record(Path(), plan["run"], [work.of_mlflow(record)])
     trial.set_user_attr(_SECONDS, time.monotonic() - began)
     found.tell(trial, record["validation"]["validation_loss"])

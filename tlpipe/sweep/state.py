@@ -135,6 +135,12 @@ def load(root: Path, cell: str) -> dict[str, Any] | None:
         return None
 
 
+def measured(root: Path, cell: str) -> dict[str, Any] | None:
+    """Return the record of a cell that is done and was measured on test, as no trial is."""
+    found = load(root, cell)
+    return found if found is not None and "test" in found else None
+
+
 def save_plan(root: Path, plan: Mapping[str, Any]) -> None:
     """Write what the flow reads."""
     files.write_json(root / PLAN, plan)

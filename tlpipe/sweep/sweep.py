@@ -163,8 +163,8 @@ def plan(
         known_trials = len(searches.ended(searches.study(made)))
         made["todo"] = list(range(known_trials, trials + 1))
     else:
-        known_cells = [state.load(Path(), cell.id) for cell in planned]
-        made["todo"] = [n for n, known_cell in enumerate(known_cells) if known_cell is None]
+        done = [state.measured(Path(), cell.id) is not None for cell in planned]
+        made["todo"] = [number for number, is_done in enumerate(done) if not is_done]
     words = {"cells": str(len(planned) or trials), "commit": baseline}
     words |= {each.key: _range(each) for each in ranges}
     made["run"] = sweeps.begin(Path(), name, digest, words)
