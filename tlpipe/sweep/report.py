@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of a search: its validation loss, or the least one before it was pruned or failed."""
+    """One trial of a search: its validation loss, or the least one before it ended early."""
 
     loss: float
     is_pruned: bool
@@ -241,6 +241,8 @@ def conclusion(found: Found) -> list[str]:
 def _of_search(found: Found) -> list[str]:
     whole = [trial for trial in found.trials if not trial.is_pruned]
     pruned = len(found.trials) - len(whole)
+    if not whole:
+        return ["every trial failed: the logs say why. Search elsewhere, or take smaller steps"]
     best = min(whole, key=lambda trial: trial.loss)
     said = [
         f"{len(found.trials)} trials, {pruned} of them ended early; the least validation loss is "

@@ -63,8 +63,9 @@ def read_range(text: str) -> Range:
         low, high = (_number(end) for end in ends)
         if low is not None and high is not None and low < high:
             return Range(key, low, high)
-    elif len(ends) == 1 and values and len(choices := grid.read_setting(text)[1]) > 1:
-        if all(isinstance(choice, (str, int, float)) for choice in choices):
+    elif len(ends) == 1 and values:
+        choices = grid.read_setting(text)[1]
+        if len(choices) > 1 and all(isinstance(each, (str, int, float)) for each in choices):
             return Range(key, None, None, choices)
     raise ParamsError(
         f"--search {text} is no range; expected LOW..HIGH with LOW below HIGH, or words or "
@@ -146,6 +147,8 @@ def run(plan: Mapping[str, Any], number: int, deadline: float | None) -> tuple[s
     seconds = max((trial.user_attrs.get(_SECONDS, 0.0) for trial in done), default=0.0)
     if needed := work.too_long(seconds, deadline):
         return "Left", f"it would take some {needed}"
+    if is_last and all(trial.state != TrialState.COMPLETE for trial in done):
+        return "Left", "every trial failed"
     if is_last:
         return _measure_best(plan, found)
     for trial in found.get_trials(False, states=(TrialState.RUNNING,)):  # its process was killed
