@@ -36,3 +36,12 @@ def project(split_once: Workspace, tmp_path: Path) -> Workspace:
     """A copy of that project of the test's own."""
     shutil.copytree(split_once.path, tmp_path / "copy", symlinks=True)
     return Workspace(tmp_path / "copy", split_once.env)
+
+
+@pytest.fixture
+def here(project: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """That project as the current folder, with its environment."""
+    monkeypatch.chdir(project.path)
+    for name, value in project.env.items():
+        monkeypatch.setenv(name, value)
+    return project

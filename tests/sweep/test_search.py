@@ -1,6 +1,5 @@
 """A search, done in this process: a real study of Optuna, real training; no Ray."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,6 @@ pytestmark = pytest.mark.slow
 
 RANGES = ("train.head_lr=1e-4..1e-1", "train.label_smoothing=0..0.2")
 FEW = {"train.epochs": (2,)}
-
-
-@pytest.fixture
-def here(project: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
-    monkeypatch.chdir(project.path)
-    for name, value in project.env.items():
-        monkeypatch.setenv(name, value)
-    yield project
 
 
 def plan(trials: int) -> dict[str, Any]:
