@@ -10,6 +10,8 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +39,8 @@ import ray
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed
 from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
@@ -109,11 +113,30 @@ def runner(address: str | None, threads: int) -> Any:
     return RayTaskRunner(init_kwargs=quiet | local)
 
 
+@contextmanager
+def one_server(*, is_local: bool) -> Iterator[None]:
+    """Let the flow and Ray's workers share a Prefect server where none is set up.
+
+    Without, each worker would start one of its own. Those on other machines do.
+    """
+    if PREFECT_API_URL.value() or not is_local:
+        yield
+        return
+    server = SubprocessASGIServer()
+    server.start()
+    try:
+        with temporary_settings({PREFECT_API_URL: server.api_url}):
+            yield
+    finally:
+        server.stop()
+
+
 if __name__ == "__main__":
     folder = Path().resolve()
     plan = cells.plan(folder)
     os.chdir(sys.prefix)  # Ray lets its workers import from the current folder
     chosen = sweep.with_options(task_runner=runner(plan["address"], plan["threads"]))
-    end = chosen(str(folder), plan["deadline"], return_state=True)
+    with one_server(is_local=plan["address"] is None):
+        end = chosen(str(folder), plan["deadline"], return_state=True)
     if not end.is_completed():
         raise SystemExit(f"tlpipe: the sweep ended as {end.name}: {end.message}")
