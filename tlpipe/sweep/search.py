@@ -171,9 +171,10 @@ def _trial(plan: Mapping[str, Any], found: "Study") -> tuple[str, str]:
     trial.set_user_attr(_CELL, entry.id)
 
     def live(steps: Sequence[Step]) -> None:
-        step = len(steps) - 1
-        trial.report(steps[-1].validation.loss, step)
-        if step and trial.should_prune():
+        last = len(steps) - 1
+        for step in (0, last) if last == 1 else (last,):  # the start comes with the first epoch
+            trial.report(steps[step].validation.loss, step)
+        if trial.should_prune():
             raise optuna.TrialPruned
 
     known = state.load(Path(), entry.id)
