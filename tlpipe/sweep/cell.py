@@ -76,7 +76,7 @@ def too_long(seconds: float, deadline: float | None) -> str:
 def expected(plan: Mapping[str, Any], cell: Entry) -> float:
     """Return the seconds that a cell will take, as far as those that are done tell."""
     whole = plan["train_images"]
-    of_level, of_all = [0.0], [0.0]
+    same, of_level, of_all = [0.0], [0.0], [0.0]
     for other in state.entries(plan):
         if (record := state.load(Path(), other.id)) is None:
             continue
@@ -84,7 +84,9 @@ def expected(plan: Mapping[str, Any], cell: Entry) -> float:
         if other.level == cell.level:
             more = (cell.images or whole) / (other.images or whole)
             of_level.append(record["seconds"] * max(more, 1.0))
-    return max(of_level) or max(of_all)
+            if other.images == cell.images:
+                same.append(record["seconds"])
+    return max(same) or max(of_level) or max(of_all)
 
 
 def compute(plan: Mapping[str, Any], cell: Entry, live: Live | None = None) -> dict[str, Any]:

@@ -131,6 +131,22 @@ def ended(found: "Study") -> "list[FrozenTrial]":
     return [trial for trial in trials if trial.state in whole or _FAILED in trial.user_attrs]
 
 
+def todo(plan: Mapping[str, Any]) -> list[int]:
+    """Return the trials that are left, and behind them the number of measuring the best on test.
+
+    Nothing, where the best of all is measured.
+    """
+    from optuna.trial import TrialState
+
+    found, trials = study(plan), plan["search"]["trials"]
+    done = ended(found)
+    if len(done) >= trials and any(trial.state == TrialState.COMPLETE for trial in done):
+        best = found.best_trial.user_attrs[_CELL]
+        if state.measured(Path(), best) is not None:
+            return []
+    return list(range(min(len(done), trials), trials + 1))
+
+
 def run(plan: Mapping[str, Any], number: int, deadline: float | None) -> tuple[str, str]:
     """Do the next trial, or, where all have ended, measure the best one on the test images."""
     from optuna.trial import TrialState

@@ -160,8 +160,7 @@ def plan(
         "search": search,
     }
     if ranges:
-        known_trials = len(searches.ended(searches.study(made)))
-        made["todo"] = list(range(known_trials, trials + 1))
+        made["todo"] = searches.todo(made)
     else:
         done = [state.measured(Path(), cell.id) is not None for cell in planned]
         made["todo"] = [number for number, is_done in enumerate(done) if not is_done]
@@ -176,7 +175,8 @@ def describe(made: Mapping[str, Any]) -> str:
     """Return how much there is to do, in words."""
     todo = len(made["todo"])
     if made["search"] is not None:
-        return f"{made['search']['trials']} trials, {todo - 1} of them to do, then the best on test"
+        left = max(todo - 1, 0)
+        return f"{made['search']['trials']} trials, {left} of them to do, then the best on test"
     return f"{len(made['cells'])} cells, {todo} of them to do"
 
 
