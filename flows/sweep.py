@@ -106,6 +106,7 @@ def runner(address: str | None, threads: int) -> Any:
     if address is not None:
         return RayTaskRunner(address=address, init_kwargs=quiet)
     local = {
+        "address": "local",  # or Ray would join one that runs here already
         "include_dashboard": False,
         "num_cpus": max(threads, len(os.sched_getaffinity(0))),
         "object_store_memory": _BYTES,
@@ -123,12 +124,9 @@ def one_server(*, is_local: bool) -> Iterator[None]:
         yield
         return
     server = SubprocessASGIServer()
-    server.start()
-    try:
-        with temporary_settings({PREFECT_API_URL: server.api_url}):
-            yield
-    finally:
-        server.stop()
+    server.start()  # it ends with this process, behind the last line of the log
+    with temporary_settings({PREFECT_API_URL: server.api_url}):
+        yield
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ def test_a_killed_sweep_goes_on_where_it_was(project: Workspace) -> None:
 
 
 def test_a_budget_that_is_over_begins_nothing_more(project: Workspace) -> None:
-    project.run("tlpipe", "sweep", "--freeze", "all", "--images", "8")
+    # A Ray that somebody else has is none that the sweep was told to use.
+    elsewhere = Workspace(project.path, {**project.env, "RAY_ADDRESS": "127.0.0.1:1"})
+    elsewhere.run("tlpipe", "sweep", "--freeze", "all", "--images", "8")
     (known,) = records(project)
     path = project.path / cells.FOLDER / "cells" / f"{known}.json"
     content = path.read_text()
