@@ -53,6 +53,7 @@ def main() -> None:
         pretraining(Path(home))
         ensemble(Path(home))
         explanation(Path(home))
+        sweep(Path(home))
 
 
 def opened(path: str | Path) -> "Image":
@@ -157,6 +158,16 @@ def explanation(home: Path) -> None:
         save(opened(plots / f"{name}.png"), PICTURES / f"explain-{name}.png")
     (stage,) = plots.glob("stage-*-blocks1.png")
     save(opened(stage), PICTURES / "explain-stage.png")
+
+
+def sweep(home: Path) -> None:
+    """Sweep over levels and images on the built-in digits, in a project of its own."""
+    project = home / "swept"
+    run(home, "init-swept", "tlpipe init swept")
+    commit(project, "A new project")
+    levels = "--freeze all,blocks5,none --images 50,100,200 --seeds 2 --set train.epochs=3"
+    run(project, "sweep", f"tlpipe sweep {levels} --budget 14m")
+    save(opened(project / "artifacts/sweep/sweep.png"), PICTURES / "sweep.png")
 
 
 def commit(project: Path, message: str) -> None:

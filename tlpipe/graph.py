@@ -39,6 +39,7 @@ PATHS = {
     "model": "artifacts/train/model",
     "held_out": "artifacts/train/model/held_out.safetensors",
     "history": "artifacts/train/history.csv",
+    "train_metrics": "artifacts/train/metrics.json",
     "bundle": "artifacts/export/bundle",
     "parity": "artifacts/export/parity.json",
     "report": "artifacts/evaluate/report.json",
@@ -130,8 +131,9 @@ STAGES = {
         "tlpipe.training.train",
         "Fit what is not frozen.",
         reads=("activations", "pixels", "split"),
-        writes=("model", "history"),
+        writes=("model", "history", "train_metrics"),
         libraries=("numpy", "scipy", "timm", "torch", "torchvision"),
+        metrics=("train_metrics",),
     ),
     "export": Stage(
         "tlpipe.export.export",

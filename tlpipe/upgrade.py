@@ -30,7 +30,7 @@ from tlpipe.errors import ArtifactError, ParamsError
 
 BASES = ".tlpipe"
 # Files of the package that a project holds as they are.
-_COPIED = ("flows/__init__.py", "flows/pipeline.py", "prefect.yaml")
+_COPIED = ("flows/__init__.py", "flows/pipeline.py", "flows/sweep.py", "prefect.yaml")
 
 
 def root() -> Path:

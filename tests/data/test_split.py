@@ -14,8 +14,8 @@ from PIL import Image
 
 from tests.conftest import ROOT, Workspace
 from tlpipe.data import manifest
-from tlpipe.data.manifest import Assignment, Entry, load_split, save_manifest
-from tlpipe.data.split import Params, Result, _shares, assign
+from tlpipe.data.manifest import UNUSED, Assignment, Entry, load_split, save_manifest
+from tlpipe.data.split import HELD_OUT, Params, Result, _shares, assign, limited
 from tlpipe.errors import DataError, ParamsError
 from tlpipe.runtime import uniform
 
@@ -815,3 +815,54 @@ def test_classes_held_out_unevenly_are_said(empty: Workspace) -> None:
         assert line.startswith(start)
         assert all(f"{c['label']} {c['held_out']} of {c['images']}" in line for c in worst[:5])
         assert line.count(" of 100") <= 5
+
+
+def table(**classes: int) -> list[Assignment]:
+    rows = [
+        Assignment(path, label, "train", "", "", hashlib.sha256(path.encode()).hexdigest(), "")
+        for label, count in classes.items()
+        for path in (f"{label}/{number}.png" for number in range(count))
+    ]
+    return rows + [row._replace(split=part) for part in HELD_OUT for row in rows[:3]]
+
+
+def trains(rows: list[Assignment]) -> set[str]:
+    return {row.path for row in rows if row.split == "train"}
+
+
+def test_fewer_training_images_are_part_of_more_and_classes_keep_their_shares() -> None:
+    whole = table(a=100, b=50, c=2)
+    before: set[str] = set()
+    for count in range(3, 153):
+        rows = limited(whole, count, seed=1)
+        found = trains(rows)
+        assert (len(found), len(found - before)) == (count, 1 if before else 3)
+        assert before <= found
+        before = found
+        shares = Counter(path[0] for path in found)
+        assert shares["c"] >= 1
+        assert abs(shares["a"] - 2 * shares["b"]) <= 3
+        # All else is as it was; what is left out is unused.
+        for row, other in zip(whole, rows, strict=True):
+            assert row._replace(split="") == other._replace(split="")
+            assert other.split in ({"train", UNUSED} if row.split == "train" else {row.split})
+
+
+def test_another_seed_picks_other_images_and_the_order_of_rows_none() -> None:
+    whole = table(a=40, b=40)
+    assert trains(limited(whole, 20, seed=0)) != trains(limited(whole, 20, seed=1))
+    assert trains(limited(whole[::-1], 20, seed=0)) == trains(limited(whole, 20, seed=0))
+
+
+def test_fewer_images_than_classes_are_an_error() -> None:
+    with pytest.raises(
+        ParamsError, match=r"split\.images is 2; 3 classes train, and each needs an"
+    ):
+        limited(table(a=4, b=4, c=4), 2, seed=0)
+
+
+def test_a_seed_of_images_without_a_number_of_them_has_no_effect() -> None:
+    with pytest.raises(
+        ParamsError, match=r"images_seed: 3 has no effect: split\.images is not set"
+    ):
+        Params(images_seed=3)

@@ -10,8 +10,10 @@ from safetensors.numpy import load_file
 
 from tests.conftest import ROOT, Workspace
 from tlpipe import files, held_out
+from tlpipe.data.manifest import load_split, rows_of, save_split
 from tlpipe.errors import ParamsError
 from tlpipe.graph import PATHS
+from tlpipe.training import train
 from tlpipe.training.recipe import Recipe
 from tlpipe.training.train import check_effects
 
@@ -48,6 +50,42 @@ def test_the_history_is_the_path_of_l2_and_the_least_loss_is_chosen(main_job: Wo
     # A weaker l2 always fits the training images better.
     fitted = [float(row["train_loss"]) for row in rows]
     assert fitted == sorted(fitted, reverse=True)
+
+
+def test_a_probe_can_be_kept_off_validation(main_job: Workspace, tmp_path: Path) -> None:
+    """Other labels of validation images change no weight then, and are what is held out."""
+    known = load_split(main_job.path / PATHS["split"])
+    rows = rows_of(known, "validation")
+    for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
+        known[row] = known[row]._replace(label=known[other].label)
+    given = {"as it is": main_job.path / PATHS["split"], "mixed": tmp_path / "split.csv"}
+    save_split(given["mixed"], known)
+    heads = {}
+    for name, split in given.items():
+        for fit_on in ("train", "train_and_validation"):
+            folder = tmp_path / f"{name} {fit_on}"
+            train.run(
+                activations=main_job.path / PATHS["activations"],
+                pixels=main_job.path / PATHS["pixels"],
+                split=split,
+                model=folder / "model",
+                history=folder / "history.csv",
+                train_metrics=folder / "metrics.json",
+                params=train.Params(l2=(0.1,), fit_on=fit_on),
+            )
+            heads[name, fit_on] = load_file(folder / "model/model.safetensors")["head.0.weight"]
+    np.testing.assert_array_equal(heads["as it is", "train"], heads["mixed", "train"])
+    both = "train_and_validation"
+    assert not np.array_equal(heads["as it is", both], heads["mixed", both])
+    folder = tmp_path / "as it is train"
+    kept = held_out.load(folder / "model" / held_out.NAME)
+    assert kept.rows.tolist() == rows
+    metrics = files.read_json(folder / "metrics.json")
+    hits = kept.logits.argmax(axis=1) == kept.labels
+    assert metrics["validation_accuracy"] == pytest.approx(hits.mean())
+    assert metrics["images"] == len(rows_of(known, "train"))
+    card = files.read_json(folder / "model/model.json")
+    assert card["validation_accuracy"] == metrics["validation_accuracy"]
 
 
 def test_activations_and_split_of_different_data_are_errors(

@@ -28,7 +28,7 @@ from tlpipe.runtime import THREADS, usable_cores
 
 _log = logging.getLogger(__name__)
 # Beside the activations: what was kept of an earlier run, and who is at it.
-_KEPT, _LOCK = ".activations", ".embed.lock"
+KEPT, _LOCK = ".activations", ".embed.lock"
 
 
 class Params(Section):
@@ -132,7 +132,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
         packages=versions(*PACKAGES),
         pretrained_on=pretrained.pretrained_on(weights.path),
     )
-    kept = activations.with_name(_KEPT)
+    kept = activations.with_name(KEPT)
     with (
         files.locked(activations.with_name(_LOCK), "an embedding"),
         files.replacing_folder(activations) as folder,

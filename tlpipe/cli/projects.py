@@ -22,6 +22,7 @@ from tlpipe.errors import DataError, ParamsError
 from tlpipe.registry import LONGEST_NAME, NOT_IN_NAMES, SUFFIX, check_name
 
 if TYPE_CHECKING:
+    from tlpipe.project import Project
     from tlpipe.sources import Candidate
     from tlpipe.sources.listing import Source
 
@@ -460,27 +461,42 @@ def flow(params: ParamsFile = None) -> None:
     _check_and(params, str(Path("flows", "pipeline.py")))
 
 
-def _check_and(params: Path | None, *command: str) -> Path:
-    """Check the project, then run a Python program in its folder; return its params.yaml.
+def make_current(project: "Project") -> None:
+    """Write what tlpipe generates where that is all that differs, as before any run.
 
-    Nothing is imported from there: the user's own files may be named as packages are.
+    Raises:
+        ArtifactError: the project is of other code than is installed.
     """
-    project = enter(params)
     # The code is the project's own, or what has changed is what its parameters make of dvc.yaml.
     if (project.is_source() or project.is_current()) and not project.plan().conflicts:
         for path in project.generate().changed:
             print(f"{path} written")
     else:
         project.check_generated()  # first: parameters may be those of another version
+
+
+def _check_and(params: Path | None, *command: str) -> Path:
+    """Check the project, then run a Python program in its folder; return its params.yaml."""
+    project = enter(params)
+    make_current(project)
     found = project.folder / graph.PARAMS  # the current folder is another one now
     check(found)
     sys.stdout.flush()
+    run_python(*command)
+    return found
+
+
+def run_python(*command: str, inherit: tuple[int, ...] = ()) -> None:
+    """Run a Python program in the current folder; what it ends with, this command ends with.
+
+    Nothing is imported from there: the user's own files may be named as packages are. ``inherit``:
+    file descriptors.
+    """
     beside = str(Path(sys.executable).parent)  # where DVC finds tlpipe
     env = {**os.environ, "PATH": os.pathsep.join([beside, os.environ.get("PATH", "")])}
-    code = subprocess.run([sys.executable, "-P", *command], env=env).returncode
+    code = subprocess.run([sys.executable, "-P", *command], env=env, pass_fds=inherit).returncode
     if code:
         raise typer.Exit(code)
-    return found
 
 
 def status(params: ParamsFile = None) -> None:

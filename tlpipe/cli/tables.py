@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tlpipe.registry.ensemble import Made, Row
     from tlpipe.registry.gate import Decision
     from tlpipe.registry.moves import Move
+    from tlpipe.sweep.report import Found
     from tlpipe.training.advise import Advice
     from tlpipe.training.pretrain import Pretrained
 
@@ -109,6 +110,35 @@ def print_pretrained(found: "Pretrained") -> None:
         table.add_row(*row)
     Console().print(table)
     print(found.verdict)
+
+
+def print_sweep(found: "Found") -> None:
+    """Print the table of a sweep, and what follows from it."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tlpipe.sweep import report
+
+    if found.rows and not found.trials:
+        table = Table("freeze", "images", "validation", "test", "seeds")
+        for column in (table.columns[1], table.columns[2]):
+            column.justify = "right"
+        for row in found.rows:
+            spread = f"{min(row.seeds):.3f} to {max(row.seeds):.3f}" if len(row.seeds) > 1 else ""
+            option = row.option.partition(":")[0]
+            table.add_row(
+                escape(printable(f"{row.level} ({option})" if option else row.level)),
+                f"{row.images:,}",
+                f"{row.validation:.3f}",
+                report.shown(row.test),
+                spread,
+            )
+        Console().print(table)
+        print(report.title(found.rows))
+    for said in report.conclusion(found):
+        print(printable(said))
+    print(f"see {report.PICTURE} and {report.TABLE}")
 
 
 def print_ensemble(made: "Made") -> None:

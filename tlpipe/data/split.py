@@ -20,7 +20,7 @@ from tlpipe.data.manifest import (
     load_split,
     save_split,
 )
-from tlpipe.errors import ArtifactError, DataError
+from tlpipe.errors import ArtifactError, DataError, ParamsError
 from tlpipe.params import Section, check_effect
 from tlpipe.resampling import deal
 from tlpipe.runtime import uniform
@@ -65,9 +65,20 @@ class Params(Section):
         "training split unused.",
     )
     seed: int = Field(default=0, ge=0, description="Another seed draws other splits.")
+    images: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train on so many of the training images at most, and leave the others unused. "
+        "Classes keep their shares, and more images contain fewer ones.",
+    )
+    images_seed: int = Field(
+        default=0, ge=0, description="Another seed picks other ones of the training images."
+    )
 
     @model_validator(mode="after")
     def _fold_exists(self) -> "Params":
+        if self.images is None:
+            check_effect("split", self, ("images_seed",), "split.images is not set")
         if self.fold >= (self.folds or 1):
             raise ValueError(f"split.fold must be below split.folds; {self.fold} is not")
         if self.folds:
@@ -104,11 +115,13 @@ def run(
     aside = {entries[row].sha256 for row in result.aside}
     new = {s: place for s, place in manifests.of_table(assignments).items() if s not in aside}
     manifests.save_placements(placements, replace(earlier, places={**earlier.places, **new}))
-    save_split(split, assignments)
     apart = _apart(entries, result, earlier.places)
+    if params.images is not None:
+        assignments = limited(assignments, params.images, params.images_seed)
+    save_split(split, assignments)
     content = _describe(assignments, result, shares, params)
     files.write_json(split_report, {**content, "apart": apart[:_LISTED]})
-    counts = Counter(result.splits)
+    counts = Counter(row.split for row in assignments)
     _log.info(", ".join(f"{name} {counts[name]}" for name in (*SPLITS, UNUSED) if counts[name]))
     if dropped := result.leaks - len(result.aside):
         _log.info("%s images left unused: their like stands in a held-out split", dropped)
@@ -133,6 +146,41 @@ def run(
                 *(len({entry.label for entry in entries}), ", ".join(worst)),
                 ", ..." if share["uneven_classes"] > _SHOWN else "",
             )
+
+
+def limited(assignments: Sequence[Assignment], images: int, seed: int) -> list[Assignment]:
+    """Leave all but so many training images unused; nothing else changes.
+
+    Each class is walked through in the order of hashes, all of them at the same pace, so that
+    classes keep their shares as far as whole images go, and the images for a larger number contain
+    those for a smaller one. The first image of each class comes before all second ones.
+
+    Raises:
+        ParamsError: there are more classes than that.
+    """
+    classes: dict[str, list[int]] = defaultdict(list)
+    for row in manifests.rows_of(assignments, "train"):
+        classes[assignments[row].label].append(row)
+    if images < len(classes):
+        raise ParamsError(
+            f"split.images is {images}; {len(classes)} classes train, and each needs an image. "
+            f"Raise it in params.yaml."
+        )
+    position = {
+        row: uniform(seed, f"{assignments[row].sha256} {assignments[row].box}")
+        for rows in classes.values()
+        for row in rows
+    }
+    order: list[tuple[float, float, int]] = []
+    for rows in classes.values():
+        rows.sort(key=lambda row: (position[row], row))
+        paces = [-1.0, *((place + 0.5) / len(rows) for place in range(1, len(rows)))]
+        order += zip(paces, (position[row] for row in rows), rows, strict=True)
+    left = {row for _, _, row in sorted(order)[images:]}
+    return [
+        assignment._replace(split=UNUSED) if row in left else assignment
+        for row, assignment in enumerate(assignments)
+    ]
 
 
 @dataclass(frozen=True)

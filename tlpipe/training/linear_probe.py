@@ -317,6 +317,13 @@ class Probe:
             heads=[self.raw(Head(wider * f.weight, wider * f.bias)) for f in folds],
         )
 
+    def answers(self, read: Read, examples: Examples) -> HeldOut:
+        """Return what the head answers for images that it has not trained on."""
+        logits = np.concatenate(
+            [self.head.logits(self.standard.apply(block)) for block in read(examples.rows, False)]
+        ).astype(np.float32)
+        return HeldOut(examples.rows, examples.labels, logits, np.zeros_like(examples.rows))
+
 
 def fit(read: Read, data: Dataset, train: Examples, recipe: Recipe) -> Probe:
     """Choose the l2 by cross-validation over all labelled images, then fit it on some of them.
@@ -424,13 +431,13 @@ def cross_validate(
         done += len(plain)
     step = Step(
         float(np.mean([solution.train_loss for solution in solutions])),
-        _score(logits, table.labels, weights),
+        score(logits, table.labels, weights),
         l2,
     )
     return CrossValidated(l2, found, logits, step)
 
 
-def _score(logits: npt.NDArray[np.float32], labels: Labels, weights: Floats) -> Measured:
+def score(logits: npt.NDArray[np.float32], labels: Labels, weights: Floats) -> Measured:
     """Return the weighted mean cross-entropy in nats and accuracy of the images held out.
 
     Where classes count the same, that is the balanced accuracy.

@@ -89,6 +89,11 @@ class Recipe(Section):
     max_iterations: int = Field(
         default=1000, ge=1, description="Upper bound on the solver's iterations for one l2."
     )
+    fit_on: Literal["train_and_validation", "train"] = Field(
+        default="train_and_validation",
+        description="Where a linear probe is all that is trained: which splits its head is fitted "
+        "on. 'train' leaves validation to choose by, as 'tlpipe sweep' does.",
+    )
     epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
     batch_size: int | None = Field(
         default=None,

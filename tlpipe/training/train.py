@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from tlpipe import files
 from tlpipe.backbones.activations import AUTO
 from tlpipe.errors import ParamsError
@@ -12,7 +14,7 @@ from tlpipe.params import check_effect, without_effect
 from tlpipe.training import linear_probe
 from tlpipe.training import model as models
 from tlpipe.training.model import Dataset, Step
-from tlpipe.training.recipe import Recipe
+from tlpipe.training.recipe import Recipe, class_weights
 
 _log = logging.getLogger(__name__)
 HISTORY = ("step", "train_loss", "validation_loss", "validation_accuracy", "l2")
@@ -39,15 +41,17 @@ def run(
     model: Path,
     history: Path,
     params: Params,
+    train_metrics: Path | None = None,
     is_first: bool = True,
     live: Callable[[Sequence[Step]], None] | None = None,
 ) -> None:
     """Write the model and its history.
 
     Where a linear probe is all that is trained, it is fitted on the training and the validation
-    split, and the history has a step for each l2, strongest first, with the losses of its
-    cross-validation; elsewhere steps are epochs, 0 the start. ``is_first``: of processes that train
-    together, this one writes. ``live`` is given all epochs so far after each of them.
+    split, or as ``fit_on`` says, and the history has a step for each l2, strongest first, with the
+    losses of its cross-validation; elsewhere steps are epochs, 0 the start. ``is_first``: of
+    processes that train together, this one writes. ``live`` is given all epochs so far after each
+    of them; what it raises ends the training. ``train_metrics``: what DVC compares experiments by.
 
     Raises:
         ArtifactError: activations and split table are of different data.
@@ -71,6 +75,10 @@ def run(
         card = _card(data, learned)
         models.save(model, models.Model(card, learned.stages, learned.head), learned.held_out)
         _save_history(history, learned.steps, first=learned.first)
+        if train_metrics is not None:
+            names = ("validation_accuracy", "validation_loss", "epoch", "l2")
+            known = {name: getattr(card, name) for name in names}
+            files.write_json(train_metrics, {"images": len(data.train), **known})
         shutil.rmtree(model.parent / _CHECKPOINTS, ignore_errors=True)
     if data.open_stages and learned.epoch == 0:
         _log.warning(
@@ -130,18 +138,45 @@ def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
             f"train.reinitialise is {params.reinitialise}; {open_stages} stages are open, since "
             f"embed.freeze is {freeze}; expected at most so many. Open more, or lower it."
         )
+    for reason, names in without_effects(params, freeze, open_stages):
+        if freeze != AUTO or not reason.startswith("embed.freeze is"):
+            check_effect("train", params, names, reason)
+        elif said := without_effect("train", params, names, reason):
+            _log.warning("%s", said)
+
+
+def without_effects(
+    params: Recipe, freeze: str | int, open_stages: int
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the options that can have no effect with so many open stages, and why, by reason."""
     is_solved = not open_stages and not params.hidden
-    by_freeze = (
-        f"embed.freeze is {freeze}, which leaves no stage open, and train.hidden is empty, so the "
-        f"head is solved at once",
-        f"embed.freeze is {freeze}, which leaves no stage open",
-        f"embed.freeze is {freeze}, which leaves a single stage open",
-    )
     reasons: list[tuple[bool, str, tuple[str, ...]]] = [
-        (is_solved, by_freeze[0], _STEPWISE),
-        (open_stages == 0 and not is_solved, by_freeze[1], _OF_STAGES),
-        (open_stages == 1, by_freeze[2], ("layer_decay",)),
-        (bool(params.hidden), "a head with train.hidden units is not solved", _OF_SOLVER),
+        (
+            is_solved,
+            f"embed.freeze is {freeze}, which leaves no stage open, and train.hidden is empty, so "
+            f"the head is solved at once",
+            _STEPWISE,
+        ),
+        (
+            open_stages == 0 and not is_solved,
+            f"embed.freeze is {freeze}, which leaves no stage open",
+            _OF_STAGES,
+        ),
+        (
+            open_stages == 1,
+            f"embed.freeze is {freeze}, which leaves a single stage open",
+            ("layer_decay",),
+        ),
+        (
+            open_stages > 0,
+            f"embed.freeze is {freeze}, and what is open is trained on the training split alone",
+            ("fit_on",),
+        ),
+        (
+            bool(params.hidden),
+            "a head with train.hidden units is not solved",
+            (*_OF_SOLVER, *(("fit_on",) if not open_stages else ())),
+        ),
         (params.backbone_lr == 0, "train.backbone_lr is 0", ("layer_decay", "unfreeze_epochs")),
         (params.mixup == "none", "train.mixup is none", ("mixup_alpha",)),
         (
@@ -160,13 +195,7 @@ def check_effects(params: Recipe, freeze: str | int, open_stages: int) -> None:
             ("unfreeze_epochs",),
         ),
     ]
-    for holds, reason, names in reasons:
-        if not holds:
-            continue
-        if freeze != AUTO or reason not in by_freeze:
-            check_effect("train", params, names, reason)
-        elif said := without_effect("train", params, names, reason):
-            _log.warning("%s", said)
+    return [(reason, names) for holds, reason, names in reasons if holds]
 
 
 def _learn(
@@ -180,7 +209,18 @@ def _learn(
         from tlpipe.training import tuning
 
         return tuning.tune(data, pixels, checkpoints, params, record)
-    found = linear_probe.fit(linear_probe.stored(data), data, data.labelled, params)
+    read = linear_probe.stored(data)
+    kept, held_out = None, None
+    if params.fit_on == "train":
+        found = linear_probe.fit(read, data, data.train, params)
+        held_out = found.answers(read, data.validation)
+        weights = np.ones(len(data.validation))
+        if params.balance != "none":
+            weights = class_weights(held_out.labels, len(data.labels))[held_out.labels]
+        measured = linear_probe.score(held_out.logits, held_out.labels, weights)
+        kept = Step(found.best.step.train_loss, measured, found.best.l2)
+    else:
+        found = linear_probe.fit(read, data, data.labelled, params)
     return models.Learned(
         stages={},
         head=(found.raw(found.head),),
@@ -188,8 +228,8 @@ def _learn(
         epoch=0,
         first=1,
         steps=found.path,
-        kept=found.best.step,
-        held_out=found.held_out(data.labelled),
+        kept=kept or found.best.step,
+        held_out=held_out or found.held_out(data.labelled),
     )
 
 

@@ -32,9 +32,10 @@ from tlpipe.training.classifier import (
     build,
     fold_batch_norms,
     open_part,
+    restore,
     synchronise_batch_norms,
 )
-from tlpipe.training.model import Dataset, Examples, Learned, Step
+from tlpipe.training.model import Dataset, Examples, Learned, Model, Step
 from tlpipe.training.recipe import Recipe
 from tlpipe.training.trainer import Task, autocast, predict
 
@@ -298,6 +299,27 @@ def _held_out(task: Task) -> HeldOut:
     rows, labels = task.validation.rows, task.validation.labels
     logits = torch.cat(list(predict(task, task.classifier, rows))).float().numpy()
     return HeldOut(rows, labels, logits, np.zeros_like(rows))
+
+
+def answers(
+    data: Dataset, model: Model, pixels: Path, rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Return what a fine-tuned model answers for images: logits (N, C)."""
+    torch.set_num_threads(data.activations.origin.threads)
+    device = training_device(local_rank())
+    origin, backbone = data.activations.origin, data.backbone
+    weights = backbone.find_weights(origin.weights, origin.weights_sha256)
+    classifier = restore(backbone, weights, model).to(device)
+    classifier.to(memory_format=torch.channels_last)
+    task = Task(
+        classifier=classifier,
+        feed=_feed(data, pixels, device),
+        train=data.train,
+        validation=data.validation,
+        classes=len(data.labels),
+        device=device,
+    )
+    return torch.cat(list(predict(task, classifier, rows))).float().numpy()
 
 
 def digest_of(data: Dataset, recipe: Recipe, task: Task) -> str:

@@ -1,0 +1,255 @@
+"""One cell of a sweep: split, embed, train and measure; then its experiment, record and run."""
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from tlpipe import cells, files, graph
+from tlpipe.backbones import activations as stored
+from tlpipe.backbones import embed
+from tlpipe.cells import FOLDER
+from tlpipe.data import ingest, split
+from tlpipe.errors import ArtifactError, TlpipeError
+from tlpipe.params import Section
+from tlpipe.progress import duration
+from tlpipe.project import models
+from tlpipe.registry import sweeps
+from tlpipe.resampling import share_interval
+from tlpipe.sweep import experiments, measure, state
+from tlpipe.sweep.state import Entry
+from tlpipe.training import model as trained_models
+from tlpipe.training import train
+from tlpipe.training.model import Step
+
+_log = logging.getLogger(__name__)
+CONFIDENCE = 0.95
+MEASURED = "trained weights in float32, on stored activations"
+_WORK, _FROZEN, _INGESTED = FOLDER / "work", FOLDER / "frozen", FOLDER / "ingested"
+_OF_INGEST = ("manifest", "rejects", "duplicates", "pixels", "data_report")
+_OF_SPLIT = ("split", "split_report", "placements")
+_OF_TRAIN = ("model", "history", "train_metrics")
+
+Live = Callable[[Sequence[Step]], None]
+
+
+def run(root: Path, number: int, deadline: float | None) -> tuple[str, str]:
+    """Do a cell of the plan that lies in the project; return how it ended, and a line about it."""
+    os.chdir(root)
+    plan = cells.plan(Path())
+    with _logged(Path(), cells.title(plan, number)):
+        try:
+            if plan["search"] is not None:
+                from tlpipe.sweep import search
+
+                return search.run(plan, number, deadline)
+            return _run(plan, state.entries(plan)[number], deadline)
+        except TlpipeError as error:
+            return "Failed", " ".join(str(error).split())
+
+
+def _run(plan: Mapping[str, Any], cell: Entry, deadline: float | None) -> tuple[str, str]:
+    known = state.measured(Path(), cell.id)
+    if known is None and (needed := too_long(expected(plan, cell), deadline)):
+        return "Left", f"it would take some {needed}"
+    record = known or compute(plan, cell)
+    sweeps.record(Path(), plan["run"], [of_mlflow(record)])
+    accuracy = record["test"]
+    said = (
+        f"test accuracy {accuracy['value']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f})"
+    )
+    return ("Completed" if known is None else "Cached"), said
+
+
+def too_long(seconds: float, deadline: float | None) -> str:
+    """Return how long work is expected to take, if it would not end in time; else nothing."""
+    if deadline is None or time.time() + seconds <= deadline:
+        return ""
+    return duration(seconds)
+
+
+def expected(plan: Mapping[str, Any], cell: Entry) -> float:
+    """Return the seconds that a cell will take, as far as those that are done tell."""
+    whole = plan["train_images"]
+    same, of_level, of_all = [0.0], [0.0], [0.0]
+    for other in state.entries(plan):
+        if (record := state.load(Path(), other.id)) is None:
+            continue
+        of_all.append(record["seconds"])
+        if other.level == cell.level:
+            more = (cell.images or whole) / (other.images or whole)
+            of_level.append(record["seconds"] * max(more, 1.0))
+            if other.images == cell.images:
+                same.append(record["seconds"])
+    return max(same) or max(of_level) or max(of_all)
+
+
+def compute(plan: Mapping[str, Any], cell: Entry, live: Live | None = None) -> dict[str, Any]:
+    """Train and measure a cell; leave its experiment and its record, which is returned.
+
+    ``live``: is given the epochs so far; without it, the test images are measured, too.
+
+    Raises:
+        TlpipeError: a stage fails.
+    """
+    work = _WORK / cell.id
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        return _compute(plan, cell, live, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def clear(root: Path) -> None:
+    """Take away what killed processes have left half-done."""
+    shutil.rmtree(root / _WORK, ignore_errors=True)
+
+
+def _compute(plan: Mapping[str, Any], cell: Entry, live: Live | None, work: Path) -> dict[str, Any]:
+    began = time.monotonic()
+    places = {name: work / Path(graph.PATHS[name]).name for name in (*_OF_SPLIT, *_OF_TRAIN)}
+    found = cell.sections(models())
+    places |= _ingested(cell, found) | _frozen(cell, found)
+    seen = {name: places.get(name, Path(graph.PATHS[name])) for name in ("manifest", "pixels")}
+    if (known := Path(graph.PATHS["placements"])).exists():
+        shutil.copyfile(known, places["placements"])
+    split.run(
+        manifest=seen["manifest"],
+        **{name: places[name] for name in _OF_SPLIT},
+        params=cast(split.Params, found["split"]),
+    )
+    train.run(
+        activations=places["activations"],
+        pixels=seen["pixels"],
+        split=places["split"],
+        model=places["model"],
+        history=places["history"],
+        train_metrics=places["train_metrics"],
+        params=cast(train.Params, found["train"]),
+        live=live,
+    )
+    record: dict[str, Any] = {
+        "id": cell.id,
+        "name": cell.name,
+        "level": cell.level,
+        "option": cell.option,
+        "seed": cell.seed,
+        "values": dict(cell.values),
+        "measured": MEASURED,
+        "validation": files.read_json(places["train_metrics"]),
+    }
+    if live is None:
+        record["test"] = tested(places, seen["pixels"])
+    record["experiment"] = experiments.save(Path(), cell, places, plan["baseline"], plan["tree"])
+    record["seconds"] = time.monotonic() - began
+    files.write_json(state.record(Path(), cell.id), record)
+    return record
+
+
+def tested(places: Mapping[str, Path], pixels: Path) -> dict[str, Any]:
+    """Return the accuracy on the test images with its interval, and which are right, one by one."""
+    data = trained_models.load_dataset(places["activations"], places["split"])
+    examples = measure.examples_of(data, places["split"], "test")
+    hits = measure.hits(data, trained_models.load(places["model"]), pixels, examples)
+    groups = [data.groups[row] for row in examples.rows]
+    return {
+        **share_interval(hits, groups, CONFIDENCE),
+        "images": len(hits),
+        "hits": "".join("01"[hit] for hit in hits.tolist()),
+        "groups": groups,
+    }
+
+
+def of_mlflow(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what MLflow's run of a cell holds."""
+    test, validation = record.get("test"), record["validation"]
+    metrics = {f"train_{key}" if key == "images" else key: validation[key] for key in validation}
+    if test is not None:
+        metrics |= {"test_accuracy": test["value"], "test_images": test["images"]}
+        metrics |= {f"test_accuracy_{end}": test[end] for end in ("low", "high")}
+    return {
+        "id": record["id"],
+        "name": record["name"],
+        "params": {**record["values"], "seed": record["seed"], "measured": record["measured"]},
+        "metrics": {key: float(value) for key, value in metrics.items() if value is not None},
+        "tags": {
+            "tlpipe.dvc_experiment": record["name"],
+            "tlpipe.level": record["level"],
+            "tlpipe.option": record["option"],
+        },
+        "status": "FINISHED",
+    }
+
+
+def _ingested(cell: Entry, found: Mapping[str, Section]) -> dict[str, Path]:
+    """Return where images lie as another backbone wants them; nothing where it wants the same."""
+    if not cell.ingested:
+        return {}
+    folder = _INGESTED / cell.ingested
+    places = {name: folder / Path(graph.PATHS[name]).name for name in _OF_INGEST}
+    with _waiting(folder):
+        if not (folder / "done").exists():
+            from tlpipe import versioning
+
+            ingest.run(
+                **places,
+                params=cast(ingest.Params, found["ingest"]),
+                data_version=versioning.data_version(Path()),
+            )
+            files.write_bytes(folder / "done", b"")
+    return places
+
+
+def _frozen(cell: Entry, found: Mapping[str, Section]) -> dict[str, Path]:
+    """Return where the activations of a cell's boundary lie, which are computed once."""
+    folder = _FROZEN / cell.frozen
+    places = _ingested(cell, found)
+    activations = folder / Path(graph.PATHS["activations"]).name
+    with _waiting(folder):
+        try:
+            stored.load(activations)
+        except ArtifactError:
+            own = Path(graph.PATHS["activations"])
+            if own.exists() and not cell.ingested:  # embed itself compares what they are of
+                stored.keep(own, activations.with_name(embed.KEPT))
+            embed.run(
+                manifest=places.get("manifest", Path(graph.PATHS["manifest"])),
+                pixels=places.get("pixels", Path(graph.PATHS["pixels"])),
+                activations=activations,
+                params=cast(embed.Params, found["embed"]),
+            )
+    return {"activations": activations}
+
+
+@contextmanager
+def _waiting(folder: Path) -> Iterator[None]:
+    """Let one process at a time make what lies in a folder; others wait for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".waiting").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _logged(root: Path, name: str) -> Iterator[None]:
+    """Write what is said meanwhile into a file of the cell's, not between the lines of others."""
+    path = root / cells.LOGS / f"{name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("tlpipe")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    propagates, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+        handler.close()
