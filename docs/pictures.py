@@ -50,7 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         tutorial(Path(home))
         advice(Path(home))
+        pretraining(Path(home))
         ensemble(Path(home))
+        explanation(Path(home))
 
 
 def opened(path: str | Path) -> "Image":
@@ -114,6 +116,21 @@ def advice(home: Path) -> None:
     save(opened(project / "artifacts/advise/advice.png"), PICTURES / "advice.png")
 
 
+def pretraining(home: Path) -> None:
+    """Pretrain a small network on 200 of each built-in digit, without labels."""
+    project = home / "pretrained"
+    run(home, "init-pretrained", "tlpipe init pretrained")
+    digits, params = project / "data/digits.yaml", project / "params.yaml"
+    digits.write_text(digits.read_text().replace("_class: 100", "_class: 200"))
+    text = params.read_text().replace("efficientnet_lite0", "timm/test_resnet")
+    text = re.sub("freeze: all .*", "freeze: none", text)
+    more = "none\n  threads: 1\n  augmentation: {horizontal_flip: false}\n"
+    params.write_text(text.replace("weights: imagenet\n", f"weights: {more}"))
+    run(project, "embed-pretrained", "dvc repro split embed")
+    run(project, "pretrain", "tlpipe pretrain --epochs 4")
+    save(opened(project / "artifacts/pretrain/pretrain.png"), PICTURES / "pretraining.png")
+
+
 def ensemble(home: Path) -> None:
     """Make one model of two, on the built-in digits, in a project of its own."""
     project = home / "mixed"
@@ -124,6 +141,22 @@ def ensemble(home: Path) -> None:
     run(project, "run-mixed-again", "tlpipe run")
     run(project, "ensemble", "tlpipe ensemble mixed@1 mixed@2")
     save(opened(project / "artifacts/ensemble/plots/ensemble.png"), PICTURES / "ensemble.png")
+
+
+def explanation(home: Path) -> None:
+    """Look inside a network that was fine-tuned on the built-in digits, in a project of its own."""
+    project = home / "explained"
+    run(home, "init-explained", "tlpipe init explained")
+    params = project / "params.yaml"
+    text = params.read_text().replace("freeze: all", "freeze: blocks3")
+    params.write_text(text.replace("epochs: 10", "epochs: 2"))
+    run(project, "run-explained", "tlpipe run")
+    run(project, "explain", "tlpipe explain")
+    plots = project / "artifacts/explain/plots"
+    for name in ("mistakes", "neighbours", "map"):
+        save(opened(plots / f"{name}.png"), PICTURES / f"explain-{name}.png")
+    (stage,) = plots.glob("stage-*-blocks1.png")
+    save(opened(stage), PICTURES / "explain-stage.png")
 
 
 def commit(project: Path, message: str) -> None:

@@ -183,16 +183,19 @@ def test_status_is_of_this_project_alone(
     assert "b/" not in said
 
 
-@pytest.mark.parametrize("command", ["advise", "lr-find"])
+@pytest.mark.parametrize(
+    ("command", "stage"),
+    [("advise", "embed"), ("pretrain", "embed"), ("lr-find", "embed"), ("explain", "train")],
+)
 def test_commands_beside_the_graph_run_no_other_code_either(
-    workspace: Workspace, command: str
+    workspace: Workspace, command: str, stage: str
 ) -> None:
     path = workspace.path / "tlpipe.lock.yaml"
     content = yaml.safe_load(path.read_text())
-    content["stages"]["embed"]["code"] = "another"
+    content["stages"][stage]["code"] = "another"
     path.write_text(yaml.safe_dump(content))
     assert (
-        "embed was not run: tlpipe.lock.yaml states code of tlpipe"
+        f"{stage} was not run: tlpipe.lock.yaml states code of tlpipe"
         in workspace.call(command, code=6).stderr
     )
 

@@ -171,6 +171,7 @@ _PLOTS = f"""\
 plots:
   - {PATHS["data_plots"]}
   - {PATHS["plots"]}
+  - artifacts/explain/plots
   - curves:
       x: step
       y:

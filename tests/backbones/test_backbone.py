@@ -355,3 +355,9 @@ def test_another_backbone_embeds_and_says_what_it_was_trained_on(
     origin = found.origin
     assert found.features.shape == (24, 512)
     assert (origin.backbone, origin.weights, origin.boundary) == ("resnet18", "none", "layer4")
+
+
+@pytest.mark.fault("T24")
+def test_registered_weights_that_are_gone_name_what_fetches_them() -> None:
+    with pytest.raises(WeightsError, match=r"sha256 f{64}, .* cache any more. 'tlpipe embed'"):
+        describe("timm/test_resnet").find_weights("models:/digits@1", "f" * 64)

@@ -12,6 +12,7 @@ from tlpipe.backbones.backbone import describe, load_network
 from tlpipe.backbones.weights import Weights
 
 
+@pytest.mark.fault("T25")
 @pytest.mark.slow
 def test_curves_are_live_and_the_model_can_be_begun_from(
     photos: Path, tmp_path: Path, fresh_database: Path, cache_env: dict[str, str]
@@ -46,10 +47,17 @@ def test_curves_are_live_and_the_model_can_be_begun_from(
 
         trained = load_file(workspace.path / "artifacts/train/model/model.safetensors")
         workspace.replace("params.yaml", "weights: none", "weights: models:/digits@champion")
-        workspace.reproduce("train")
+        said = workspace.reproduce()
+        assert "embed.weights is models:/digits@champion, which is version 1 now" in said
         card = json.loads((workspace.path / "artifacts/train/model/model.json").read_text())
-        assert card["origin"]["weights"] == "models:/digits@champion"
-        digest = card["origin"]["weights_sha256"]
+        assert card["origin"]["weights"] == "models:/digits@1"
+        origin = card["origin"]
+        assert origin["pretrained_on"].endswith(f"data {origin['data_version'][:10]}, from none")
+        digest = origin["weights_sha256"]
+        assert f"set embed.weights_sha256 to {digest}" in said
+        shown = workspace.call("show", "digits@2").stdout
+        assert "weights models:/digits@1" in shown and "pretrained on" in shown
+        assert "| pretrained on" in str(client.get_model_version("digits", "2").description)
         kept = Path(cache_env["XDG_CACHE_HOME"]) / "tlpipe" / "registered" / f"{digest}.safetensors"
         weights = load_file(kept)
 

@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 from tlpipe.errors import TrainingError
 from tlpipe.training.checkpoint import Checkpoint, Checkpoints, out_of_memory_explained
 from tlpipe.training.recipe import Recipe
+from tlpipe.training.tuning import less_memory
 
 
 def made(number: int) -> Checkpoint:
@@ -136,18 +137,19 @@ def test_without_room_the_old_one_stays(filled: Checkpoints, tmp_path: Path) -> 
     ],
 )
 def test_short_memory_is_explained(recipe: Recipe, advice: str) -> None:
+    remedy = less_memory(recipe)
     said = r"^there is not enough memory to train \(.*can't allocate memory.*\); the last check.*"
-    with pytest.raises(TrainingError, match=said + advice), out_of_memory_explained(recipe):
+    with pytest.raises(TrainingError, match=said + advice), out_of_memory_explained(remedy):
         torch.empty(2**50, dtype=torch.uint8)  # a pebibyte
-    with pytest.raises(TrainingError, match=advice), out_of_memory_explained(recipe):
+    with pytest.raises(TrainingError, match=advice), out_of_memory_explained(remedy):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    with pytest.raises(TrainingError, match=advice), out_of_memory_explained(recipe):
+    with pytest.raises(TrainingError, match=advice), out_of_memory_explained(remedy):
         bytearray(2**60)
 
 
 def test_other_errors_pass() -> None:
     with (
         pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
-        out_of_memory_explained(Recipe()),
+        out_of_memory_explained(""),
     ):
         torch.ones(2, 3) @ torch.ones(2, 3)

@@ -18,7 +18,7 @@ from statistics import median
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tlpipe import files
 from tlpipe.backbones.augment import Augmentation
@@ -132,6 +132,7 @@ def load_advice(path: Path, backbone: str, weights_sha256: str, data_sha256: str
     return advice
 
 
+_OF_DATA = {"freeze", "weights", "data_sha256", "data_version", "pretrained_on"}
 _INDEX, _KEYS, _FEATURES, _BOUNDARY = "index.json", "keys.npy", "features", "boundary"
 
 
@@ -143,7 +144,8 @@ class Origin(BaseModel):
     that computed, ``packages`` are the versions of the libraries that did; models from before these
     were recorded have none. ``provider`` is the device. ``data_sha256`` is of the manifest,
     ``data_version`` DVC's hash of the source; ``threads`` is the number that tlpipe, here and in
-    every later stage, computes with, since another number may round differently.
+    every later stage, computes with, since another number may round differently. ``pretrained_on``
+    says what weights of one's own were trained on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -164,11 +166,12 @@ class Origin(BaseModel):
     decoder: str = ""
     code: str = ""
     packages: dict[str, str] = {}
+    pretrained_on: str = Field(default="", exclude_if=lambda text: not text)
 
     @property
     def computation(self) -> dict[str, object]:
         """Everything that determines an image's row beside the bytes of the image."""
-        return self.model_dump(exclude={"freeze", "weights", "data_sha256", "data_version"})
+        return self.model_dump(exclude=_OF_DATA)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ class Params(Section):
     weights: str = Field(
         default=pretrained.IMAGENET,
         min_length=1,
-        description="'imagenet', 'none' for random ones, or a .safetensors or .pth file.",
+        description="'imagenet', 'none' for random ones, a .safetensors or .pth file, or "
+        "'models:/NAME@ALIAS', a registered model.",
     )
     weights_sha256: str | None = Field(
         default=None,
@@ -129,6 +130,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
         decoder=images.decoder,
         code=of_modules(*CODE),
         packages=versions(*PACKAGES),
+        pretrained_on=pretrained.pretrained_on(weights.path),
     )
     kept = activations.with_name(_KEPT)
     with (

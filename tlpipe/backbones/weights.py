@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 IMAGENET, NONE, REGISTERED = "imagenet", "none", "models:/"
+PRETRAINED_ON = "pretrained_on"  # in the header of a .safetensors file that tlpipe has made
 
 
 class Pretrained(BaseModel):
@@ -74,6 +75,11 @@ def find(name: str, pretrained: Pretrained | None, source: str, sha256: str | No
     try:
         found = files.sha256(path)
     except OSError as error:
+        if source.startswith(REGISTERED):
+            raise WeightsError(
+                f"the weights of {source}, sha256 {sha256}, are not in this machine's cache any "
+                f"more. 'tlpipe embed' fetches them again, and changes nothing else."
+            ) from None
         raise WeightsError(
             f"embed.weights is {source}, which cannot be read: {error.strerror}; expected "
             f"{IMAGENET}, {NONE} or a file. Change embed.weights."
@@ -194,6 +200,16 @@ def read_tensors(path: Path) -> Mapping[str, "Tensor"]:
     if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
         raise WeightsError(f"the weights {path} are no state_dict; save the tensors alone.")
     return content
+
+
+def pretrained_on(path: Path | None) -> str:
+    """Return what a file of weights says it was trained on; nothing where it does not."""
+    if path is None or path.suffix != ".safetensors":
+        return ""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return str((file.metadata() or {}).get(PRETRAINED_ON, ""))
 
 
 def registered_file(sha256: str) -> Path:

@@ -17,7 +17,7 @@ import typer
 
 from tlpipe import files, graph
 from tlpipe.cli.stages import ParamsFile, enter, function, model_name, sections, with_ood_that_fits
-from tlpipe.cli.tables import print_advice, print_folds, printable
+from tlpipe.cli.tables import print_advice, print_folds, print_pretrained, printable
 from tlpipe.errors import DataError, ParamsError
 from tlpipe.registry import LONGEST_NAME, NOT_IN_NAMES, SUFFIX, check_name
 
@@ -33,7 +33,20 @@ _TEST = 0.2  # the template's share of test images
 
 def add(app: typer.Typer) -> None:
     """Add these commands."""
-    for command in (init, run, flow, status, check, summary, upgrade, ui, advise, backbones):
+    for command in (
+        init,
+        run,
+        flow,
+        status,
+        check,
+        summary,
+        upgrade,
+        ui,
+        advise,
+        explain,
+        pretrain,
+        backbones,
+    ):
         app.command()(command)
     app.command("lr-find")(lr_find)
     app.command("cross-validate")(cross_validate)
@@ -632,6 +645,102 @@ def advise(
     print(f"see {folder / 'advice.png'}; {recommendation} holds what is recommended")
     if named is None:
         print(f"to follow it: embed.freeze: auto, embed.advice: {recommendation}; commit that file")
+
+
+def explain(
+    images: Annotated[
+        int,
+        typer.Option(
+            min=1, max=100_000, help="Look at so many training images at most; time goes by them."
+        ),
+    ] = 1000,
+    mistakes: Annotated[
+        int, typer.Option(min=1, max=60, help="Explain so many, and as many right answers.")
+    ] = 12,
+    params: ParamsFile = None,
+) -> None:
+    """Show what the last trained model looks at: filters, patches, heat maps, a map of images."""
+    from tlpipe.explanation import explain
+    from tlpipe.explanation.inputs import Paths
+    from tlpipe.registry import publishing, register, tracking
+    from tlpipe.training import train
+
+    project = enter(params)
+    project.check_code("train")  # whose network it takes apart
+    found, folder = sections(project), Path("artifacts", "explain")
+    explained = explain.run(
+        paths=Paths.of_project(),
+        folder=folder,
+        images=images,
+        mistakes=mistakes,
+        recipe=cast(train.Params, found["train"]),
+    )
+    print(
+        f"{explained.mistakes} of {explained.all_mistakes} mistakes on {explained.tested:,} test "
+        f"images explained; at {explained.doubtful} of them the nearest training images carry the "
+        f"label that was answered"
+    )
+    print(f"see {folder / explain.PAGE}; 'dvc plots show' has the galleries, too")
+    if not tracking.is_there(Path()):
+        return
+    name = cast(register.Params, found["register"]).name
+    with tracking.connection(Path()) as client:
+        added = publishing.add(client, name, explained.bundle, folder, publishing.EXPLAINED)
+    if added is None:
+        print(f"not logged: no run of {name} has this bundle; 'tlpipe run' registers it")
+    else:
+        run_id, is_new = added
+        how = "logged to" if is_new else "already logged to"
+        print(f"{how} {publishing.EXPLAINED}/ among the artifacts of the MLflow run {run_id}")
+
+
+def pretrain(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder, an archive or an address of images. (default: the training images)",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(min=1, max=10_000, help="How often each image is seen, in two views.")
+    ] = 100,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=2, max=65_536, help="Images a step. (default: 64, or all if fewer)"),
+    ] = None,
+    params: ParamsFile = None,
+) -> None:
+    """Train the backbone on images without labels, and say what that is worth for your own."""
+    from tlpipe.backbones import embed
+    from tlpipe.training import pretrain
+
+    where = None if source is None or "://" in source else str(Path(source).expanduser().absolute())
+    project = enter(params)
+    project.check_code("embed")  # whose activations say what it begins from
+    section = cast(embed.Params, sections(project)["embed"])
+    names = ("manifest", "activations", "pixels", "split")
+    known = {name: Path(graph.PATHS[name]) for name in names}
+    folder = Path("artifacts", "pretrain")
+    found = pretrain.run(
+        **known,
+        folder=folder,
+        source=where or source,
+        params=section,
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+    print_pretrained(found)
+    print(f"see {folder / 'pretrain.png'} and {folder / 'report.json'}")
+    if found.is_worth_it:
+        kept = f"pretrained-{found.sha256[:8]}.safetensors"
+        print(
+            f"to begin from it:\n"
+            f"  cp {folder / pretrain.WEIGHTS} {kept}\n  dvc add {kept}\n"
+            f"  git add {kept}.dvc .gitignore\n"
+            f"and in params.yaml:\n"
+            f"  embed:\n    weights: {kept}\n    weights_sha256: {found.sha256}"
+        )
 
 
 def lr_find(

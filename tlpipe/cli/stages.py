@@ -144,12 +144,9 @@ def _ingest(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
 
 
 def _embed(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
-    from tlpipe.backbones import embed, weights
+    from tlpipe.backbones import embed
 
-    section = cast(embed.Params, found["embed"])
-    if section.weights.startswith(weights.REGISTERED):
-        section = _with_registered_weights(section)
-    return {"params": section}
+    return {"params": with_registered_weights(cast(embed.Params, found["embed"]))}
 
 
 def _train(found: "dict[str, Section]", stack: ExitStack) -> dict[str, Any]:
@@ -195,24 +192,34 @@ def with_ood_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
     return evaluate.with_ood_that_fits(cast(evaluate.Params, sections["evaluate"]), source)
 
 
-def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":
-    """Fetch the weights of a registered model, and pin what was found."""
+def with_registered_weights(section: "EmbedParams") -> "EmbedParams":
+    """Fetch the weights of a registered model, if they are of one, and pin which was found."""
+    from tlpipe.backbones import weights
     from tlpipe.errors import ParamsError, WeightsError
     from tlpipe.registry import registered, tracking
     from tlpipe.training import model as models
 
+    if not section.weights.startswith(weights.REGISTERED):
+        return section
     try:
         model = registered(section.weights)
     except ParamsError as error:
         raise ParamsError(f"embed.weights: {error}") from None
-    folder = tracking.fetch_model(Path(), model)
+    folder, version = tracking.fetch_model(Path(), model)
     sha256 = models.keep_weights(folder, section.backbone)
     if section.weights_sha256 not in (None, sha256):
         raise WeightsError(
             f"{section.weights} has the sha256 {sha256}; embed.weights_sha256 is "
             f"{section.weights_sha256}. The alias has moved: change one of them in params.yaml."
         )
-    return section.model_copy(update={"weights_sha256": sha256})
+    named = f"{weights.REGISTERED}{model.name}@{version}"
+    if section.weights_sha256 is None and model.which != version:
+        _log.warning(
+            "embed.weights is %s, which is version %s now, and may be another one in the next run: "
+            "set embed.weights_sha256 to %s",
+            *(section.weights, version, sha256),
+        )
+    return section.model_copy(update={"weights": named, "weights_sha256": sha256})
 
 
 def _say_what_changed(name: str) -> None:

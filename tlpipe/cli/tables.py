@@ -1,6 +1,7 @@
 """What commands print: tables, and names that are safe to print."""
 
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,6 +9,7 @@ if TYPE_CHECKING:
     from tlpipe.registry.gate import Decision
     from tlpipe.registry.moves import Move
     from tlpipe.training.advise import Advice
+    from tlpipe.training.pretrain import Pretrained
 
 _LISTED = 20  # classes
 _METRICS = (
@@ -93,6 +95,20 @@ def print_advice(advice: "Advice") -> None:
     for reason in advice.reasons:
         print(f"- {printable(reason)}")
     print(f"in the lectures' table: {advice.place}")
+
+
+def print_pretrained(found: "Pretrained") -> None:
+    """Print what linear probes make of the weights before and after, and the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("linear probe on", "images", "before", "after", "difference")
+    for gain in found.gains:
+        change = "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**gain.change)
+        row = (gain.of, f"{gain.images:,}", _value(gain.before), _value(gain.after), change)
+        table.add_row(*row)
+    Console().print(table)
+    print(found.verdict)
 
 
 def print_ensemble(made: "Made") -> None:
@@ -255,7 +271,9 @@ def _built_on(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     if "ensemble" in provenance:  # each member has its own
         return rows
     backbone = ("backbone", f"{origin['backbone']}, weights {origin['weights']}")
-    return [*(rows if rows[0][1] else []), backbone, ("frozen", str(origin["freeze"]))]
+    if said := origin.get("pretrained_on"):
+        rows.append(("pretrained on", said))
+    return [*filter(itemgetter(1), rows), backbone, ("frozen", str(origin["freeze"]))]
 
 
 def _limits(found: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -125,11 +125,13 @@ _LONGEST = 200  # characters of a caption; more cannot be shown anyway
 
 def gallery(
     path: Path,
-    squares: Sequence[npt.NDArray[np.uint8]],
+    squares: Sequence[npt.NDArray[np.uint8] | None],
     captions: Sequence[str],
     *,
     title: str,
     columns: int = 6,
+    reading: str = "",
+    headings: Sequence[str] = (),
 ) -> None:
     """Draw images, each above its caption, in rows; with none, the title alone.
 
@@ -138,21 +140,40 @@ def gallery(
 
     Args:
         path: the PNG file to write.
-        squares: images (H, H, 3) uint8 RGB.
+        squares: images (H, H, 3) uint8 RGB; None leaves a place empty.
         captions: one for each image.
         title: of the whole picture.
         columns: images in a row.
+        reading: how it is read, below the title.
+        headings: what stands above images and those beside them that have none: two lines at most,
+            one for each image, if there are any.
     """
-    check_letters((title, *captions))
+    check_letters((title, reading, *captions, *headings))
     small, large = (_Face(size) for size in (15, 19))  # of the fonts of the figures
     rows = -(-len(squares) // columns)
-    across, down = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP
-    sheet = Image.new("RGB", (columns * across + _GAP, _TITLE + rows * down + _GAP), "white")
+    above = 2 * _LINE + 4 if headings else 0
+    across, down = _SIDE + _GAP, above + _SIDE + 2 * _LINE + _GAP
+    width = columns * across + _GAP
+    words = _wrapped(reading, small, width - 2 * _GAP) if reading else []
+    start = _TITLE + len(words) * _LINE + (_GAP if words else 0)
+    sheet = Image.new("RGB", (width, start + rows * down + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     large.write(draw, ((sheet.width - large.length(title)) / 2, _TITLE / 2), title, "lm")
+    for number, line in enumerate(words):
+        small.write(draw, (_GAP, _TITLE + number * _LINE), line, "la")
     for position, (square, caption) in enumerate(zip(squares, captions, strict=True)):
         row, column = divmod(position, columns)
-        left, top = _GAP + column * across, _TITLE + row * down
+        left, top = _GAP + column * across, start + row * down
+        if headings and headings[position]:
+            beside = headings[position + 1 : (row + 1) * columns]
+            free = next((n for n, other in enumerate(beside) if other), columns - column - 1)
+            room = (1 + free) * across - 2 * _GAP
+            for number, line in enumerate(headings[position].splitlines()[:2], start=1):
+                shown = _cut(line, small, room)
+                small.write(draw, (left, top + number * _LINE - 4), shown, "ls")
+        if square is None:
+            continue
+        top += above
         image = Image.fromarray(square).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         sheet.paste(image, (left, top))
         for number, line in enumerate(_lines(caption, small), start=1):
@@ -201,12 +222,29 @@ def _lines(caption: str, font: _Face) -> list[str]:
         return [text]
     if " " in first and text[len(first)] != " ":
         first = first[: first.rindex(" ")]
-    rest = text[len(first) :].strip()
-    if font.length(rest) > _SIDE:
-        while font.length(f"…{rest}") > _SIDE:
-            rest = rest[1:]
-        rest = f"…{rest}"
-    return [first, rest]
+    return [first, _cut(text[len(first) :].strip(), font, _SIDE)]
+
+
+def _cut(line: str, font: _Face, width: int) -> str:
+    """Return a line of a width in pixels, without its beginning where it is longer."""
+    text = "".join(c if c.isprintable() else " " for c in line)
+    if font.length(text) <= width:
+        return text
+    while font.length(f"…{text}") > width:
+        text = text[1:]
+    return f"…{text}"
+
+
+def _wrapped(text: str, font: _Face, width: int) -> list[str]:
+    """Break a text of plain words into lines of a width in pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.length(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 _COLOURS = {"train": "#4c72b0", "validation": "#dd8452", "test": "#55a868", UNUSED: "#bbbbbb"}

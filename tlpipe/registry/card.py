@@ -222,6 +222,7 @@ def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
     rows = [
         *(["made of", plain(one)] for one in members(shipped.provenance)),
         ["backbone", f"{origin['backbone']}, weights {plain(origin['weights'])}"],
+        *([["pretrained on", plain(said)]] if (said := origin.get("pretrained_on")) else []),
         ["frozen", str(origin["freeze"])],
         ["commit", f"{plain(lineage.get('tlpipe.git_commit', 'unknown'))}{changed}"],
         ["data", plain(origin["data_version"] or origin["data_sha256"])],
@@ -229,7 +230,9 @@ def _made(shipped: Bundle, lineage: Mapping[str, str]) -> str:
         ["bundle", shipped.digest],
     ]
     if "ensemble" in shipped.provenance:  # each member has its own
-        rows = [row for row in rows if row[0] not in ("backbone", "frozen", "weights")]
+        rows = [
+            row for row in rows if row[0] not in ("backbone", "pretrained on", "frozen", "weights")
+        ]
     return table(["", ""], rows)
 
 

@@ -34,6 +34,7 @@ _DIGESTS = "sha256.json"  # of every artifact, by its path
 SPLIT, SPLIT_REPORT = "data/split.csv", "data/split.json"
 LEAKS = "data/leaks.json"
 REPORT, SPEED = "report.json", "speed.json"
+EXPLAINED = "explain"  # where 'tlpipe explain' puts what it writes
 MEMBERS_TAG = "tlpipe.ensemble"  # which versions an ensemble was made of
 _AT_ONCE = 1000  # the most metrics that MLflow takes in one request
 
@@ -146,7 +147,7 @@ def publish(
     shipped = bundles.load(content.bundle)
     known = content.known_of(shipped)
     text = card.shortened(card.write(name, shipped, known, lineage))
-    found = _find_run(client, experiment_id, shipped)
+    found = _find_run(client, experiment_id, shipped.digest)
     if found is None:
         created = client.create_run(
             experiment_id,
@@ -154,7 +155,7 @@ def publish(
             tags=_tags(shipped) | dict(lineage) | _MADE_BY | {"mlflow.user": user()},
         )
         # A request whose answer was lost is repeated: the oldest run counts, now and in a replay.
-        found = _find_run(client, experiment_id, shipped) or created
+        found = _find_run(client, experiment_id, shipped.digest) or created
     run_id = found.info.run_id
     client.set_tag(run_id, _DESCRIPTION, text)
     _log_numbers(client, found, shipped, known, content.history)
@@ -181,11 +182,11 @@ def _tags(shipped: Bundle) -> dict[str, str]:
     }
 
 
-def _find_run(client: "MlflowClient", experiment_id: str, shipped: Bundle) -> "Run | None":
+def _find_run(client: "MlflowClient", experiment_id: str, digest: str) -> "Run | None":
     """Return the oldest run of this very bundle."""
     found = client.search_runs(
         [experiment_id],
-        filter_string=f"tags.`{moves.BUNDLE_TAG}` = '{shipped.digest}'",
+        filter_string=f"tags.`{moves.BUNDLE_TAG}` = '{digest}'",
         order_by=["attributes.start_time ASC"],
         max_results=1,
     )
@@ -287,6 +288,30 @@ def _log_artifacts(client: "MlflowClient", run_id: str, content: Content) -> Non
         if wanted.items() - logged.items():
             client.log_artifacts(run_id, name)
             client.log_dict(run_id, wanted, _DIGESTS)
+
+
+def add(
+    client: "MlflowClient", name: str, digest: str, folder: Path, place: str
+) -> "tuple[str, bool] | None":
+    """Log a folder's files to the run of a bundle, below ``place``, as far as it has others there.
+
+    Returns: the run's id and whether something was logged; None where no run has the bundle.
+    """
+    experiment = tracking.find_experiment(client, name)
+    found = None if experiment is None else _find_run(client, experiment.experiment_id, digest)
+    if found is None:
+        return None
+    run_id = str(found.info.run_id)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    wanted = {
+        f"{place}/{path.relative_to(folder).as_posix()}": files.sha256(path) for path in paths
+    }
+    logged = _logged(client, run_id)
+    is_new = bool(wanted.items() - logged.items())
+    if is_new:
+        client.log_artifacts(run_id, str(folder), place)
+        client.log_dict(run_id, logged | wanted, _DIGESTS)
+    return run_id, is_new
 
 
 def _logged(client: "MlflowClient", run_id: str) -> dict[str, str]:

@@ -552,8 +552,8 @@ def fetch_bundle(workspace: Path, model: Registered) -> Fetched:
         return fetch(client, model.name, model.which)
 
 
-def fetch_model(workspace: Path, model: Registered) -> Path:
-    """Fetch what ``train`` wrote of a registered version.
+def fetch_model(workspace: Path, model: Registered) -> tuple[Path, str]:
+    """Fetch what ``train`` wrote of a registered version; return it and the version's number.
 
     Raises:
         RegistryError: there is no such version, or it was registered without.
@@ -571,7 +571,7 @@ def fetch_model(workspace: Path, model: Registered) -> Path:
             f"{model} has no {MODEL_FOLDER} folder among the artifacts of its run: it was not "
             f"registered by tlpipe. Name another version in embed.weights."
         )
-    return folder
+    return folder, str(version.version)
 
 
 @contextmanager

@@ -279,8 +279,9 @@ def verify(workspace: Path, model: Registered, key: Path | None) -> Bundle:
 def copy(workspace: Path, name: str, which: str, to: str) -> str:
     """Copy the version of a number or alias to the server at ``to``; return its number there.
 
-    Run, metrics, curves, artifacts, card and signature go along. Copied again, or after a kill, it
-    is the same run and version. What arrived is fetched back, and its digest compared.
+    Run, metrics, curves, artifacts, card, signature and what explains it go along. Copied again, or
+    after a kill, it is the same run and version. What arrived is fetched back, and its digest
+    compared.
 
     Raises:
         ArtifactError: the bundle, here or there, is damaged.
@@ -314,6 +315,8 @@ def copy(workspace: Path, name: str, which: str, to: str) -> str:
             )
             if (signature := Path(folder, bundles.SIGNATURE)).is_file():
                 client.log_artifact(published.run_id, str(signature))
+            if (explained := Path(folder, publishing.EXPLAINED)).is_dir():
+                publishing.add(client, name, expected, explained, publishing.EXPLAINED)
             arrived = tracking.bundle_of(client, client.get_model_version(name, published.version))
             if arrived.digest != expected:
                 raise RegistryError(

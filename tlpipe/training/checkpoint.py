@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from tlpipe import files
 from tlpipe.errors import TrainingError
-from tlpipe.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +69,7 @@ class Checkpoints:
             raise TrainingError(
                 f"the checkpoint {tensors} cannot be written: {error}. The one before it is "
                 f"intact: "
-                f"make room, then run 'tlpipe run' to resume from there."
+                f"make room, then run again to resume from there."
             ) from None
         for old in numbers[_KEPT - 1 :]:
             for suffix in (".json", ".safetensors"):
@@ -167,7 +166,7 @@ def stop_requests() -> Iterator[Stop]:
 
 
 @contextmanager
-def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
+def out_of_memory_explained(remedy: str) -> Iterator[None]:
     """Turn an out-of-memory (OOM) error of torch or Python into a TrainingError."""
     try:
         yield
@@ -175,9 +174,6 @@ def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
         line = " ".join(str(error).split())[:160]
         if isinstance(error, RuntimeError) and not _MEMORY.search(line):
             raise
-        size = recipe.batch_size_for(10**9)
-        smaller = f"Lower train.batch_size, now {size}, or freeze" if size > 1 else "Freeze"
         raise TrainingError(
-            f"there is not enough memory to train ({line}); the last checkpoint is kept. {smaller} "
-            f"more in embed.freeze."
+            f"there is not enough memory to train ({line}); the last checkpoint is kept. {remedy}"
         ) from None

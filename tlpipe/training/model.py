@@ -23,7 +23,7 @@ from tlpipe import held_out as held_outs
 from tlpipe.backbones import activations as stored
 from tlpipe.backbones.activations import Origin
 from tlpipe.backbones.backbone import Backbone, describe, load_network
-from tlpipe.backbones.weights import registered_file
+from tlpipe.backbones.weights import PRETRAINED_ON, registered_file
 from tlpipe.data.manifest import load_split, rows_of
 from tlpipe.errors import ArtifactError, WeightsError
 from tlpipe.held_out import HeldOut
@@ -114,6 +114,7 @@ def load_dataset(activations: Path, split: Path) -> Dataset:
 
 
 _TENSORS, _INDEX = "model.safetensors", "model.json"
+_SHOWN = 5  # classes
 _STAGES, _HEAD = "stages.", "head."
 Array = npt.NDArray[np.float32]
 
@@ -271,15 +272,30 @@ def network_tensors(model: Model) -> dict[str, "Tensor"]:
             f"the registered model has tensors that {known.name} has not, such as {unknown[0]}: "
             f"this version of tlpipe cuts it into other stages. Train and register it anew."
         )
-    # Behind the name of its stage, a tensor has the name that the backbone's own code gives it.
-    tensors = {name.partition(".")[2]: tensor for name, tensor in network.state_dict().items()}
+    return own_names(network.state_dict())
+
+
+def own_names(staged: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Return the tensors of a network in stages as its own code names them, sorted.
+
+    That is the name behind the stage's.
+    """
+    tensors = {name.partition(".")[2]: tensor for name, tensor in staged.items()}
     return {name: tensors[name].contiguous() for name in sorted(tensors)}
+
+
+def _trained_on(card: Card) -> str:
+    """Return in a few words what a model was trained on, and from which weights."""
+    shown = ", ".join(card.labels[:_SHOWN]) + ", ..." * (len(card.labels) > _SHOWN)
+    data = (card.origin.data_version or card.origin.data_sha256)[:10]
+    return f"{len(card.labels)} classes ({shown}), data {data}, from {card.origin.weights}"
 
 
 def keep_weights(folder: Path, backbone: str) -> str:
     """Put the network of a trained model into the user's cache; return the hash of its file.
 
-    What was frozen in it comes from its own pretrained weights; its head is left out.
+    What was frozen in it comes from its own pretrained weights; its head is left out. The file says
+    what it was trained on.
 
     Raises:
         ArtifactError: the model is incomplete.
@@ -296,7 +312,7 @@ def keep_weights(folder: Path, backbone: str) -> str:
             f"the registered model is built on {origin.backbone}; expected {backbone}. Change "
             f"embed.backbone or embed.weights in params.yaml."
         )
-    content = save(network_tensors(model))
+    content = save(network_tensors(model), {PRETRAINED_ON: _trained_on(model.card)})
     digest = hashlib.sha256(content).hexdigest()
     with files.writing_cache(registered_file(digest).parent):
         files.write_bytes(registered_file(digest), content)

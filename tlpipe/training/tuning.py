@@ -81,7 +81,10 @@ def tune(
         Interrupted: somebody asked to stop; the next call resumes from there.
         TrainingError: training cannot go on.
     """
-    with checkpoint.out_of_memory_explained(recipe), process_group() as (rank, count):
+    with (
+        checkpoint.out_of_memory_explained(less_memory(recipe)),
+        process_group() as (rank, count),
+    ):
         _check_shares(len(data.train), recipe, count)
         task, l2 = prepare(data, pixels, recipe, rank, count)
         digest = digest_of(data, recipe, task)
@@ -100,6 +103,13 @@ def tune(
             kept=epochs[best],
             held_out=_held_out(task),
         )
+
+
+def less_memory(recipe: Recipe) -> str:
+    """Say what to change where memory is short."""
+    size = recipe.batch_size_for(10**9)
+    smaller = f"Lower train.batch_size, now {size}, or freeze" if size > 1 else "Freeze"
+    return f"{smaller} more in embed.freeze."
 
 
 @contextmanager
