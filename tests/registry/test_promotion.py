@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -363,8 +363,11 @@ def test_other_labels_and_leaks_are_seen(released: Workspace, tlpipe: Tlpipe) ->
 
 def has_open(process: subprocess.Popen[str], file: Path) -> bool:
     """Return whether a process holds a file open."""
-    found = Path(f"/proc/{process.pid}/fd").iterdir()
-    return str(file) in {str(link.readlink()) for link in found if link.is_symlink()}
+    for link in Path(f"/proc/{process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            if link.readlink() == file:
+                return True
+    return False
 
 
 @pytest.mark.slow
