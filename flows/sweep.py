@@ -47,6 +47,7 @@ from prefect_ray.context import remote_options
 from prefect_ray.task_runners import PrefectRayFuture
 
 _QUIET_S = 30.0  # after which something is said of a cell that is at work
+_LEAST_S = 1.0  # of a task: none at all would be no limit
 _BYTES = 80_000_000  # the least that Ray takes for objects; a cell gives a line of text
 
 
@@ -63,7 +64,7 @@ def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
     """Do the cells that ``tlpipe sweep`` has planned, as many at once as Ray has processors for.
 
     A task ends as Completed, Cached (it was done before), Pruned, Left (it would not end before
-    ``deadline``, in seconds since 1970) or Failed.
+    ``deadline``, in seconds since 1970), Stopped (it was at work at that time) or Failed.
     """
     root, logger = Path(workspace), get_run_logger()
     plan = cells.plan(root)
@@ -80,7 +81,8 @@ def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
         # Not all at once: Ray would not keep their order, and the first ones tell the most.
         while waiting and len(at_work) < most:
             number = waiting.pop(0)
-            named = work.with_options(name=cells.title(plan, number))
+            seconds = None if deadline is None else max(deadline - time.time(), _LEAST_S)
+            named = work.with_options(name=cells.title(plan, number), timeout_seconds=seconds)
             with remote_options(num_cpus=each):
                 future = cast(PrefectRayFuture[Any], named.submit(workspace, number, deadline))
             at_work[future.wrapped_future] = number, future
@@ -88,12 +90,19 @@ def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
         for reference in ended:
             number, future = at_work.pop(reference)
             future.wait()
-            states.append(state := future.state)
+            state = future.state
+            if state.name == "TimedOut":
+                state = Completed(name="Stopped", message="the time was up")
+            states.append(state)
+            if [one.name for one in states].count("Left") > 1 and state.name == "Left":
+                continue  # the first says why; how many there are is said at the end
             title = f"{len(states)} of {len(plan['todo'])}, {cells.title(plan, number)}"
             logger.info("%s %s: %s", title, str(state.name).lower(), state.message)
         if not ended and (line := cells.last_said(root, began)) != said:
             logger.info("%s", line)
             said = line
+        if deadline is not None and time.time() >= deadline:
+            waiting.clear()
     return states
 
 

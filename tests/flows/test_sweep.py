@@ -76,6 +76,14 @@ def test_a_budget_that_is_over_begins_nothing_more(project: Workspace) -> None:
     assert len(records(project)) == 1
 
 
+def test_a_cell_is_stopped_where_the_budget_ends(project: Workspace) -> None:
+    long = ("--freeze", "none", "--images", "8,12", "--set", "train.epochs=100000")
+    result = project.call("sweep", "--budget", "90s", *long, code=6)
+    assert "nothing of the sweep came to an end" in result.stderr
+    assert (len(records(project)), project.run("dvc", "exp", "list").stdout) == (0, "")
+    assert not list((project.path / "artifacts/sweep").glob("work/*"))
+
+
 def test_a_ray_that_runs_already_does_the_cells(project: Workspace, tmp_path: Path) -> None:
     port = free_port()
     env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}

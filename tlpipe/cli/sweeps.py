@@ -56,7 +56,7 @@ def sweep(
     ] = 20,
     budget: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Begin nothing that would end later, such as 30m."),
+        typer.Option(metavar="TIME", help="Stop in time, with what there is: 30m."),
     ] = None,
     address: Annotated[
         str | None,

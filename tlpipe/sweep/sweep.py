@@ -197,6 +197,7 @@ def finish(made: Mapping[str, Any]) -> report.Found:
     work.clear(Path())
     found = report.collect(Path(), made)
     if not found.done:
+        sweeps.end(Path(), made["run"], (), is_whole=False)
         raise ArtifactError(
             f"nothing of the sweep came to an end; what was said lies in {LOGS}. Give the same "
             f"command again, with more --budget if it had one."
