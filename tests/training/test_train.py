@@ -257,7 +257,7 @@ def test_where_images_decide_what_is_open_an_option_without_effect_is_only_said(
 def test_every_option_is_known_to_the_refusals() -> None:
     """A new option belongs in one of both lists."""
     without = {name for stages, options, _ in WITHOUT_EFFECT if not stages for name in options}
-    with_effect = {"l2", "max_iterations", "balance", "hidden", "reinitialise"}
+    with_effect = {"l2", "max_iterations", "balance", "hidden", "reinitialise", "fit_on"}
     assert without | with_effect == set(Recipe.model_fields)
 
 
