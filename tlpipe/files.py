@@ -175,6 +175,15 @@ def exclusive(path: Path, error: Callable[[str], Exception]) -> Iterator[int]:
         yield file.fileno()
 
 
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Wait until nobody else is inside of such a block for this path, of any process or thread."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with sorted keys, two spaces of indent and a final newline."""
     write_bytes(path, json_bytes(content))

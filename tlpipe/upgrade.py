@@ -59,10 +59,11 @@ def texts() -> dict[str, str]:
         "# Then pip install -r requirements.txt; with an NVIDIA GPU, write gpu for cpu first.\n"
         "-c constraints.txt\ntlpipe[pipeline,serve,cpu]\n"
     )
-    # The lines of splits.csv do not depend on one another. DVC compares bytes: the same everywhere.
-    kept = sorted([*found, "*.yaml", "data/*.yaml", "dvc.lock", "splits.csv", ".gitattributes"])
+    # Lines of both tables do not depend on one another. DVC compares bytes: the same everywhere.
+    tables = ("labels.csv", "splits.csv")
+    kept = sorted([*found, "*.yaml", "data/*.yaml", "dvc.lock", *tables, ".gitattributes"])
     lines = [f"/{path} text eol=lf\n" for path in [*kept, f"{BASES}/**"]]
-    found[".gitattributes"] = "".join([*lines, "splits.csv merge=union\n"])
+    found[".gitattributes"] = "".join([*lines, *(f"{path} merge=union\n" for path in tables)])
     return found
 
 
