@@ -150,7 +150,7 @@ def test_decisions_on_a_box_are_on_that_box_alone(empty: Workspace, tmp_path: Pa
     assert [r["label"] for r in found].count("ant") == 5
 
 
-@pytest.mark.fault("D44")
+@pytest.mark.fault("D75")
 def test_an_error_of_the_table_leaves_what_was_there(decided: Workspace, photos: Path) -> None:
     decided.ingest()
     before = (decided.path / "artifacts/ingest/manifest.csv").read_bytes()
@@ -206,7 +206,7 @@ def test_labelled_images_of_a_folder_become_part_of_the_source(
     assert list(found) == sorted(found)
 
 
-@pytest.mark.fault("D49")
+@pytest.mark.fault("D80")
 def test_an_image_of_a_folder_that_has_changed_since_is_rejected(
     decided: Workspace, unlabelled: Path
 ) -> None:

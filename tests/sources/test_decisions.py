@@ -54,7 +54,7 @@ def test_a_missing_table_decides_nothing(tmp_path: Path) -> None:
         f"{CAT},,x.png,cat,dog,ann",
     ],
 )
-@pytest.mark.fault("D45")
+@pytest.mark.fault("D76")
 def test_a_line_that_is_no_decision_is_named(tmp_path: Path, line: str) -> None:
     table = tmp_path / "labels.csv"
     table.write_text(f"{HEADER}\n{line}\n")
@@ -62,7 +62,7 @@ def test_a_line_that_is_no_decision_is_named(tmp_path: Path, line: str) -> None:
         decisions.load(table)
 
 
-@pytest.mark.fault("D44")
+@pytest.mark.fault("D75")
 def test_two_people_who_decide_differently_are_both_named(tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     decisions.save(table, [decision(CAT, "cat", "dog"), decision(CAT, "cat", "", by="bob")])
@@ -113,7 +113,7 @@ def test_a_decision_is_applied_to_the_label_that_it_was_made_on() -> None:
     assert table.warnings() == []
 
 
-@pytest.mark.fault("D46")
+@pytest.mark.fault("D77")
 def test_a_decision_on_another_label_than_the_source_gives_is_reported() -> None:
     table = applied(decision(CAT, "cat", "dog"))
     assert table.decide("x.png", CAT, "", "fox") is None
@@ -130,7 +130,7 @@ def test_a_source_that_was_corrected_alike_is_no_case_for_a_report() -> None:
     assert table.warnings() == []
 
 
-@pytest.mark.fault("D47")
+@pytest.mark.fault("D78")
 def test_a_decision_on_an_image_that_is_gone_is_said() -> None:
     (said,) = applied(decision(CAT, "cat", "dog")).warnings()
     assert said.startswith(
@@ -138,7 +138,7 @@ def test_a_decision_on_an_image_that_is_gone_is_said() -> None:
     )
 
 
-@pytest.mark.fault("D48")
+@pytest.mark.fault("D79")
 def test_an_unknown_class_is_an_error_that_names_the_known_ones() -> None:
     table = Decisions(Path("labels.csv"), (decision(CAT, "cat", "dgo"),), (2,))
     with pytest.raises(

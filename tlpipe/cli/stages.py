@@ -145,12 +145,7 @@ def _ingest(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
 
 
 def _embed(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
-    from tlpipe.backbones import embed, weights
-
-    section = cast(embed.Params, found["embed"])
-    if section.weights.startswith(weights.REGISTERED):
-        section = _with_registered_weights(section)
-    return {"params": section}
+    return {"params": with_weights(found)}
 
 
 def _train(found: "dict[str, Section]", stack: ExitStack) -> dict[str, Any]:
@@ -194,6 +189,16 @@ def with_ood_that_fits(sections: "dict[str, Section]") -> "EvaluateParams":
 
     source = cast(ingest.Params, sections["ingest"]).source
     return evaluate.with_ood_that_fits(cast(evaluate.Params, sections["evaluate"]), source)
+
+
+def with_weights(sections: "dict[str, Section]") -> "EmbedParams":
+    """Return the parameters of ``embed``, the weights of a registered model fetched and pinned."""
+    from tlpipe.backbones import embed, weights
+
+    section = cast(embed.Params, sections["embed"])
+    if section.weights.startswith(weights.REGISTERED):
+        return _with_registered_weights(section)
+    return section
 
 
 def _with_registered_weights(section: "EmbedParams") -> "EmbedParams":

@@ -78,7 +78,10 @@ class Session:
         ``read_only``: why nothing can be saved, empty where it can; ``after``: called when
         something was saved.
         """
-        self.queues = {queue.name: queue for queue in queues}
+        self._queues = {queue.name: queue for queue in queues}
+        every = {queue.name: queue.every or queue.items for queue in queues}
+        self._items = {(name, item.key): item for name in every for item in every[name]}
+        self._images = {i.key: i for items in every.values() for item in items for i in item.images}
         self._table, self._classes, self._title = table, tuple(classes), title
         self._read_only, self._after = read_only, after
 
@@ -94,12 +97,11 @@ class Session:
                     "name": queue.name,
                     "title": TITLES[queue.name],
                     "note": queue.note,
-                    "total": len(queue.items),
-                    "left": sum(not item.decision(rows) for item in queue.items),
+                    "left": queue.left(rows),
                     # What the page compares to see that the order is another one.
                     "order": hash(tuple(item.key for item in queue.items)) & 0xFFFFFFFF,
                 }
-                for queue in self.queues.values()
+                for queue in self._queues.values()
             ],
         }
 
@@ -122,19 +124,17 @@ class Session:
                 ],
                 "decision": _said(item.decision(rows)),
             }
-            for item in self.queues[name].items
+            for item in self._queues[name].items
         ]
 
     def image(self, key: str) -> bytes | None:
         """Return an image as PNG; None where there is none of that key."""
-        for queue in self.queues.values():
-            for item in queue.items:
-                for image in item.images:
-                    if image.key == key:
-                        content = io.BytesIO()
-                        Image.fromarray(image.pixels()).save(content, "PNG", compress_level=1)
-                        return content.getvalue()
-        return None
+        found = self._images.get(key)
+        if found is None:
+            return None
+        content = io.BytesIO()
+        Image.fromarray(found.pixels()).save(content, "PNG", compress_level=1)
+        return content.getvalue()
 
     def decide(self, queue: str, key: str, action: str, label: str) -> dict[str, Any]:
         """Save a decision; it is on disk when this returns.
@@ -167,11 +167,9 @@ class Session:
         return self.state()
 
     def _item(self, queue: str, key: str) -> Item:
-        items = self.queues[queue].items if queue in self.queues else []
-        for item in items:
-            if item.key == key:
-                return item
-        raise ValueError("there is no such image in this queue: load the page again")
+        if (found := self._items.get((queue, key))) is None:
+            raise ValueError("there is no such image in this queue: load the page again")
+        return found
 
 
 def _said(rows: Sequence[Decision]) -> dict[str, str] | None:
@@ -202,9 +200,10 @@ def create_app(session: Session, token: str, port: int) -> FastAPI:
 
     @app.get("/{_}/queue/{name}")
     def queue(name: str) -> dict[str, Any]:
-        if name not in session.queues:
-            raise HTTPException(404, "there is no such queue")
-        return {"items": _answered(lambda: session.questions(name))}
+        try:
+            return {"items": _answered(lambda: session.questions(name))}
+        except KeyError:
+            raise HTTPException(404, "there is no such queue") from None
 
     @app.get("/{_}/image/{key}")
     def image(key: str) -> Response:

@@ -6,7 +6,7 @@ bytes under two; the images whose answers are the least sure.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +96,23 @@ class Item:
 
 @dataclass
 class Queue:
-    """Questions of one kind in their order; ``note``: what is to be known of them."""
+    """Questions of one kind in their order.
+
+    Attributes:
+        name: one of ``TITLES``.
+        items: those that are listed.
+        note: what is to be known where there are none.
+        every: all that may come to be listed; those that are, by default.
+    """
 
     name: str
-    items: list[Item] = field(default_factory=list)
+    items: list[Item]
     note: str = ""
+    every: Sequence[Item] = ()
+
+    def left(self, rows: Mapping[Image, Sequence[Decision]]) -> int:
+        """Return how many questions are open."""
+        return sum(not item.decision(rows) for item in self.every or self.items)
 
 
 def of_project(

@@ -18,7 +18,7 @@ Image = tuple[str, str]  # sha256 of its file, and its part of it
 
 @dataclass(frozen=True)
 class Subject:
-    """An image as decisions know it; ``was``: the labels that its source gives it, or an empty one."""
+    """An image as decisions know it; ``was``: its labels in the source, or an empty one."""
 
     sha256: str
     part: str
