@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -127,7 +128,8 @@ def test_a_second_pass_over_deep_pictures_applies_them_once(
 def test_decisions_on_a_box_are_on_that_box_alone(empty: Workspace, tmp_path: Path) -> None:
     photos = tmp_path / "boxes"
     photos.mkdir()
-    pictures, boxes = [], []
+    pictures: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
     for number in range(6):
         picture = Image.new("RGB", (200, 120), (20 * number, 60, 90))
         picture.save(photos / f"{number}.png")

@@ -8,6 +8,7 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -128,10 +129,8 @@ def _serve(
         print(f"{queue['title']}: {queue['left']} left")
     print(f"open http://{_HERE}:{port}/{token}/ and end with Ctrl-C", flush=True)
     config = uvicorn.Config(create_app(session, token, port), log_level="warning")
-    try:
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again when it has ended
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:  # uvicorn raises it again when it has ended
-        pass
     return Counter(counts_of({*table.load().rows} - before))
 
 
