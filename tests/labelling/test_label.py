@@ -45,28 +45,29 @@ class Page:
 @contextmanager
 def labelling(where: Workspace, *words: str) -> Iterator[tuple[Page, list[str]]]:
     """Run the command; yield its page, and the lines that it prints, all of them in the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tlpipe", "label", *words],
+    command = [sys.executable, "-m", "tlpipe", "label", *words]
+    lines: list[str] = []
+    with subprocess.Popen(
+        command,
         cwd=where.path,
         env=where.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    assert process.stdout is not None
-    lines: list[str] = []
-    try:
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if found := re.match(r"open (http://127\.0\.0\.1:\d+/\S+/) ", line):
-                break
-        else:
-            raise AssertionError("\n".join(lines))
-        yield Page(found[1]), lines
-    finally:
-        process.send_signal(signal.SIGINT)
-        lines += process.stdout.read().splitlines()
-        assert process.wait() == 0, "\n".join(lines)
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                if found := re.match(r"open (http://127\.0\.0\.1:\d+/\S+/) ", line):
+                    break
+            else:
+                raise AssertionError("\n".join(lines))
+            yield Page(found[1]), lines
+        finally:
+            process.send_signal(signal.SIGINT)
+            lines += process.stdout.read().splitlines()
+    assert process.returncode == 0, "\n".join(lines)
 
 
 def make_pool(folder: Path) -> Path:

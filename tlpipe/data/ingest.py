@@ -32,7 +32,6 @@ from tlpipe.sources.tables import Role
 _log = logging.getLogger(__name__)
 _CODE = tuple(f"tlpipe.data.{name}" for name in ("images", "reading", "values"))
 _DECODERS = ("pillow", "pillow-heif")
-DROPPED = "dropped"  # by a decision
 _NONE = decisions.Decisions(Path(decisions.NAME))
 _UNSEEN = 0.4  # share of the pictures' area; photos of 3:2 lose 0.33
 _CODECS = ("libjpeg_turbo", "libtiff", "webp", "avif")
@@ -398,7 +397,9 @@ def _decided(outcome: Outcome, applied: decisions.Applied) -> Outcome:
         return outcome
     if not row.label:
         who = f" by {row.by}" if row.by else ""
-        return Reject(entry.path, DROPPED, f"taken out of {entry.label}{who}, at {row.at}")
+        return Reject(
+            entry.path, decisions.DROPPED, f"taken out of {entry.label}{who}, at {row.at}"
+        )
     return replace(outcome, entry=entry._replace(label=row.label))
 
 
@@ -534,7 +535,7 @@ def check_rejected(
     """
     # A square beside the boxes is ours to look for: where there is none, nothing given is lost.
     # What somebody took out is no fault of the source.
-    meant = ("no_background", DROPPED)
+    meant = ("no_background", decisions.DROPPED)
     rejected = [reject for reject in rejected if reject.reason not in meant]
     share = len(rejected) / max(len(rejected) + usable, 1)
     if share > max_rejected:

@@ -52,14 +52,14 @@ def run(
         DataError: the folder is missing, or has no image that can be read.
         ServingError: the port is not free.
     """
-    listener = _listen(port)
-    found, classes = questions.of_project(paths, params, table.load())
-    proposals = None
-    if unlabelled is not None:
-        known = known_of(paths["activations"], paths["split"], classes)
-        proposals = Proposals(read(unlabelled, UNLABELLED), known, table, every)
-        found.append(proposals.queue)
-    return _serve(table, found, classes, listener, title, proposals)
+    with _listen(port) as listener:
+        found, classes = questions.of_project(paths, params, table.load())
+        proposals = None
+        if unlabelled is not None:
+            known = known_of(paths["activations"], paths["split"], classes)
+            proposals = Proposals(read(unlabelled, UNLABELLED), known, table, every)
+            found.append(proposals.queue)
+        return _serve(table, found, classes, listener, title, proposals)
 
 
 def run_unlabelled(
@@ -72,11 +72,11 @@ def run_unlabelled(
         DataError: the folder is missing, or has no image that can be read.
         ServingError: the port is not free.
     """
-    listener = _listen(port)
-    table.load()
-    proposals = Proposals(read(unlabelled, ""), Known.nothing(classes), table, every)
-    title = Path(unlabelled.address).name
-    return _serve(table, [proposals.queue], classes, listener, title, proposals)
+    with _listen(port) as listener:
+        table.load()
+        proposals = Proposals(read(unlabelled, ""), Known.nothing(classes), table, every)
+        title = Path(unlabelled.address).name
+        return _serve(table, [proposals.queue], classes, listener, title, proposals)
 
 
 def check_classes(text: str) -> tuple[str, ...]:

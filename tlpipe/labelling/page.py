@@ -98,6 +98,7 @@ class Session:
                     "title": TITLES[queue.name],
                     "note": queue.note,
                     "left": queue.left(rows),
+                    "listed": bool(queue.every),  # a part of them, the next ones
                     # What the page compares to see that the order is another one.
                     "order": hash(tuple(item.key for item in queue.items)) & 0xFFFFFFFF,
                 }

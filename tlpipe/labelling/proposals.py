@@ -216,7 +216,8 @@ def _cover(asked: Floats, shown: Floats, weights: Floats, count: int) -> list[in
 
 def _squares(a: Floats, b: Floats) -> npt.NDArray[np.float32]:
     """Return (N, M) squared distances of unit vectors."""
-    return np.maximum(2 - 2 * a.astype(np.float32) @ b.astype(np.float32).T, 0)
+    squares: npt.NDArray[np.float32] = 2 - 2 * a.astype(np.float32) @ b.astype(np.float32).T
+    return np.maximum(squares, 0)
 
 
 def _unit(features: Floats) -> Floats:

@@ -86,7 +86,7 @@ function show() {
     $("decision").hidden = true;
     return;
   }
-  $("place").textContent = `${place + 1} of ${items.length}, ${one.left} left`;
+  $("place").textContent = `${place + 1} of ${items.length}${one.listed ? " listed" : ""}, ${one.left} left`;
   item.images.forEach((image) => {
     const figure = element("figure", undefined, images);
     const shown = element("img", undefined, figure);
