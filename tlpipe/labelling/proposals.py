@@ -17,7 +17,7 @@ from tlpipe.data.manifest import evenly, load_manifest, load_split
 from tlpipe.errors import ArtifactError, TlpipeError
 from tlpipe.labelling.queues import USEFUL, Item, Queue, Shown
 from tlpipe.labelling.table import Subject, Table, decided
-from tlpipe.training import linear_probe
+from tlpipe.training import linear_probe, model
 
 _log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
@@ -72,20 +72,16 @@ def known_of(activations: Path, split: Path, classes: tuple[str, ...]) -> Known:
     Raises:
         ArtifactError: ``embed`` or ``split`` has not run, or not on the same images.
     """
-    found, table = stored.load(activations), load_split(split)
-    if len(found.keys) != len(table):
-        raise ArtifactError(
-            f"{activations} holds {len(found.keys)} images and {split} {len(table)}; expected the "
-            f"same. Run 'tlpipe run'."
-        )
-    rows = [row for row, one in enumerate(table) if one.split in ("train", "validation")]
-    numbers = [classes.index(table[row].label) for row in rows]
+    data, table = model.load_dataset(activations, split), load_split(split)
+    numbers = np.array([classes.index(name) if name in classes else -1 for name in data.labels])
+    labels, rows = numbers[data.labelled.labels], data.labelled.rows
+    is_class = labels >= 0  # a class may be gone since that split
     return Known(
-        found.features[np.array(rows, np.int64)].astype(np.float64),
-        np.array(numbers, np.int64),
+        data.activations.features[rows[is_class]].astype(np.float64),
+        labels[is_class].astype(np.int64),
         classes,
         frozenset(one.sha256 for one in table),
-        found.origin.graph,
+        data.activations.origin.graph,
     )
 
 
