@@ -397,9 +397,7 @@ def _decided(outcome: Outcome, applied: decisions.Applied) -> Outcome:
         return outcome
     if not row.label:
         who = f" by {row.by}" if row.by else ""
-        return Reject(
-            entry.path, decisions.DROPPED, f"taken out of {entry.label}{who}, at {row.at}"
-        )
+        return Reject(entry.path, "dropped", f"taken out of {entry.label}{who}, at {row.at}")
     return replace(outcome, entry=entry._replace(label=row.label))
 
 
@@ -535,7 +533,7 @@ def check_rejected(
     """
     # A square beside the boxes is ours to look for: where there is none, nothing given is lost.
     # What somebody took out is no fault of the source.
-    meant = ("no_background", decisions.DROPPED)
+    meant = ("no_background", "dropped")
     rejected = [reject for reject in rejected if reject.reason not in meant]
     share = len(rejected) / max(len(rejected) + usable, 1)
     if share > max_rejected:

@@ -23,7 +23,6 @@ from tlpipe import files
 from tlpipe.errors import ArtifactError, DataError
 
 NAME = "labels.csv"  # where a project keeps it, if nothing else is said
-DROPPED = "dropped"  # why an image is rejected that somebody took out
 UNLABELLED = "unlabelled:"  # before the paths of images of an unlabelled folder
 _SHA256, _PART = re.compile("[0-9a-f]{64}"), re.compile(r"(\d+( \d+){3})?")
 _SHOWN = 3

@@ -173,7 +173,7 @@ def _candidate(
     """Return what a row means, or None where it is rejected."""
     place = f"row {row.number} of {table.name}"
     if table.is_decisions and not row.label:
-        rejects.append(Reject(row.path, decisions.DROPPED, f"{place} takes it out"))
+        rejects.append(Reject(row.path, "dropped", f"{place} takes it out"))
         return None
     if not row.path or not row.label:
         reason = f"{place} has no {'label' if row.path else 'path'}"
