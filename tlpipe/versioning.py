@@ -51,13 +51,15 @@ def dvc_root(folder: Path) -> Path | None:
 def data_version(workspace: Path) -> str:
     """Return DVC's hash of what ``ingest`` reads, as ``dvc.lock`` will state it.
 
-    It is empty outside a DVC repository, and where DVC is not installed.
+    Where it reads more than the source, as decisions, it is the SHA-256 of all their hashes. It is
+    empty outside a DVC repository, and where DVC is not installed.
 
     Raises:
         DataError: there is a repository, and DVC cannot tell.
         StoreError: the store that the source lies in fails.
     """
     try:
+        from dvc.dependency import ParamsDependency
         from dvc.exceptions import DvcException, NotDvcRepoError
         from dvc.repo import Repo
     except ImportError:
@@ -65,8 +67,14 @@ def data_version(workspace: Path) -> str:
 
     def ask() -> str:
         with Repo(str(workspace)) as repo:
-            source = repo.stage.load_one(str(workspace / "dvc.yaml"), "ingest").deps[0]
-            return str(source.get_hash().value or "")
+            deps = repo.stage.load_one(str(workspace / "dvc.yaml"), "ingest").deps
+            read = [one for one in deps if not isinstance(one, ParamsDependency)]
+            found = [str(one.get_hash().value or "") for one in read]
+            return (
+                found[0]
+                if len(found) == 1
+                else hashlib.sha256("\n".join(found).encode()).hexdigest()
+            )
 
     answers = DvcException, FileNotFoundError, UnicodeEncodeError
     try:

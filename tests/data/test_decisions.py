@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Workspace
+from tlpipe.data.reading import read_all
+from tlpipe.params import check_effect
 from tlpipe.sources import decisions
 from tlpipe.sources.decisions import UNLABELLED, Decision
 
@@ -31,6 +33,23 @@ def decide(where: Workspace, *rows: Decision) -> None:
 
 def labels(where: Workspace) -> dict[str, str]:
     return {r["path"]: r["label"] for r in where.rows("artifacts/ingest/manifest.csv")}
+
+
+def make_boxes(photos: Path) -> None:
+    """Write six photos, each with a box of an ant and one of a bee."""
+    photos.mkdir()
+    pictures: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
+    for number in range(6):
+        picture = Image.new("RGB", (200, 120), (20 * number, 60, 90))
+        picture.save(photos / f"{number}.png")
+        pictures.append({"id": number, "file_name": f"{number}.png", "width": 200, "height": 120})
+        for left, category in ((10, 1), (110, 2)):
+            box = {"id": len(boxes), "image_id": number, "category_id": category}
+            boxes.append(box | {"bbox": [left, 10, 60, 60]})
+    names = [{"id": 1, "name": "ant"}, {"id": 2, "name": "bee"}]
+    content = {"images": pictures, "annotations": boxes, "categories": names}
+    (photos / "instances.json").write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -127,19 +146,7 @@ def test_a_second_pass_over_deep_pictures_applies_them_once(
 
 def test_decisions_on_a_box_are_on_that_box_alone(empty: Workspace, tmp_path: Path) -> None:
     photos = tmp_path / "boxes"
-    photos.mkdir()
-    pictures: list[dict[str, Any]] = []
-    boxes: list[dict[str, Any]] = []
-    for number in range(6):
-        picture = Image.new("RGB", (200, 120), (20 * number, 60, 90))
-        picture.save(photos / f"{number}.png")
-        pictures.append({"id": number, "file_name": f"{number}.png", "width": 200, "height": 120})
-        for left, category in ((10, 1), (110, 2)):
-            box = {"id": len(boxes), "image_id": number, "category_id": category}
-            boxes.append(box | {"bbox": [left, 10, 60, 60]})
-    names = [{"id": 1, "name": "ant"}, {"id": 2, "name": "bee"}]
-    content = {"images": pictures, "annotations": boxes, "categories": names}
-    (photos / "instances.json").write_text(json.dumps(content))
+    make_boxes(photos)
     empty.set_source(photos, decisions="labels.csv")
     decide(empty)
     empty.ingest()
@@ -150,6 +157,26 @@ def test_decisions_on_a_box_are_on_that_box_alone(empty: Workspace, tmp_path: Pa
     found = empty.rows("artifacts/ingest/manifest.csv")
     assert [r["label"] for r in found if r["sha256"] == first["sha256"]] == ["bee", "bee"]
     assert [r["label"] for r in found].count("ant") == 5
+
+
+def test_a_box_that_was_dropped_counts_in_a_second_pass_too(
+    empty: Workspace, tmp_path: Path
+) -> None:
+    import numpy as np
+
+    photos = tmp_path / "boxes"
+    make_boxes(photos)
+    values = np.linspace(0, 4_000, 200 * 120).reshape(120, 200).astype(np.uint16)
+    Image.fromarray(values).save(photos / "5.png")
+    empty.set_source(photos, decisions="labels.csv")
+    decide(empty)
+    empty.ingest()
+    first = empty.rows("artifacts/ingest/manifest.csv")[0]
+    decide(empty, row(photos / "0.png", "ant", "", part=first["box"], name=first["path"]))
+    Image.fromarray(values * 10).save(photos / "5.png")  # so that the range is another one
+    said = empty.ingest()
+    assert "labels.csv: 1 dropped" in said
+    assert "not there" not in said
 
 
 @pytest.mark.fault("D75")
@@ -173,6 +200,74 @@ def test_bad_values_of_the_two_keys(empty: Workspace, photos: Path) -> None:
     decide(empty)
     empty.configure("ingest", decisions="labels.csv", unlabelled="nowhere")
     assert "ingest.unlabelled nowhere does not exist" in empty.ingest(code=4)
+
+
+@pytest.mark.fault("D83")
+def test_a_decision_while_ingest_runs_stops_it(
+    decided: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC takes the hash of the table when ingest has ended: it would count as applied."""
+    first = row(photos / "dark/0.png", "dark", "light")
+    second = row(photos / "dark/1.png", "dark", "")
+    decide(decided, first)
+    decided.ingest()
+    before = (decided.path / "artifacts/ingest/manifest.csv").read_bytes()
+
+    def meanwhile(*given: Any) -> Any:
+        decide(decided, second)
+        return read_all(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tlpipe.data.ingest.read_all", meanwhile)
+        said = decided.ingest(code=4)
+    assert "labels.csv has changed since ingest read it; expected it to stay the same" in said
+    assert (decided.path / "artifacts/ingest/manifest.csv").read_bytes() == before
+    assert "1 dropped" in decided.ingest()
+    assert labels(decided)["dark/0.png"] == "dark"
+
+
+@pytest.mark.fault("D83")
+def test_a_row_that_is_undone_between_listing_and_reading_stops_it(
+    decided: Workspace, unlabelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided.configure("ingest", unlabelled=str(unlabelled))
+    name = f"{UNLABELLED}day one/0.png"
+    decide(decided, row(unlabelled / "day one/0.png", "", "light", name=name))
+
+    def meanwhile(*given: Any) -> None:
+        decide(decided)
+        check_effect(*given)
+
+    monkeypatch.setattr("tlpipe.data.ingest.check_effect", meanwhile)
+    assert "labels.csv has changed since ingest read it" in decided.ingest(code=4)
+
+
+def test_what_was_corrected_stands_in_the_report(decided: Workspace, photos: Path) -> None:
+    shutil.copy(photos / "dark/3.png", photos / "light/copy.png")
+    corrected = row(photos / "dark/0.png", "dark", "light")
+    both = [row(photos / "dark/3.png", was, "light") for was in ("dark", "light")]
+    decide(decided, corrected, *both, row(photos / "dark/1.png", "dark", ""))
+    decided.ingest()
+    report = json.loads((decided.path / "artifacts/ingest/report.json").read_text())
+    found = [(c["path"], c["sha256"], c["part"], c["was"], c["label"]) for c in report["corrected"]]
+    assert found == [
+        ("dark/0.png", corrected.sha256, "", "dark", "light"),
+        ("dark/3.png", both[0].sha256, "", "dark", "light"),
+        ("light/copy.png", both[0].sha256, "", "light", "light"),  # of the same bytes
+    ]
+
+
+def test_a_folder_of_the_source_may_be_called_as_those_that_are_added(
+    decided: Workspace, photos: Path
+) -> None:
+    folder = photos / UNLABELLED.rstrip("/") / "ants"
+    folder.mkdir(parents=True)
+    for number, path in enumerate(sorted((photos / "dark").iterdir())):
+        shutil.move(path, folder / f"{number}.png")
+    (photos / "dark").rmdir()
+    decided.configure("ingest", pattern=r"(?P<label>[^/]+)/[^/]+$")
+    decided.ingest()
+    assert {*labels(decided).values()} == {"ants", "light"}
 
 
 @pytest.fixture

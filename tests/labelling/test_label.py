@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Workspace, wait_until
+from tlpipe import versioning
 from tlpipe.sources import decisions
 
 
@@ -108,7 +109,7 @@ def test_a_project_s_labels_and_new_images_become_its_data(
     workspace.ingest()
     manifest = workspace.rows("artifacts/ingest/manifest.csv")
     assert len(manifest) == 26
-    added = [row["path"] for row in manifest if row["path"].startswith("unlabelled:")]
+    added = [row["path"] for row in manifest if row["path"].startswith("unlabelled://")]
     assert len(added) == 2
 
 
@@ -147,11 +148,16 @@ def test_dvc_sees_each_decision_and_a_fresh_clone_replays_them(
     workspace.call("upgrade")
     workspace.run("dvc", "repro", "split")
     before = (workspace.path / "artifacts/ingest/manifest.csv").read_bytes()
+    undecided = versioning.data_version(workspace.path)
+    assert {r["data_version"] for r in workspace.rows("artifacts/ingest/manifest.csv")} == {
+        undecided
+    }
     decisions.save(table, [row(photos / "dark/0.png", "dark", "light")])
     assert "labels.csv" in workspace.run("dvc", "status", "ingest").stdout
     workspace.run("dvc", "repro", "split")
     after = (workspace.path / "artifacts/ingest/manifest.csv").read_bytes()
     assert after != before
+    assert versioning.data_version(workspace.path) != undecided
     who = ("-c", "user.name=t", "-c", "user.email=t@example.invalid")
     workspace.run("git", "add", "--all")
     workspace.run("git", *who, "commit", "-qm", "decided")

@@ -38,6 +38,13 @@ def test_what_is_saved_is_loaded_one_row_a_line_and_sorted(tmp_path: Path) -> No
     assert table.read_bytes() == before
 
 
+def test_a_byte_order_mark_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    decisions.save(table, [decision(CAT, "cat", "dog")])
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes().replace(b"\n", b"\r\n"))
+    assert decisions.load(table).rows == (decision(CAT, "cat", "dog"),)
+
+
 def test_a_missing_table_decides_nothing(tmp_path: Path) -> None:
     assert decisions.load(tmp_path / "labels.csv").rows == ()
 

@@ -32,7 +32,6 @@ from tlpipe.sources.tables import Role
 _log = logging.getLogger(__name__)
 _CODE = tuple(f"tlpipe.data.{name}" for name in ("images", "reading", "values"))
 _DECODERS = ("pillow", "pillow-heif")
-_NONE = decisions.Decisions(Path(decisions.NAME))
 _UNSEEN = 0.4  # share of the pictures' area; photos of 3:2 lose 0.33
 _CODECS = ("libjpeg_turbo", "libtiff", "webp", "avif")
 
@@ -184,8 +183,8 @@ def run(
 ) -> None:
     """Write the manifest, the rejected files, the near duplicates, the pixels and the data report.
 
-    ``data_version`` is DVC's hash of the source. What stands in the outputs from an earlier run is
-    used: images that it has are not decoded again.
+    ``data_version`` is DVC's hash of all that is read. What stands in the outputs from an earlier
+    run is used: images that it has are not decoded again.
 
     Raises:
         DataError: the source is missing, or what is usable of it makes no data set.
@@ -247,12 +246,11 @@ def _store(
             _log.info("%s", note)
         if params.value_range == "auto":
             sampling = sampling.model_copy(update={"value_range": earlier.value_range})
-        measured, applied = Measured(sampling.value_range), applied_by(params)
+        measured, applied = Measured(sampling.value_range), decisions.Applied(source.decisions)
         journal = _read(source, folder, sampling, params.box_margin, earlier, measured, applied)
         if params.value_range == "auto" and measured.range() != sampling.value_range:
             sampling = sampling.model_copy(update={"value_range": measured.range()})
             measured, first = Measured(sampling.value_range), journal.set_aside()
-            applied = applied_by(params)
             journal = _read(source, folder, sampling, params.box_margin, first, measured, applied)
             shutil.rmtree(first.pixels.array.folder)
         if params.value_range == "auto":
@@ -278,6 +276,7 @@ def _store(
         writer = journal.pixels(groups.keep)
         entries = journal.entries(groups, data_version)
         described = _Description()
+        source.decisions.check_unchanged()
         save_duplicates(duplicates, described.compare(journal.duplicates(groups.pairs)))
         save_manifest(manifest, described.watch(entries))
         remember(manifest, journal.seen)
@@ -300,6 +299,7 @@ def _store(
     }
     if params.decisions is not None:
         content["decisions"] = dict(sorted(applied.counts.items()))
+        content["corrected"] = applied.corrected()
     files.write_json(data_report, content)
     for note in applied.notes():
         _log.info("%s", note)
@@ -352,7 +352,7 @@ def _read(
         journal = Journal(folder, sampling, known.pixels)
     with closing(journal):
         for outcome in track(outcomes, total=source.counts.total(), description="ingest"):
-            journal.add(_decided(outcome, applied))
+            journal.add(_decided(outcome, applied, source))
     return journal
 
 
@@ -362,33 +362,27 @@ def addresses(params: Params) -> dict[str, str]:
     return {f"ingest.{key}": address for key, address in named.items() if address is not None}
 
 
-def applied_by(params: Params) -> decisions.Applied:
-    """Return what applies the project's decisions; it knows none where there is no table.
+def _table(path: str) -> decisions.Decisions:
+    """Read the project's decisions.
 
     Raises:
-        ArtifactError: the table cannot be read, or decides differently on one image.
+        ArtifactError: the table is missing, damaged, or decides differently on one image.
     """
-    return decisions.Applied(_table(params))
-
-
-def _table(params: Params) -> decisions.Decisions:
-    if params.decisions is None:
-        return _NONE
-    if not Path(params.decisions).is_file():
+    if not Path(path).is_file():
         raise ArtifactError(
-            f"{params.decisions}, which ingest.decisions names, is missing; expected the table "
-            f"that 'tlpipe label' writes. Get it back, as by 'git checkout -- "
-            f"{params.decisions}', or take ingest.decisions out of params.yaml."
+            f"{path}, which ingest.decisions names, is missing; expected the table that 'tlpipe "
+            f"label' writes. Get it back, as by 'git checkout -- {path}', or take "
+            f"ingest.decisions out of params.yaml."
         )
-    return decisions.load(Path(params.decisions))
+    return decisions.load(Path(path))
 
 
-def _decided(outcome: Outcome, applied: decisions.Applied) -> Outcome:
+def _decided(outcome: Outcome, applied: decisions.Applied, source: listing.Source) -> Outcome:
     """Return what becomes of an image by the decision on it, if there is one."""
     if isinstance(outcome, Reject):
         return outcome
     entry = outcome.entry
-    if entry.path.startswith(decisions.UNLABELLED):
+    if source.is_added(entry.path):
         if applied.is_same(entry.path, entry.sha256):
             return outcome
         return Reject(entry.path, "changed", "its bytes are not those that were labelled")
@@ -437,10 +431,11 @@ def opened(params: Params) -> Iterator[listing.Source]:
     """Open the source and list it; what cannot be a data set is an error before any work.
 
     Raises:
+        ArtifactError: the table of decisions is missing or damaged.
         DataError: as ``listing.opened``.
         ParamsError: what is set for boxes, tables or links has no effect, as there are none.
     """
-    table = _table(params)
+    table = None if params.decisions is None else _table(params.decisions)
     with ExitStack() as stack:
         source = stack.enter_context(
             listing.opened(
@@ -463,10 +458,11 @@ def opened(params: Params) -> Iterator[listing.Source]:
                 total = source.counts.total()
                 text = f"{count} of {total} files are called {suffixes[0]} and cannot be read here"
                 source.notes.append(f"{text}: {advice}, or convert them")
-        table.check_classes(source.counts)
+        if table is not None:
+            table.check_classes(source.counts)
+            source = replace(source, decisions=table)
         if params.unlabelled is not None:
-            joined = listing.with_labelled(source, params.unlabelled, table)
-            source = stack.enter_context(joined)
+            source = stack.enter_context(listing.with_labelled(source, params.unlabelled))
         yield source
 
 

@@ -11,10 +11,11 @@ the union of their lines. A decision is undone by deleting its row.
 """
 
 import csv
+import hashlib
 import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,8 @@ from tlpipe import files
 from tlpipe.errors import ArtifactError, DataError
 
 NAME = "labels.csv"  # where a project keeps it, if nothing else is said
-UNLABELLED = "unlabelled:"  # before the paths of images of an unlabelled folder
+# Before the paths of images of an unlabelled folder; no relative path has it.
+UNLABELLED = "unlabelled://"
 _SHA256, _PART = re.compile("[0-9a-f]{64}"), re.compile(r"(\d+( \d+){3})?")
 _SHOWN = 3
 
@@ -57,11 +59,31 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a table holds; ``lines``: the number of the line that each row stands on."""
+    """What a table holds.
+
+    ``lines``: the number of the line that each row stands on; ``sha256``: of the bytes that were
+    read, empty where there is no file.
+    """
 
     path: Path
     rows: tuple[Decision, ...] = ()
     lines: tuple[int, ...] = ()
+    sha256: str = ""
+
+    def check_unchanged(self) -> None:
+        """Check that the file is still the one that was read.
+
+        DVC takes its hash when a stage has ended, and would count what came later as applied.
+
+        Raises:
+            DataError: it has changed, or is gone.
+        """
+        content = self.path.read_bytes() if self.sha256 and self.path.exists() else b""
+        if self.sha256 and hashlib.sha256(content).hexdigest() != self.sha256:
+            raise DataError(
+                f"{self.path} has changed since ingest read it; expected it to stay the same, "
+                f"since what was decided meanwhile is not applied. Run ingest again."
+            )
 
     def named(self, row: Decision) -> str:
         """Return how a message names a row."""
@@ -113,15 +135,15 @@ def load(path: Path) -> Decisions:
     """
     if not path.exists():
         return Decisions(path)
-    rows, lines = [], []
-    text = path.read_text(encoding="utf-8", errors="backslashreplace")
+    rows, lines, content = [], [], path.read_bytes()
+    text = content.decode("utf-8-sig", "backslashreplace")  # a spreadsheet writes the mark
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.removesuffix("\r")
         if not line or line == ",".join(Decision._fields):  # a merge may have left it twice
             continue
         rows.append(_read(line, number, path))
         lines.append(number)
-    found = Decisions(path, tuple(rows), tuple(lines))
+    found = Decisions(path, tuple(rows), tuple(lines), hashlib.sha256(content).hexdigest())
     _check_agree(found)
     return found
 
@@ -182,15 +204,11 @@ def save(path: Path, rows: Iterable[Decision]) -> None:
 class Applied:
     """Applies a table to the images of a source, and keeps count of what it did.
 
-    Attributes:
-        counts: how many images were ``corrected``, ``dropped``, ``kept`` and ``added``.
-        taken: of each class, how many images it lost by corrections and drops.
+    An image that is read a second time counts once.
     """
 
     def __init__(self, decisions: Decisions) -> None:
         """Take the table."""
-        self.counts: Counter[str] = Counter()
-        self.taken: Counter[str] = Counter()
         self._decisions = decisions
         self._of: dict[tuple[str, str], dict[str, Decision]] = defaultdict(dict)
         for row in decisions.rows:
@@ -198,7 +216,35 @@ class Applied:
                 self._of[row.image][row.was] = row
         self._unlabelled = decisions.unlabelled()
         self._met: set[tuple[str, str]] = set()
-        self._stale: list[tuple[str, str, Decision]] = []
+        # By the names of the images.
+        self._applied: dict[str, Decision] = {}
+        self._changed: dict[str, str] = {}
+        self._stale: dict[str, tuple[str, Decision]] = {}
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many images were ``corrected``, ``dropped``, ``kept`` and ``added``."""
+        return counts_of(self._applied.values())
+
+    @property
+    def taken(self) -> Counter[str]:
+        """Of each class, how many images it lost by corrections and drops."""
+        rows = self._applied.values()
+        lost = Counter(row.was for row in rows if row.was not in ("", row.label))
+        return lost + Counter(self._changed.values())
+
+    def corrected(self) -> list[dict[str, str]]:
+        """Return the images whose labels are not the source's, by their paths.
+
+        One whose bytes the source has under two labels stands there with both.
+        """
+        rows = sorted((name, row) for name, row in self._applied.items() if row.was and row.label)
+        images = {row.image for _, row in rows if row.was != row.label}
+        return [
+            {key: getattr(row, key) for key in ("sha256", "part", "was", "label")} | {"path": name}
+            for name, row in rows
+            if row.image in images
+        ]
 
     def decide(self, name: str, sha256: str, part: str, label: str) -> Decision | None:
         """Return the decision on an image of the source that bears this label; None: there is none.
@@ -213,21 +259,20 @@ class Applied:
         if row is None:
             other = next(iter(rows.values()))
             if other.label != label:  # else the source was corrected alike
-                self._stale.append((name, label, other))
+                self._stale[name] = label, other
             return None
-        self.counts[_kind(row)] += 1
-        self.taken[label] += row.label != label
+        self._applied[name] = row
         return row
 
     def is_same(self, name: str, sha256: str) -> bool:
         """Return whether an image of the unlabelled folder is the one that was decided on."""
         row = self._unlabelled[written(name)]
         self._met.add(row.image)
-        if row.sha256 == sha256:
-            self.counts["added"] += 1
-            return True
-        self.taken[row.label] += 1
-        return False
+        if row.sha256 != sha256:
+            self._changed[name] = row.label
+            return False
+        self._applied[name] = row
+        return True
 
     def notes(self) -> list[str]:
         """Return what was applied, in a sentence."""
@@ -241,7 +286,7 @@ class Applied:
             shown = [
                 f"{name!r} was {row.was!r} when {table.named(row)} was decided, and is {label!r} "
                 f"now"
-                for name, label, row in self._stale[:_SHOWN]
+                for name, (label, row) in list(self._stale.items())[:_SHOWN]
             ]
             said.append(
                 f"{len(self._stale)} decisions of {table.path} are not applied, since the source "
@@ -270,6 +315,6 @@ def _listed(shown: list[str], count: int) -> str:
     return "; ".join(shown) + ("; ..." if count > len(shown) else "")
 
 
-def counts_of(rows: Iterable[Decision]) -> Mapping[str, int]:
+def counts_of(rows: Iterable[Decision]) -> Counter[str]:
     """Count decisions by what they do: ``corrected``, ``dropped``, ``kept`` or ``added``."""
     return Counter("added" if not row.was and row.label else _kind(row) for row in rows)

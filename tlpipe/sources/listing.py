@@ -25,7 +25,7 @@ from tlpipe.sources import (
     tables,
 )
 from tlpipe.sources.archives import check_no_archives, open_archive
-from tlpipe.sources.decisions import UNLABELLED, Decisions, written
+from tlpipe.sources.decisions import NAME, UNLABELLED, Decisions, written
 from tlpipe.sources.paths import Files, is_image, some, split_of_folders
 from tlpipe.sources.remote import Remote, open_remote
 from tlpipe.sources.storage import Folder, Storage
@@ -33,6 +33,7 @@ from tlpipe.sources.storage import Folder, Storage
 Kind = Literal["auto", "folders", "table", "coco", "voc"]
 # So many times as many images: a class this rare has none to be measured on.
 _UNEQUAL = 50
+_NONE = Decisions(Path(NAME))
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Source:
     ``counts``: of each label, how many images it has before any was opened; ``suffixes``: the same
     of the ends of names, in lower case; ``notes``: what was understood and what was left out, a
     sentence each; ``read_from``: what says the labels; ``has_boxes``: whether an image is a part
-    of a photo; ``unlabelled``: where candidates lie whose names begin so, beside the storage.
+    of a photo; ``unlabelled``: where candidates lie whose names begin so, beside the storage;
+    ``decisions``: on its images.
     """
 
     storage: Storage
@@ -54,6 +56,7 @@ class Source:
     read_from: str = "folders"
     has_boxes: bool = False
     unlabelled: Storage | None = None
+    decisions: Decisions = _NONE
 
     def read(self, file: str) -> bytes:
         """Return a file's bytes, as a storage does."""
@@ -65,8 +68,12 @@ class Source:
         storage, name = self._at(file)
         return storage.stamp(name)
 
+    def is_added(self, file: str) -> bool:
+        """Return whether a file is one of the unlabelled folder."""
+        return self.unlabelled is not None and file.startswith(UNLABELLED)
+
     def _at(self, file: str) -> tuple[Storage, str]:
-        if self.unlabelled is not None and file.startswith(UNLABELLED):
+        if self.unlabelled is not None and self.is_added(file):
             return self.unlabelled, file.removeprefix(UNLABELLED)
         return self.storage, file
 
@@ -161,13 +168,13 @@ def unlabelled(address: str) -> Iterator[tuple[Storage, list[str]]]:
 
 
 @contextmanager
-def with_labelled(source: Source, address: str, decisions: Decisions) -> Iterator[Source]:
-    """Add those images of an unlabelled folder that a table of decisions gives a class.
+def with_labelled(source: Source, address: str) -> Iterator[Source]:
+    """Add those images of an unlabelled folder that the source's decisions give a class.
 
     Raises:
         DataError: the folder is missing, or its classes and the source's cannot be told apart.
     """
-    rows, added = decisions.unlabelled(), []
+    rows, added = source.decisions.unlabelled(), []
     with ExitStack() as stack:
         try:
             storage, names = stack.enter_context(unlabelled(address))
@@ -187,7 +194,7 @@ def with_labelled(source: Source, address: str, decisions: Decisions) -> Iterato
             counts=counts,
             unlabelled=storage,
         )
-        _check_classes(joined, f"{address}, with what {decisions.path} labels,")
+        _check_classes(joined, f"{address}, with what {source.decisions.path} labels,")
         yield joined
 
 
