@@ -179,7 +179,11 @@ def exclusive(path: Path, error: Callable[[str], Exception]) -> Iterator[int]:
 def in_turn(path: Path) -> Iterator[None]:
     """Wait until nobody else is inside of such a block for this path, of any process or thread."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    try:
+        file = path.open("a")
+    except PermissionError:  # another user's
+        file = path.open()
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

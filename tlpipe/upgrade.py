@@ -52,7 +52,7 @@ def texts() -> dict[str, str]:
     has no conflict with each new one.
     """
     found = {path: template(path) for path in _COPIED}
-    found[".gitignore"], found[".dvcignore"] = template("gitignore"), "__pycache__/\n"
+    found[".gitignore"], found[".dvcignore"] = template("gitignore"), "__pycache__/\n.*.lock\n"
     found["constraints.txt"] = f"tlpipe=={version('tlpipe')}\n{template('constraints.txt')}"
     found["requirements.txt"] = (
         "# tlpipe is in no package index: install it first, from the wheel or address you have.\n"

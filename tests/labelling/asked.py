@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tlpipe.labelling.page import Session
-from tlpipe.labelling.queues import DUPLICATES, ISSUES, Item, Queue, Shown
+from tlpipe.labelling.queues import DUPLICATES, ISSUES, USEFUL, Item, Queue, Shown
 from tlpipe.labelling.table import Subject, Table
 
 CLASSES = ("ant", "bee", "<b>wasp</b>")
@@ -33,8 +33,13 @@ def queues(issues: int = 4) -> list[Queue]:
     return [Queue(ISSUES, [issue(n) for n in range(issues)]), Queue(DUPLICATES, [pair, same])]
 
 
+def useful(*numbers: int) -> Queue:
+    """Images of an unlabelled folder."""
+    return Queue(USEFUL, [Item((shown(number, ""),), "", can_keep=False) for number in numbers])
+
+
 def table(folder: Path, by: str = "ann") -> Table:
-    return Table(folder / "labels.csv", folder / "lock", by)
+    return Table(folder / "labels.csv", by)
 
 
 def session(

@@ -13,9 +13,10 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.labelling.asked import digest, issue, queues, session, table
+from tests.labelling.asked import CLASSES, digest, issue, queues, session, table, useful
+from tlpipe.errors import ArtifactError
 from tlpipe.labelling.page import Session, create_app
-from tlpipe.labelling.queues import DUPLICATES, ISSUES
+from tlpipe.labelling.queues import DUPLICATES, ISSUES, USEFUL, Item
 from tlpipe.sources import decisions
 
 TOKEN, PORT = "t0ken", 8123
@@ -37,8 +38,17 @@ def post(page: TestClient, what: str, **body: str) -> tuple[int, str]:
 
 
 def decide(page: TestClient, number: int, action: str, label: str = "") -> tuple[int, str]:
-    body = {"queue": ISSUES, "item": issue(number).key, "action": action, "label": label}
-    return post(page, "decide", **body)
+    return on(page, ISSUES, issue(number), action, label)
+
+
+def on(page: TestClient, queue: str, item: Item, action: str, label: str = "") -> tuple[int, str]:
+    return post(page, "decide", queue=queue, item=item.key, action=action, label=label)
+
+
+def shown(page: TestClient, queue: str, place: int) -> str:
+    """Return the decision that a page shows, as it is sent to be undone."""
+    item = page.get(f"/{TOKEN}/queue/{queue}").json()["items"][place]
+    return str(item["decision"]["id"])
 
 
 def rows(folder: Path) -> dict[tuple[str, str], str]:
@@ -74,10 +84,103 @@ def test_what_is_decided_is_on_disk_when_it_answers(page: TestClient, tmp_path: 
 def test_undo_deletes_the_row(page: TestClient, tmp_path: Path) -> None:
     decide(page, 0, "class", "bee")
     decide(page, 1, "drop")
-    assert post(page, "undo", queue=ISSUES, item=issue(0).key) == (200, "")
+    first = shown(page, ISSUES, 0)
+    assert post(page, "undo", decision=first) == (200, "")
     assert rows(tmp_path) == {(digest(1), "ant"): ""}
     said = (409, "there is no decision to undo: its row is gone")
-    assert post(page, "undo", queue=ISSUES, item=issue(0).key) == said
+    assert post(page, "undo", decision=first) == said
+    assert post(page, "undo", decision="none")[0] == 400
+
+
+@pytest.mark.fault("D81")
+def test_what_another_has_decided_since_is_not_undone(tmp_path: Path) -> None:
+    ann, bob = client(session(tmp_path, "ann")), client(session(tmp_path, "bob"))
+    decide(ann, 0, "class", "bee")
+    first = shown(ann, ISSUES, 0)
+    assert post(bob, "undo", decision=shown(bob, ISSUES, 0)) == (200, "")
+    assert decide(bob, 0, "drop") == (200, "")
+    code, said = post(ann, "undo", decision=first)
+    assert code == 409 and said.startswith("bob has decided already: drop, ")
+    assert rows(tmp_path) == {(digest(0), "ant"): ""}
+
+
+@pytest.mark.fault("D81")
+def test_of_a_pair_only_ones_own_decision_is_undone(tmp_path: Path) -> None:
+    ann, bob = client(session(tmp_path, "ann")), client(session(tmp_path, "bob"))
+    pair = queues()[1].items[0]
+    decide(ann, 0, "keep")
+    answer = bob.post(
+        f"/{TOKEN}/decide",
+        json={"queue": DUPLICATES, "item": pair.key, "action": "class", "label": "ant"},
+    ).json()
+    assert rows(tmp_path) == {(digest(0), "ant"): "ant", (digest(9), "bee"): "ant"}
+    assert answer["decision"]["by"] == "bob"
+    assert post(bob, "undo", decision=answer["decision"]["id"]) == (200, "")
+    assert rows(tmp_path) == {(digest(0), "ant"): "ant"}
+
+
+@pytest.mark.fault("D81")
+@pytest.mark.parametrize(("action", "label"), [("class", "bee"), ("drop", "")])
+def test_a_pair_is_not_decided_against_what_one_of_it_is(
+    page: TestClient, tmp_path: Path, action: str, label: str
+) -> None:
+    decide(page, 0, "keep")
+    code, said = on(page, DUPLICATES, queues()[1].items[0], action, label)
+    assert code == 409
+    assert said.startswith("ann has decided on ant/<i>0</i>.png already: keep ant, ")
+    assert rows(tmp_path) == {(digest(0), "ant"): "ant"}
+    assert on(page, DUPLICATES, queues()[1].items[0], "keep") == (200, "")
+    assert rows(tmp_path) == {(digest(0), "ant"): "ant", (digest(9), "bee"): "bee"}
+
+
+@pytest.mark.fault("D84")
+def test_the_same_bytes_in_source_and_folder_are_one_image(tmp_path: Path) -> None:
+    found = Session(table(tmp_path), [*queues(), useful(1, 2)], CLASSES, title="insects")
+    page, new = client(found), useful(1, 2).items
+    assert on(page, USEFUL, new[0], "class", "ant") == (200, "")
+    assert decide(page, 1, "class", "bee") == (200, "")  # corrects both
+    both = {(digest(1), "ant"): "bee", (digest(1), ""): "bee"}
+    assert rows(tmp_path) == both
+    assert post(page, "undo", decision=shown(page, ISSUES, 1)) == (200, "")
+    assert rows(tmp_path) == {(digest(1), ""): "ant"}
+    assert decide(page, 2, "drop") == (200, "")
+    assert left(page)[USEFUL] == 0  # dropped from the source: the folder's is decided, too
+    code, said = on(page, USEFUL, new[1], "class", "bee")
+    assert code == 409 and said.startswith("ann has decided on ant/<i>2</i>.png already: drop, ")
+    assert rows(tmp_path)[digest(2), "ant"] == ""
+
+
+@pytest.mark.fault("D84")
+def test_two_files_of_the_folder_that_are_the_same_both_follow_the_source(tmp_path: Path) -> None:
+    twice = [
+        decisions.Decision(digest(1), "", f"unlabelled://{n}.png", "", "ant", "bob", "2026-01-01")
+        for n in range(2)
+    ]
+    decisions.save(tmp_path / "labels.csv", twice)
+    page = client(session(tmp_path))
+    assert decide(page, 1, "class", "bee") == (200, "")
+    found = decisions.load(tmp_path / "labels.csv").rows
+    assert sorted((row.path, row.was, row.label) for row in found) == [
+        ("ant/<i>1</i>.png", "ant", "bee"),
+        ("unlabelled://0.png", "", "bee"),
+        ("unlabelled://1.png", "", "bee"),
+    ]
+    assert post(page, "undo", decision=shown(page, ISSUES, 1)) == (200, "")
+    assert [*decisions.load(tmp_path / "labels.csv").rows] == twice
+
+
+def test_an_image_without_a_label_cannot_keep_it(tmp_path: Path) -> None:
+    page = client(Session(table(tmp_path), [useful(1)], CLASSES, title="insects"))
+    assert on(page, USEFUL, useful(1).items[0], "keep")[0] == 400
+
+
+def test_what_goes_wrong_after_a_decision_is_saved_is_said_so(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise ArtifactError("the disk is full.")
+
+    found = Session(table(tmp_path), queues(), CLASSES, title="insects", after=fail)
+    assert decide(client(found), 0, "drop") == (500, "it was saved, and then: the disk is full.")
+    assert rows(tmp_path) == {(digest(0), "ant"): ""}
 
 
 def test_one_decision_is_on_both_of_a_pair(page: TestClient, tmp_path: Path) -> None:
@@ -122,7 +225,7 @@ found, items = table(Path(sys.argv[1])), queues(40)[0].items
 for number, item in enumerate(items):
     if number == 7:  # when the new table is written, and not yet in place
         Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    found.decide(item.subjects, lambda _: "bee")
+    found.decide([(subject, "bee") for subject in item.subjects])
     print(number, flush=True)
 """
 
@@ -227,6 +330,30 @@ def test_a_decision_on_another_label_of_the_source_is_replaced(tmp_path: Path) -
     assert left(page)[ISSUES] == 4
     assert decide(page, 0, "keep") == (200, "")
     assert rows(tmp_path) == {(digest(0), "ant"): "ant"}
+
+
+@pytest.mark.fault("D81")
+def test_a_decision_on_another_label_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    page = client(session(tmp_path))
+    new = decisions.Decision(digest(0), "", "x", "fly", "bee", "bob", "2026-01-01T00:00:00Z")
+    decisions.save(tmp_path / "labels.csv", [new])
+    code, said = decide(page, 0, "keep")
+    assert code == 409 and said.startswith("bob has decided on x already: bee, ")
+    assert rows(tmp_path) == {(digest(0), "fly"): "bee"}
+
+
+def test_an_undo_puts_back_what_the_decision_had_replaced(tmp_path: Path) -> None:
+    old = decisions.Decision(digest(0), "", "x", "fly", "bee", "bob", "2026-01-01T00:00:00Z")
+    decisions.save(tmp_path / "labels.csv", [old])
+    page = client(session(tmp_path))
+    decide(page, 0, "keep")
+    assert post(page, "undo", decision=shown(page, ISSUES, 0)) == (200, "")
+    assert decisions.load(tmp_path / "labels.csv").rows == (old,)
+
+
+def test_the_lock_lies_beside_the_table_for_all_who_share_it(tmp_path: Path) -> None:
+    decide(client(session(tmp_path)), 0, "drop")
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] == "."] == [".labels.csv.lock"]
 
 
 def test_a_table_that_cannot_be_written_is_shown_and_no_more(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Which images are proposed, against what clusters and probabilities are made to be."""
 
 import itertools
+import warnings
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,12 @@ def test_what_was_decided_is_not_proposed_again() -> None:
     labels = opened(10)
     labels[:4], labels[4] = 0, -2
     assert sorted(propose(features, labels, NOTHING, 50)) == [5, 6, 7, 8, 9]
+
+
+def test_nothing_is_proposed_where_nothing_is_open() -> None:
+    features, of = clusters(5, 5)
+    with warnings.catch_warnings(action="error"):
+        assert propose(features, of, NOTHING, 3) == []
 
 
 def test_the_same_images_in_the_same_order() -> None:

@@ -14,7 +14,7 @@ from tlpipe.backbones import sampling
 from tlpipe.data import ingest
 from tlpipe.labelling import queues
 from tlpipe.labelling.queues import DUPLICATES, ISSUES, UNSURE, Item, Queue
-from tlpipe.labelling.table import decided
+from tlpipe.labelling.table import Table, decided
 from tlpipe.params import read_yaml
 from tlpipe.sources import decisions
 from tlpipe.sources.decisions import Decision
@@ -55,7 +55,6 @@ def asked(where: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, Queue]
     found, classes = queues.of_project(
         {name: Path(path) for name, path in graph.PATHS.items()},
         sampling.resolve(params, "efficientnet_lite0"),
-        decisions.load(where.path / "labels.csv"),
     )
     assert classes == ("ant", "bee")
     return {queue.name: queue for queue in found}
@@ -108,6 +107,32 @@ def test_what_was_decided_is_settled_before_and_after_it_is_applied(
     (item,) = asked(insects, monkeypatch)[ISSUES].items
     assert settled(insects, item) == ["ant"]
     assert item.subjects[0].was == ("bee",)  # as the source says
+
+
+def test_what_was_undone_is_decided_anew_on_the_label_of_the_source(
+    insects: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``ingest`` has applied a decision that is undone then: its label is not the source's."""
+
+    def label() -> str:
+        rows = insects.rows("artifacts/ingest/manifest.csv")
+        return next(row["label"] for row in rows if row["path"] == "bee/1.png")
+
+    decide(insects, "bee/1.png", "bee", "ant")
+    insects.ingest()
+    (insects.path / "artifacts/audit").mkdir()
+    row = ("bee/1.png", "ant", "bee", "0.1", "0.9")
+    files.write_csv(insects.path / graph.PATHS["label_issues"], LABEL_ISSUES, [row])
+    assert label() == "ant"
+    decisions.save(insects.path / "labels.csv", [])
+    (item,) = asked(insects, monkeypatch)[ISSUES].items
+    assert settled(insects, item) == []
+    Table(insects.path / "labels.csv", "bob").decide([(item.subjects[0], "")])
+    (row_made,) = decisions.load(insects.path / "labels.csv").rows
+    assert (row_made.was, row_made.label) == ("bee", "")
+    insects.ingest()
+    paths_now = [row["path"] for row in insects.rows("artifacts/ingest/manifest.csv")]
+    assert "bee/1.png" not in paths_now and len(paths_now) == 11
 
 
 def test_pairs_under_two_labels_and_one_content_under_two(

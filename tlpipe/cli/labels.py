@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tlpipe.labelling.proposals import Reading
     from tlpipe.params import Section
 
-_PATHS = ("manifest", "pixels", "duplicates", "rejects", "split", "activations")
+_PATHS = ("manifest", "pixels", "duplicates", "rejects", "data_report", "split", "activations")
 _OF_ANSWERS = ("label_issues", "model", "held_out", "predictions")
 
 
@@ -75,7 +75,7 @@ def label(
     made = label.run(
         paths={name: Path(graph.PATHS[name]) for name in (*_PATHS, *_OF_ANSWERS)},
         params=section,
-        table=Table(path, Path("artifacts", ".label.lock"), versioning.user()),
+        table=Table(path, versioning.user()),
         unlabelled=reading,
         every=every,
         port=port,
@@ -125,7 +125,7 @@ def _label_folder(
     made = label.run_unlabelled(
         unlabelled=_reading(folder, kept, {"ingest": section, "embed": network}),
         classes=named,
-        table=Table(table, kept / "lock", versioning.user()),
+        table=Table(table, versioning.user()),
         every=every,
         port=port,
     )

@@ -53,7 +53,7 @@ def run(
         ServingError: the port is not free.
     """
     with _listen(port) as listener:
-        found, classes = questions.of_project(paths, params, table.load())
+        found, classes = questions.of_project(paths, params)
         proposals = None
         if unlabelled is not None:
             known = known_of(paths["activations"], paths["split"], classes)

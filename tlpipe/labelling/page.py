@@ -6,7 +6,7 @@
 ``GET /TOKEN/queue/NAME``             a queue's questions with what was decided
 ``GET /TOKEN/image/KEY``              an image as it is stored, PNG
 ``POST /TOKEN/decide``                ``{queue, item, action, label}`` -> what was saved
-``POST /TOKEN/undo``                  ``{queue, item}`` -> what is left
+``POST /TOKEN/undo``                  ``{decision}``, as it was shown -> what is left
 ====================================  ==========================================================
 
 Whoever has no token sees nothing. The address of the page counts, too, so that no other site can
@@ -14,11 +14,13 @@ make a browser send requests here, or read answers (DNS rebinding): the header H
 changes something Origin. No path of a request is ever opened.
 """
 
+import hashlib
 import io
 import json
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tlpipe.errors import TlpipeError
+from tlpipe.labelling import table as labels
 from tlpipe.labelling.queues import TITLES, Item, Queue
 from tlpipe.labelling.table import Table, TakenError, decided
 from tlpipe.sources.decisions import Decision
@@ -50,14 +53,23 @@ DROP, KEEP, CLASS = "drop", "keep", "class"
 
 
 class _Asked(BaseModel):
-    """What a page sends; ``label`` where the action is a class."""
+    """What a page sends: ``label`` where the action is a class, ``decision`` to undo one."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    queue: str
-    item: str
+    queue: str = ""
+    item: str = ""
     action: str = ""
     label: str = ""
+    decision: str = ""
+
+
+class AskedError(Exception):
+    """What is asked for does not exist; the message says what is expected."""
+
+
+class SavedError(Exception):
+    """It was saved, and something else went wrong then."""
 
 
 class Session:
@@ -84,6 +96,7 @@ class Session:
         self._images = {i.key: i for items in every.values() for item in items for i in item.images}
         self._table, self._classes, self._title = table, tuple(classes), title
         self._read_only, self._after = read_only, after
+        self._decisions: dict[str, frozenset[Decision]] = {}  # as they were shown
 
     def state(self) -> dict[str, Any]:
         """Return the classes and the queues with how many questions are left in each."""
@@ -123,7 +136,7 @@ class Session:
                     {"key": image.key, "path": image.subject.path, "label": image.label}
                     for image in item.images
                 ],
-                "decision": _said(item.decision(rows)),
+                "decision": self._shown(item, rows),
             }
             for item in self._queues[name].items
         ]
@@ -141,45 +154,72 @@ class Session:
         """Save a decision; it is on disk when this returns.
 
         Raises:
-            ValueError: there is no such question, action or class.
+            AskedError: there is no such question, action or class.
+            SavedError: it was saved, and something else went wrong then.
             TakenError: it was decided already.
         """
         item = self._item(queue, key)
         if action not in (CLASS, DROP, KEEP) or (action == CLASS) != bool(label):
-            raise ValueError(f"the action is {action!r}; expected {CLASS}, {DROP} or {KEEP}")
+            raise AskedError(f"the action is {action!r}; expected {CLASS}, {DROP} or {KEEP}")
         if action == CLASS and label not in self._classes:
-            raise ValueError(f"{label!r} is no class here")
+            raise AskedError(f"{label!r} is no class here")
         if action == KEEP and not item.can_keep:
-            raise ValueError("this cannot stay as it is: name its class, or drop it")
-        chosen = {CLASS: lambda _: label, DROP: lambda _: "", KEEP: lambda was: was}[action]
-        made = self._table.decide(item.subjects, chosen)
-        self._after()
-        return {"decision": _said(made), **self.state()}
+            raise AskedError("this cannot stay as it is: name its class, or drop it")
+        # An image is kept under the label that it is shown with, which may be a corrected one.
+        made = self._table.decide(
+            [(one.subject, one.label if action == KEEP else label) for one in item.images]
+        )
+        with _saved():
+            self._after()
+            return {"decision": self._said(made), **self.state()}
 
-    def undo(self, queue: str, key: str) -> dict[str, Any]:
-        """Delete the rows of a decision.
+    def undo(self, decision: str) -> dict[str, Any]:
+        """Delete the rows of a decision as it was shown.
 
         Raises:
-            ValueError: there is no such question.
-            TakenError: there is nothing to undo.
+            AskedError: none of that name was shown.
+            SavedError: it was undone, and something else went wrong then.
+            TakenError: it does not stand any more.
         """
-        self._table.undo(self._item(queue, key).subjects)
-        self._after()
-        return self.state()
+        if (rows := self._decisions.get(decision)) is None:
+            raise AskedError("there is no such decision: load the page again")
+        self._table.undo(rows)
+        with _saved():
+            self._after()
+            return self.state()
 
     def _item(self, queue: str, key: str) -> Item:
         if (found := self._items.get((queue, key))) is None:
-            raise ValueError("there is no such image in this queue: load the page again")
+            raise AskedError("there is no such image in this queue: load the page again")
         return found
 
+    def _shown(
+        self, item: Item, rows: Mapping[labels.Image, Sequence[Decision]]
+    ) -> dict[str, str] | None:
+        """Return the last decision on a question as the page shows it, if it is settled."""
+        if not (found := item.decision(rows)):
+            return None
+        last = max((row.at, row.by) for row in found)
+        there = [row for one in item.subjects for row in rows.get(one.image, ())]
+        return self._said([row for row in there if (row.at, row.by) == last])
 
-def _said(rows: Sequence[Decision]) -> dict[str, str] | None:
-    """Return a decision as the page shows it."""
-    if not rows:
-        return None
-    row = rows[0]
-    what = " / ".join(dict.fromkeys(row.what for row in rows))
-    return {"what": what, "by": row.by, "at": row.at}
+    def _said(self, rows: Sequence[Decision]) -> dict[str, str]:
+        """Return a decision as the page shows it; ``id`` is of these rows alone."""
+        name = hashlib.sha256(ascii(sorted(rows)).encode()).hexdigest()[:24]
+        self._decisions[name] = frozenset(rows)
+        # The same bytes in the unlabelled folder follow those in the source.
+        named = [row for row in rows if row.was] or rows
+        what = " / ".join(dict.fromkeys(row.what for row in named))
+        return {"id": name, "what": what, "by": rows[0].by, "at": rows[0].at}
+
+
+@contextmanager
+def _saved() -> Iterator[None]:
+    """Make of errors, now that something is saved, such as say so."""
+    try:
+        yield
+    except (TlpipeError, OSError) as error:
+        raise SavedError(str(error)) from error
 
 
 def create_app(session: Session, token: str, port: int) -> FastAPI:
@@ -224,8 +264,7 @@ def create_app(session: Session, token: str, port: int) -> FastAPI:
     @app.post("/{_}/undo")
     async def undo(request: Request) -> Any:
         asked = await _asked(request)
-        values = (asked.queue, asked.item)
-        return await run_in_threadpool(lambda: _answered(lambda: session.undo(*values)))
+        return await run_in_threadpool(lambda: _answered(lambda: session.undo(asked.decision)))
 
     @app.get("/{_}/{name:path}")
     def file(name: str) -> Response:
@@ -266,17 +305,20 @@ async def _asked(request: Request) -> _Asked:
     try:
         return _Asked.model_validate_json(bytes(body))
     except ValidationError:
-        raise HTTPException(400, "expected queue, item, action and label") from None
+        raise HTTPException(400, "expected queue, item, action, label or decision") from None
 
 
 def _answered(call: Callable[[], Any]) -> Any:
     """Return what a call gives; its errors become answers."""
     try:
         return call()
-    except ValueError as error:
+    except AskedError as error:
         raise HTTPException(400, str(error)) from None
     except TakenError as error:
         raise HTTPException(409, str(error)) from None
+    except SavedError as error:
+        _log.warning("%s", error)
+        raise HTTPException(500, f"it was saved, and then: {error}") from None
     except (TlpipeError, OSError) as error:
         _log.warning("%s", error)
         raise HTTPException(500, f"nothing was saved: {error}") from None

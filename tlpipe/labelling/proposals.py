@@ -127,7 +127,7 @@ def read(reading: Reading, prefix: str) -> Images:
     for row in rows.values():
         entry = entries[row]
         subject = Subject(entry.sha256, "", prefix + entry.path, ("",))
-        items.append(Item((_shown(subject, squares, row),), ""))
+        items.append(Item((_shown(subject, squares, row),), "", can_keep=False))
     chosen = np.array([*rows.values()], np.int64)
     return Images(tuple(items), found.features[chosen].astype(np.float64), found.origin.graph)
 
@@ -161,6 +161,8 @@ def propose(features: Floats, labels: Labels, known: Known, count: int) -> list[
         shown = np.concatenate([known.features, shown])
         targets = np.concatenate([known.labels, targets])
     rows = np.array(evenly(np.flatnonzero(is_open).tolist(), _MOST_COMPARED), np.int64)
+    if not len(rows):
+        return []
     some = features[rows]
     weights = np.ones(len(rows))
     if len({*targets.tolist()}) > 1:

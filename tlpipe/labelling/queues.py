@@ -20,13 +20,15 @@ from tlpipe.data.journal import Usable
 from tlpipe.data.manifest import Entry, load_duplicates, load_manifest, load_split
 from tlpipe.errors import ArtifactError, TlpipeError
 from tlpipe.evaluation.evaluate import PREDICTIONS
-from tlpipe.labelling.table import Image, Subject, decided
+from tlpipe.labelling.table import Image, Subject
 from tlpipe.sources import Reject
-from tlpipe.sources.decisions import Decision, Decisions, written
+from tlpipe.sources.decisions import UNLABELLED, Decision, written
 from tlpipe.training.audit import LABEL_ISSUES
 from tlpipe.training.model import Card
 
 _log = logging.getLogger(__name__)
+# Confidence, row, what is said, classes that are suggested.
+_Unsure = tuple[float, int, str, tuple[str, ...]]
 _LEAST_SURE = 100  # images, at most: below these, answers are as sure as elsewhere
 ISSUES, DUPLICATES, UNSURE, USEFUL = "issues", "duplicates", "unsure", "useful"
 TITLES = {
@@ -80,10 +82,7 @@ class Item:
 
         Of several images it is settled by one, too, where no two classes are left.
         """
-        found = [
-            [row for row in rows.get(subject.image, ()) if row.was in subject.was]
-            for subject in self.subjects
-        ]
+        found = [subject.decided(rows) for subject in self.subjects]
         if len(self.images) > 1 and any(found):
             labels = [
                 own[0].label if own else image.label
@@ -116,7 +115,7 @@ class Queue:
 
 
 def of_project(
-    paths: Mapping[str, Path], params: ingest.Params, table: Decisions
+    paths: Mapping[str, Path], params: ingest.Params
 ) -> tuple[list[Queue], tuple[str, ...]]:
     """Return a project's queues and its classes.
 
@@ -126,7 +125,7 @@ def of_project(
     Raises:
         ArtifactError: ``ingest`` has not run, or what it wrote does not belong together.
     """
-    images = _Images(paths, table)
+    images = _Images(paths)
     queues = [
         Queue(ISSUES, *_guarded(lambda: _issues(paths["label_issues"], images), "audit")),
         Queue(DUPLICATES, _pairs(paths["duplicates"], images)),
@@ -148,7 +147,7 @@ def _guarded(make: Callable[[], list[Item]], stage: str) -> tuple[list[Item], st
 class _Images:
     """The images of a project, each with the labels that its source gives it."""
 
-    def __init__(self, paths: Mapping[str, Path], table: Decisions) -> None:
+    def __init__(self, paths: Mapping[str, Path]) -> None:
         stored = packed.load(paths["pixels"])
         if stored.data_sha256 != files.sha256(paths["manifest"]):
             raise ArtifactError(
@@ -158,7 +157,9 @@ class _Images:
         self.sampling = stored.sampling
         self.entries = list(load_manifest(paths["manifest"]))
         self._squares = stored.array
-        self._rows = decided(table.rows)
+        self._was: dict[Image, list[str]] = {}  # of those whose label a decision gave
+        for one in files.read_json(paths["data_report"]).get("corrected", []):
+            self._was.setdefault((one["sha256"], one["part"]), []).append(one["was"])
         self.by_path = {entry.path: row for row, entry in enumerate(self.entries)}
         self.by_key = {entry.key: row for row, entry in enumerate(self.entries)}
 
@@ -168,10 +169,9 @@ class _Images:
         return Shown(self._subject(entry), entry.label, lambda: self._squares[row])
 
     def _subject(self, entry: Entry) -> Subject:
-        # A label that a decision gave is not what the source says.
-        rows = self._rows.get((entry.sha256, entry.box), ())
-        was = tuple(row.was for row in rows if row.label == entry.label)
-        return Subject(entry.sha256, entry.box, entry.path, was or (entry.label,))
+        is_added = entry.path.startswith(UNLABELLED)
+        was = self._was.get((entry.sha256, entry.box), ["" if is_added else entry.label])
+        return Subject(entry.sha256, entry.box, entry.path, tuple(dict.fromkeys(was)))
 
 
 def _issues(table: Path, images: _Images) -> list[Item]:
@@ -219,7 +219,9 @@ def _conflict(same: Sequence[Usable]) -> Item:
     labels = tuple(sorted({one.entry.label for one in same}))
     first, square = same[0].entry, same[0].square
     assert not isinstance(square, int)
-    subject = Subject(first.sha256, first.box, first.path, labels)
+    # One of the unlabelled folder follows what is decided on the source's.
+    was = {one.entry.label for one in same if not one.entry.path.startswith(UNLABELLED)}
+    subject = Subject(first.sha256, first.box, first.path, tuple(sorted(was)))
     where = ", ".join(written(one.entry.path) for one in same)
     why = f"the same bytes under {' and '.join(labels)}, so it is left out: {where}"
     shown = Shown(subject, " / ".join(labels), lambda: square)
@@ -230,14 +232,12 @@ def _least_sure(paths: Mapping[str, Path], images: _Images) -> list[Item]:
     """Return the images that held-out predictions, or those for test images, are least sure of."""
     sure = sorted([*_of_training(paths, images), *_of_test(paths["predictions"], images)])
     return [
-        Item((images.shown(row),), f"labelled {images.entries[row].label}; {said}", (predicted,))
-        for _, row, predicted, said in sure[:_LEAST_SURE]
+        Item((images.shown(row),), f"labelled {images.entries[row].label}; {said}", suggested)
+        for _, row, said, suggested in sure[:_LEAST_SURE]
     ]
 
 
-def _of_training(
-    paths: Mapping[str, Path], images: _Images
-) -> Iterator[tuple[float, int, str, str]]:
+def _of_training(paths: Mapping[str, Path], images: _Images) -> Iterator[_Unsure]:
     from scipy.special import softmax
 
     try:
@@ -252,15 +252,14 @@ def _of_training(
     for place, own in zip(predictions.rows.tolist(), probabilities, strict=True):
         row = images.by_key.get(assignments[place].key)
         if row is not None:
-            yield _unsure(row, card.labels[int(own.argmax())], float(own.max()))
+            predicted, probability = card.labels[int(own.argmax())], float(own.max())
+            yield probability, row, f"answered {predicted} ({probability:.0%})", (predicted,)
 
 
-def _of_test(table: Path, images: _Images) -> Iterator[tuple[float, int, str, str]]:
-    for path, label, predicted, probability, _ in files.read_csv(table, PREDICTIONS):
+def _of_test(table: Path, images: _Images) -> Iterator[_Unsure]:
+    # What is measured on their labels must not be what people saw when they gave them.
+    said = "a test image: no answer is shown, so that its label does not follow it"
+    for path, label, _, probability, _ in files.read_csv(table, PREDICTIONS):
         row = images.by_path.get(path)
         if row is not None and images.entries[row].label == label:
-            yield _unsure(row, predicted, float(probability))
-
-
-def _unsure(row: int, predicted: str, probability: float) -> tuple[float, int, str, str]:
-    return probability, row, predicted, f"answered {predicted} ({probability:.0%})"
+            yield float(probability), row, said, ()

@@ -3,13 +3,12 @@
 So nothing is lost where two pages or two people are at it at once, or the file is edited meanwhile.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from tlpipe import files
-from tlpipe.errors import ArtifactError
 from tlpipe.sources import decisions
 from tlpipe.sources.decisions import Decision, Decisions
 
@@ -18,7 +17,10 @@ Image = tuple[str, str]  # sha256 of its file, and its part of it
 
 @dataclass(frozen=True)
 class Subject:
-    """An image as decisions know it; ``was``: its labels in the source, or an empty one."""
+    """An image as decisions know it; ``was``: its labels in the source.
+
+    One of an unlabelled folder has an empty label alone.
+    """
 
     sha256: str
     part: str
@@ -30,17 +32,36 @@ class Subject:
         """Which image it is."""
         return self.sha256, self.part
 
+    def decided(self, rows: Mapping[Image, Sequence[Decision]]) -> list[Decision]:
+        """Return the rows that decide on it.
+
+        Of an image of an unlabelled folder also one on the same bytes in the source.
+        """
+        return [row for row in rows.get(self.image, ()) if row.was in self.was or self.was == ("",)]
+
 
 class TakenError(Exception):
     """It was decided already, or there is nothing to undo; the message says what."""
 
 
 class Table:
-    """The file, the lock beside which it is changed, and who decides."""
+    """The file, the lock beside which it is changed, and who decides.
 
-    def __init__(self, path: Path, lock: Path, by: str) -> None:
-        """Take their places."""
-        self.path, self._lock, self._by = path, lock, by
+    Rows that were there at the beginning on another label than the source gives now are replaced;
+    those that come later are somebody's who sees another source, and stay.
+    """
+
+    def __init__(self, path: Path, by: str) -> None:
+        """Read what is there.
+
+        Raises:
+            ArtifactError: as ``load``.
+        """
+        self.path, self._by = path, by
+        # Beside the table: whoever shares the folder shares it.
+        self._lock = path.with_name(f".{path.name}.lock")
+        self._began = {*self.load().rows}
+        self._replaced: dict[frozenset[Decision], list[Decision]] = {}
 
     def load(self) -> Decisions:
         """Read it.
@@ -60,53 +81,75 @@ class Table:
         with files.in_turn(self._lock):
             pass
 
-    def decide(self, subjects: Sequence[Subject], label: Callable[[str], str]) -> list[Decision]:
-        """Save a decision on images, those without one; return the rows. It is on disk then.
+    def decide(self, wanted: Sequence[tuple[Subject, str]]) -> list[Decision]:
+        """Save one decision on images, each with its label; return the rows. It is on disk then.
 
-        ``label``: from what an image was to what it is. Rows of other labels than the source gives
-        now are replaced.
+        Of several images, one that bears its label by a decision already stays as it is. The same
+        bytes in the unlabelled folder are decided alike.
 
         Raises:
-            TakenError: all of them have been decided on.
+            TakenError: one of them was decided on otherwise, or all of them.
         """
         at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         with files.in_turn(self._lock):
             rows = self.load().rows
             known = decided(rows)
-            new = [
-                s for s in subjects if not any(row.was in s.was for row in known.get(s.image, ()))
-            ]
-            if not new:
-                row = known[subjects[0].image][0]
-                raise TakenError(
-                    f"{row.by or 'somebody'} has decided already: {row.what}, {row.at}"
-                )
-            images = {subject.image for subject in new}
-            made = [
-                Decision(s.sha256, s.part, decisions.written(s.path), was, label(was), self._by, at)
-                for s in new
-                for was in s.was
-            ]
-            decisions.save(self.path, [*(r for r in rows if r.image not in images), *made])
+            made: list[Decision] = []
+            replaced: list[Decision] = []
+            agreed: list[Decision] = []
+            for subject, label in wanted:
+                there = known.get(subject.image, [])
+                later = [row for row in there if row.was and row not in self._began]
+                if standing := subject.decided(known) or later:
+                    if len(wanted) == 1 or standing[0].label != label:
+                        raise TakenError(_taken(standing[0], subject, len(wanted)))
+                    agreed += standing
+                    continue
+                path = decisions.written(subject.path)
+                of = {(path, was) for was in subject.was}
+                of |= {(row.path, "") for row in there if not row.was}
+                made += [
+                    Decision(*subject.image, path, was, label, self._by, at)
+                    for path, was in sorted(of)
+                ]
+                replaced += there
+            if not made:
+                raise TakenError(_taken(agreed[0], wanted[0][0], len(wanted)))
+            decisions.save(self.path, [*({*rows} - {*replaced}), *made])
+            self._replaced[frozenset(made)] = replaced
         return made
 
-    def undo(self, subjects: Sequence[Subject]) -> None:
-        """Delete the rows of images.
+    def undo(self, rows: frozenset[Decision]) -> None:
+        """Delete rows, and put back those that they have replaced since the beginning.
 
         Raises:
-            TakenError: there are none.
+            TakenError: one of them is gone.
         """
-        images = {subject.image for subject in subjects}
         with files.in_turn(self._lock):
-            rows = self.load().rows
-            kept = [row for row in rows if row.image not in images]
-            if len(kept) == len(rows):
-                raise TakenError("there is no decision to undo: its row is gone")
-            decisions.save(self.path, kept)
+            there = {*self.load().rows}
+            if not rows <= there:
+                images = {row.image for row in rows}
+                now = [row for row in there - rows if row.image in images]
+                raise TakenError(
+                    _taken(now[0]) if now else "there is no decision to undo: its row is gone"
+                )
+            kept = there - rows
+            images = {row.image for row in kept}
+            back = [
+                row
+                for made, replaced in self._replaced.items()
+                if made <= rows
+                for row in replaced
+                if row.image not in images
+            ]
+            decisions.save(self.path, [*kept, *back])
 
 
-def _is_settled(subject: Subject, rows: Sequence[Decision]) -> bool:
-    return any(row.was in subject.was for row in rows)
+def _taken(row: Decision, subject: Subject | None = None, images: int = 1) -> str:
+    """Say who has decided what; and on which image, where it may be another than was asked of."""
+    is_other = subject is not None and row.path != decisions.written(subject.path)
+    where = f" on {row.path}" if images > 1 or is_other else ""
+    return f"{row.by or 'somebody'} has decided{where} already: {row.what}, {row.at}"
 
 
 def decided(rows: Sequence[Decision]) -> dict[Image, list[Decision]]:
@@ -115,14 +158,3 @@ def decided(rows: Sequence[Decision]) -> dict[Image, list[Decision]]:
     for row in rows:
         found.setdefault(row.image, []).append(row)
     return found
-
-
-def check_may_lie(path: Path) -> None:
-    """Check that decisions would overwrite nothing but decisions.
-
-    Raises:
-        ArtifactError: something else lies there.
-    """
-    if path.exists() and not path.is_file():
-        raise ArtifactError(f"{path} is no file; expected the table of decisions. Move it away.")
-    decisions.load(path)

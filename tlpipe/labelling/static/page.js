@@ -173,7 +173,7 @@ const decide = (action, label = "") => act(async () => {
   if (!item || item.decision || state.read_only) return;
   const found = await ask("decide", { queue, item: item.key, action, label });
   item.decision = found.decision;
-  past.push({ queue, key: item.key });
+  past.push({ queue, key: item.key, decision: item.decision.id });
   $("filter").value = "";
   const next = firstOpen(place + 1);
   if (next >= 0) place = next;
@@ -184,11 +184,12 @@ const decide = (action, label = "") => act(async () => {
 const undo = () => act(async () => {
   if (state.read_only) return;
   const item = items[place];
-  const last = item && item.decision ? { queue, key: item.key } : past.pop();
+  const shown = item && item.decision;
+  const last = shown ? { queue, key: item.key, decision: shown.id } : past.pop();
   if (!last) return;
-  const number = past.findIndex((one) => one.queue === last.queue && one.key === last.key);
+  const number = past.findIndex((one) => one.decision === last.decision);
   if (number >= 0) past.splice(number, 1);
-  state = await ask("undo", { queue: last.queue, item: last.key });
+  state = await ask("undo", { decision: last.decision });
   await open(last.queue, last.key);
 });
 
