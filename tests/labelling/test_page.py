@@ -183,6 +183,15 @@ def test_what_goes_wrong_after_a_decision_is_saved_is_said_so(tmp_path: Path) ->
     assert rows(tmp_path) == {(digest(0), "ant"): ""}
 
 
+def test_a_fault_of_the_program_is_not_blamed_on_the_page(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise ValueError("shapes do not match")
+
+    found = Session(table(tmp_path), queues(), CLASSES, title="insects", after=fail)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        decide(client(found), 0, "drop")
+
+
 def test_one_decision_is_on_both_of_a_pair(page: TestClient, tmp_path: Path) -> None:
     pair, same = queues()[1].items
     assert post(page, "decide", queue=DUPLICATES, item=pair.key, action="class", label="bee") == (

@@ -12,12 +12,13 @@ from tests.conftest import Workspace
 from tlpipe import files, graph
 from tlpipe.backbones import sampling
 from tlpipe.data import ingest
+from tlpipe.data.manifest import load_manifest, load_split
 from tlpipe.labelling import queues
 from tlpipe.labelling.queues import DUPLICATES, ISSUES, UNSURE, Item, Queue
 from tlpipe.labelling.table import Table, decided
 from tlpipe.params import read_yaml
 from tlpipe.sources import decisions
-from tlpipe.sources.decisions import Decision
+from tlpipe.sources.decisions import UNLABELLED, Decision
 from tlpipe.training.audit import LABEL_ISSUES
 
 AT = "2026-11-29T02:05:00Z"
@@ -150,6 +151,48 @@ def test_pairs_under_two_labels_and_one_content_under_two(
     assert paths(queue)[1] == ["ant/2.png", "bee/again.jpg"]
     decide(insects, "bee/again.jpg", "bee", "ant")
     assert settled(insects, pair) == ["ant"]  # both are ants
+
+
+@pytest.mark.fault("D84")
+def test_a_conflict_with_the_unlabelled_folder_is_about_the_source_s_label(
+    insects: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = insects.path / "pool"
+    pool.mkdir()
+    shutil.copy(insects.path / "photos/bee/4.png", pool / "new.png")
+    sha256 = hashlib.sha256((pool / "new.png").read_bytes()).hexdigest()
+    row = Decision(sha256, "", f"{UNLABELLED}new.png", "", "ant", "ann", AT)
+    decisions.save(insects.path / "labels.csv", [row])
+    insects.configure("ingest", unlabelled=str(pool))
+    insects.ingest()
+    (item,) = asked(insects, monkeypatch)[DUPLICATES].items
+    assert item.subjects[0].was == ("bee",) and settled(insects, item) == []
+    Table(insects.path / "labels.csv", "bob").decide([(item.subjects[0], "bee")])
+    found = decisions.load(insects.path / "labels.csv").rows
+    assert {(one.was, one.label) for one in found} == {("", "bee"), ("bee", "bee")}
+
+
+def test_no_answer_is_shown_for_images_of_the_test_split(artifacts: Path) -> None:
+    paths = {name: artifacts.parent / path for name, path in graph.PATHS.items()}
+    params = ingest.Params(**read_yaml(artifacts.parent / "params.yaml")["ingest"])
+    found, classes = queues.of_project(paths, params)
+    items = next(queue for queue in found if queue.name == UNSURE).items
+    entries, split = load_manifest(paths["manifest"]), load_split(paths["split"])
+    of = {entry.key: entry.path for entry in entries}
+    tested = {of[row.key] for row in split if row.split == "test"}
+    kinds = set()
+    for item in items:
+        is_tested = item.subjects[0].path in tested
+        kinds.add(is_tested)
+        label = item.images[0].label
+        if is_tested:
+            said = "a test image: no answer is shown, so that its label does not follow it"
+            assert (item.why, item.suggested) == (f"labelled {label}; {said}", ())
+        else:
+            (answer,) = item.suggested
+            assert answer in classes
+            assert item.why.startswith(f"labelled {label}; answered {answer} (")
+    assert kinds == {True, False}
 
 
 def test_what_has_not_run_is_a_note_and_no_error(
