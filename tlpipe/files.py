@@ -181,8 +181,10 @@ def in_turn(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = path.open("a")
-    except PermissionError:  # another user's
-        file = path.open()
+    except PermissionError:
+        if not path.exists():
+            raise
+        file = path.open()  # another user's
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -89,6 +89,11 @@ def test_a_project_s_labels_and_new_images_become_its_data(
     workspace.reproduce("embed")
     pool = make_pool(tmp_path / "pool")
     shutil.copy(photos / "dark/0.png", pool / "known.png")
+    place = workspace.path / "artifacts/label"
+    place.touch()
+    said = workspace.call("label", str(pool), code=6).stderr
+    assert "tlpipe: artifacts/label: File exists; " in said and "Traceback" not in said
+    place.unlink()
     with labelling(workspace, str(pool), "--every", "3") as (page, lines):
         assert page.left()["useful"] == 12
         items = page.get("queue/useful")["items"]
