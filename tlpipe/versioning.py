@@ -68,13 +68,13 @@ def data_version(workspace: Path) -> str:
     def ask() -> str:
         with Repo(str(workspace)) as repo:
             deps = repo.stage.load_one(str(workspace / "dvc.yaml"), "ingest").deps
-            read = [one for one in deps if not isinstance(one, ParamsDependency)]
-            found = [str(one.get_hash().value or "") for one in read]
-            return (
-                found[0]
-                if len(found) == 1
-                else hashlib.sha256("\n".join(found).encode()).hexdigest()
-            )
+            source, *others = (one for one in deps if not isinstance(one, ParamsDependency))
+            found = [str(source.get_hash().value or "")]
+            for one in others:
+                with suppress(FileNotFoundError):  # ingest says what it is, and stops
+                    found.append(str(one.get_hash().value or ""))
+            digest = hashlib.sha256("\n".join(found).encode()).hexdigest()
+            return digest if others else found[0]
 
     answers = DvcException, FileNotFoundError, UnicodeEncodeError
     try:

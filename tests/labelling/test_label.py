@@ -170,6 +170,9 @@ def test_dvc_sees_each_decision_and_a_fresh_clone_replays_them(
     clone = Workspace(tmp_path / "clone", workspace.env)
     clone.run("dvc", "repro", "split")
     assert (clone.path / "artifacts/ingest/manifest.csv").read_bytes() == after
+    table.unlink()
+    said = workspace.call("ingest", code=6).stderr
+    assert "labels.csv, which ingest.decisions names, is missing" in said
     decisions.save(table, [])
     workspace.run("dvc", "repro", "split")
     assert (workspace.path / "artifacts/ingest/manifest.csv").read_bytes() == before
