@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tlpipe.cli import doctor, models, projects, stages
+from tlpipe.cli import doctor, labels, models, projects, stages
 from tlpipe.cli.tables import printable
 from tlpipe.errors import ArtifactError, TlpipeError
 
@@ -36,7 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (projects, stages, models):
+for part in (projects, labels, stages, models):
     part.add(app)
 app.command()(doctor.doctor)
 
