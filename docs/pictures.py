@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def main() -> None:
         ensemble(Path(home))
         explanation(Path(home))
         sweep(Path(home))
+        label(Path(home))
 
 
 def opened(path: str | Path) -> "Image":
@@ -168,6 +170,42 @@ def sweep(home: Path) -> None:
     levels = "--freeze all,blocks5,none --images 50,100,200 --seeds 2 --set train.epochs=3"
     run(project, "sweep", f"tlpipe sweep {levels} --budget 14m")
     save(opened(project / "artifacts/sweep/sweep.png"), PICTURES / "sweep.png")
+
+
+def label(home: Path) -> None:
+    """Show the page that labels are corrected on, where some digits have a wrong one."""
+    photos = home / "doubted"
+    write_digits(photos, first=0)
+    for number, path in enumerate(sorted(photos.glob("3/*.png"))[:4]):
+        path.rename(photos / "8" / f"{number}-{path.name}")
+    run(home, "init-labelled", "tlpipe init labelled --source doubted")
+    project = home / "labelled"
+    run(project, "run-labelled", "tlpipe run")
+    command = [sys.executable, "-m", "tlpipe", "label"]
+    process = subprocess.Popen(
+        command, cwd=project, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    lines = ["$ tlpipe label"]
+    for line in process.stdout:
+        lines.append(re.sub(r"/[\w-]{32}/", "/TOKEN/", line.rstrip()))
+        if address := re.match(r"open (\S+)", line):
+            picture = home / "label.png"
+            photograph(address[1], picture)
+            process.send_signal(signal.SIGINT)
+    process.wait()
+    keep("label", "\n".join(lines), home)
+    save(opened(picture), PICTURES / "label.png")
+
+
+def photograph(address: str, picture: Path) -> None:
+    """Save what the browser shows."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        raise SystemExit("chromium is missing, which shows the page of labels.")
+    how = ("--headless", "--no-sandbox", "--window-size=1100,620", "--virtual-time-budget=5000")
+    command = [browser, *how, f"--screenshot={picture}", address]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 def commit(project: Path, message: str) -> None:

@@ -175,6 +175,21 @@ def exclusive(path: Path, error: Callable[[str], Exception]) -> Iterator[int]:
         yield file.fileno()
 
 
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Wait until nobody else is inside of such a block for this path, of any process or thread."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = path.open("a")
+    except PermissionError:
+        if not path.exists():
+            raise
+        file = path.open()  # another user's
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with sorted keys, two spaces of indent and a final newline."""
     write_bytes(path, json_bytes(content))

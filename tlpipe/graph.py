@@ -95,6 +95,7 @@ STAGES = {
         reads=(),
         writes=("manifest", "rejects", "duplicates", "pixels", "data_report"),
         sources=("ingest.source",),
+        optional_sources=("ingest.decisions", "ingest.unlabelled"),
         decided_by=("embed.backbone",),
         decided_in=("tlpipe.backbones.sampling",),
         libraries=(

@@ -52,17 +52,18 @@ def texts() -> dict[str, str]:
     has no conflict with each new one.
     """
     found = {path: template(path) for path in _COPIED}
-    found[".gitignore"], found[".dvcignore"] = template("gitignore"), "__pycache__/\n"
+    found[".gitignore"], found[".dvcignore"] = template("gitignore"), "__pycache__/\n.*.lock\n"
     found["constraints.txt"] = f"tlpipe=={version('tlpipe')}\n{template('constraints.txt')}"
     found["requirements.txt"] = (
         "# tlpipe is in no package index: install it first, from the wheel or address you have.\n"
         "# Then pip install -r requirements.txt; with an NVIDIA GPU, write gpu for cpu first.\n"
         "-c constraints.txt\ntlpipe[pipeline,serve,cpu]\n"
     )
-    # The lines of splits.csv do not depend on one another. DVC compares bytes: the same everywhere.
-    kept = sorted([*found, "*.yaml", "data/*.yaml", "dvc.lock", "splits.csv", ".gitattributes"])
+    # Lines of both tables do not depend on one another. DVC compares bytes: the same everywhere.
+    tables = ("labels.csv", "splits.csv")
+    kept = sorted([*found, "*.yaml", "data/*.yaml", "dvc.lock", *tables, ".gitattributes"])
     lines = [f"/{path} text eol=lf\n" for path in [*kept, f"{BASES}/**"]]
-    found[".gitattributes"] = "".join([*lines, "splits.csv merge=union\n"])
+    found[".gitattributes"] = "".join([*lines, *(f"{path} merge=union\n" for path in tables)])
     return found
 
 

@@ -12,6 +12,7 @@ import stat
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
@@ -50,13 +51,15 @@ def dvc_root(folder: Path) -> Path | None:
 def data_version(workspace: Path) -> str:
     """Return DVC's hash of what ``ingest`` reads, as ``dvc.lock`` will state it.
 
-    It is empty outside a DVC repository, and where DVC is not installed.
+    Where it reads more than the source, as decisions, it is the SHA-256 of all their hashes. It is
+    empty outside a DVC repository, and where DVC is not installed.
 
     Raises:
         DataError: there is a repository, and DVC cannot tell.
         StoreError: the store that the source lies in fails.
     """
     try:
+        from dvc.dependency import ParamsDependency
         from dvc.exceptions import DvcException, NotDvcRepoError
         from dvc.repo import Repo
     except ImportError:
@@ -64,8 +67,14 @@ def data_version(workspace: Path) -> str:
 
     def ask() -> str:
         with Repo(str(workspace)) as repo:
-            source = repo.stage.load_one(str(workspace / "dvc.yaml"), "ingest").deps[0]
-            return str(source.get_hash().value or "")
+            deps = repo.stage.load_one(str(workspace / "dvc.yaml"), "ingest").deps
+            source, *others = (one for one in deps if not isinstance(one, ParamsDependency))
+            found = [str(source.get_hash().value or "")]
+            for one in others:
+                with suppress(FileNotFoundError):  # ingest says what it is, and stops
+                    found.append(str(one.get_hash().value or ""))
+            digest = hashlib.sha256("\n".join(found).encode()).hexdigest()
+            return digest if others else found[0]
 
     answers = DvcException, FileNotFoundError, UnicodeEncodeError
     try:
@@ -96,8 +105,8 @@ def data_version(workspace: Path) -> str:
         ) from None
 
 
-def check_hidden(workspace: Path, source: Path, *, hide: bool = False) -> None:
-    """Compare what DVC cannot read of the source with what ``.dvcignore`` hides from it.
+def check_hidden(workspace: Path, *sources: Path, hide: bool = False) -> None:
+    """Compare what DVC cannot read of the sources with what ``.dvcignore`` hides from it.
 
     DVC hashes the source before ``ingest`` may look at it: it would wait for a pipe for ever, and
     fail at a socket, at a link that leads nowhere or at a file without permission. ``ingest`` still
@@ -114,7 +123,9 @@ def check_hidden(workspace: Path, source: Path, *, hide: bool = False) -> None:
     root = workspace.resolve()
     own, hidden = _read_ignored(workspace)
     found: dict[str, str] = {}
-    unreadable = attempt(lambda: list(_unreadable(source)), str(source)) if source.is_dir() else []
+    unreadable: list[tuple[Path, str]] = []
+    for source in filter(Path.is_dir, sources):
+        unreadable += attempt(partial(_all_unreadable, source), str(source))
     for path, what in unreadable:
         place = path.parent.resolve() / path.name
         if not place.is_relative_to(root) or not str(path).isprintable():
@@ -159,6 +170,10 @@ def _read_ignored(workspace: Path) -> tuple[list[str], list[str]]:
     start = lines.index(_BEGIN)
     stop = lines.index(_END, start) if _END in lines[start:] else len(lines)
     return lines[:start] + lines[stop + 1 :], lines[start + 1 : stop]
+
+
+def _all_unreadable(source: Path) -> list[tuple[Path, str]]:
+    return list(_unreadable(source))
 
 
 def _unreadable(source: Path) -> Iterator[tuple[Path, str]]:

@@ -143,9 +143,9 @@ class Origin(BaseModel):
     depends on. ``decoder`` names what turned files into pixels, ``code`` is the digest of the code
     that computed, ``packages`` are the versions of the libraries that did; models from before these
     were recorded have none. ``provider`` is the device. ``data_sha256`` is of the manifest,
-    ``data_version`` DVC's hash of the source; ``threads`` is the number that tlpipe, here and in
-    every later stage, computes with, since another number may round differently. ``pretrained_on``
-    says what weights of one's own were trained on.
+    ``data_version`` DVC's hash of all that ``ingest`` reads; ``threads`` is the number that tlpipe,
+    here and in every later stage, computes with, since another number may round differently.
+    ``pretrained_on`` says what weights of one's own were trained on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

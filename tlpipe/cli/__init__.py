@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tlpipe.cli import doctor, models, projects, stages, sweeps
+from tlpipe.cli import doctor, labels, models, projects, stages, sweeps
 from tlpipe.cli.tables import printable
 from tlpipe.errors import ArtifactError, TlpipeError
 
@@ -36,7 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (projects, sweeps, stages, models):
+for part in (projects, labels, sweeps, stages, models):
     part.add(app)
 app.command()(doctor.doctor)
 

@@ -399,7 +399,8 @@ def check(
         print(printable(said))
     section = cast(ingest.Params, found["ingest"])
     ood = with_ood_that_fits(found).ood
-    listing.check_written_out(section.source, "ingest.source")
+    for key, address in ingest.addresses(section).items():
+        listing.check_written_out(address, key)
     if ood:
         listing.check_written_out(ood, "evaluate.ood")
     with ExitStack() as stack:
@@ -430,7 +431,8 @@ def check(
             f"register.gate.min_test_images is {asked}, and some {tests:.0f} images will test: no "
             f"first version will pass. Set it lower, or add images."
         )
-    versioning.check_hidden(Path(), Path(section.source), hide=hide)
+    folders = (section.source, *filter(None, [section.unlabelled]))
+    versioning.check_hidden(Path(), *map(Path, folders), hide=hide)
 
 
 def summary(params: ParamsFile = None) -> None:

@@ -131,9 +131,10 @@ def _ingest(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
     from tlpipe.data import ingest
     from tlpipe.sources import listing
 
-    source = cast(ingest.Params, found["ingest"]).source
+    section = cast(ingest.Params, found["ingest"])
     if versioning.dvc_root(Path()) is not None:
-        listing.check_written_out(source, "ingest.source")
+        for key, address in ingest.addresses(section).items():
+            listing.check_written_out(address, key)
     for path in versioning.readable_but_hidden(Path()):
         _log.warning(
             "%s can be read now, but .dvcignore hides it: DVC does not see it change. Run 'tlpipe "

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,10 +22,10 @@ from tlpipe.data.journal import Earlier, FirstPass, Journal, Outcome, remember
 from tlpipe.data.manifest import Duplicate, Entry, save_duplicates, save_manifest, save_rejects
 from tlpipe.data.reading import read_all
 from tlpipe.data.values import Measured, is_deep
-from tlpipe.errors import DataError
+from tlpipe.errors import ArtifactError, DataError
 from tlpipe.params import Section, check_effect
 from tlpipe.progress import track
-from tlpipe.sources import Reject, listing
+from tlpipe.sources import Candidate, Reject, decisions, listing
 from tlpipe.sources.storage import Folder
 from tlpipe.sources.tables import Role
 
@@ -81,6 +81,18 @@ class Params(Section):
         default=False,
         description="Whether links of a folder may lead outside of it, and to folders. Links into "
         "a cache of DVC are always followed.",
+    )
+    decisions: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The table of decisions that 'tlpipe label' writes, such as labels.csv, to be "
+        "applied.",
+    )
+    unlabelled: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A folder of unlabelled images, of which those are read that the table of "
+        "decisions labels.",
     )
     max_rejected: float = Field(
         default=0.02,
@@ -146,6 +158,13 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_labels_of_unlabelled(self) -> "Params":
+        if self.decisions is None:
+            reason = "ingest.decisions is null, and would say which class each of its images is of"
+            check_effect("ingest", self, ("unlabelled",), reason)
+        return self
+
+    @model_validator(mode="after")
     def _has_files_of_labels(self) -> "Params":
         if self.label_files is not None and (self.pattern or self.kind == "folders"):
             raise ValueError("label_files has no effect where labels are read from folders' names")
@@ -164,30 +183,75 @@ def run(
 ) -> None:
     """Write the manifest, the rejected files, the near duplicates, the pixels and the data report.
 
-    ``data_version`` is DVC's hash of the source. What stands in the outputs from an earlier run is
-    used: images that it has are not decoded again.
+    ``data_version`` is DVC's hash of all that is read. What stands in the outputs from an earlier
+    run is used: images that it has are not decoded again.
 
     Raises:
         DataError: the source is missing, or what is usable of it makes no data set.
         ValueError: how images are resized is still auto, which the backbone decides.
     """
+    paths = {"manifest": manifest, "rejects": rejects, "duplicates": duplicates, "pixels": pixels}
+    with opened(params) as source:
+        _store(source, **paths, data_report=data_report, data_version=data_version, params=params)
+
+
+def run_unlabelled(
+    *,
+    address: str,
+    manifest: Path,
+    rejects: Path,
+    duplicates: Path,
+    pixels: Path,
+    data_report: Path,
+    params: Params,
+) -> None:
+    """Write the same of an unlabelled folder, whose images have an empty label.
+
+    ``params``: how images are resized, with nothing left to be decided.
+
+    Raises:
+        DataError: the folder is missing, or has no image that can be read.
+    """
+    read = params.model_copy(update={"source": address, "decisions": None, "unlabelled": None})
+    paths = {"manifest": manifest, "rejects": rejects, "duplicates": duplicates, "pixels": pixels}
+    with listing.unlabelled(address) as (storage, names):
+        source = listing.Source(
+            storage,
+            lambda: (Candidate(name, name, "") for name in names),
+            counts=Counter({"": len(names)}),
+        )
+        _store(source, **paths, data_report=data_report, data_version="", params=read)
+
+
+def _store(
+    source: listing.Source,
+    *,
+    manifest: Path,
+    rejects: Path,
+    duplicates: Path,
+    pixels: Path,
+    data_report: Path,
+    data_version: str,
+    params: Params,
+) -> None:
     value_range = None if params.value_range == "auto" else params.value_range
     resizing = params.model_dump(include={"short_side_px", "interpolation"})
     sampling = Sampling(**resizing, value_range=value_range)
     decoder, compared = _decoder(params.box_margin), _compared()
     outputs = (manifest, duplicates, pixels, data_report)
     earlier = Earlier(*outputs, sampling=sampling, decoder=decoder, compared=compared)
-    with opened(params) as source, files.replacing_folder(pixels) as folder:
+    is_labelled = any(source.counts)
+    with files.replacing_folder(pixels) as folder:
         for note in source.notes:
             _log.info("%s", note)
         if params.value_range == "auto":
             sampling = sampling.model_copy(update={"value_range": earlier.value_range})
-        measured = Measured(sampling.value_range)
-        journal = _read(source, folder, sampling, params.box_margin, earlier, measured)
+        measured, applied = Measured(sampling.value_range), decisions.Applied(source.decisions)
+        journal = _read(source, folder, sampling, params.box_margin, earlier, measured, applied)
         if params.value_range == "auto" and measured.range() != sampling.value_range:
             sampling = sampling.model_copy(update={"value_range": measured.range()})
             measured, first = Measured(sampling.value_range), journal.set_aside()
-            journal = _read(source, folder, sampling, params.box_margin, first, measured)
+            journal = _read(source, folder, sampling, params.box_margin, first, measured, applied)
             shutil.rmtree(first.pixels.array.folder)
         if params.value_range == "auto":
             measured.check()
@@ -201,10 +265,18 @@ def run(
             if not any(is_deep(entry.mode) for entry in entries):
                 reason = f"no picture of {params.source} has more than 8 bits"
                 check_effect("ingest", params, ("value_range",), reason)
-        _check_usable(source.counts, usable, rejected, rejects, params.max_rejected)
+        if is_labelled:
+            counts = source.counts - applied.taken
+            _check_usable(counts, usable, rejected, rejects, params.max_rejected)
+        elif not usable:
+            raise DataError(
+                f"{params.source} has no image that can be read: {counted(rejected)}; the first is "
+                f"{rejected[0].path!r}: {rejected[0].detail}. Name a folder of images."
+            )
         writer = journal.pixels(groups.keep)
         entries = journal.entries(groups, data_version)
         described = _Description()
+        source.decisions.check_unchanged()
         save_duplicates(duplicates, described.compare(journal.duplicates(groups.pairs)))
         save_manifest(manifest, described.watch(entries))
         remember(manifest, journal.seen)
@@ -225,7 +297,17 @@ def run(
         },
         **described.content(),
     }
+    if params.decisions is not None:
+        content["decisions"] = dict(sorted(applied.counts.items()))
+        content["corrected"] = applied.corrected()
     files.write_json(data_report, content)
+    for note in applied.notes():
+        _log.info("%s", note)
+    for warning in applied.warnings():
+        _log.warning("%s", warning)
+    if not is_labelled:
+        _log.info("%s images, %s rejected", usable.total(), len(rejected))
+        return
     _log.info("classes: %s", charts.counts(usable))
     _log.info(
         "%s images in %s classes, %s rejected, %s decoded; %s equal to another one, %s nearly so",
@@ -259,6 +341,7 @@ def _read(
     margin: float,
     known: Earlier | FirstPass,
     measured: Measured,
+    applied: decisions.Applied,
 ) -> Journal:
     """Read the source into a folder; ``measured`` takes the values of more than 8 bits."""
     if isinstance(known, FirstPass):
@@ -269,8 +352,47 @@ def _read(
         journal = Journal(folder, sampling, known.pixels)
     with closing(journal):
         for outcome in track(outcomes, total=source.counts.total(), description="ingest"):
-            journal.add(outcome)
+            journal.add(_decided(outcome, applied, source))
     return journal
+
+
+def addresses(params: Params) -> dict[str, str]:
+    """Return what the source is read from, by the keys that name it."""
+    named = {key: getattr(params, key) for key in ("source", "decisions", "unlabelled")}
+    return {f"ingest.{key}": address for key, address in named.items() if address is not None}
+
+
+def _table(path: str) -> decisions.Decisions:
+    """Read the project's decisions.
+
+    Raises:
+        ArtifactError: the table is missing, damaged, or decides differently on one image.
+    """
+    if not Path(path).is_file():
+        raise ArtifactError(
+            f"{path}, which ingest.decisions names, is missing; expected the table that 'tlpipe "
+            f"label' writes. Get it back, as by 'git checkout -- {path}', or take "
+            f"ingest.decisions out of params.yaml."
+        )
+    return decisions.load(Path(path))
+
+
+def _decided(outcome: Outcome, applied: decisions.Applied, source: listing.Source) -> Outcome:
+    """Return what becomes of an image by the decision on it, if there is one."""
+    if isinstance(outcome, Reject):
+        return outcome
+    entry = outcome.entry
+    if source.is_added(entry.path):
+        if applied.is_same(entry.path, entry.sha256):
+            return outcome
+        return Reject(entry.path, "changed", "its bytes are not those that were labelled")
+    row = applied.decide(entry.path, entry.sha256, entry.box, entry.label)
+    if row is None or row.label == entry.label:
+        return outcome
+    if not row.label:
+        who = f" by {row.by}" if row.by else ""
+        return Reject(entry.path, "dropped", f"taken out of {entry.label}{who}, at {row.at}")
+    return replace(outcome, entry=entry._replace(label=row.label))
 
 
 def some(params: Params, sampling: Sampling, names: Container[str]) -> Iterator[Outcome]:
@@ -309,18 +431,23 @@ def opened(params: Params) -> Iterator[listing.Source]:
     """Open the source and list it; what cannot be a data set is an error before any work.
 
     Raises:
+        ArtifactError: the table of decisions is missing or damaged.
         DataError: as ``listing.opened``.
         ParamsError: what is set for boxes, tables or links has no effect, as there are none.
     """
-    with listing.opened(
-        params.source,
-        kind=params.kind,
-        pattern=params.pattern,
-        background=params.background,
-        columns=params.columns,
-        label_files=params.label_files,
-        follow_links=params.follow_links,
-    ) as source:
+    table = None if params.decisions is None else _table(params.decisions)
+    with ExitStack() as stack:
+        source = stack.enter_context(
+            listing.opened(
+                params.source,
+                kind=params.kind,
+                pattern=params.pattern,
+                background=params.background,
+                columns=params.columns,
+                label_files=params.label_files,
+                follow_links=params.follow_links,
+            )
+        )
         for fields, reason in _without_effect(params, source):
             check_effect("ingest", params, fields, reason)
         if not source.has_boxes:
@@ -331,6 +458,11 @@ def opened(params: Params) -> Iterator[listing.Source]:
                 total = source.counts.total()
                 text = f"{count} of {total} files are called {suffixes[0]} and cannot be read here"
                 source.notes.append(f"{text}: {advice}, or convert them")
+        if table is not None:
+            table.check_classes(source.counts)
+            source = replace(source, decisions=table)
+        if params.unlabelled is not None:
+            source = stack.enter_context(listing.with_labelled(source, params.unlabelled))
         yield source
 
 
@@ -396,7 +528,9 @@ def check_rejected(
         DataError: more than ``max_rejected``.
     """
     # A square beside the boxes is ours to look for: where there is none, nothing given is lost.
-    rejected = [reject for reject in rejected if reject.reason != "no_background"]
+    # What somebody took out is no fault of the source.
+    meant = ("no_background", "dropped")
+    rejected = [reject for reject in rejected if reject.reason not in meant]
     share = len(rejected) / max(len(rejected) + usable, 1)
     if share > max_rejected:
         raise DataError(

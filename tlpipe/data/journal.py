@@ -90,6 +90,7 @@ class FirstPass:
         for part in parts:
             if (known := self._entries.take(part.name)) is not None:
                 _, entry, row = known
+                entry = entry._replace(label=part.label)  # a decision may have changed it
                 _, stamp = self._stamps.take(part.name) or ("", "")
                 found.append(Usable(entry, row, self.pixels.thumbnails[row], stamp))
             elif (rejected := self._rejects.take(part.name)) is not None:

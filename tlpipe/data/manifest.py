@@ -34,7 +34,7 @@ class Entry(NamedTuple):
     ``left upper right lower`` in pixels, or empty; ``width``, ``height``, ``mode`` and ``format``
     are those of the file. Images of one ``group`` must stay in one split: equal or nearly equal
     ones, parts of one photo, and those that the source groups. ``split`` is the one that the source
-    gives, or empty. ``data_version`` is DVC's hash of the whole source.
+    gives, or empty. ``data_version`` is DVC's hash of all that ``ingest`` reads.
     """
 
     path: str

@@ -210,7 +210,7 @@ def read_all(
 
     def read(parts: Sequence[Candidate], stamp: str) -> list[Outcome]:
         try:
-            data = source.storage.read(parts[0].file)
+            data = source.read(parts[0].file)
         except ImageError as error:
             return [Reject(part.name, error.reason, error.detail) for part in parts]
         return list(_read_parts(data, parts, stamp, sampling, margin, earlier, measured))
@@ -232,7 +232,7 @@ def read_all(
                     if len(waiting) >= _AHEAD:
                         yield from next_one()
                     continue
-                stamp = source.storage.stamp(file)
+                stamp = source.stamp(file)
                 known = earlier.by_stamp(file, stamp) if earlier and _is_whole(parts) else None
                 if earlier and known is not None:
                     waiting.append([_recall(parts[0], known, stamp, earlier)])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from heapq import merge
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from tlpipe.sources import (
     tables,
 )
 from tlpipe.sources.archives import check_no_archives, open_archive
+from tlpipe.sources.decisions import NAME, UNLABELLED, Decisions, written
 from tlpipe.sources.paths import Files, is_image, some, split_of_folders
 from tlpipe.sources.remote import Remote, open_remote
 from tlpipe.sources.storage import Folder, Storage
@@ -31,6 +33,7 @@ from tlpipe.sources.storage import Folder, Storage
 Kind = Literal["auto", "folders", "table", "coco", "voc"]
 # So many times as many images: a class this rare has none to be measured on.
 _UNEQUAL = 50
+_NONE = Decisions(Path(NAME))
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Source:
     ``counts``: of each label, how many images it has before any was opened; ``suffixes``: the same
     of the ends of names, in lower case; ``notes``: what was understood and what was left out, a
     sentence each; ``read_from``: what says the labels; ``has_boxes``: whether an image is a part
-    of a photo.
+    of a photo; ``unlabelled``: where candidates lie whose names begin so, beside the storage;
+    ``decisions``: on its images.
     """
 
     storage: Storage
@@ -51,6 +55,27 @@ class Source:
     notes: list[str] = field(default_factory=list)
     read_from: str = "folders"
     has_boxes: bool = False
+    unlabelled: Storage | None = None
+    decisions: Decisions = _NONE
+
+    def read(self, file: str) -> bytes:
+        """Return a file's bytes, as a storage does."""
+        storage, name = self._at(file)
+        return storage.read(name)
+
+    def stamp(self, file: str) -> str:
+        """Return what changes when a file does, as a storage does."""
+        storage, name = self._at(file)
+        return storage.stamp(name)
+
+    def is_added(self, file: str) -> bool:
+        """Return whether a file is one of the unlabelled folder."""
+        return self.unlabelled is not None and file.startswith(UNLABELLED)
+
+    def _at(self, file: str) -> tuple[Storage, str]:
+        if self.unlabelled is not None and self.is_added(file):
+            return self.unlabelled, file.removeprefix(UNLABELLED)
+        return self.storage, file
 
     @property
     def is_local(self) -> bool:
@@ -140,6 +165,37 @@ def unlabelled(address: str) -> Iterator[tuple[Storage, list[str]]]:
                 f"{', '.join(IMAGES)}."
             )
         yield storage, sorted(names)
+
+
+@contextmanager
+def with_labelled(source: Source, address: str) -> Iterator[Source]:
+    """Add those images of an unlabelled folder that the source's decisions give a class.
+
+    Raises:
+        DataError: the folder is missing, or its classes and the source's cannot be told apart.
+    """
+    rows, added = source.decisions.unlabelled(), []
+    with ExitStack() as stack:
+        try:
+            storage, names = stack.enter_context(unlabelled(address))
+        except DataError as error:
+            text = str(error).replace("ingest.source", "ingest.unlabelled")
+            raise type(error)(text) from None
+        for name in (UNLABELLED + name for name in names):
+            row = rows.get(written(name))
+            if row is not None and row.label:
+                added.append(Candidate(name, name, row.label))
+        counts = source.counts + Counter(candidate.label for candidate in added)
+        joined = replace(
+            source,
+            candidates=lambda: merge(
+                source.candidates(), added, key=lambda candidate: candidate.name
+            ),
+            counts=counts,
+            unlabelled=storage,
+        )
+        _check_classes(joined, f"{address}, with what {source.decisions.path} labels,")
+        yield joined
 
 
 def is_builtin(address: str) -> bool:

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from tlpipe.errors import DataError, ImageError
-from tlpipe.sources import Candidate, Reject, given_split
+from tlpipe.sources import Candidate, Reject, decisions, given_split
 from tlpipe.sources.paths import Files, Match, folder_of, in_one_place, some, split_of
 from tlpipe.sources.storage import Storage
 
@@ -68,12 +68,16 @@ class NotATableError(Exception):
 
 @dataclass(frozen=True)
 class Table:
-    """A table of labels: its rows, the split that its name or folder gives, how it was read."""
+    """A table of labels: its rows, the split that its name or folder gives, how it was read.
+
+    ``is_decisions``: ``tlpipe label`` wrote it, so that an image without a label was dropped.
+    """
 
     name: str
     rows: tuple[Row, ...]
     split: str
     said: str
+    is_decisions: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,9 @@ def _candidate(
 ) -> Candidate | None:
     """Return what a row means, or None where it is rejected."""
     place = f"row {row.number} of {table.name}"
+    if table.is_decisions and not row.label:
+        rejects.append(Reject(row.path, "dropped", f"{place} takes it out"))
+        return None
     if not row.path or not row.label:
         reason = f"{place} has no {'label' if row.path else 'path'}"
         rejects.append(Reject(row.path or f"row {row.number}", "no_label", reason))
@@ -228,7 +235,8 @@ def _read(storage: Storage, name: str, files: Files, columns: Columns) -> Table:
     )
     how += f", paths from {header[roles['path']]!r}"
     how += f"; not used: {some(list(map(repr, unused)))}" if unused else ""
-    return Table(name, read, split_of(name), f"{len(read)} rows, {how}")
+    is_decisions = tuple(header) == decisions.Decision._fields
+    return Table(name, read, split_of(name), f"{len(read)} rows, {how}", is_decisions)
 
 
 def _flagged(column: str, name: str) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""What people say of images: a page in the browser, and the table of what they decided."""
