@@ -66,7 +66,7 @@ def test_a_run_from_python_says_what_was_registered(
 
 def test_what_fails_from_python_says_why(empty: Workspace, tmp_path: Path) -> None:
     empty.replace("params.yaml", "  source: data/digits.yaml ", "  source: nowhere ")
-    empty.run("tlpipe", "upgrade")
+    empty.call("upgrade")
     with pytest.raises(ArtifactError, match="nowhere"):
         tlpipe.Project(empty.path).run()
     (tmp_path / "no project").mkdir()

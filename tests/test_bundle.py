@@ -176,19 +176,19 @@ def signed(artifacts: Path, empty: Workspace) -> Workspace:
     shutil.copytree(artifacts / "export/bundle", empty.path / "bundle")
     for name in ("ours", "theirs"):
         empty.make_keys(name)
-    empty.run("tlpipe", "sign", "bundle", "--key", "ours.pem")
+    empty.call("sign", "bundle", "--key", "ours.pem")
     return empty
 
 
 def error_of(workspace: Workspace, *options: str) -> str:
-    result = workspace.run("tlpipe", "verify", "bundle", *options, code=6)
+    result = workspace.call("verify", "bundle", *options, code=6)
     (line,) = result.stderr.splitlines()
     return line
 
 
 @pytest.mark.fault("R06")
 def test_a_signature_says_who_made_it(signed: Workspace) -> None:
-    said = signed.run("tlpipe", "verify", "bundle", "--key", "ours.pub").stdout
+    said = signed.call("verify", "bundle", "--key", "ours.pub").stdout
     digest = bundle.load(signed.path / "bundle").digest
     assert f"bundle is intact: {digest}" in said
     assert "signed by the owner of ours.pub" in said
@@ -213,7 +213,7 @@ def test_a_bundle_that_was_sealed_anew_is_not_the_signed_one(signed: Workspace) 
         preprocessing=old.preprocessing,
         provenance=old.provenance,
     )
-    signed.run("tlpipe", "verify", "bundle")
+    signed.call("verify", "bundle")
     assert "is not of bundle by the owner" in error_of(signed, "--key", "ours.pub")
 
 
@@ -225,7 +225,7 @@ def test_keys_that_are_none_are_named(signed: Workspace) -> None:
         ("sign", "gone.pem", "the private key gone.pem does not exist"),
         ("verify", "gone.pem", "the public key gone.pem does not exist"),
     ):
-        error = signed.run("tlpipe", command, "bundle", "--key", key, code=3).stderr
+        error = signed.call(command, "bundle", "--key", key, code=3).stderr
         assert message in error
         assert len(error.splitlines()) == 1
     assert (signed.path / "bundle.sig").exists()

@@ -92,7 +92,7 @@ def test_a_source_in_the_project_goes_to_dvc_before_all_else_goes_to_git(
     tmp_path: Path, photos: Path, cache_env: dict[str, str]
 ) -> None:
     project = here(tmp_path, cache_env)
-    said = project.run("tlpipe", "init", "--here", "--source", photos.name).stdout
+    said = project.call("init", "--here", "--source", photos.name).stdout
     add, commit = ("dvc add photos", "git add . && git commit -m 'A new project'")
     assert f"next:\n  {add} && {commit}\n" in said
     project.run("sh", "-c", f"{add} && git add .")
@@ -121,7 +121,7 @@ def test_a_repository_that_git_will_not_speak_of_gets_no_other_one_inside(
 def test_init_says_what_the_source_holds_and_writes_parameters_that_fit(
     tmp_path: Path, photos: Path, cache_env: dict[str, str]
 ) -> None:
-    said = here(tmp_path, cache_env).run("tlpipe", "init", "my flowers", "--source", str(photos))
+    said = here(tmp_path, cache_env).call("init", "my flowers", "--source", str(photos))
     assert "24 images in 2 classes: dark 12, light 12" in said.stdout
     assert said.stdout.splitlines()[-4:] == [
         "next:",
@@ -138,7 +138,7 @@ def test_init_says_what_the_source_holds_and_writes_parameters_that_fit(
     assert "few images: register.gate.min_test_images is 3; it is 20 in larger" in said.stdout
     assert "the largest class will have some 2 test images; 0.5 where each" in said.stdout
     assert (made.path / "tlpipe.lock.yaml").read_text() == lock()
-    checked = made.run("tlpipe", "check")
+    checked = made.call("check")
     assert "24 images in 2 classes" in checked.stdout
 
 
@@ -370,7 +370,7 @@ def test_init_overwrites_nothing(tmp_path: Path, cache_env: dict[str, str]) -> N
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows/pipeline.py").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    error = home.run("tlpipe", "init", "--here", code=3).stderr
+    error = home.call("init", "--here", code=3).stderr
     assert "already holds flows/pipeline.py, params.yaml, and nothing is overwritten" in error
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "params.yaml").read_text() == "mine"
@@ -394,7 +394,7 @@ def test_init_overwrites_nothing(tmp_path: Path, cache_env: dict[str, str]) -> N
 def test_init_refuses_in_one_line(
     tmp_path: Path, cache_env: dict[str, str], arguments: tuple[str, ...], code: int, expected: str
 ) -> None:
-    said = here(tmp_path, cache_env).run("tlpipe", "init", *arguments, code=code)
+    said = here(tmp_path, cache_env).call("init", *arguments, code=code)
     assert expected in said.stderr
     assert said.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -194,15 +194,15 @@ def test_weights_are_looked_for_before_any_work(empty: Workspace, photos: Path) 
     empty.set_source(photos)
     empty.configure("evaluate", ood=str(photos))
     empty.configure("embed", weights="weights.pth")
-    said = empty.run("tlpipe", "check", code=5).stderr
+    said = empty.call("check", code=5).stderr
     assert "embed.weights is weights.pth, which cannot be read: No such file" in said
     (empty.path / "weights.pth").write_bytes(b"weights")
     found = hashlib.sha256(b"weights").hexdigest()
-    said = empty.run("tlpipe", "check", code=5).stderr
+    said = empty.call("check", code=5).stderr
     assert "embed.weights_sha256 is not set; a file of weights is read only with its" in said
     assert f"It is {found}: set embed.weights_sha256 to that" in said
     empty.configure("embed", weights_sha256=found)
-    said = empty.run("tlpipe", "check").stdout
+    said = empty.call("check").stdout
     images = sum(path.is_file() for path in photos.rglob("*"))
     assert f"\n{images:,} images out of distribution: {photos}\n" in said
 
@@ -221,13 +221,13 @@ def test_packages_of_other_versions_than_pinned_are_said(empty: Workspace, photo
         "no-such-package==1",
     ]
     (empty.path / "constraints.txt").write_text("\n".join(lines))
-    said = empty.run("tlpipe", "check").stdout
+    said = empty.call("check").stdout
     assert (
         f"1 packages are not what constraints.txt pins: pillow {installed['pillow']} (==1.0)"
         in said
     )
     (empty.path / "constraints.txt").write_text(lines[1])
-    line, _ = empty.run("tlpipe", "check").stdout.splitlines()
+    line, _ = empty.call("check").stdout.splitlines()
     assert line == "24 images in 2 classes: dark 12, light 12"
 
 
@@ -237,7 +237,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(empty: Workspace, photos: Pa
     cache = str(empty.path / "file" / "cache")
     stuck = Workspace(empty.path, {**empty.env, "XDG_CACHE_HOME": cache})
     stuck.set_source(photos)
-    (line,) = stuck.run("tlpipe", "check", code=6).stderr.splitlines()
+    (line,) = stuck.call("check", code=6).stderr.splitlines()
     assert line.startswith(f"tlpipe: the cache {cache}/tlpipe/backbones cannot be written: Not a d")
     assert line.endswith("Set XDG_CACHE_HOME to one.")
 

@@ -323,7 +323,7 @@ def test_the_largest_vit_takes_images_of_the_size_of_its_weights() -> None:
 
 @pytest.mark.slow
 def test_a_list_names_what_is_an_error_and_goes_on(empty: Workspace) -> None:
-    shown = empty.run("tlpipe", "backbones", "timm/vit_[bl]a[sr][eg]*_patch16_sapiens2")
+    shown = empty.call("backbones", "timm/vit_[bl]a[sr][eg]*_patch16_sapiens2")
     said = " ".join(shown.stdout.split())
     for name in ("timm/vit_base_patch16_sapiens2: ", "timm/vit_large_patch16_sapiens2: "):
         assert name in said
@@ -331,10 +331,10 @@ def test_a_list_names_what_is_an_error_and_goes_on(empty: Workspace) -> None:
 
 
 def test_backbones_lists_stages_and_what_they_give(empty: Workspace) -> None:
-    shown = empty.run("tlpipe", "backbones", "efficientnet_lite0").stdout
+    shown = empty.call("backbones", "efficientnet_lite0").stdout
     for text in ("3,371,008 parameters, 224 px", "weights here", "112 x 14 x 14", "42.9"):
         assert text in " ".join(shown.split())
-    failed = empty.run("tlpipe", "backbones", "no_such*", code=3).stderr
+    failed = empty.call("backbones", "no_such*", code=3).stderr
     assert failed.startswith("tlpipe: no backbone matches 'no_such*'")
 
 

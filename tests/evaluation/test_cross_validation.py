@@ -317,10 +317,10 @@ def test_again_without_the_source_gives_the_same_bytes(
 
 def test_without_folds_or_activations_it_is_an_error(empty: Workspace) -> None:
     before = empty.names()
-    error = empty.run("tlpipe", "cross-validate", code=3).stderr
+    error = empty.call("cross-validate", code=3).stderr
     assert error.startswith("tlpipe: split.folds is not set; expected a number of folds")
     assert error.count("\n") == 1
-    error = empty.run("tlpipe", "cross-validate", "--folds", "3", code=6).stderr
+    error = empty.call("cross-validate", "--folds", "3", code=6).stderr
     assert "artifacts/ingest/manifest.csv is missing; run 'dvc repro embed' first." in error
-    empty.run("tlpipe", "cross-validate", "--folds", "2", code=2)
+    empty.call("cross-validate", "--folds", "2", code=2)
     assert empty.names() == before

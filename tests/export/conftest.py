@@ -43,7 +43,7 @@ def run_export(artifacts: Path, folder: Path, env: dict[str, str], **params: obj
     (folder / LOCK).write_text(lock())
     workspace = Workspace(folder, env)
     workspace.take(Workspace(artifacts.parent), "model", "pixels", "split")
-    workspace.run("tlpipe", "export")
+    workspace.call("export")
     return (folder / PATHS["bundle"]).parent
 
 

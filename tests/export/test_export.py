@@ -113,6 +113,6 @@ def test_export_writes_nothing_where_parity_fails(artifacts: Path, empty: Worksp
     empty.configure("export", parity_images=8, parity_tolerance=1e-9)
     empty.take(Workspace(artifacts.parent), "model", "pixels", "split")
     before = sorted(empty.path.rglob("*"))
-    result = empty.run("tlpipe", "export", code=7)
+    result = empty.call("export", code=7)
     assert "the exported graph differs from the trained model" in result.stderr
     assert sorted(empty.path.rglob("*")) == before

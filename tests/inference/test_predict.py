@@ -42,10 +42,10 @@ def test_it_answers_without_torch(main_job: Workspace, artifacts: Path, model: l
 def test_the_table_names_image_label_and_failure(main_job: Workspace, artifacts: Path) -> None:
     image = artifacts / "evaluate" / "examples" / "0.png"
     wide = Workspace(main_job.path, {**main_job.env, "COLUMNS": "200"})
-    good = wide.run("tlpipe", "predict", str(image))
+    good = wide.call("predict", str(image))
     assert "0.png" in good.stdout
     assert "label" in good.stdout
-    mixed = wide.run("tlpipe", "predict", "params.yaml", str(image), "none.png", code=4)
+    mixed = wide.call("predict", "params.yaml", str(image), "none.png", code=4)
     assert "not_image" in mixed.stdout
     assert "unreadable" in mixed.stdout
     assert "0.png" in mixed.stdout
@@ -107,13 +107,13 @@ def test_a_folder_is_answered_for_by_its_images(
 
 
 def test_without_a_model_it_says_what_to_do(main_job: Workspace, empty: Workspace) -> None:
-    result = main_job.run("tlpipe", "predict", "--model", "nobody@champion", "x.png", code=8)
+    result = main_job.call("predict", "--model", "nobody@champion", "x.png", code=8)
     assert "the registry has no model nobody@champion. 'tlpipe run' makes one here" in result.stderr
-    result = main_job.run("tlpipe", "predict", "--model", "digits@previous", "x.png", code=8)
+    result = main_job.call("predict", "--model", "digits@previous", "x.png", code=8)
     assert "the registry has no model digits@previous." in result.stderr
-    result = empty.run("tlpipe", "predict", "x.png", code=8)
+    result = empty.call("predict", "x.png", code=8)
     assert f"there is no registry yet: {empty.path}/mlflow.db is missing" in result.stderr
-    result = empty.run("tlpipe", "predict", "--model", "nowhere", "x.png", code=3)
+    result = empty.call("predict", "--model", "nowhere", "x.png", code=3)
     assert "nowhere names no model: there is no such folder; expected NAME@ALIAS" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 

@@ -23,6 +23,7 @@ from tlpipe.errors import TlpipeError
 from tlpipe.registry import local
 
 COMMAND = ["tlpipe", "register"]
+REGISTER = COMMAND[1:]
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Workspace
 from tests.proxy import DROP, proxy
-from tests.registry.conftest import COMMAND, Said, change_bundle, mlflow_server
+from tests.registry.conftest import REGISTER, Said, change_bundle, mlflow_server
 from tests.registry.test_moves import Dying, Killed
 from tests.registry.test_promotion import aliases, client_of, run_of
 from tlpipe import bundle
@@ -18,7 +18,6 @@ from tlpipe.registry import moves
 
 pytestmark = pytest.mark.slow
 Tlpipe = Callable[..., Said]
-REGISTER = COMMAND[1:]
 
 
 def versions(workspace: Workspace) -> list[tuple[int, str]]:

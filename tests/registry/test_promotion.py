@@ -20,14 +20,13 @@ import pytest
 from onnx import numpy_helper
 
 from tests.conftest import PATIENCE_S, Workspace, wait_until
-from tests.registry.conftest import COMMAND, Said, change_bundle, killed_after_each_write
+from tests.registry.conftest import REGISTER, Said, change_bundle, killed_after_each_write
 from tlpipe import bundle, files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 Tlpipe = Callable[..., Said]
-REGISTER = COMMAND[1:]
 
 
 def client_of(workspace: Workspace) -> "MlflowClient":

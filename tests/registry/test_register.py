@@ -13,6 +13,7 @@ import yaml
 from tests.conftest import PATIENCE_S, Workspace, free_port, server
 from tests.registry.conftest import (
     COMMAND,
+    REGISTER,
     change_bundle,
     killed_after_each_write,
     mlflow_server,
@@ -131,7 +132,7 @@ def check_killed_anywhere(built: Workspace) -> None:
         "finalize_logged_model",
     }
     receipt = (built.path / "artifacts/register/receipt.json").read_bytes()
-    built.run(*COMMAND)
+    built.call(*REGISTER)
     assert (built.path / "artifacts/register/receipt.json").read_bytes() == receipt
     found = state(built, built.env.get("MLFLOW_TRACKING_URI"))
     assert [run[0] for run in found["runs"]] == ["FINISHED"]
@@ -177,7 +178,7 @@ def test_a_report_of_another_bundle_is_an_error(built: Workspace) -> None:
     kept = report.read_bytes()
     change_bundle(built, provenance={"origin": {}})
     report.write_bytes(kept)
-    error = built.run(*COMMAND, code=6).stderr
+    error = built.call(*REGISTER, code=6).stderr
     assert "report.json measures another bundle than artifacts/export/bundle" in error
 
 
@@ -243,7 +244,7 @@ def test_a_server_that_is_down_is_an_error_soon_and_the_bundle_kept(built: Works
                 "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
             },
         )
-        error = down.run(*COMMAND, code=8).stderr
+        error = down.call(*REGISTER, code=8).stderr
         socket.create_connection(hanging_up.getsockname()).close()
         counting.join(PATIENCE_S)
     assert tries == 5
@@ -280,7 +281,7 @@ def test_a_model_swapped_in_the_store_is_not_loaded(released: Workspace) -> None
 
 
 def test_the_summary_shows_the_last_run_and_what_comes_next(main_job: Workspace) -> None:
-    table = main_job.run("tlpipe", "summary").stdout
+    table = main_job.call("summary").stdout
     for text in (
         "1,000 images, 10 classes, 0 rejected",
         "efficientnet_lite0, frozen: all",
@@ -303,7 +304,7 @@ def test_a_receipt_of_another_version_is_one_line(main_job: Workspace, empty: Wo
     receipt = empty.path / "artifacts/register/receipt.json"
     receipt.parent.mkdir(parents=True)
     receipt.write_text(json.dumps(content))
-    error = empty.run("tlpipe", "summary", code=6).stderr
+    error = empty.call("summary", code=6).stderr
     assert (
         "receipt.json was written by another version of tlpipe. Write it anew: 'dvc repro" in error
     )
@@ -333,16 +334,16 @@ def test_a_lost_registry_is_said(built: Workspace) -> None:
     built.run(*COMMAND)
     for path in built.path.glob("*mlflow.db*"):
         path.unlink()
-    error = built.run("tlpipe", "summary", code=8).stderr
+    error = built.call("summary", code=8).stderr
     assert f"there is no registry yet: {built.path}/mlflow.db is missing" in error
     assert not list(built.path.glob("*mlflow.db*"))
     (built.path / "params.yaml").write_text(
         (built.path / "params.yaml").read_text().replace("name: digits", "name: others")
     )
     kept = (built.path / "artifacts/register/receipt.json").read_bytes()
-    built.run(*COMMAND)
+    built.call(*REGISTER)
     (built.path / "artifacts/register/receipt.json").write_bytes(kept)
-    error = built.run("tlpipe", "summary", code=8).stderr
+    error = built.call("summary", code=8).stderr
     assert "the registry has no digits version 1" in error
     assert "'dvc repro --force --single-item register'" in error
 

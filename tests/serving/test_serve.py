@@ -41,7 +41,7 @@ def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[i
 
 def test_it_answers_as_predict_does(main_job: Workspace, artifacts: Path, port: int) -> None:
     examples = sorted((artifacts / "evaluate/examples").iterdir())
-    printed = main_job.run("tlpipe", "predict", "--json", *map(str, examples)).stdout
+    printed = main_job.call("predict", "--json", *map(str, examples)).stdout
     digest = load(artifacts / "export/bundle").digest
     for path, expected in zip(examples, json.loads(printed), strict=True):
         status, answer = ask(port, "POST", "/predict", path.read_bytes())

@@ -730,7 +730,7 @@ def test_unequal_classes_are_said_by_check(empty: Workspace, photos: Path) -> No
         put(photos / "dark" / f"more_{i}.png")
     empty.set_source(photos)
     (empty.path / "data").symlink_to(ROOT / "data")
-    said = empty.run("tlpipe", "check").stdout
+    said = empty.call("check").stdout
     assert "classes are unequal: dark has 812 images, light 12." in said
     assert "is right on 98.5% of them" in said
 

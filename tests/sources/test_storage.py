@@ -490,17 +490,17 @@ def test_what_dvc_cannot_read_is_hidden_from_it_and_reported(
     workspace.replace("params.yaml", "max_rejected: 0.02", "max_rejected: 0.5")
     ignore = workspace.path / ".dvcignore"
     own = ignore.read_text() if ignore.exists() else ""
-    error = workspace.run("tlpipe", "check", code=4).stderr
+    error = workspace.call("check", code=4).stderr
     assert (
         "data/photos/dark/pipe [1].png is a pipe, a socket or a device, which DVC cannot" in error
     )
     assert "and so are 2 more" in error
     assert "'tlpipe check --hide' names them in .dvcignore" in error
     assert (ignore.read_text() if ignore.exists() else "") == own
-    workspace.run("tlpipe", "check", "--hide")
+    workspace.call("check", "--hide")
     assert ignore.read_text().startswith(own)
     assert r"/data/photos/dark/pipe\ \[1\].png" in ignore.read_text().splitlines()
-    (line,) = workspace.run("tlpipe", "check").stdout.splitlines()
+    (line,) = workspace.call("check").stdout.splitlines()
     assert "images in 2 classes: dark " in line
     workspace.run("dvc", "repro", "split")  # DVC itself would wait for the pipe for ever
     rejects = workspace.rows("artifacts/ingest/rejects.csv")
@@ -513,22 +513,22 @@ def test_what_dvc_cannot_read_is_hidden_from_it_and_reported(
     # A file that can be read again must not stay hidden.
     (inside / "dark" / "pipe [1].png").unlink()
     Image.new("RGB", (50, 50), "teal").save(inside / "dark" / "pipe [1].png")
-    said = workspace.run("tlpipe", *INGEST).stderr
+    said = workspace.call(*INGEST).stderr
     assert "pipe [1].png can be read now, but .dvcignore hides it" in said
-    error = workspace.run("tlpipe", "check", code=4).stderr
+    error = workspace.call("check", code=4).stderr
     assert r"hides /data/photos/dark/pipe\ \[1\].png and 0 more files that can be read" in error
-    workspace.run("tlpipe", "check", "--hide")
+    workspace.call("check", "--hide")
     assert "dark" not in ignore.read_text()
     assert "loop.png" in ignore.read_text()
     for name in ("gone.png", "loop.png", "loop"):
         (inside / "light" / name).unlink()
-    workspace.run("tlpipe", "check", "--hide")
+    workspace.call("check", "--hide")
     assert ignore.read_text() == own
     workspace.replace("params.yaml", "source: data/photos ", f"source: {photos} ")
     os.mkfifo(photos / "dark" / "pipe.png")
-    error = workspace.run("tlpipe", "check", code=4).stderr
+    error = workspace.call("check", code=4).stderr
     assert "pipe.png' is a pipe, a socket or a device, which DVC cannot read" in error
     workspace.replace("params.yaml", f"source: {photos} ", "source: data/digits.yaml ")
     workspace.configure("evaluate", ood="data/nowhere")
-    error = workspace.run("tlpipe", "check", code=4).stderr
+    error = workspace.call("check", code=4).stderr
     assert "evaluate.ood data/nowhere does not exist; expected a folder" in error

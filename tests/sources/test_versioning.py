@@ -166,10 +166,10 @@ def test_classes_that_changed_since_the_champion_are_said_before_training(
 def test_a_version_that_dvc_cannot_tell_is_no_empty_one(workspace: Workspace) -> None:
     """In a repository whose dvc.yaml is damaged; outside of one there is no version."""
     (workspace.path / "dvc.yaml").write_text("stages: {\n")
-    error = workspace.run("tlpipe", *INGEST, code=4).stderr
+    error = workspace.call(*INGEST, code=4).stderr
     assert "DVC cannot tell the version of ingest.source: " in error
     assert "'dvc status ingest' shows more" in error
     assert not (workspace.path / "artifacts/ingest" / "manifest.csv").exists()
     shutil.rmtree(workspace.path / ".dvc")
-    workspace.run("tlpipe", *INGEST)
+    workspace.call(*INGEST)
     assert {row["data_version"] for row in workspace.rows("artifacts/ingest/manifest.csv")} == {""}

@@ -82,6 +82,6 @@ def test_data_of_another_source_are_refused(main_job: Workspace, empty: Workspac
     manifest = PATHS["manifest"]
     entries = list(load_manifest(main_job.path / manifest))
     save_manifest(empty.path / manifest, entries[:-1])
-    error = empty.run("tlpipe", "audit", code=6).stderr
+    error = empty.call("audit", code=6).stderr
     assert "manifest.csv holds 999 images" in error
     assert not (empty.path / PATHS["data_plots"]).exists()

@@ -71,10 +71,10 @@ def test_a_network_that_gives_no_number_at_all_is_said() -> None:
 def test_lr_find_draws_and_suggests(main_job: Workspace, empty: Workspace) -> None:
     artifacts = main_job.path / "artifacts"
     (empty.path / "artifacts").symlink_to(artifacts)
-    said = empty.run("tlpipe", "lr-find", code=3).stderr
+    said = empty.call("lr-find", code=3).stderr
     assert "embed.freeze is all and train.hidden is empty; a linear head is solved" in said
     empty.configure("train", hidden=[64])
-    said = empty.run("tlpipe", "lr-find", "--plot", "lr-find.png").stdout
+    said = empty.call("lr-find", "--plot", "lr-find.png").stdout
     found = re.findall(r"train\.(\w+): ([\d.e-]+)", said)
     assert [name for name, _ in found] == ["head_lr"]  # no stage is open
     assert 1e-5 < float(found[0][1]) < 1

@@ -96,7 +96,7 @@ def test_activations_and_split_of_different_data_are_errors(
     rows = (main_job.path / split).read_text().splitlines()
     (empty.path / split).parent.mkdir()
     (empty.path / split).write_text("\n".join(rows[:-1]) + "\n")
-    result = empty.run("tlpipe", "train", code=6)
+    result = empty.call("train", code=6)
     assert f"holds 1000 images and {split} 999; expected the same images" in result.stderr
     assert not (empty.path / PATHS["model"]).exists()
 
@@ -285,18 +285,18 @@ def test_what_cannot_be_trained_is_an_error(main_job: Workspace, empty: Workspac
 @pytest.mark.fault("T16")
 def test_options_without_effect_are_errors_before_any_work(empty: Workspace) -> None:
     empty.configure("train", epochs=20, mixup="mixup")
-    said = empty.run("tlpipe", "check", code=3).stderr
+    said = empty.call("check", code=3).stderr
     assert "train.epochs: 20, train.mixup: mixup have no effect: embed.freeze is all, which" in said
     empty.configure("embed", freeze="auto")  # the number of images decides: nobody knows as yet
     assert "no effect" not in empty.run("tlpipe", "check", code=None).stderr
     empty.configure("embed", freeze="none", views=8)
-    assert "embed.views is 8 and has no effect" in empty.run("tlpipe", "check", code=3).stderr
+    assert "embed.views is 8 and has no effect" in empty.call("check", code=3).stderr
 
 
 def test_hidden_units_learn_on_frozen_features(main_job: Workspace, empty: Workspace) -> None:
     empty.configure("train", hidden=[64], epochs=20)
     empty.take(main_job, "activations", "pixels", "split")
-    empty.run("tlpipe", "train")
+    empty.call("train")
     rows = empty.rows(PATHS["history"])
     assert float(rows[0]["validation_accuracy"]) < 0.3
     card = json.loads((empty.path / PATHS["model"] / "model.json").read_text())
