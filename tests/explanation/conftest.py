@@ -25,7 +25,7 @@ def explained_job(tmp_path_factory: pytest.TempPathFactory, cache_env: dict[str,
     workspace = copy_repository(path / "copy", cache_env)
     workspace.set_source(path / "photos")
     workspace.use_small_network()
-    workspace.configure("embed", freeze=3)
+    workspace.configure("embed", freeze=3, views=2)
     # A head of hidden units is not solved before, so that an epoch is better than none.
     workspace.configure("train", epochs=2, hidden=[8])
     workspace.reproduce()

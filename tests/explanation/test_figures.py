@@ -31,7 +31,7 @@ def figure(lengths: list[int]) -> Figure:
 def test_rows_stand_side_by_side_or_in_lines_and_no_word_covers_a_picture(
     tmp_path: Path, lengths: list[int], columns: int
 ) -> None:
-    draw(tmp_path, figure(lengths))
+    draw(tmp_path, figure(lengths), "Bundle 0123abcd.")
     with Image.open(tmp_path / "gallery.png") as picture:
         found = np.asarray(picture.convert("RGB"))
     lefts, places = set(), []
