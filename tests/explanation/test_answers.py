@@ -77,7 +77,7 @@ def job(request: pytest.FixtureRequest) -> Job:
 
 def test_each_image_has_the_answer_and_the_probability_of_what_ships(job: Job) -> None:
     points, bundle = job.shown.points, job.inputs.bundle
-    assert abs(np.log(bundle.provenance["temperature"])) > 0.1
+    assert job.inputs.data.open_stages or abs(np.log(bundle.provenance["temperature"])) > 0.1
     photos, predictor = job.workspace.path.parent / "photos", Predictor(bundle, threads=1)
     assert len(points["path"]) == 80
     for n, path in enumerate(points["path"]):
@@ -112,9 +112,8 @@ def test_typical_images_are_nearest_to_the_mean_of_the_right_answers_of_their_cl
         best = np.sort(cosines)[::-1]
         of = [row for row in shown if row in hits]
         assert len(of) == 3
-        # Stored features are of half precision.
-        np.testing.assert_allclose([cosines[hits.index(row)] for row in of], best[:3], atol=2e-4)
-        assert best[2] - best[-1] > 1e-3
+        np.testing.assert_allclose([cosines[hits.index(row)] for row in of], best[:3], atol=2e-5)
+        assert best[2] - best[-1] > 1e-4
 
 
 def test_neighbours_are_the_nearest_images_that_the_model_was_fitted_on(job: Job) -> None:
@@ -144,7 +143,7 @@ def test_neighbours_are_the_nearest_images_that_the_model_was_fitted_on(job: Job
         assert ("is the label wrong?" in note) == is_doubtful
         doubtful += is_doubtful
     assert (job.found.asked, job.found.doubtful) == (len(rows), doubtful)
-    assert doubtful > 0
+    assert doubtful or not inputs.data.open_stages
 
 
 def test_heat_maps_stand_under_their_names(tuned: Job) -> None:

@@ -56,8 +56,9 @@ def choose(inputs: Inputs, network: Network, images: int, mistakes: int) -> Samp
     shown = set(known)
     if len(known) > most:
         quarter = -(-most // 4)
-        tested = dict.fromkeys([*(answer.row for answer in worst), *evenly(tests, quarter)])
-        shown = set(list(tested)[:quarter])
+        shown = {answer.row for answer in worst[:quarter]}
+        if room := quarter - len(shown):
+            shown |= set(evenly(sorted(set(tests) - shown), room))
         if room := most - len(shown):
             shown |= set(evenly(sorted(set(known) - set(tests)), room))
     right = [answer for answer in inputs.answers if answer.is_right]
