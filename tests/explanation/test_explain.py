@@ -146,6 +146,10 @@ def test_galleries_of_another_bundle_are_removed(explained_job: Workspace) -> No
     said = explained_job.call("explain", "--no-log", "--images", "10", "--mistakes", "1").stdout
     assert "logged" not in said
     folder = explained_job.path / "artifacts/explain"
+    report = files.read_json(explained_job.path / graph.PATHS["report"])
+    accuracy = report["precisions"]["fp32"]["accuracy"]["value"]
+    of = f"Bundle {report['bundle'][:8]}, measured on .{{10}}, test accuracy {accuracy:.3f}"
+    assert re.search(of, (folder / "index.html").read_text())
     for stage in ("evaluate", "register"):
         assert "removed" not in explained_job.call(stage).stderr
         assert (folder / "plots/map.png").exists()

@@ -152,7 +152,8 @@ def test_the_legend_names_classes_and_rings(
     drawn: list[Any] = []
     monkeypatch.setattr(charts, "save_figure", lambda figure, _: drawn.append(figure))
     labels = ("_blue", "red", *map(str, range(2, classes)))
-    page.draw_map(tmp_path / "map.png", points(tmp_path / "pixels", 9, labels), "")
+    page.draw_map(tmp_path / "map.png", points(tmp_path / "pixels", 9, labels), "Bundle 01.")
+    assert drawn[0].axes[0].get_xlabel().endswith("\nBundle 01.")
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == named
 

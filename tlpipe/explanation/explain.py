@@ -139,12 +139,10 @@ def _load_networks(inputs: Inputs) -> _Networks:
 def _change(after: Network, before: Network, epoch: int) -> str:
     """Say what training has changed in the stages; nothing where that is nothing."""
 
-    def differ(*which: Callable[[nn.Module], Iterable[Tensor]]) -> bool:
-        pairs = zip(after.stages.values(), before.stages.values(), strict=True)
+    def differ(tensors: Callable[[nn.Module], Iterable[Tensor]]) -> bool:
         return any(
             not torch.equal(tensor, other)
-            for stage, same in pairs
-            for tensors in which
+            for stage, same in zip(after.stages.values(), before.stages.values(), strict=True)
             for tensor, other in zip(tensors(stage), tensors(same), strict=True)
             if tensor.is_floating_point()  # BatchNorm counts its steps, too
         )
