@@ -682,8 +682,8 @@ def explain(
     )
     print(
         f"{explained.mistakes} of {explained.all_mistakes} mistakes on {explained.tested:,} test "
-        f"images explained; at {explained.doubtful} of {explained.asked} that have neighbours "
-        f"enough, these carry the label that was answered"
+        f"images explained; of {explained.asked} labels that their nearest images can tell of, "
+        f"{explained.doubtful} are in doubt"
     )
     print(f"see {folder / explain.PAGE}; 'dvc plots show' has the galleries, too")
     if no_log or not tracking.is_there(Path()):
