@@ -123,7 +123,14 @@ def fail(constant: str) -> None:
 
 def test_dvc_shows_metrics_and_plots(main_job: Workspace) -> None:
     shown = json.loads(main_job.run("dvc", "metrics", "show", "--json").stdout)
-    (report,) = shown[""]["data"].values()
+    found = shown[""]["data"]
+    assert {*found} == {PATHS["report"], PATHS["train_metrics"]}
+    validation = found[PATHS["train_metrics"]]["data"]["validation_loss"]
+    with (main_job.path / PATHS["history"]).open() as file:
+        assert min(float(row["validation_loss"]) for row in csv.DictReader(file)) == (
+            pytest.approx(validation, abs=1e-5)
+        )
+    report = found[PATHS["report"]]
     assert report["data"]["precisions"]["fp32"]["accuracy"]["value"] >= 0.90
     page = main_job.path / "dvc_plots"
     main_job.run("dvc", "plots", "show", "--out", str(page))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.feature_selection import f_classif
 
-from tlpipe.explanation.channels import Excited, Strongest, patch
+from tlpipe.explanation.channels import Excited, Strongest, halves, patch
 from tlpipe.explanation.maps import Field
 
 RANDOM = np.random.default_rng(0)
@@ -18,18 +18,54 @@ def strongest(kept: int) -> Strongest:
     """Return what is kept of maps that come in uneven batches, rows from 100 on."""
     found = Strongest(5, 3, kept)
     for start, end in ((0, 8), (8, 9), (9, 41)):
-        found.add(np.arange(100 + start, 100 + end), LABELS[start:end], GIVEN[start:end])
+        rows = np.arange(100 + start, 100 + end)
+        found.add(rows, LABELS[start:end], rows % 2, GIVEN[start:end])
     return found
 
 
-def test_selectivity_is_the_share_of_variance_between_classes() -> None:
+def test_selectivity_is_the_share_of_variance_between_classes_less_what_chance_gives() -> None:
     peaks = GIVEN.max(axis=(2, 3))[:, :4].astype(np.float64)
-    f, _ = f_classif(peaks, LABELS)
-    # F is (between / 2) / (within / 38), and eta squared is between / (between + within).
-    expected = 2 * f / (2 * f + 38)
-    found = strongest(4).selectivity()
-    np.testing.assert_allclose(found[:4], expected, rtol=1e-9)
-    assert found[4] == 0
+    chosen_by, measured = strongest(4).selectivity()
+    assert measured is not None
+    for start, found in enumerate((chosen_by, measured)):
+        f, _ = f_classif(peaks[start::2], LABELS[start::2])
+        within = len(LABELS[start::2]) - 3
+        # F is (between / 2) / (within / N - 3), and epsilon squared is what between exceeds twice
+        # the mean square within by, over both.
+        expected = 2 * (f - 1) / (2 * f + within)
+        np.testing.assert_allclose(found[:4], expected.clip(0, 1) if start else expected, rtol=1e-9)
+    assert measured[4] == 0
+
+
+@pytest.mark.parametrize(("images", "classes"), [(400, 2), (400, 40)])
+def test_of_noise_the_class_explains_about_nothing(images: int, classes: int) -> None:
+    random = np.random.default_rng(5)
+    labels = np.arange(images) % classes
+    found = Strongest(1000, classes, 3)
+    half = halves(labels, [str(n) for n in range(images)])
+    noise = random.normal(size=(images, 1000)).astype(np.float32)
+    found.add(np.arange(images), labels, half, noise)
+    best = found.channels(4, [""] * images, 3)
+    values = [channel.selectivity for channel in best]
+    assert np.mean([value for value in values if value is not None]) < 0.08
+
+
+def test_with_too_few_images_a_class_nothing_is_said() -> None:
+    found = Strongest(2, 5, 3)
+    rows = np.arange(10)
+    half = halves(rows % 5, [str(row) for row in rows])
+    found.add(rows, rows % 5, half, RANDOM.normal(size=(10, 2)).astype(np.float32))
+    assert [channel.selectivity for channel in found.channels(2, [""] * 10, 3)] == [None, None]
+
+
+def test_halves_divide_no_group_and_have_every_class() -> None:
+    labels = np.array([0, 1] * 20)
+    groups = [f"{label} {n // 8}" for n, label in enumerate(labels)]
+    found = halves(labels, groups)
+    for group in set(groups):
+        assert len({half for half, name in zip(found, groups, strict=True) if name == group}) == 1
+    for half in (0, 1):
+        assert set(labels[found == half]) == {0, 1}
 
 
 def test_the_highest_peaks_are_those_of_a_full_sort_one_of_each_group() -> None:
@@ -49,7 +85,7 @@ def test_the_highest_peaks_are_those_of_a_full_sort_one_of_each_group() -> None:
 
 def test_what_gives_one_value_for_an_image_has_one_place() -> None:
     found = Strongest(5, 3, 4)
-    found.add(np.arange(41), LABELS, GIVEN.max(axis=(2, 3)))
+    found.add(np.arange(41), LABELS, np.arange(41) % 2, GIVEN.max(axis=(2, 3)))
     first, *_ = found.channels(1, [""] * 41, 4)
     assert {e.places for e in first.excited} == {1}
 

@@ -53,3 +53,17 @@ def test_neighbours_stay_neighbours_and_places_are_the_same_each_time() -> None:
     placed = place(clouds)
     assert trustworthiness(clouds, placed, n_neighbors=10) > 0.9
     assert (place(clouds) == placed).all()
+
+
+def test_rows_of_ones_own_group_are_no_neighbours() -> None:
+    groups = np.arange(300) // 3
+    queries = FOUND[[7, 100]]
+    found = nearest(queries, [FOUND[:128], FOUND[128:]], 5, own=groups[[7, 100]], groups=groups)
+    for n, row in enumerate((7, 100)):
+        others = np.flatnonzero(groups != groups[row])
+        _, expected = (
+            NearestNeighbors(n_neighbors=5, metric="cosine")
+            .fit(FOUND[others])
+            .kneighbors(FOUND[[row]])
+        )
+        assert (found.positions[n] == others[expected[0]]).all()

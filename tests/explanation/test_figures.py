@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tlpipe.data import charts
 from tlpipe.explanation.figures import Figure, Picture, Row, draw, enlarged, filters, overlay
 
 SHADES = [(n, 200, 255 - n) for n in range(3, 250, 5)]
@@ -31,7 +32,7 @@ def figure(lengths: list[int]) -> Figure:
 def test_rows_stand_side_by_side_or_in_lines_and_no_word_covers_a_picture(
     tmp_path: Path, lengths: list[int], columns: int
 ) -> None:
-    draw(tmp_path, figure(lengths))
+    draw(tmp_path, figure(lengths), "Bundle 0123abcd.")
     with Image.open(tmp_path / "gallery.png") as picture:
         found = np.asarray(picture.convert("RGB"))
     lefts, places = set(), []
@@ -74,3 +75,15 @@ def test_small_pictures_get_larger_pixels() -> None:
     assert large.shape == (66, 66, 3)
     assert (large[::22, ::22] == small).all()
     assert enlarged(np.zeros((100, 80, 3), np.uint8)).shape == (100, 80, 3)
+
+
+def test_a_gallery_says_of_which_model_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(charts, "gallery", lambda *_, reading, **__: said.append(reading))
+    draw(tmp_path, figure([1]), "Bundle 0123abcd, measured on 2026-01-01, test accuracy 0.875.")
+    (reading,) = said
+    assert reading.endswith(
+        "How it is read.  Bundle 0123abcd, measured on 2026-01-01, test accuracy 0.875."
+    )

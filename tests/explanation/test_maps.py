@@ -57,7 +57,7 @@ def convolutional() -> Network:
 
 def test_grad_cam_of_a_pooled_map_is_the_weighted_sum_of_its_channels() -> None:
     tiny, images = convolutional(), photos(3, 16)
-    target = last_map(tiny, 16)
+    target = last_map(tiny, images)
     assert target == Target("last", "_1")  # the second ReLU: what is pooled
     classes = np.array([2, 0, 1])
     stem, last = tiny.stages.values()
@@ -107,7 +107,7 @@ def transformer() -> Network:
 
 def test_where_a_class_token_answers_the_map_is_what_the_last_block_gets() -> None:
     tiny, images = transformer(), photos(2, 24)
-    target = last_map(tiny, 24)
+    target = last_map(tiny, images)
     assert target is not None
     assert target.stage == "block0"
     classes = np.array([1, 0])
@@ -128,7 +128,20 @@ def test_where_a_class_token_answers_the_map_is_what_the_last_block_gets() -> No
 
 def test_a_network_without_places_has_no_map() -> None:
     flat = network(nn.Linear(5, 2), only=nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5)))
-    assert last_map(flat, 8) is None
+    assert last_map(flat, photos(1, 8)) is None
+
+
+def test_hidden_units_that_are_off_on_noise_are_probed_with_images() -> None:
+    tiny, white = convolutional(), np.full((1, 16, 16, 3), 255, np.uint8)
+    first = nn.Linear(6, 4).requires_grad_(requires_grad=False)
+    first.weight.fill_(1)
+    # On for a white image, whose features add up to twice as much as those of noise.
+    *_, (_, bright) = tiny.stage_results(white)
+    first.bias.fill_(-0.8 * float(bright.sum()))
+    head = nn.Sequential(first, nn.ReLU(), nn.Linear(4, 3))
+    hidden = Network(tiny.normalise, tiny.stages, head)
+    assert last_map(hidden, photos(3, 16)) is None
+    assert last_map(hidden, white) == Target("last", "_1")
 
 
 @pytest.mark.parametrize(

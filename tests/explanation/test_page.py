@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tlpipe.data import charts
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import Sampling
 from tlpipe.explanation import page
 from tlpipe.explanation.figures import Figure, Picture, Row
 
+ISSUE = "label issue"
 EVIL = "<script>window.evil = 1</script> & \"'</script>"
 COUNT = 9
 
 
-def points(folder: Path, count: int = COUNT) -> page.Points:
+def points(folder: Path, count: int = COUNT, labels: Sequence[str] = ("ants", EVIL)) -> page.Points:
     """Return images on a grid of three columns, the last of them a label issue."""
     folder.mkdir()
     sampling = Sampling(short_side_px=60, interpolation="bilinear")
@@ -33,10 +36,11 @@ def points(folder: Path, count: int = COUNT) -> page.Points:
     writer.finish(decoder="", data_sha256="", data_version="")
     numbers = np.arange(count)
     return page.Points(
-        labels=("ants", EVIL),
+        labels=labels,
         places=np.stack([numbers % 3 / 2, numbers // 3 / 2], axis=1).astype(np.float32),
         paths=[f"a/{n}.png" for n in range(count - 1)] + [f"b/{EVIL}.png"],
         splits=["train", "test", "validation"] * (count // 3),
+        is_fitted=[True, False, True] * (count // 3),
         label=[0] * (count - 1) + [1],
         answer=[0] * (count - 2) + [1, 0],
         probability=[0.5] * count,
@@ -44,6 +48,9 @@ def points(folder: Path, count: int = COUNT) -> page.Points:
         squares=packed.load(folder).array,
         rows=numbers,
         total=2 * count,
+        tested=4 * count // 3,
+        accuracy=0.875,
+        issues=5,
     )
 
 
@@ -109,8 +116,11 @@ def test_paths_that_are_no_text_are_shown_escaped(tmp_path: Path) -> None:
 
 def test_only_a_part_of_the_images_is_said_and_thumbnails_get_smaller(tmp_path: Path) -> None:
     few = points(tmp_path / "few")
-    assert "(9 of 18, spread evenly)" in few.reading
-    assert few.reading.endswith("audit has found: 1.")
+    assert "3 of 12 test images, the explained mistakes first, and 6 of 6 others" in few.reading
+    assert "87.5% of all test images are answered rightly" in few.reading
+    assert "Rings are label issues: 1 of 5 that audit has found." in few.reading
+    every = replace(few, total=9)
+    assert every.reading.startswith("Each mark is one of all 9 images.")
     many = points(tmp_path / "many", 2_001)
     sizes = []
     for some in (few, many):
@@ -130,9 +140,22 @@ def test_48_classes_have_a_colour_and_a_shape_of_their_own() -> None:
 
 
 def test_the_picture_of_the_map_is_drawn(tmp_path: Path) -> None:
-    page.draw_map(tmp_path / "map.png", points(tmp_path / "pixels"))
+    page.draw_map(tmp_path / "map.png", points(tmp_path / "pixels"), "Bundle 0123abcd.")
     with Image.open(tmp_path / "map.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+@pytest.mark.parametrize(("classes", "named"), [(2, ["_blue", "red", ISSUE]), (25, [ISSUE])])
+def test_the_legend_names_classes_and_rings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int, named: list[str]
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(charts, "save_figure", lambda figure, _: drawn.append(figure))
+    labels = ("_blue", "red", *map(str, range(2, classes)))
+    page.draw_map(tmp_path / "map.png", points(tmp_path / "pixels", 9, labels), "Bundle 01.")
+    assert drawn[0].axes[0].get_xlabel().endswith("\nBundle 01.")
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == named
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +206,14 @@ def test_pointing_at_an_image_shows_it(opened: Any) -> None:
     assert f"b/{EVIL}.png" in shown
     assert "ants (a mistake)" in shown
     assert "is it ants?" in shown
+    assert "validation: the model was fitted on it" in shown
     middle = "document.getElementById('picture').getContext('2d').getImageData(72, 72, 1, 1).data"
     red, green, blue, _ = opened.evaluate(f"[...{middle}]")
     assert (abs(red - 160) < 12, green < 12, abs(blue - 200) < 12) == (True, True, True)
     hover(opened, 0)
     assert "a/0.png" in words.inner_text()
+    hover(opened, 1)
+    assert "fitted" not in words.inner_text()
 
 
 @pytest.mark.slow

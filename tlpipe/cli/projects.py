@@ -669,39 +669,43 @@ def explain(
     images: Annotated[
         int,
         typer.Option(
-            min=1, max=100_000, help="Look at so many training images at most; time goes by them."
+            min=1,
+            max=100_000,
+            help="Look at so many training images at most for what excites channels; where stages "
+            "are open, so many for the map and the neighbours, too.",
         ),
     ] = 1000,
     mistakes: Annotated[
         int, typer.Option(min=1, max=60, help="Explain so many, and as many right answers.")
     ] = 12,
+    no_log: Annotated[
+        bool, typer.Option("--no-log", help="Write files here only, log nothing to MLflow.")
+    ] = False,
     params: ParamsFile = None,
 ) -> None:
-    """Show what the last trained model looks at: filters, patches, heat maps, a map of images."""
-    from tlpipe.explanation import explain
+    """Show what the last trained model looks at: filters, patches, heat maps, a map of images.
+
+    Pictures and thumbnails of images are logged to the model's run in MLflow: in this project, or
+    on the server that MLFLOW_TRACKING_URI names.
+    """
+    from tlpipe.explanation import FOLDER, explain
     from tlpipe.explanation.inputs import Paths
-    from tlpipe.registry import publishing, register, tracking
-    from tlpipe.training import train
+    from tlpipe.registry import publishing, tracking
 
     project = enter(params)
     project.check_code("train")  # whose network it takes apart
-    found, folder = sections(project), Path("artifacts", "explain")
+    name, folder = model_name(project), Path(FOLDER)
     explained = explain.run(
-        paths=Paths.of_project(),
-        folder=folder,
-        images=images,
-        mistakes=mistakes,
-        recipe=cast(train.Params, found["train"]),
+        paths=Paths.of_project(), folder=folder, images=images, mistakes=mistakes
     )
     print(
         f"{explained.mistakes} of {explained.all_mistakes} mistakes on {explained.tested:,} test "
-        f"images explained; at {explained.doubtful} of them the nearest training images carry the "
-        f"label that was answered"
+        f"images explained; of {explained.asked} labels that their nearest images can tell of, "
+        f"{explained.doubtful} are in doubt"
     )
     print(f"see {folder / explain.PAGE}; 'dvc plots show' has the galleries, too")
-    if not tracking.is_there(Path()):
+    if no_log or not tracking.is_there(Path()):
         return
-    name = cast(register.Params, found["register"]).name
     with tracking.connection(Path()) as client:
         added = publishing.add(client, name, explained.bundle, folder, publishing.EXPLAINED)
     if added is None:

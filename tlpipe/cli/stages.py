@@ -7,6 +7,7 @@ import importlib
 import inspect
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from tlpipe import graph
+from tlpipe import files, graph
 from tlpipe.cli.tables import printable
+from tlpipe.explanation import BUNDLE, FOLDER
 from tlpipe.progress import duration
 from tlpipe.registry import FORMS
 
@@ -166,12 +168,29 @@ def _export(*_: object) -> dict[str, Any]:
     return {"workspace": Path()}
 
 
-def _evaluate(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
+def _evaluate(found: "dict[str, Section]", stack: ExitStack) -> dict[str, Any]:
+    stack.callback(_remove_old_galleries)
     return {"params": with_ood_that_fits(found)}
 
 
-def _register(found: "dict[str, Section]", _: ExitStack) -> dict[str, Any]:
+def _register(found: "dict[str, Section]", stack: ExitStack) -> dict[str, Any]:
+    stack.callback(_remove_old_galleries)  # DVC may have taken all before from its run cache
     return {"workspace": Path(), "source": found["ingest"]}
+
+
+def _remove_old_galleries() -> None:
+    """Remove the galleries of ``explain`` that are of another bundle than the report.
+
+    'dvc plots show' would draw them beside its plots.
+    """
+    folder, report = Path(FOLDER), Path(graph.PATHS["report"])
+    plots, of = folder / "plots", folder / BUNDLE
+    if not (plots.is_dir() and report.exists()):
+        return
+    known = files.read_json(of).get("bundle") if of.exists() else None
+    if known != files.read_json(report)["bundle"]:
+        shutil.rmtree(plots)
+        _log.warning("removed %s, which was of another model; 'tlpipe explain' draws anew", plots)
 
 
 _MORE: dict[str, Callable[["dict[str, Section]", ExitStack], dict[str, Any]]] = {

@@ -3,6 +3,7 @@
 Images pass once. What is kept grows with channels and classes, not with the number of images.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,12 +40,13 @@ class Excited:
 class Channel:
     """A channel that tells classes apart.
 
-    ``selectivity``: in [0, 1], see ``Strongest``; ``label``: the class number with the highest mean
-    peak; ``excited``: the images with the highest peaks, one of each group.
+    ``selectivity``: in [0, 1], see ``Strongest``, None where too few images tell it; ``label``: the
+    class number with the highest mean peak; ``excited``: the images with the highest peaks, one of
+    each group.
     """
 
     number: int
-    selectivity: float
+    selectivity: float | None
     label: int
     excited: tuple[Excited, ...]
 
@@ -52,33 +54,37 @@ class Channel:
 class Strongest:
     """What is kept of one stage: sums of each channel's peaks by class, and its highest peaks.
 
-    A peak is the greatest value of a channel in an image. The selectivity of a channel is eta
-    squared, the share of the variance of its peaks that lies between the classes.
+    A peak is the greatest value of a channel in an image. The selectivity of a channel is epsilon
+    squared, the share of the variance of its peaks that lies between the classes, less what chance
+    puts there: of noise it is 0 on average. The best of many channels would still be lucky, so
+    channels are chosen on one half of the images and selectivity is that of the other.
 
-    Source: Pearson (1911), On a correction to be made to the correlation ratio, Biometrika 8, for
-    the ratio.
+    Source: Kelley (1935), An unbiased correlation ratio measure, PNAS 21.
     """
 
     def __init__(self, channels: int, classes: int, kept: int) -> None:
         """Take the numbers of channels and classes, and how many peaks to keep of each channel."""
         self._kept = kept
-        self._counts = np.zeros(classes)
-        self._sums = np.zeros((classes, channels))
-        self._squares = np.zeros(channels)
+        self._counts = np.zeros((2, classes))  # by halves
+        self._sums = np.zeros((2, classes, channels))
+        self._squares = np.zeros((2, channels))
         self._values = np.empty((0, channels), np.float32)
         self._rows = np.empty((0, channels), np.int64)
         self._places = np.empty((0, channels), np.int64)
         self.side = 1
 
-    def add(self, rows: Ints, labels: Ints, given: npt.NDArray[np.float32]) -> None:
-        """Take a stage's results (B, C, S, S), or (B, C), for images of these rows and labels."""
+    def add(self, rows: Ints, labels: Ints, half: Ints, given: npt.NDArray[np.float32]) -> None:
+        """Take a stage's results (B, C, S, S), or (B, C), for images of these rows and labels.
+
+        ``half``: (B,) 0 of those that choose channels, 1 of those that measure them.
+        """
         self.side = given.shape[2] if given.ndim == 4 else 1
         flat = given.reshape(*given.shape[:2], -1)
         places = flat.argmax(axis=2)
         peaks = np.take_along_axis(flat, places[..., None], axis=2)[..., 0]
-        np.add.at(self._counts, labels, 1)
-        np.add.at(self._sums, labels, peaks)
-        self._squares += (peaks.astype(np.float64) ** 2).sum(axis=0)
+        np.add.at(self._counts, (half, labels), 1)
+        np.add.at(self._sums, (half, labels), peaks)
+        np.add.at(self._squares, half, peaks.astype(np.float64) ** 2)
         every = np.broadcast_to(rows[:, None], peaks.shape)
         values = np.concatenate([self._values, peaks])
         order = np.argsort(-values, axis=0, kind="stable")[: self._kept]
@@ -87,24 +93,30 @@ class Strongest:
             known = np.concatenate([getattr(self, name), new])
             setattr(self, name, np.take_along_axis(known, order, axis=0))
 
-    def selectivity(self) -> Floats:
-        """Return eta squared of each channel, (C,); 0 where its peaks do not vary."""
-        counts = np.maximum(self._counts, 1)[:, None]
-        mean = self._sums.sum(axis=0) ** 2 / self._counts.sum()
-        total = self._squares - mean
-        between = (self._sums**2 / counts).sum(axis=0) - mean
-        varies = total > 1e-9 * np.maximum(self._squares, 1e-30)
-        return np.where(varies, between / np.where(varies, total, 1), 0.0).clip(0, 1)
+    def selectivity(self) -> tuple[Floats, Floats | None]:
+        """Return what channels are chosen by, and their selectivity on other images, both (C,).
+
+        Where a half has fewer than two images a class, all images choose, and none can measure.
+        """
+        first, second = (
+            _epsilon_squared(*half)
+            for half in zip(self._counts, self._sums, self._squares, strict=True)
+        )
+        if first is None or second is None:
+            sums = (self._counts.sum(axis=0), self._sums.sum(axis=0), self._squares.sum(axis=0))
+            return _eta_squared(*sums), None
+        return first, second.clip(0, 1)
 
     def channels(self, count: int, groups: Sequence[str], shown: int) -> list[Channel]:
         """Return the most selective channels, each with its most exciting images.
 
         ``groups``: of every row; images of one group are (nearly) the same picture.
         """
-        selectivity = self.selectivity()
-        means = self._sums / np.maximum(self._counts, 1)[:, None]
+        chosen_by, measured = self.selectivity()
+        counts = self._counts.sum(axis=0)
+        means = self._sums.sum(axis=0) / np.maximum(counts, 1)[:, None]
         found = []
-        for number in np.argsort(-selectivity, kind="stable")[:count].tolist():
+        for number in np.argsort(-chosen_by, kind="stable")[:count].tolist():
             excited: dict[str, Excited] = {}
             for row, place, value in zip(
                 *(kept[:, number].tolist() for kept in (self._rows, self._places, self._values)),
@@ -113,9 +125,38 @@ class Strongest:
                 where = divmod(place, self.side)
                 excited.setdefault(groups[row] or str(row), Excited(row, where, self.side, value))
             chosen = tuple(excited.values())[:shown]
-            best = int(np.where(self._counts > 0, means[:, number], -np.inf).argmax())
-            found.append(Channel(number, float(selectivity[number]), best, chosen))
+            best = int(np.where(counts > 0, means[:, number], -np.inf).argmax())
+            selectivity = None if measured is None else float(measured[number])
+            found.append(Channel(number, selectivity, best, chosen))
         return found
+
+
+def _eta_squared(counts: Floats, sums: Floats, squares: Floats) -> Floats:
+    """Return the share of the variance between classes, (C,); 0 where peaks do not vary."""
+    mean = sums.sum(axis=0) ** 2 / counts.sum()
+    total = squares - mean
+    between = (sums**2 / np.maximum(counts, 1)[:, None]).sum(axis=0) - mean
+    varies = total > 1e-9 * np.maximum(squares, 1e-30)
+    return np.where(varies, between / np.where(varies, total, 1), 0.0).clip(0, 1)
+
+
+def _epsilon_squared(counts: Floats, sums: Floats, squares: Floats) -> Floats | None:
+    images, classes = counts.sum(), np.count_nonzero(counts)
+    if classes < 2 or images < 2 * classes:
+        return None
+    shares = _eta_squared(counts, sums, squares)
+    return np.asarray(1 - (images - 1) / (images - classes) * (1 - shares))
+
+
+def halves(labels: Ints, groups: Sequence[str]) -> Ints:
+    """Return which half each of N images is in, 0 or 1: each class in both, no group in both."""
+    turns: Counter[int] = Counter()
+    known: dict[str, int] = {}
+    for label, group in zip(labels.tolist(), groups, strict=True):
+        if group not in known:
+            known[group] = turns[label] % 2
+            turns[label] += 1
+    return np.array([known[group] for group in groups], np.int64)
 
 
 def find(
@@ -133,6 +174,7 @@ def find(
 ) -> dict[str, list[Channel]]:
     """Return the most selective channels of each stage, in one pass over images of these rows."""
     known: dict[str, Strongest] = {}
+    half = halves(labels, [groups[row] or str(row) for row in rows.tolist()])
     for batch in batches(len(rows)):
         chosen = rows[batch]
         images = middle(squares, chosen, crop_px)
@@ -143,7 +185,7 @@ def find(
             values = grid.numpy()
             if name not in known:
                 known[name] = Strongest(values.shape[1], classes, _SPARE * shown)
-            known[name].add(chosen, labels[batch], values)
+            known[name].add(chosen, labels[batch], half[batch], values)
         squares.unmap()
         meter.advance(len(chosen))
     return {name: stage.channels(channels, groups, shown) for name, stage in known.items()}

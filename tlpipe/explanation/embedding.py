@@ -74,17 +74,28 @@ class Nearest:
     cosines: Floats
 
 
-def nearest(queries: Floats, blocks: Iterable[Floats], count: int) -> Nearest:
+def nearest(
+    queries: Floats,
+    blocks: Iterable[Floats],
+    count: int,
+    *,
+    own: Ints | None = None,
+    groups: Ints | None = None,
+) -> Nearest:
     """Return for each row of queries (Q, D) the most similar of other rows, by cosine.
 
     ``blocks``: the other rows, some at a time, (n, D); positions count through all of them.
+    ``own`` (Q,), ``groups`` (N,): numbers of groups; the cosine to a row of one's own is -inf.
     """
     asked = _unit(queries)
     best = np.empty((len(asked), 0), np.float32)
     where = np.empty((len(asked), 0), np.int64)
     seen = 0
     for block in blocks:
-        cosines = np.concatenate([best, asked @ _unit(block).T], axis=1)
+        new = asked @ _unit(block).T
+        if own is not None and groups is not None:
+            new[own[:, None] == groups[seen : seen + len(block)]] = -np.inf
+        cosines = np.concatenate([best, new], axis=1)
         here = np.broadcast_to(np.arange(seen, seen + len(block)), (len(asked), len(block)))
         positions = np.concatenate([where, here], axis=1)
         order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]

@@ -5,22 +5,24 @@ the answer comes from, which training images a mistake is like, and all images a
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tlpipe import files
 from tlpipe.backbones.weights import Weights
 from tlpipe.data.images import Pixels
 from tlpipe.data.manifest import evenly
-from tlpipe.explanation import channels, embedding, figures, maps, page
+from tlpipe.explanation import BUNDLE, channels, embedding, figures, maps, neighbours, page, sample
 from tlpipe.explanation.figures import Figure, Picture, Row
 from tlpipe.explanation.inputs import Answer, Inputs, Paths, load
 from tlpipe.explanation.maps import Network, Target
+from tlpipe.explanation.sample import Sample
 from tlpipe.progress import meter
 from tlpipe.training import linear_probe
 from tlpipe.training.recipe import Recipe
@@ -30,21 +32,22 @@ Ints = npt.NDArray[np.int64]
 PLOTS, PAGE = "plots", "index.html"
 _CHANNELS, _PATCHES, _MOST_STAGES = 4, 6, 12
 _FILTERS = 64
-_NEIGHBOURS = 5
-_MOST_POINTS = 10_000
-_BLOCK = 4096
+_PROBES = 4  # images that are run to find the map
+_NAMED = 3  # classes in a title
 
 
 @dataclass(frozen=True)
 class Explained:
     """What was shown: how many mistakes of how many, and how many a label may be wrong of.
 
-    ``bundle``: the digest of the bundle whose answers these are.
+    ``asked``: of how many mistakes there are enough neighbours to say so; ``bundle``: the digest of
+    the bundle whose answers these are.
     """
 
     mistakes: int
     all_mistakes: int
     tested: int
+    asked: int
     doubtful: int
     is_changed: bool
     bundle: str
@@ -52,45 +55,46 @@ class Explained:
 
 @dataclass(frozen=True)
 class _Networks:
-    """The trained network and, where fine-tuning has changed it, the one before.
+    """The trained network and, where training has changed its stages, the one before.
 
-    ``target``: the operation that heat maps are of, None where there is none.
+    ``target``: the operation that heat maps are of, None where there is none; ``start``, ``state``:
+    what weights it began with, and what has become of them, for people.
     """
 
     after: Network
     before: Network | None
     target: Target | None
+    start: str
+    state: str
 
 
-def run(
-    *, paths: Paths, folder: Path, images: int, mistakes: int, recipe: Recipe | None = None
-) -> Explained:
+def run(*, paths: Paths, folder: Path, images: int, mistakes: int) -> Explained:
     """Write galleries and a page into a folder, all or nothing.
 
     Args:
         paths: what the stages have written.
-        folder: gets ``plots/`` and ``index.html``.
+        folder: gets ``plots/``, ``index.html``, and ``explain.json`` that names the bundle.
         images: training images that are looked at for what excites channels, at most; where stages
             were fine-tuned also the images of the map.
-        mistakes: how many are explained, at most, and as many typical hits.
-        recipe: how a linear probe is fitted, to compare fine-tuning with.
+        mistakes: how many are explained, at most, and as many typical right answers.
 
     Raises:
         ArtifactError: something is missing, or is of another run than the rest.
         WeightsError: the pretrained weights are not here.
     """
     inputs = load(paths)
-    networks = _load_networks(inputs, recipe or Recipe())
-    chosen = _choose(inputs, networks.after, images, mistakes)
+    networks = _load_networks(inputs)
+    chosen = sample.choose(inputs, networks.after, images, mistakes)
     heat = _heat_maps(inputs, networks, chosen)
-    near, doubtful = _neighbours(inputs, chosen)
-    shown = [*heat, near, _filters(networks), *_channels(inputs, networks, images)]
+    near = neighbours.find(inputs, chosen)
+    shown = [*heat, near.figure, _filters(networks), *_channels(inputs, networks, images)]
     points = _points(inputs, networks.after, chosen)
     found = Explained(
         mistakes=len(chosen.wrong),
-        all_mistakes=sum(answer.label != answer.predicted for answer in inputs.answers),
+        all_mistakes=sum(not answer.is_right for answer in inputs.answers),
         tested=len(inputs.answers),
-        doubtful=doubtful,
+        asked=near.asked,
+        doubtful=near.doubtful,
         is_changed=networks.before is not None,
         bundle=inputs.bundle.digest,
     )
@@ -98,145 +102,126 @@ def run(
         (new / PLOTS).mkdir()
         for figure in shown:
             if figure.rows:
-                figures.draw(new / PLOTS, figure)
-        page.draw_map(new / PLOTS / "map.png", points)
-        files.write_bytes(new / PAGE, page.write(_about(inputs, found), shown, points))
+                figures.draw(new / PLOTS, figure, inputs.stamp)
+        page.draw_map(new / PLOTS / "map.png", points, inputs.stamp)
+        files.write_bytes(new / PAGE, page.write(_about(inputs, networks, found), shown, points))
+        files.write_json(new / BUNDLE, {"bundle": found.bundle})
     return found
 
 
-def _about(inputs: Inputs, found: Explained) -> str:
+def _about(inputs: Inputs, networks: _Networks, found: Explained) -> str:
     """Return a sentence on what is explained."""
-    opened = inputs.data.open_stages if found.is_changed else 0
-    tuned = f"the last {opened} of its stages fine-tuned" if opened else "as pretrained"
     right = found.tested - found.all_mistakes
     return (
-        f"{inputs.data.backbone.name}, {tuned}, with a head for {len(inputs.data.labels):,} "
-        f"classes. It is right on {right:,} of {found.tested:,} test images. "
-        f"Bundle {found.bundle[:16]}."
+        f"{inputs.data.backbone.name}, {networks.state}, with a head for "
+        f"{len(inputs.data.labels):,} classes. It is right on {right:,} of {found.tested:,} test "
+        f"images. {inputs.stamp}"
     )
 
 
-def _load_networks(inputs: Inputs, recipe: Recipe) -> _Networks:
+def _load_networks(inputs: Inputs) -> _Networks:
     card, backbone = inputs.model.card, inputs.data.backbone
     weights = backbone.find_weights(card.origin.weights, card.origin.weights_sha256)
     after = maps.trained(backbone, weights, inputs.model)
-    target = maps.last_map(after, backbone.preprocessing.crop_px)
-    before = None
-    if inputs.data.open_stages:
-        before = _before(inputs, weights, after, recipe)
-    return _Networks(after, before, target)
+    probes = evenly([answer.row for answer in inputs.answers], _PROBES)
+    target = maps.last_map(after, inputs.images(probes))
+    start = "random weights" if weights.path is None else "pretrained weights"
+    opened, before = inputs.data.open_stages, None
+    state = f"its {start} as they were"
+    if opened:
+        unfitted = maps.pretrained(backbone, weights, inputs.model.head)
+        if change := _change(after, unfitted, card.epoch):
+            state = f"the last {opened} of its {len(after.stages)} stages {change}"
+            before = _before(inputs, weights)
+    return _Networks(after, before, target, start, state)
 
 
-def _before(inputs: Inputs, weights: Weights, after: Network, recipe: Recipe) -> Network | None:
-    """Return the pretrained network with a linear probe, None where nothing has changed since."""
-    data = inputs.data
-    unfitted = maps.pretrained(data.backbone, weights, inputs.model.head)
-    pairs = zip(after.stages.values(), unfitted.stages.values(), strict=True)
-    if all(
-        bool((tensor == other).all())
-        for stage, same in pairs
-        for tensor, other in zip(stage.parameters(), same.parameters(), strict=True)
-    ):
-        return None
-    _log.info("fitting a linear probe on the pretrained features, to compare fine-tuning with")
+def _change(after: Network, before: Network, epoch: int) -> str:
+    """Say what training has changed in the stages; nothing where that is nothing."""
+
+    def differ(tensors: Callable[[nn.Module], Iterable[Tensor]]) -> bool:
+        return any(
+            not torch.equal(tensor, other)
+            for stage, same in zip(after.stages.values(), before.stages.values(), strict=True)
+            for tensor, other in zip(tensors(stage), tensors(same), strict=True)
+            if tensor.is_floating_point()  # BatchNorm counts its steps, too
+        )
+
+    if differ(nn.Module.parameters):
+        return "fine-tuned" if epoch else "re-initialised"
+    return "with BatchNorm statistics of these images" if differ(nn.Module.buffers) else ""
+
+
+def _before(inputs: Inputs, weights: Weights) -> Network:
+    """Return the network before training, with a linear probe of the l2 that train has chosen."""
+    data, l2 = inputs.data, inputs.model.card.l2
+    _log.info("fitting a linear probe on the features from before, to compare with")
+    recipe = Recipe() if l2 is None else Recipe(l2=(l2,))
     probe = linear_probe.fit(linear_probe.stored(data), data, data.train, recipe)
     return maps.pretrained(data.backbone, weights, (probe.raw(probe.head),))
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """The mistakes and hits that are shown, and the features of images of rows (N,), in order."""
-
-    wrong: Sequence[Answer]
-    right: Sequence[Answer]
-    rows: Ints
-    features: npt.NDArray[np.float32]
-    total: int
-
-    def of(self, answers: Iterable[Answer]) -> npt.NDArray[np.float32]:
-        """Return the features of some test images."""
-        return self.features[np.searchsorted(self.rows, [answer.row for answer in answers])]
-
-
-def _choose(inputs: Inputs, network: Network, images: int, mistakes: int) -> _Chosen:
-    """Choose the most confident mistakes, and hits in the middle of their classes."""
-    data, labels = inputs.data, set(inputs.data.labels)
-    known = [number for number, row in enumerate(inputs.rows) if row.label in labels]
-    most = images if data.open_stages else _MOST_POINTS
-    # Of few images some have to be test images, or there would be no hit.
-    tested = evenly([answer.row for answer in inputs.answers], -(-most // 4))
-    wrong = [answer for answer in inputs.answers if answer.label != answer.predicted]
-    worst = sorted(wrong, key=lambda answer: -answer.probability)[:mistakes]
-    left = sorted(set(known) - set(tested))
-    others = evenly(left, max(most - len(tested), 1))
-    rows = np.unique([*others, *tested, *(answer.row for answer in worst)]).astype(np.int64)
-    with meter("features of images", total=len(rows)) as shown:
-        found = embedding.features(network, data, inputs.squares, rows, shown)
-    there = set(rows.tolist())
-    hits = [a for a in inputs.answers if a.label == a.predicted and a.row in there]
-    chosen = _Chosen(worst, (), rows, found, len(known))
-    typical = _typical(hits, chosen.of(hits), mistakes)
-    return _Chosen(worst, typical, rows, found, len(known))
-
-
-def _typical(hits: Sequence[Answer], found: npt.NDArray[np.float32], count: int) -> list[Answer]:
-    """Return the hits nearest to the mean of the hits of their class, from each class in turn."""
-    by_class: dict[int, list[Answer]] = {}
-    labels = np.array([answer.label for answer in hits], np.int64)
-    for label in np.unique(labels):
-        places = np.flatnonzero(labels == label)
-        centre = found[places].mean(axis=0, keepdims=True)
-        order = embedding.nearest(centre, [found[places]], len(places)).positions[0]
-        by_class[int(label)] = [hits[places[n]] for n in order]
-    turns = max(map(len, by_class.values()), default=0)
-    taken = [some[turn] for turn in range(turns) for some in by_class.values() if turn < len(some)]
-    return sorted(taken[:count], key=lambda answer: answer.label)
-
-
-def _heat_maps(inputs: Inputs, networks: _Networks, chosen: _Chosen) -> list[Figure]:
+def _heat_maps(inputs: Inputs, networks: _Networks, chosen: Sample) -> list[Figure]:
     """Return the figures of where answers come from, on mistakes and on hits."""
-    changed = networks.before is not None
-    if changed:
+    if networks.before is not None:
         compared = (
-            "Before: the pretrained network with a linear probe on top. After: fine-tuned. Each "
-            "map is scaled to its own brightest place."
+            f"Before: the network with its {networks.start} and a linear probe on top. After: "
+            f"{networks.state}. Each map is scaled to its own brightest place."
         )
     elif inputs.data.open_stages:
         compared = (
-            "No epoch of fine-tuning was better than the pretrained weights, which were kept: so "
-            "there is no picture of before."
+            f"No epoch of fine-tuning was better than the {networks.start}, which were kept: so "
+            f"there is no picture of before."
         )
     else:
         compared = (
-            "All stages are frozen: the network is as it was pretrained, and only its head was "
-            "trained. So there is no picture of before."
+            f"All stages are frozen: the network has its {networks.start}, and only its head was "
+            f"trained. So there is no picture of before."
         )
     reading = (
         "Grad-CAM: the brighter a place, the more of the evidence for a class comes from there; "
         f"grey places count for nothing or speak against it. {compared}"
     )
-    figures_of = []
-    for name, title, some, of_all in (
-        ("mistakes", "Where the most confident mistakes come from", chosen.wrong, "mistakes"),
-        ("hits", "Where right answers come from: typical images of each class", chosen.right, ""),
+    labels = [inputs.data.labels[n] for n in dict.fromkeys(a.label for a in chosen.right)]
+    of = ", ".join(labels[:_NAMED]) + f" and {len(labels) - _NAMED} more" * (len(labels) > _NAMED)
+    typical = (
+        f"Of each class those nearest to the mean of its right answers, of {chosen.looked_at:,} "
+        f"right answers that were looked at; classes of the mistakes come first."
+    )
+    found = []
+    for name, title, some, more, none in (
+        (
+            "mistakes",
+            "Where the most confident mistakes come from",
+            chosen.wrong,
+            "",
+            "no test image was answered wrongly",
+        ),
+        (
+            "hits",
+            f"Where right answers come from: typical images of {of}",
+            chosen.right,
+            f" {typical}",
+            "no test image was answered rightly",
+        ),
     ):
-        if networks.target is None:
+        if not some:
+            title, _, _ = title.partition(":")
+            found.append(Figure(name, title, f"There are none: {none}."))
+        elif networks.target is None:
             why = f"{inputs.data.backbone.name} has no map of places on which its answers depend."
-            figures_of.append(Figure(name, title, f"No heat maps: {why}"))
-        elif not some:
-            why = "no test image was answered wrongly" if of_all else "no answer was right"
-            figures_of.append(Figure(name, title, f"There are none: {why}."))
+            found.append(Figure(name, title, f"No heat maps: {why}"))
         else:
             rows = _heat_rows(inputs, networks, networks.target, some)
-            figures_of.append(Figure(name, title, reading, rows))
-    return figures_of
+            found.append(Figure(name, title, reading + more, rows))
+    return found
 
 
 def _heat_rows(
     inputs: Inputs, networks: _Networks, target: Target, answers: Sequence[Answer]
 ) -> list[Row]:
     labels = inputs.data.labels
-    seen = _seen(inputs, [answer.row for answer in answers])
+    seen = inputs.images([answer.row for answer in answers])
     predicted = np.array([answer.predicted for answer in answers], np.int64)
     truth = np.array([answer.label for answer in answers], np.int64)
     passes: list[tuple[Network, Ints]] = [(networks.after, predicted), (networks.after, truth)]
@@ -261,20 +246,11 @@ def _heat_rows(
             caption = f"before: for {called}; its answer: {said}"
             pictures.append(Picture(figures.overlay(seen[n], found[2][n]), caption))
         pictures.append(Picture(figures.overlay(seen[n], found[0][n]), f"{tuned} {called}"))
-        if answer.label != answer.predicted:
+        if not answer.is_right:
             caption = f"{tuned} {named}, the label"
             pictures.append(Picture(figures.overlay(seen[n], found[1][n]), caption))
-        rows.append(Row(_described(answer, labels), pictures, answer.path))
+        rows.append(Row(answer.describe(labels), pictures, answer.path))
     return rows
-
-
-def _described(answer: Answer, labels: Sequence[str]) -> str:
-    if answer.label == answer.predicted:
-        return f"{labels[answer.label]}, answered with probability {answer.probability:.2f}"
-    return (
-        f"{labels[answer.label]}, answered as {labels[answer.predicted]} with probability "
-        f"{answer.probability:.2f}"
-    )
 
 
 def _answers_of(network: Network, images: Pixels) -> Ints:
@@ -283,75 +259,6 @@ def _answers_of(network: Network, images: Pixels) -> Ints:
         *_, (_, features) = network.stage_results(images[batch])
         found.append(embedding.answers(network, features.numpy())[0])
     return np.concatenate(found)
-
-
-def _seen(inputs: Inputs, rows: Sequence[int]) -> Pixels:
-    """Return images as the network sees them, (N, S, S, 3)."""
-    return channels.middle(inputs.squares, rows, inputs.data.backbone.preprocessing.crop_px)
-
-
-def _neighbours(inputs: Inputs, chosen: _Chosen) -> tuple[Figure, int]:
-    """Return the training images nearest to mistakes, and how many labels that puts in doubt."""
-    data, labels = inputs.data, inputs.data.labels
-    title = "Training images that each mistake is most like"
-    if not chosen.wrong:
-        why = "There are none: no test image was answered wrongly."
-        return Figure("neighbours", title, why), 0
-    if data.open_stages:
-        is_train = np.isin(chosen.rows, data.train.rows)
-        others = chosen.rows[is_train]
-        blocks: Iterable[npt.NDArray[np.float32]] = [chosen.features[is_train]]
-    else:
-        others = data.train.rows
-        blocks = _stored(inputs, others)
-    found = embedding.nearest(chosen.of(chosen.wrong), blocks, _NEIGHBOURS)
-    number = {label: n for n, label in enumerate(labels)}
-    rows, doubtful = [], 0
-    for answer, positions, cosines in zip(
-        chosen.wrong, found.positions, found.cosines, strict=True
-    ):
-        near = others[positions].tolist()
-        of = [number[inputs.rows[row].label] for row in near]
-        note, is_doubtful = _hint(answer, of, labels)
-        doubtful += is_doubtful
-        seen = _seen(inputs, [answer.row, *near])
-        pictures = [Picture(seen[0], f"the mistake: {labels[answer.label]}")]
-        pictures += [
-            Picture(image, f"{labels[label]}, cosine {cosine:.2f}")
-            for image, label, cosine in zip(seen[1:], of, cosines, strict=True)
-        ]
-        if answer.row in inputs.issues:
-            note += f" audit suggests {labels[inputs.issues[answer.row]]}."
-        rows.append(Row(_described(answer, labels), pictures, f"{note} {answer.path}"))
-    total = len(data.train)
-    among = f"{len(others):,} of {total:,}" if len(others) < total else f"{total:,}"
-    reading = (
-        f"Beside each mistake stand the nearest of {among} training images, by the cosine between "
-        f"features (1: the same direction). Where all of them carry the label that was answered, "
-        f"the mistake's own label may be wrong: look at the image."
-    )
-    return Figure("neighbours", title, reading, rows), doubtful
-
-
-def _stored(inputs: Inputs, rows: Ints) -> Iterator[npt.NDArray[np.float32]]:
-    features = inputs.data.activations.features
-    for start in range(0, len(rows), _BLOCK):
-        yield features[rows[start : start + _BLOCK]].astype(np.float32)
-        features.unmap()
-
-
-def _hint(answer: Answer, near: Sequence[int], labels: Sequence[str]) -> tuple[str, bool]:
-    """Say what the labels of the nearest images speak for, and whether against the label."""
-    as_answered, as_labelled = near.count(answer.predicted), near.count(answer.label)
-    said = (
-        f"{as_answered} of the {len(near)} nearest are labelled {labels[answer.predicted]}, and "
-        f"{as_labelled} are labelled {labels[answer.label]}"
-    )
-    if near and as_answered == len(near):
-        return f"{said}: is the label wrong?", True
-    if 2 * as_labelled > len(near):
-        return f"{said}: the label fits, the answer does not.", False
-    return f"{said}.", False
 
 
 def _channels(inputs: Inputs, networks: _Networks, images: int) -> list[Figure]:
@@ -393,7 +300,7 @@ def _stage(
     labels, crop_px = inputs.data.labels, inputs.data.backbone.preprocessing.crop_px
     rows = []
     for channel in found:
-        images = _seen(inputs, [excited.row for excited in channel.excited])
+        images = inputs.images([excited.row for excited in channel.excited])
         pictures = [
             Picture(
                 figures.enlarged(channels.patch(image, excited, field, figures.MARK)),
@@ -402,10 +309,12 @@ def _stage(
             for image, excited in zip(images, channel.excited, strict=True)
         ]
         heading = f"channel {channel.number}: strongest on {labels[channel.label]}"
-        note = (
-            f"the class explains {channel.selectivity:.0%} of the variance of its strongest "
-            f"response to an image"
-        )
+        note = ""
+        if channel.selectivity is not None:
+            note = (
+                f"the class explains {channel.selectivity:.0%} of the variance of its strongest "
+                f"response to an image"
+            )
         rows.append(Row(heading, pictures, note))
     if field is not None and channels.is_patch(field, crop_px):
         what = (
@@ -419,10 +328,16 @@ def _stage(
         )
     else:
         what = "This stage gives one value a channel for the whole image."
+    told = (
+        " Channels are chosen on one half of these images; what the class explains (epsilon "
+        "squared) is of the other half."
+    )
+    if found[0].selectivity is None:
+        told = " There are too few images of each class to say how much the class explains."
     reading = (
         f"The channels that tell classes apart best, and the training images (of {looked_at:,} "
         f"that were looked at) that excite each most, with their labels and what the channel "
-        f"gave. {what}"
+        f"gave. {what}{told}"
     )
     title = f"Stage {number}, {name}: what excites its channels"
     return Figure(f"stage-{number:02d}-{name}", title, reading, rows, is_folded=True)
@@ -444,9 +359,9 @@ def _filters(networks: _Networks) -> Figure:
         assert before is not None
         other = before.weight.detach().numpy()
         if np.array_equal(other, weight):
-            said = " Fine-tuning has left them as they were pretrained."
+            said = " Training has left them as they were."
         else:
-            rows = [("before fine-tuning", other), ("after fine-tuning", weight)]
+            rows = [("before", other), ("after", weight)]
     side = weight.shape[-1]
     reading = (
         f"Each square is a filter of {side} x {side} pixels: the picture that it responds to most. "
@@ -480,11 +395,12 @@ def _first_convolution(network: Network) -> nn.Conv2d | None:
     return None
 
 
-def _points(inputs: Inputs, network: Network, chosen: _Chosen) -> page.Points:
+def _points(inputs: Inputs, network: Network, chosen: Sample) -> page.Points:
     """Return the map of images: where each lies, and what is known of it."""
-    rows = chosen.rows
+    rows, found = chosen.rows[chosen.on_map], chosen.features[chosen.on_map]
+    fitted = set(inputs.fitted.rows.tolist())
     number = {label: n for n, label in enumerate(inputs.data.labels)}
-    predicted, logits = embedding.answers(network, chosen.features)
+    predicted, logits = embedding.answers(network, found)
     logits = logits / np.float32(inputs.bundle.provenance["temperature"])
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
@@ -495,9 +411,10 @@ def _points(inputs: Inputs, network: Network, chosen: _Chosen) -> page.Points:
             probabilities[place] = shipped[row].probability
     return page.Points(
         labels=inputs.data.labels,
-        places=embedding.place(chosen.features),
+        places=embedding.place(found),
         paths=[inputs.rows[row].path for row in rows],
         splits=[inputs.rows[row].split for row in rows],
+        is_fitted=[row in fitted for row in rows.tolist()],
         label=[number[inputs.rows[row].label] for row in rows],
         answer=predicted.tolist(),
         probability=probabilities.tolist(),
@@ -505,4 +422,7 @@ def _points(inputs: Inputs, network: Network, chosen: _Chosen) -> page.Points:
         squares=inputs.squares,
         rows=rows,
         total=chosen.total,
+        tested=len(inputs.answers),
+        accuracy=inputs.accuracy,
+        issues=len(inputs.issues),
     )

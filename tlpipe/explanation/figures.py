@@ -50,8 +50,11 @@ class Figure:
     is_folded: bool = False
 
 
-def draw(folder: Path, figure: Figure) -> None:
-    """Write a figure as a PNG file: rows of few pictures side by side, long ones in lines."""
+def draw(folder: Path, figure: Figure, stamp: str) -> None:
+    """Write a figure as a PNG file: rows of few pictures side by side, long ones in lines.
+
+    ``stamp``: what model it is of.
+    """
     width = min(_MOST_COLUMNS, max(len(row.pictures) for row in figure.rows))
     squares: list[Pixels | None] = []
     captions, headings = list[str](), list[str]()
@@ -66,7 +69,7 @@ def draw(folder: Path, figure: Figure) -> None:
         captions,
         title=figure.title,
         columns=width * max(_COLUMNS // width, 1),
-        reading=figure.reading,
+        reading=f"{figure.reading} {stamp}",
         headings=headings,
     )
 

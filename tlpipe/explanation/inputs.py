@@ -6,18 +6,23 @@ answers of another would explain nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from datetime import date
 from pathlib import Path
 
+import numpy as np
+
 from tlpipe import bundle as bundles
-from tlpipe import files, graph
+from tlpipe import files, graph, held_out
+from tlpipe.backbones import activations as stored
 from tlpipe.bundle import Bundle
 from tlpipe.data import pixels as packed
+from tlpipe.data.images import Pixels, crop_middle
 from tlpipe.data.manifest import Assignment, load_split, rows_of
 from tlpipe.errors import ArtifactError
 from tlpipe.evaluation.evaluate import PREDICTIONS
 from tlpipe.training import model as models
 from tlpipe.training.audit import LABEL_ISSUES
-from tlpipe.training.model import Dataset, Model
+from tlpipe.training.model import Dataset, Examples, Model
 
 _ANEW = "Run 'tlpipe run'."
 
@@ -30,6 +35,7 @@ class Paths:
     pixels: Path
     split: Path
     label_issues: Path
+    shortcuts: Path
     model: Path
     bundle: Path
     report: Path
@@ -51,18 +57,58 @@ class Answer:
     predicted: int
     probability: float
 
+    @property
+    def is_right(self) -> bool:
+        """Whether it is the label."""
+        return self.label == self.predicted
+
+    def describe(self, labels: Sequence[str]) -> str:
+        """Say what was answered, and how surely."""
+        said = "" if self.is_right else f" as {labels[self.predicted]}"
+        return f"{labels[self.label]}, answered{said} with probability {self.probability:.2f}"
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is explained. ``issues``: by row, the number of the class that ``audit`` suggests."""
+    """What is explained.
+
+    Attributes:
+        data: the images as ``train`` read them.
+        fitted: the images that the model was fitted on: also those of validation where its head was
+            cross-validated.
+        rows: the split table.
+        squares: the images' pixels.
+        model: as it was trained.
+        bundle: as it was exported.
+        accuracy: of all test images, by the report.
+        measured: the day of the report, YYYY-MM-DD.
+        answers: for all test images.
+        issues: by row, the number of the class that ``audit`` suggests.
+    """
 
     data: Dataset
+    fitted: Examples
     rows: Sequence[Assignment]
     squares: packed.Chunks
     model: Model
     bundle: Bundle
+    accuracy: float
+    measured: str
     answers: Sequence[Answer]
     issues: dict[int, int]
+
+    def images(self, rows: Sequence[int]) -> Pixels:
+        """Return images as the network sees them, (N, S, S, 3)."""
+        crop_px = self.data.backbone.preprocessing.crop_px
+        return np.ascontiguousarray(crop_middle(self.squares[rows], crop_px))
+
+    @property
+    def stamp(self) -> str:
+        """What model a picture is of, where it is seen alone."""
+        return (
+            f"Bundle {self.bundle.digest[:8]}, measured on {self.measured}, test accuracy "
+            f"{self.accuracy:.3f}."
+        )
 
 
 def load(paths: Paths) -> Inputs:
@@ -77,6 +123,7 @@ def load(paths: Paths) -> Inputs:
     origin = shipped.provenance["origin"]
     known = {name: shipped.provenance.get(name) for name in stated}
     is_of_model = known == stated and shipped.labels == trained.card.labels
+    report = files.read_json(paths.report)
     for is_right, what, of, other in (
         (
             squares.data_sha256 == data.activations.origin.data_sha256,
@@ -103,21 +150,32 @@ def load(paths: Paths) -> Inputs:
             paths.model,
         ),
         (
-            files.read_json(paths.report).get("bundle") == shipped.digest,
+            report.get("bundle") == shipped.digest,
             f"{paths.report} measures",
             "bundle",
             paths.bundle,
+        ),
+        (
+            files.read_json(paths.shortcuts).get("activations") == stored.digest(paths.activations),
+            f"{paths.label_issues} was found in",
+            "activations",
+            paths.activations,
         ),
     ):
         if not is_right:
             raise ArtifactError(f"{what} another {of} than {other}; expected the same. {_ANEW}")
     rows = load_split(paths.split)
+    # Heads of folds are kept where the one that ships has been fitted on what they held out.
+    is_cross_validated = bool(held_out.load(paths.model / held_out.NAME).heads)
     return Inputs(
         data=data,
+        fitted=data.labelled if is_cross_validated else data.train,
         rows=rows,
         squares=squares.array,
         model=trained,
         bundle=shipped,
+        accuracy=report["precisions"]["fp32"]["accuracy"]["value"],
+        measured=date.fromtimestamp(paths.report.stat().st_mtime).isoformat(),
         answers=_answers(paths, rows, trained.card.labels),
         issues=_issues(paths, rows, trained.card.labels),
     )

@@ -25,7 +25,7 @@ from tlpipe.training.model import Array, Model
 # More tokens than this of no place would be no class token, distillation token and registers.
 _MOST_PREFIX = 8
 _LEAST_PLACES = 0.5  # share of a map's places that an answer has to depend on
-_PROBES = 2  # images of noise: their number tells the first axis of a result from others
+_PROBES = 2  # images of noise
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,28 @@ class Target:
     node: str
 
 
-def last_map(network: Network, side_px: int) -> Target | None:
+def last_map(network: Network, images: Pixels) -> Target | None:
     """Return the last operation that gives a map on all of which the answer depends, or None.
 
     In a convolutional network that is the one before pooling. Where the answer is read off a class
     token, what the last block gives for all other tokens counts for nothing: there it is what the
     block before it gives.
+
+    ``images``: (B, S, S, 3) uint8 RGB, which are run where noise finds none: a head's hidden units
+    may all be off on noise.
     """
-    noise = torch.rand(_PROBES, 3, side_px, side_px, generator=torch.Generator().manual_seed(0))
+    seen = network.normalise(torch.from_numpy(images))
+    # At least two, since their number tells the first axis of a result from others.
+    seen = seen.repeat(-(-_PROBES // len(seen)), 1, 1, 1)
+    shape = (_PROBES, *seen.shape[1:])
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    return _last_map(network, noise) or _last_map(network, seen)
+
+
+def _last_map(network: Network, current: Tensor) -> Target | None:
+    count = len(current)
     with torch.enable_grad():
-        current = (noise - 0.5).requires_grad_()
+        current = current.detach().requires_grad_()
         noted: list[tuple[Target, Tensor]] = []
         for name, stage in network.stages.items():
             runner = _Noting(stage)
@@ -145,7 +157,7 @@ def last_map(network: Network, side_px: int) -> Target | None:
             noted += [(Target(name, node), tensor) for node, tensor in runner.noted.items()]
         score = network.head(current).square().sum()
         for target, tensor in reversed(noted):
-            if tensor.shape[0] != _PROBES or not tensor.requires_grad or as_map(tensor) is None:
+            if tensor.shape[0] != count or not tensor.requires_grad or as_map(tensor) is None:
                 continue
             (gradient,) = torch.autograd.grad(score, tensor, retain_graph=True, allow_unused=True)
             if gradient is None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ from tlpipe.data import charts
 from tlpipe.data import pixels as packed
 from tlpipe.data.images import Pixels
 from tlpipe.explanation.figures import Figure, Row
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _SHOWN_PX = 192  # the longer side of a picture in the page
@@ -41,14 +45,17 @@ _READ = 256  # images, after which what was read is no more held in memory
 class Points:
     """A map of N of ``total`` images, and what is known of each.
 
-    ``places``: (N, 2) in [0, 1]; ``label``, ``answer`` and ``suggested`` are numbers of labels,
-    the last -1 where the label is no issue; ``rows``: (N,) of ``squares``.
+    ``places``: (N, 2) in [0, 1]; ``is_fitted``: whether the model was fitted on it; ``label``,
+    ``answer`` and ``suggested`` are numbers of labels, the last -1 where the label is no issue;
+    ``rows``: (N,) of ``squares``; ``tested``, ``accuracy``, ``issues``: of all images, how many
+    test images and label issues there are, and how often test images are answered rightly.
     """
 
     labels: Sequence[str]
     places: npt.NDArray[np.float32]
     paths: Sequence[str]
     splits: Sequence[str]
+    is_fitted: Sequence[bool]
     label: Sequence[int]
     answer: Sequence[int]
     probability: Sequence[float]
@@ -56,19 +63,28 @@ class Points:
     squares: packed.Chunks
     rows: npt.NDArray[np.int64]
     total: int
+    tested: int
+    accuracy: float
+    issues: int
 
     @property
     def reading(self) -> str:
         """How the map is read."""
-        shown = f"{len(self.rows):,}"
-        if len(self.rows) < self.total:
-            shown += f" of {self.total:,}, spread evenly"
+        shown = f"Each mark is one of all {self.total:,} images."
+        if (count := len(self.rows)) < self.total:
+            tested = sum(split == "test" for split in self.splits)
+            shown = (
+                f"Each mark is an image: {tested:,} of {self.tested:,} test images, the explained "
+                f"mistakes first, and {count - tested:,} of {self.total - self.tested:,} others. "
+                f"So shares of mistakes mean nothing here: {self.accuracy:.1%} of all test images "
+                f"are answered rightly."
+            )
         issues = sum(number >= 0 for number in self.suggested)
         return (
-            f"Each mark is an image ({shown}). Images whose features are alike lie close together "
+            f"{shown} Images whose features are alike lie close together "
             f"(t-SNE); how far clusters are apart, and the directions, mean nothing. A mark among "
             f"those of another class is an image that the network takes for that class, or a wrong "
-            f"label. Rings are label issues that audit has found: {issues:,}."
+            f"label. Rings are label issues: {issues:,} of {self.issues:,} that audit has found."
         )
 
 
@@ -78,35 +94,38 @@ def style(label: int) -> tuple[str, str]:
     return COLOURS[label % len(COLOURS)], _SHAPES[shape]
 
 
-def draw_map(path: Path, points: Points) -> None:
-    """Draw the map as a PNG file."""
+def draw_map(path: Path, points: Points, stamp: str) -> None:
+    """Draw the map as a PNG file; ``stamp``: what model it is of."""
     figure = charts.new_figure(9, 7)
     axes = figure.subplots()
     labels, suggested = np.array(points.label), np.array(points.suggested)
+    legend: list[tuple[Artist, str]] = []
     for number in np.unique(labels).tolist():
         colour, shape = style(number)
         inside = points.places[labels == number]
-        axes.scatter(
+        marks = axes.scatter(
             inside[:, 0],
             inside[:, 1], s=22, c=colour, marker=shape, edgecolors="#00000080", linewidths=0.4,
-            label=points.labels[number],
         )  # fmt: skip
+        if len(points.labels) <= _MOST_NAMED:
+            legend.append((marks, points.labels[number]))
     ringed = points.places[suggested >= 0]
     if len(ringed):
-        axes.scatter(
+        marks = axes.scatter(
             ringed[:, 0],
-            ringed[:, 1], s=110, facecolors="none", edgecolors="black",
-            linewidths=1.2, label="label issue",
+            ringed[:, 1], s=110, facecolors="none", edgecolors="black", linewidths=1.2,
         )  # fmt: skip
+        legend.append((marks, "label issue"))
     axes.invert_yaxis()
     axes.set_aspect("equal")
     axes.set_xticks([])
     axes.set_yticks([])
-    if len(points.labels) <= _MOST_NAMED:
-        figure.legend(loc="outside right upper", fontsize=9)
+    if legend:  # named here, since Matplotlib leaves out labels that begin with _
+        figure.legend(*zip(*legend, strict=True), loc="outside right upper", fontsize=9)
     axes.set_title("A map of the images: those with features alike lie close together")
     axes.set_xlabel(
-        "distances between clusters, and directions, mean nothing; see index.html for the images",
+        "distances between clusters, and directions, mean nothing; see index.html for the images\n"
+        + stamp,
         fontsize=9,
     )
     charts.save_figure(figure, path)
@@ -182,6 +201,7 @@ def _json(points: Points) -> str:
         "x": grid[:, 0].tolist(),
         "y": grid[:, 1].tolist(),
         "label": list(points.label),
+        "fitted": list(points.is_fitted),
         "split": [splits.index(split) for split in points.splits],
         "answer": list(points.answer),
         "probability": [round(float(value), 3) for value in points.probability],

@@ -296,22 +296,42 @@ def add(
     """Log a folder's files to the run of a bundle, below ``place``, as far as it has others there.
 
     Returns: the run's id and whether something was logged; None where no run has the bundle.
+
+    Raises:
+        RegistryError: somebody else has logged others meanwhile.
     """
     experiment = tracking.find_experiment(client, name)
     found = None if experiment is None else _find_run(client, experiment.experiment_id, digest)
     if found is None:
         return None
     run_id = str(found.info.run_id)
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    wanted = {
-        f"{place}/{path.relative_to(folder).as_posix()}": files.sha256(path) for path in paths
-    }
+    wanted = _digests(folder, place)
     logged = _logged(client, run_id)
-    is_new = bool(wanted.items() - logged.items())
-    if is_new:
-        client.log_artifacts(run_id, str(folder), place)
-        client.log_dict(run_id, logged | wanted, _DIGESTS)
-    return run_id, is_new
+    if wanted.items() <= logged.items():
+        return run_id, False
+    others = {path: value for path, value in logged.items() if not path.startswith(f"{place}/")}
+    # While files are replaced no digest stands for them: a killed command is given again.
+    client.log_dict(run_id, others, _DIGESTS)
+    client.log_artifacts(run_id, str(folder), place)
+    client.log_dict(run_id, others | wanted, _DIGESTS)
+    with TemporaryDirectory() as there:
+        arrived = _digests(Path(client.download_artifacts(run_id, place, there)), place)
+    if not wanted.items() <= arrived.items():
+        client.log_dict(run_id, others, _DIGESTS)
+        raise RegistryError(
+            f"{place}/ of the MLflow run {run_id} holds other files than were logged: somebody "
+            f"else logs there now. Give the same command again."
+        )
+    return run_id, True
+
+
+def _digests(folder: Path, place: str) -> dict[str, str]:
+    """Return the digests of a folder's files, by their paths below ``place``."""
+    return {
+        f"{place}/{path.relative_to(folder).as_posix()}": files.sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _logged(client: "MlflowClient", run_id: str) -> dict[str, str]:

@@ -95,7 +95,7 @@ def run(
     content = copies.content(assignments)
     files.write_json(leaks_report, content)
     told = told_by_files.find(entries)
-    files.write_json(shortcuts, {"told": told})
+    files.write_json(shortcuts, {"told": told, "activations": stored.digest(activations)})
     report = files.read_json(data_report)
     with files.replacing_folder(data_plots) as folder:
         charts.classes(folder / "classes.png", assignments)
