@@ -349,11 +349,15 @@ def _recall(recalls: Mapping[str, float], part: Part, labels: Sequence[str], lea
 
 def _copies(path: Path | None) -> Rule:
     """Ask that held-out images are no more often copies of training images than in clean sets."""
-    expected = "no more copies of training images among those held out than clean sets show"
+    expected = (
+        "no more copies of training images among those held out than clean sets show, and none "
+        "that the weights were pretrained on"
+    )
     if path is None:
         return Rule("copies", "its run does not say", expected, "cannot tell")
     found = files.read_json(path)
-    return Rule("copies", leaks.describe(found), expected, _holds(not found["is_above_clean"]))
+    is_clean = not found["is_above_clean"] and not leaks.held_out_pretrained(found)
+    return Rule("copies", leaks.describe(found), expected, _holds(is_clean))
 
 
 def _calibration(error: Mapping[str, float] | None, most: float) -> Rule:
