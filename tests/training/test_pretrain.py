@@ -278,6 +278,7 @@ def test_views_are_cropped_and_coloured_and_flipped_as_asked(
     assert recipe["augmentation"] == asked[-1].model_dump()  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_random_weights_take_larger_steps_than_trained_ones_and_say_what_they_began_from(
     project: Workspace,
 ) -> None:
@@ -318,6 +319,7 @@ def test_a_collapse_is_recognised(project: Workspace, tmp_path: Path) -> None:
     assert report(project)["is_collapsed"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.fault("T22")
 def test_an_experiment_meanwhile_takes_no_checkpoint_away(
     project: Workspace, monkeypatch: pytest.MonkeyPatch
@@ -433,6 +435,8 @@ def test_no_image_is_alone_in_its_batch(
     assert sizes == [2, 3]
 
 
+@pytest.mark.slow
+@pytest.mark.fault("T26")
 def test_held_out_images_that_the_weights_have_seen_are_counted(project: Workspace) -> None:
     """A split that was drawn anew after pretraining mixes what was trained on into the test."""
     project.call("pretrain", "--epochs", "1")

@@ -198,7 +198,7 @@ def found_by_audit(report: Path) -> str:
     if not report.is_file():
         return ""
     content = files.read_json(report)
-    return describe(content) if content["is_above_clean"] or held_out_pretrained(content) else ""
+    return describe(content) if content["is_above_clean"] else ""
 
 
 def warning(content: Mapping[str, Any]) -> str:

@@ -349,13 +349,12 @@ def _recall(recalls: Mapping[str, float], part: Part, labels: Sequence[str], lea
 
 def _copies(path: Path | None) -> Rule:
     """Ask that held-out images are no more often copies of training images than in clean sets."""
-    expected = (
-        "no more copies of training images among those held out than clean sets show, and none "
-        "that the weights were pretrained on"
-    )
+    expected = "no more copies of training images among those held out than clean sets show"
     if path is None:
         return Rule("copies", "its run does not say", expected, "cannot tell")
     found = files.read_json(path)
+    if "pretrained" in found:
+        expected += ", and none that the weights were pretrained on"
     is_clean = not found["is_above_clean"] and not leaks.held_out_pretrained(found)
     return Rule("copies", leaks.describe(found), expected, _holds(is_clean))
 
