@@ -276,6 +276,7 @@ def _pretrain(
     device = tuning.training_device(0)
     weights = backbone.find_weights(origin.weights, origin.weights_sha256)
     network = load_network(backbone, weights).to(device)
+    seen = model.with_earlier(origin, images.files)
     labelled = Photos(own.array, device, origin.preprocessing, recipe.augmentation)
     feed = labelled
     if images.squares is not own.array:
@@ -309,7 +310,6 @@ def _pretrain(
         f"{len(images.rows):,} images of {images.source} without labels, from "
         f"{model.began_from(origin)}"
     )
-    seen = model.with_earlier(origin, images.files)
     content = save(model.own_names(network.cpu().state_dict()), stating(said, seen))
     is_unseen = ~np.isin(of_files[sample.examples.rows], seen)
     found = Pretrained(
