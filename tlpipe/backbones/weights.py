@@ -6,6 +6,7 @@ tensors are taken.
 
 import base64
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 IMAGENET, NONE, REGISTERED = "imagenet", "none", "models:/"
-# In the header of a .safetensors file that tlpipe has made; images are eight bytes each.
-PRETRAINED_ON, _IMAGES, _IMAGES_SUFFIX = "pretrained_on", "pretrained_images", ".images"
+# In the header of a .safetensors file that tlpipe has made. One key: of several, safetensors writes
+# another order each time.
+_HEADER, _PRETRAINED_ON, _IMAGES = "tlpipe", "pretrained_on", "images"
+_IMAGES_SUFFIX = ".images"
 
 
 class Pretrained(BaseModel):
@@ -208,7 +211,7 @@ def read_tensors(path: Path) -> Mapping[str, "Tensor"]:
 
 def pretrained_on(path: Path | None) -> str:
     """Return what a file of weights says it was trained on; nothing where it does not."""
-    return "" if path is None else _stated(path).get(PRETRAINED_ON, "")
+    return "" if path is None else _stated(path).get(_PRETRAINED_ON, "")
 
 
 def images_of(path: Path | None) -> npt.NDArray[np.uint64] | None:
@@ -231,15 +234,15 @@ def images_of(path: Path | None) -> npt.NDArray[np.uint64] | None:
             return None
         return np.frombuffer(found, ">u8").astype(np.uint64)
     except ValueError as error:
-        raise WeightsError(
-            f"what the weights {path} say of the images they were trained on is damaged: {error}. "
-            f"Fetch or make them again."
-        ) from None
+        raise _damaged(path, error) from None
 
 
-def stating(said: str, images: npt.NDArray[np.uint64]) -> dict[str, str]:
+def stating(said: str, images: npt.NDArray[np.uint64] | None = None) -> dict[str, str]:
     """Return the header of weights: what they were trained on, in words, and which images."""
-    return {PRETRAINED_ON: said, _IMAGES: base64.b64encode(_bytes(images)).decode()}
+    stated = {_PRETRAINED_ON: said}
+    if images is not None:
+        stated[_IMAGES] = base64.b64encode(_bytes(images)).decode()
+    return {_HEADER: json.dumps(stated)}
 
 
 def keep_images_of(path: Path, images: npt.NDArray[np.uint64]) -> None:
@@ -258,7 +261,19 @@ def _stated(path: Path) -> dict[str, str]:
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:
-        return dict(file.metadata() or {})
+        header = (file.metadata() or {}).get(_HEADER, "{}")
+    try:
+        stated: dict[str, str] = json.loads(header)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    return stated
+
+
+def _damaged(path: Path, error: ValueError) -> WeightsError:
+    return WeightsError(
+        f"what the weights {path} say of the images they were trained on is damaged: {error}. "
+        f"Fetch or make them again."
+    )
 
 
 def registered_file(sha256: str) -> Path:

@@ -24,11 +24,11 @@ from tlpipe.backbones import activations as stored
 from tlpipe.backbones.activations import Origin
 from tlpipe.backbones.backbone import Backbone, describe, load_network
 from tlpipe.backbones.weights import (
-    PRETRAINED_ON,
     REGISTERED,
     images_of,
     keep_images_of,
     registered_file,
+    stating,
 )
 from tlpipe.data.manifest import file_keys, load_split, rows_of
 from tlpipe.errors import ArtifactError, WeightsError
@@ -337,7 +337,7 @@ def keep_weights(folder: Path, backbone: str, split: Path | None) -> str:
             f"the registered model is built on {origin.backbone}; expected {backbone}. Change "
             f"embed.backbone or embed.weights in params.yaml."
         )
-    content = save(network_tensors(model), {PRETRAINED_ON: _trained_on(model.card)})
+    content = save(network_tensors(model), stating(_trained_on(model.card)))
     digest = hashlib.sha256(content).hexdigest()
     with files.writing_cache(registered_file(digest).parent):
         files.write_bytes(registered_file(digest), content)
