@@ -126,11 +126,9 @@ def pretraining(home: Path) -> None:
     digits, params = project / "data/digits.yaml", project / "params.yaml"
     digits.write_text(digits.read_text().replace("_class: 100", "_class: 200"))
     text = params.read_text().replace("efficientnet_lite0", "timm/test_resnet")
-    text = re.sub("freeze: all .*", "freeze: none", text)
-    more = "none\n  threads: 1\n  augmentation: {horizontal_flip: false}\n"
-    params.write_text(text.replace("weights: imagenet\n", f"weights: {more}"))
+    params.write_text(text.replace("weights: imagenet\n", "weights: none\n  threads: 1\n"))
     run(project, "embed-pretrained", "dvc repro split embed")
-    run(project, "pretrain", "tlpipe pretrain --epochs 4")
+    run(project, "pretrain", "tlpipe pretrain --epochs 4 --no-flip")
     save(opened(project / "artifacts/pretrain/pretrain.png"), PICTURES / "pretraining.png")
 
 

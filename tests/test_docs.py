@@ -50,7 +50,8 @@ def test_commands_and_options_of_a_page_exist(page: Path) -> None:
     for line in code(page):
         for name, rest in re.findall(r"(?<![\w/-])tlpipe ([a-z][a-z-]*)([^#|`&]*)", line):
             assert name in COMMANDS, f"{page.name}: {line}"
-            known = {"--help", *(o for p in COMMANDS[name].params for o in p.opts)}
+            opts = (o for p in COMMANDS[name].params for o in (*p.opts, *p.secondary_opts))
+            known = {"--help", *opts}
             assert {*re.findall(r"--[a-z-]+", rest)} <= known, f"{page.name}: {line}"
 
 

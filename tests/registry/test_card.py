@@ -127,7 +127,11 @@ def test_copies_in_train_are_told_beside_the_limits(artifacts: Path) -> None:
     copies = reports["leaks_report"]["splits"]["test"]["copies"]
     assert copies < 5
     assert f"{copies} of 48 test images looked at are rotated, mirrored or sheared" in text
-    assert "promises too much" not in text
+    assert "promises too much" not in text and "pretrained on" not in text
+    reports["leaks_report"]["pretrained"] = {"test": {"images": 60, "seen": 7}}
+    limits = card.write("digits", shipped, reports, {}).split("## Limits")[1].split("## Data")[0]
+    assert "**The accuracy may promise too much:**" in limits
+    assert "; the weights were pretrained on 7 of 60 test images." in limits
     reports["leaks_report"]["splits"]["test"] |= {
         "copies": 30,
         "share": 30 / 48,

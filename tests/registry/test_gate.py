@@ -336,6 +336,14 @@ def test_copies_of_training_images_keep_a_version_out(
     (tmp_path / "leaks.json").write_text(json.dumps(content))
     decision = decide(artifacts, manifest, fewer, copies=tmp_path / "leaks.json")
     assert rule_of(decision, "copies").verdict == decision.verdict == "fails"
+    content |= {"is_above_clean": False, "pretrained": {"test": {"images": 9, "seen": 0}}}
+    for seen, verdict in ((0, "holds"), (1, "fails")):
+        content["pretrained"]["test"]["seen"] = seen
+        (tmp_path / "leaks.json").write_text(json.dumps(content))
+        decision = decide(artifacts, manifest, fewer, copies=tmp_path / "leaks.json")
+        rule = rule_of(decision, "copies")
+        assert rule.verdict == verdict
+        assert rule.found.endswith(f"the weights were pretrained on {seen} of 9 test images")
 
 
 def test_a_floor_of_recall_takes_images_enough_for_one_mistake(

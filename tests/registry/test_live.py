@@ -60,6 +60,11 @@ def test_curves_are_live_and_the_model_can_be_begun_from(
         assert "| pretrained on" in str(client.get_model_version("digits", "2").description)
         kept = Path(cache_env["XDG_CACHE_HOME"]) / "tlpipe" / "registered" / f"{digest}.safetensors"
         weights = load_file(kept)
+        # The same split again: training images were seen, and no other.
+        counts = json.loads((workspace.path / "artifacts/audit/leaks.json").read_text())
+        train = counts["pretrained"].pop("train")
+        assert train["seen"] == train["images"] > 0
+        assert all(found["seen"] == 0 for found in counts["pretrained"].values())
 
         champion = "weights: models:/digits@champion"
         for setting, code, message in (

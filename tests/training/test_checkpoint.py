@@ -26,6 +26,11 @@ def filled(tmp_path: Path) -> Checkpoints:
     return checkpoints
 
 
+def own(tmp_path: Path) -> Path:
+    (folder,) = tmp_path.glob("*-digest")
+    return folder
+
+
 def newest(checkpoints: Checkpoints) -> int | None:
     found = checkpoints.newest()
     if found is None:
@@ -36,7 +41,7 @@ def newest(checkpoints: Checkpoints) -> int | None:
 
 def test_the_last_two_are_kept(filled: Checkpoints, tmp_path: Path) -> None:
     names = [f"{n:06d}{suffix}" for n in (3, 4) for suffix in (".json", ".safetensors")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(path.name for path in own(tmp_path).iterdir()) == names
     assert newest(filled) == 4
 
 
@@ -45,7 +50,7 @@ def test_the_last_two_are_kept(filled: Checkpoints, tmp_path: Path) -> None:
 def test_one_that_was_not_finished_does_not_count(
     filled: Checkpoints, tmp_path: Path, left: str
 ) -> None:
-    (tmp_path / left).write_bytes((tmp_path / "000004.safetensors").read_bytes()[:1000])
+    (own(tmp_path) / left).write_bytes((own(tmp_path) / "000004.safetensors").read_bytes()[:1000])
     assert newest(filled) == 4
     filled.save(made(5))
     assert newest(filled) == 5
@@ -56,7 +61,7 @@ def test_one_that_was_not_finished_does_not_count(
 def test_a_flipped_bit_is_found_and_the_one_before_is_used(
     filled: Checkpoints, tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / f"000004{suffix}"
+    path = own(tmp_path) / f"000004{suffix}"
     content = path.read_bytes()
     for place in range(0, len(content), max(len(content) // 50, 1)):
         damaged = bytearray(content)
@@ -74,24 +79,45 @@ def test_order_is_that_of_numbers_whatever_the_clock_said(
 ) -> None:
     import os
 
-    for path in tmp_path.glob("000004*"):
+    for path in own(tmp_path).glob("000004*"):
         os.utime(path, (0, 0))
     assert newest(filled) == 4
     filled.save(made(5))
-    assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["000004", "000005"]
+    assert sorted(path.stem for path in own(tmp_path).glob("*.json")) == ["000004", "000005"]
 
 
 @pytest.mark.fault("T06")
 def test_those_of_another_training_are_said_and_left(
     filled: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert newest(Checkpoints(tmp_path, "other")) is None
+    other = Checkpoints(tmp_path, "other")
+    assert newest(other) is None
     assert "are of other data, parameters, threads or code; starting from the beg" in caplog.text
+    other.save(made(1))
+    assert newest(Checkpoints(tmp_path, "digest")) == 4
+    other.clear()
+    assert newest(Checkpoints(tmp_path, "digest")) == 4
+    assert "taken away" not in caplog.text
+    filled.clear()
+    assert not tmp_path.exists()
+
+
+@pytest.mark.fault("T06")
+def test_of_many_unfinished_trainings_the_first_begun_is_taken_away_and_said(
+    filled: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        Checkpoints(tmp_path, f"{number}").save(made(number))
+    assert newest(Checkpoints(tmp_path, "digest")) == 4
+    Checkpoints(tmp_path, "3").save(made(3))
+    assert f"{tmp_path}/000001-digest are taken away: 3 other unfinished" in caplog.text
+    assert newest(Checkpoints(tmp_path, "digest")) is None
+    assert [newest(Checkpoints(tmp_path, str(number))) for number in range(4)] == [0, 1, 2, 3]
 
 
 @pytest.mark.fault("T05")
 def test_a_disk_that_does_not_answer_is_no_damage(filled: Checkpoints, tmp_path: Path) -> None:
-    path = tmp_path / "000004.json"
+    path = own(tmp_path) / "000004.json"
     path.unlink()
     path.mkdir()  # as EIO or a stale handle: an OSError that is not about the content
     with pytest.raises(TrainingError, match=r"000004\.json cannot be read: Is a directory; exp"):
@@ -121,7 +147,7 @@ def test_without_room_the_old_one_stays(filled: Checkpoints, tmp_path: Path) -> 
     assert "The one before it is intact" in result.stderr
     assert newest(filled) == 4
     names = [f"{n:06d}{suffix}" for n in (3, 4) for suffix in (".json", ".safetensors")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(path.name for path in own(tmp_path).iterdir()) == names
 
 
 @pytest.mark.fault("T08")

@@ -7,6 +7,7 @@ boundary is. The index is written last::
     boundary/    (N, 1 + K, ...) float16: what the last frozen stage gives, for the image as it is
                  and for K augmented views; only where that is not the same as features
     keys.npy     (N,) uint64: which image a row is of
+    seen.npy     (N,) bool: whether the weights were pretrained on that file; only where they say so
     index.json   the shapes, the origin, and the digest of every file
 """
 
@@ -133,7 +134,8 @@ def load_advice(path: Path, backbone: str, weights_sha256: str, data_sha256: str
 
 
 _OF_DATA = {"freeze", "weights", "data_sha256", "data_version", "pretrained_on"}
-_INDEX, _KEYS, _FEATURES, _BOUNDARY = "index.json", "keys.npy", "features", "boundary"
+_INDEX, _KEYS, _SEEN = "index.json", "keys.npy", "seen.npy"
+_FEATURES, _BOUNDARY = "features", "boundary"
 
 
 class Origin(BaseModel):
@@ -176,12 +178,16 @@ class Origin(BaseModel):
 
 @dataclass(frozen=True)
 class Activations:
-    """``boundary``: None where nothing is frozen, or where features are all that there is."""
+    """``boundary``: None where nothing is frozen, or where features are all that there is.
+
+    ``seen``: (N,) on which images the weights were pretrained, None where they do not say.
+    """
 
     features: pixels.Chunks
     boundary: pixels.Chunks | None
     keys: npt.NDArray[np.uint64]
     origin: Origin
+    seen: npt.NDArray[np.bool_] | None = None
 
     def intact(self) -> npt.NDArray[np.bool_]:
         """Return (N,) which rows are as they were written; reads every byte."""
@@ -227,9 +233,12 @@ class Writer:
         if _BOUNDARY in self._parts:
             self._parts[_BOUNDARY][0].append(key, boundary)
 
-    def finish(self) -> None:
+    def finish(self, seen: npt.NDArray[np.bool_] | None = None) -> None:
         """Complete the files and write the index, which says that the folder is complete."""
         index: dict[str, object] = {"origin": self._origin.model_dump(), _KEYS: self._save_keys()}
+        if seen is not None:
+            np.save(self._folder / _SEEN, seen)
+            index[_SEEN] = files.sha256(self._folder / _SEEN)
         for name, (writer, row) in self._parts.items():
             writer.close()
             index[name] = {"chunks": writer.names, "row": row}
@@ -260,7 +269,8 @@ def load(folder: Path) -> Activations:
     features = part(_FEATURES)
     assert features is not None
     keys: npt.NDArray[np.uint64] = pixels.load_mapped(folder / _KEYS)
-    return Activations(features, part(_BOUNDARY), keys, Origin(**index["origin"]))
+    seen = np.load(folder / _SEEN) if _SEEN in index else None
+    return Activations(features, part(_BOUNDARY), keys, Origin(**index["origin"]), seen)
 
 
 def load_kept(folder: Path, origin: Origin) -> tuple[Activations, npt.NDArray[np.bool_]] | None:

@@ -21,7 +21,7 @@ from tlpipe.backbones.forward import CODE, PACKAGES, compute_rows, open_forward
 from tlpipe.backbones.frozen import graph_key
 from tlpipe.code_digest import of_modules, versions
 from tlpipe.data import pixels as packed
-from tlpipe.data.manifest import Entry, load_manifest
+from tlpipe.data.manifest import Entry, file_keys, load_manifest
 from tlpipe.errors import ArtifactError, ParamsError
 from tlpipe.params import Section, check_effect
 from tlpipe.runtime import THREADS, usable_cores
@@ -153,7 +153,7 @@ def run(*, manifest: Path, pixels: Path, activations: Path, params: Params) -> N
         )
         for entry, row in zip(entries, rows, strict=True):
             writer.append(entry.key, *(next(computed) if row is None else (row, row)))
-        writer.finish()
+        writer.finish(_seen(entries, weights.path))
         stored.keep(folder, kept)
 
 
@@ -260,6 +260,13 @@ def _entries(manifest: Path, pixels: Path, count: int) -> list[Entry]:
             f"'tlpipe run'."
         )
     return entries
+
+
+def _seen(entries: Sequence[Entry], weights: Path | None) -> npt.NDArray[np.bool_] | None:
+    """Return (N,) on which images' files the weights were trained; None where they do not say."""
+    if (known := pretrained.images_of(weights)) is None:
+        return None
+    return np.isin(file_keys(entries), known)
 
 
 def _share(backbone: Backbone, count: int) -> str:

@@ -4,7 +4,9 @@ A file of weights is read as tensors and nothing else: safetensors, or a pickle 
 tensors are taken.
 """
 
+import base64
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from tlpipe import files
@@ -25,7 +29,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 IMAGENET, NONE, REGISTERED = "imagenet", "none", "models:/"
-PRETRAINED_ON = "pretrained_on"  # in the header of a .safetensors file that tlpipe has made
+# In the header of a .safetensors file that tlpipe has made. One key: of several, safetensors writes
+# another order each time.
+_HEADER, _PRETRAINED_ON, _IMAGES = "tlpipe", "pretrained_on", "images"
+_IMAGES_SUFFIX = ".images"
 
 
 class Pretrained(BaseModel):
@@ -204,12 +211,69 @@ def read_tensors(path: Path) -> Mapping[str, "Tensor"]:
 
 def pretrained_on(path: Path | None) -> str:
     """Return what a file of weights says it was trained on; nothing where it does not."""
-    if path is None or path.suffix != ".safetensors":
-        return ""
+    return "" if path is None else _stated(path).get(_PRETRAINED_ON, "")
+
+
+def images_of(path: Path | None) -> npt.NDArray[np.uint64] | None:
+    """Return which files of images weights were trained on, as ``image_key`` names them, sorted.
+
+    None where nothing says it: of weights of others, and of registered ones whose run does not.
+
+    Raises:
+        WeightsError: what says it is damaged.
+    """
+    if path is None:
+        return None
+    beside = path.with_suffix(_IMAGES_SUFFIX)
+    try:
+        if path.parent == registered_file("").parent and beside.is_file():
+            found = beside.read_bytes()
+        elif (stated := _stated(path).get(_IMAGES)) is not None:
+            found = base64.b64decode(stated)
+        else:
+            return None
+        return np.frombuffer(found, ">u8").astype(np.uint64)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def stating(said: str, images: npt.NDArray[np.uint64] | None = None) -> dict[str, str]:
+    """Return the header of weights: what they were trained on, in words, and which images."""
+    stated = {_PRETRAINED_ON: said}
+    if images is not None:
+        stated[_IMAGES] = base64.b64encode(_bytes(images)).decode()
+    return {_HEADER: json.dumps(stated)}
+
+
+def keep_images_of(path: Path, images: npt.NDArray[np.uint64]) -> None:
+    """Write beside a file of weights, whose hash is to stay, which images it was trained on."""
+    files.write_bytes(path.with_suffix(_IMAGES_SUFFIX), _bytes(images))
+
+
+def _bytes(images: npt.NDArray[np.uint64]) -> bytes:
+    return np.unique(images).astype(">u8").tobytes()
+
+
+def _stated(path: Path) -> dict[str, str]:
+    """Return what the header of a file of weights states."""
+    if path.suffix != ".safetensors":
+        return {}
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:
-        return str((file.metadata() or {}).get(PRETRAINED_ON, ""))
+        header = (file.metadata() or {}).get(_HEADER, "{}")
+    try:
+        stated: dict[str, str] = json.loads(header)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    return stated
+
+
+def _damaged(path: Path, error: ValueError) -> WeightsError:
+    return WeightsError(
+        f"what the weights {path} say of the images they were trained on is damaged: {error}. "
+        f"Fetch or make them again."
+    )
 
 
 def registered_file(sha256: str) -> Path:

@@ -731,18 +731,26 @@ def pretrain(
         int | None,
         typer.Option(min=2, max=65_536, help="Images a step. (default: 64, or all if fewer)"),
     ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option(
+            "--flip/--no-flip",
+            help="Whether views are flipped. (default: as in embed.augmentation)",
+        ),
+    ] = None,
     params: ParamsFile = None,
 ) -> None:
     """Train the backbone on images without labels, and say what that is worth for your own."""
     from tlpipe.backbones import embed
+    from tlpipe.data import ingest
     from tlpipe.training import pretrain
 
     where = None if source is None or "://" in source else str(Path(source).expanduser().absolute())
     project = enter(params)
     project.check_code("embed")  # whose activations say what it begins from
-    section = cast(embed.Params, sections(project)["embed"])
-    names = ("manifest", "activations", "pixels", "split")
-    known = {name: Path(graph.PATHS[name]) for name in names}
+    found_sections = sections(project)
+    section = cast(embed.Params, found_sections["embed"])
+    known = {name: Path(graph.PATHS[name]) for name in ("activations", "pixels", "split")}
     folder = Path("artifacts", "pretrain")
     found = pretrain.run(
         **known,
@@ -751,17 +759,20 @@ def pretrain(
         params=section,
         epochs=epochs,
         batch_size=batch_size,
+        flip=flip,
+        follow_links=cast(ingest.Params, found_sections["ingest"]).follow_links,
     )
     print_pretrained(found)
     print(f"see {folder / 'pretrain.png'} and {folder / 'report.json'}")
     if found.is_worth_it:
         kept = f"pretrained-{found.sha256[:8]}.safetensors"
+        has_git = any((path / ".git").exists() for path in (Path.cwd(), *Path.cwd().parents))
+        added = f"  git add {kept}.dvc .gitignore\n" if has_git else ""
         print(
             f"to begin from it:\n"
-            f"  cp {folder / pretrain.WEIGHTS} {kept}\n  dvc add {kept}\n"
-            f"  git add {kept}.dvc .gitignore\n"
-            f"and in params.yaml:\n"
-            f"  embed:\n    weights: {kept}\n    weights_sha256: {found.sha256}"
+            f"  cp {folder / pretrain.WEIGHTS} {kept}\n  dvc add {kept}\n{added}"
+            f"and in the section embed of params.yaml set:\n"
+            f"  weights: {kept}\n  weights_sha256: {found.sha256}"
         )
 
 

@@ -225,8 +225,14 @@ def with_registered_weights(section: "EmbedParams") -> "EmbedParams":
         model = registered(section.weights)
     except ParamsError as error:
         raise ParamsError(f"embed.weights: {error}") from None
-    folder, version = tracking.fetch_model(Path(), model)
-    sha256 = models.keep_weights(folder, section.backbone)
+    folder, split, version = tracking.fetch_model(Path(), model)
+    sha256 = models.keep_weights(folder, section.backbone, split)
+    if split is None:
+        _log.warning(
+            "the run of %s has no %s, which says what images it was trained on: whether those of "
+            "the test split here are among them cannot be told",
+            *(model, tracking.SPLIT),
+        )
     if section.weights_sha256 not in (None, sha256):
         raise WeightsError(
             f"{section.weights} has the sha256 {sha256}; embed.weights_sha256 is "

@@ -103,7 +103,9 @@ def print_pretrained(found: "Pretrained") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("linear probe on", "images", "before", "after", "difference")
+    confidence = f"{found.gains[0].change['confidence']:.0%} interval"
+    headings = (f"{name}\n({confidence})" for name in ("before", "after", "difference"))
+    table = Table("linear probe on", "images", *headings)
     for gain in found.gains:
         change = "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**gain.change)
         row = (gain.of, f"{gain.images:,}", _value(gain.before), _value(gain.after), change)

@@ -237,7 +237,7 @@ def _store(
     value_range = None if params.value_range == "auto" else params.value_range
     resizing = params.model_dump(include={"short_side_px", "interpolation"})
     sampling = Sampling(**resizing, value_range=value_range)
-    decoder, compared = _decoder(params.box_margin), _compared()
+    decoder, compared = decoder_name(params.box_margin), _compared()
     outputs = (manifest, duplicates, pixels, data_report)
     earlier = Earlier(*outputs, sampling=sampling, decoder=decoder, compared=compared)
     is_labelled = any(source.counts)
@@ -478,7 +478,7 @@ def _without_effect(
         yield ("follow_links",), f"{params.source} is no folder of this machine, and has no links"
 
 
-def _decoder(box_margin: float) -> str:
+def decoder_name(box_margin: float) -> str:
     """Name what turns files into pixels: pixels of another decoder are never reused.
 
     The codecs inside of Pillow count too, since a distribution may build it with its own.

@@ -148,11 +148,43 @@ def describe(content: Mapping[str, Any]) -> str:
         if (found := content["splits"].get(split)) and found["images"]
     ]
     if not shares:
-        return NOTHING_SEEN
+        return NOTHING_SEEN + _pretrained(content)
     return (
         f"{' and '.join(shares)} looked at are rotated, mirrored or sheared copies of training "
-        f"images"
+        f"images{_pretrained(content)}"
     )
+
+
+def count_pretrained(
+    seen: npt.NDArray[np.bool_], assignments: Sequence[Assignment]
+) -> dict[str, dict[str, int]]:
+    """Return of each split how many images there are, and how many the weights have seen.
+
+    ``seen``: (N,) whether the file of an image is one of those that the weights were trained on.
+    """
+    splits = np.array([assignment.split for assignment in assignments])
+    return {
+        split: {"images": int((splits == split).sum()), "seen": int(seen[splits == split].sum())}
+        for split in SPLITS
+    }
+
+
+def held_out_pretrained(content: Mapping[str, Any]) -> int:
+    """Return how many validation and test images the weights were pretrained on."""
+    found = content.get("pretrained", {})
+    return sum(counts["seen"] for split, counts in found.items() if split != "train")
+
+
+def _pretrained(content: Mapping[str, Any]) -> str:
+    """Return in words which held-out images the weights were pretrained on; nothing if unknown."""
+    if "pretrained" not in content:
+        return ""
+    said = " and ".join(
+        f"{counts['seen']} of {counts['images']} {split} images"
+        for split, counts in content["pretrained"].items()
+        if split != "train"
+    )
+    return f"; the weights were pretrained on {said}"
 
 
 def found_by_audit(report: Path) -> str:
@@ -171,6 +203,11 @@ def found_by_audit(report: Path) -> str:
 
 def warning(content: Mapping[str, Any]) -> str:
     """Return what copies mean and what to do, from ``Found.content``."""
+    if not content["is_above_clean"]:
+        return (
+            f"accuracy may promise too much: {describe(content)}. Pretrain anew without them, or "
+            f"keep them in train: splits.csv says where each image is."
+        )
     worst = max(content["splits"].values(), key=lambda found: found["share"] or 0)
     example = worst["examples"][0]
     return (

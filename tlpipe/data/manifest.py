@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from tlpipe import files
 from tlpipe.errors import ArtifactError
 from tlpipe.sources import Reject
@@ -94,6 +97,12 @@ def image_key(sha256: str, box: str) -> bytes:
     if not box:
         return binascii.unhexlify(sha256[:16])
     return hashlib.sha256(f"{sha256} {box}".encode()).digest()[:8]
+
+
+def file_keys(rows: Iterable[Entry | Assignment]) -> npt.NDArray[np.uint64]:
+    """Return of which file each image is, (N,): parts of one photo share it."""
+    keys = b"".join(image_key(row.sha256, "") for row in rows)
+    return np.frombuffer(keys, ">u8").astype(np.uint64)
 
 
 def save_manifest(path: Path, entries: Iterable[Entry]) -> None:

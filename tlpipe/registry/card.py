@@ -155,6 +155,8 @@ def _ood(ood: Mapping[str, Any] | None) -> str:
 def _copies(found: Mapping[str, Any]) -> str:
     """Say that training has seen copies of held-out images, where there are more than by chance."""
     if not found["is_above_clean"]:
+        if leaks.held_out_pretrained(found):
+            return f"**The accuracy may promise too much:** {leaks.describe(found)}."
         return ""
     return (
         f"**The accuracy promises too much:** {leaks.describe(found)}, clean sets show "

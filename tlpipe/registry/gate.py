@@ -353,7 +353,10 @@ def _copies(path: Path | None) -> Rule:
     if path is None:
         return Rule("copies", "its run does not say", expected, "cannot tell")
     found = files.read_json(path)
-    return Rule("copies", leaks.describe(found), expected, _holds(not found["is_above_clean"]))
+    if "pretrained" in found:
+        expected += ", and none that the weights were pretrained on"
+    is_clean = not found["is_above_clean"] and not leaks.held_out_pretrained(found)
+    return Rule("copies", leaks.describe(found), expected, _holds(is_clean))
 
 
 def _calibration(error: Mapping[str, float] | None, most: float) -> Rule:

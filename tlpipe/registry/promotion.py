@@ -364,7 +364,7 @@ def rivals(client: "MlflowClient", name: str, candidate: str, most: int) -> list
 
 def rival(client: "MlflowClient", version: "ModelVersion", bundle: Bundle) -> Rival:
     """Return a registered version to compare with, and what trained it, where its run says so."""
-    split = tracking.artifact(client, version.run_id, publishing.SPLIT)
+    split = tracking.artifact(client, version.run_id, tracking.SPLIT)
     return Rival(str(version.version), bundle, _trained(split, bundle))
 
 

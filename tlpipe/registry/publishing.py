@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = "mlflow.note.content"  # what MLflow shows on top of a run
 _MADE_BY = {"mlflow.source.name": "tlpipe register", "mlflow.source.type": "LOCAL"}
 _DIGESTS = "sha256.json"  # of every artifact, by its path
-SPLIT, SPLIT_REPORT = "data/split.csv", "data/split.json"
+SPLIT_REPORT = "data/split.json"
 LEAKS = "data/leaks.json"
 REPORT, SPEED = "report.json", "speed.json"
 EXPLAINED = "explain"  # where 'tlpipe explain' puts what it writes
@@ -116,7 +116,7 @@ _PLACES = {
     "shortcuts": "data/shortcuts.json",
     "data_plots": "data/plots",
     "manifest": "data/manifest.csv",
-    "split": SPLIT,
+    "split": tracking.SPLIT,
 }
 
 

@@ -211,7 +211,7 @@ def _split_of(
     """
     table, report = (
         tracking.artifact(client, version.run_id, place)
-        for place in (publishing.SPLIT, publishing.SPLIT_REPORT)
+        for place in (tracking.SPLIT, publishing.SPLIT_REPORT)
     )
     if table is None or report is None:
         _log.info("the run keeps no split table: images are placed as the commit places them")
@@ -219,7 +219,7 @@ def _split_of(
     made_with = known.provenance.get("split_sha256") if known else None
     if made_with not in (None, found := files.sha256(table)):
         raise ArtifactError(
-            f"{publishing.SPLIT} of the run of {version.name} version {version.version} has the "
+            f"{tracking.SPLIT} of the run of {version.name} version {version.version} has the "
             f"sha256 {found}; the bundle was made with {made_with}. Somebody changed it: put it "
             f"back, or register the version anew."
         )

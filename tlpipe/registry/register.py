@@ -152,6 +152,7 @@ def run(
             "copies": {
                 "found": leaks.describe(copies),
                 "is_above_clean": copies["is_above_clean"],
+                "pretrained": leaks.held_out_pretrained(copies),
             },
             "shortcuts": shortcuts.describe(told),
             "label_issues": files.count_rows(content.label_issues),
@@ -319,9 +320,11 @@ def _validation(found: dict[str, Any]) -> str:
 
 
 def _copies(found: dict[str, Any]) -> str:
-    if found["found"] == leaks.NOTHING_SEEN:
-        return leaks.NOTHING_SEEN
+    if found["found"].startswith(leaks.NOTHING_SEEN):
+        return str(found["found"])
     verdict = "more than clean sets show" if found["is_above_clean"] else "as in clean sets"
+    if found.get("pretrained"):
+        verdict += ", but pretrained on"
     return f"{verdict}: {found['found']}"
 
 

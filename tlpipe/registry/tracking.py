@@ -46,7 +46,7 @@ _ACCOUNT = tuple(
     )
 )
 _TRAINING = {"tlpipe.kind": "training"}
-BUNDLE_FOLDER, MODEL_FOLDER = "bundle", "trained"
+BUNDLE_FOLDER, MODEL_FOLDER, SPLIT = "bundle", "trained", "data/split.csv"
 ENSEMBLE = "ensemble.json"  # in the second one, where members answer instead of one network
 _BATCH = 1000  # metrics that MLflow takes at once
 _PATIENCE = 10  # times as long as a server took to fail, it is not asked again
@@ -552,8 +552,10 @@ def fetch_bundle(workspace: Path, model: Registered) -> Fetched:
         return fetch(client, model.name, model.which)
 
 
-def fetch_model(workspace: Path, model: Registered) -> tuple[Path, str]:
-    """Fetch what ``train`` wrote of a registered version; return it and the version's number.
+def fetch_model(workspace: Path, model: Registered) -> tuple[Path, Path | None, str]:
+    """Fetch what ``train`` wrote of a registered version; return it, and the version's number.
+
+    Between them its split table, which says what it was trained on; None where the run has none.
 
     Raises:
         RegistryError: there is no such version, or it was registered without.
@@ -561,6 +563,7 @@ def fetch_model(workspace: Path, model: Registered) -> tuple[Path, str]:
     with connection(workspace) as client:
         version = find_version(client, model.name, model.which)
         folder = artifact(client, version.run_id, MODEL_FOLDER)
+        split = artifact(client, version.run_id, SPLIT)
     if folder is not None and (folder / ENSEMBLE).exists():
         raise RegistryError(
             f"{model} is an ensemble, and embed.weights takes one network; expected a version that "
@@ -571,7 +574,7 @@ def fetch_model(workspace: Path, model: Registered) -> tuple[Path, str]:
             f"{model} has no {MODEL_FOLDER} folder among the artifacts of its run: it was not "
             f"registered by tlpipe. Name another version in embed.weights."
         )
-    return folder, str(version.version)
+    return folder, split, str(version.version)
 
 
 @contextmanager

@@ -141,10 +141,11 @@ def opened(
 
 
 @contextmanager
-def unlabelled(address: str) -> Iterator[tuple[Storage, list[str]]]:
+def unlabelled(address: str, *, follow_links: bool = False) -> Iterator[tuple[Storage, list[str]]]:
     """Open a source whose labels count for nothing; yield it and the names of its images.
 
-    Any folder of images will do, also one without folders in it.
+    Any folder of images will do, also one without folders in it. ``follow_links``: whether links
+    may lead outside of it.
 
     Raises:
         DataError: the source is missing, or holds no file with an ending of images.
@@ -156,7 +157,7 @@ def unlabelled(address: str) -> Iterator[tuple[Storage, list[str]]]:
             storage, candidates = builtin.load(Path(address))
             names = {candidate.file for candidate in candidates}
         else:
-            storage = _open_storage(address)
+            storage = _open_storage(address, follow_links=follow_links)
             names = {name for name in storage.names() if is_image(name)}
         stack.enter_context(closing(storage))
         if not names:

@@ -68,7 +68,8 @@ def run(
     entries = list(load_manifest(manifest))
     images = packed.load(pixels)
     squares = images.array
-    features = stored.load(activations).features
+    embedded = stored.load(activations)
+    features = embedded.features
     assignments = load_split(split)
     if not len(entries) == len(squares) == len(features) == len(assignments):
         raise ArtifactError(
@@ -93,6 +94,8 @@ def run(
     )
     copies = leaks.find(images.thumbnails, assignments)
     content = copies.content(assignments)
+    if embedded.seen is not None:
+        content["pretrained"] = leaks.count_pretrained(embedded.seen, assignments)
     files.write_json(leaks_report, content)
     told = told_by_files.find(entries)
     files.write_json(shortcuts, {"told": told, "activations": stored.digest(activations)})
@@ -107,7 +110,7 @@ def run(
         _draw_copies(folder / "copies.png", assignments, squares, copies)
         _draw_sheets(folder, entries, squares, params.sheet_images)
     _log.info("%s label issues in %s labels: %s", len(found), len(entries), label_issues)
-    if content["is_above_clean"]:
+    if content["is_above_clean"] or leaks.held_out_pretrained(content):
         _log.warning("%s See %s and %s.", leaks.warning(content), leaks_report, data_plots)
     else:
         _log.info("%s", leaks.describe(content))

@@ -2,7 +2,8 @@
 
 A checkpoint is ``NUMBER.safetensors`` and then ``NUMBER.json``, whose presence says that
 it is complete; both are written atomically and verified by sha256, and the last two are kept.
-Numbers count up; no clock is asked. What a checkpoint belongs to is named by a digest.
+What they belong to is named by a digest, and each training has a folder ``NUMBER-DIGEST`` of its
+own, so that another one, begun meanwhile, takes nothing away. Numbers count up; no clock is asked.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _KEPT = 2
+_TRAININGS = 4  # unfinished ones whose checkpoints are kept
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,18 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one training in a folder."""
+    """The checkpoints of one training, beside those of others."""
 
     def __init__(self, folder: Path, digest: str) -> None:
-        """Take the folder, and the digest of all that the training depends on."""
-        self._folder, self._digest = folder, digest
+        """Take the folder of all, and the digest of all that the training depends on."""
+        self._all, self._digest = folder, digest
+        begun = self._begun()
+        last = int(begun[-1].name.partition("-")[0]) if begun else 0
+        own = [path for path in begun if path.name.endswith(f"-{digest[:16]}")]
+        self._folder = own[-1] if own else folder / f"{last + 1:06d}-{digest[:16]}"
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write one more, and take away all but the last two.
+        """Write one more, and take away all but the last two; of other trainings, the first begun.
 
         Raises:
             TrainingError: there is no room; those before it stay.
@@ -74,20 +80,26 @@ class Checkpoints:
         for old in numbers[_KEPT - 1 :]:
             for suffix in (".json", ".safetensors"):
                 (self._folder / f"{old:06d}{suffix}").unlink(missing_ok=True)
+        others = [path for path in self._begun() if path != self._folder]
+        for training in others[: 1 - _TRAININGS]:
+            _log.warning(
+                "the checkpoints in %s are taken away: %s other unfinished trainings were begun "
+                "since",
+                *(training, _TRAININGS - 1),
+            )
+            shutil.rmtree(training, ignore_errors=True)
 
     def newest(self) -> Checkpoint | None:
         """Return the newest one that is intact and belongs to this training, or none.
 
         What is damaged, or of another training, is said and left aside.
         """
-        foreign = False
         for number in self._numbers():
             path = self._folder / f"{number:06d}.json"
             try:
                 index = json.loads(path.read_bytes())
                 if index["digest"] != self._digest:
-                    foreign = True
-                    continue
+                    raise ValueError("it is of another training")
                 content = path.with_suffix(".safetensors").read_bytes()
                 return self._checked(index, content)
             except FileNotFoundError:
@@ -101,18 +113,23 @@ class Checkpoints:
                 _log.warning(
                     "the checkpoint %s is damaged (%s); looking at the one before", path, error
                 )
-        if foreign:
+        if any(path != self._folder for path in self._begun()):
             _log.warning(
                 "the checkpoints in %s are of other data, parameters, threads or code; "
-                "starting from the beginning",
-                self._folder,
+                "starting from the beginning, and leaving them",
+                self._all,
             )
-            self.clear()
         return None
 
     def clear(self) -> None:
-        """Take all of them away."""
+        """Take those of this training away."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # others lie there, or nothing was written
+            self._all.rmdir()
+
+    def _begun(self) -> list[Path]:
+        """Return the folders of all trainings, the first begun first."""
+        return sorted(self._all.glob("[0-9]*-*"), key=lambda path: int(path.name.partition("-")[0]))
 
     def _numbers(self) -> list[int]:
         """Return the numbers of those that were completed, the newest first."""

@@ -251,29 +251,18 @@ class Classifier(nn.Module):
         Pattern Recognition 80, algorithm 1.
         """
         self.uses_batch_stats = True
-        layers = self.batch_norms
-        momenta = [layer.momentum for layer in layers]
-        before = [_log_variance(layer) for layer in layers]
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # a plain average over all batches
-            layer.train()
-        with torch.no_grad():
-            for batch in inputs:
-                self.stages(batch)
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-            layer.eval()
+        before = [_log_variance(layer) for layer in self.batch_norms]
+        estimate_statistics(self.stages, inputs)
         shifts = [
             float((_log_variance(layer) - old).abs().mean() / 2)
-            for layer, old in zip(layers, before, strict=True)
+            for layer, old in zip(self.batch_norms, before, strict=True)
         ]
         return sum(shifts) / len(shifts)
 
     @property
     def batch_norms(self) -> list[_BatchNorm]:
         """The layers that normalise by statistics of images."""
-        return [module for module in self.modules() if isinstance(module, _BatchNorm)]
+        return batch_norms(self)
 
     def open_last(self, count: int) -> None:
         """Train the head and the last ``count`` stages; others keep weights and statistics."""
@@ -303,6 +292,27 @@ class Classifier(nn.Module):
         (weight, bias), *others = layers
         first = standard.fold(linear_probe.Head(weight.astype(np.float64), bias.astype(np.float64)))
         return ((first.weight.astype(np.float32), first.bias.astype(np.float32)), *others)
+
+
+def batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    """Return the layers that normalise by statistics of images."""
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
+def estimate_statistics(network: nn.Module, inputs: Iterable[Tensor]) -> None:
+    """Estimate the statistics of all BatchNorm layers anew, as plain averages over all batches."""
+    layers = batch_norms(network)
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+        layer.train()
+    with torch.no_grad():
+        for batch in inputs:
+            network(batch)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+        layer.eval()
 
 
 def _log_variance(layer: _BatchNorm) -> Tensor:

@@ -11,7 +11,7 @@ weights in the user's cache.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,8 +23,14 @@ from tlpipe import held_out as held_outs
 from tlpipe.backbones import activations as stored
 from tlpipe.backbones.activations import Origin
 from tlpipe.backbones.backbone import Backbone, describe, load_network
-from tlpipe.backbones.weights import PRETRAINED_ON, registered_file
-from tlpipe.data.manifest import load_split, rows_of
+from tlpipe.backbones.weights import (
+    REGISTERED,
+    images_of,
+    keep_images_of,
+    registered_file,
+    stating,
+)
+from tlpipe.data.manifest import file_keys, load_split, rows_of
 from tlpipe.errors import ArtifactError, WeightsError
 from tlpipe.held_out import HeldOut
 
@@ -284,18 +290,37 @@ def own_names(staged: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     return {name: tensors[name].contiguous() for name in sorted(tensors)}
 
 
+def with_earlier(origin: Origin, images: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Add the images that the weights it was trained from say they were trained on.
+
+    Raises:
+        WeightsError: those weights are not here.
+    """
+    weights = describe(origin.backbone).find_weights(origin.weights, origin.weights_sha256)
+    earlier = images_of(weights.path)
+    return images if earlier is None else np.union1d(images, earlier)
+
+
+def began_from(origin: Origin) -> str:
+    """Return in words which weights were begun from, and what these were trained on before."""
+    is_registered = origin.weights.startswith(REGISTERED)
+    began = origin.weights if is_registered else PurePath(origin.weights).name
+    return f"{began} ({origin.pretrained_on})" if origin.pretrained_on else began
+
+
 def _trained_on(card: Card) -> str:
     """Return in a few words what a model was trained on, and from which weights."""
     shown = ", ".join(card.labels[:_SHOWN]) + ", ..." * (len(card.labels) > _SHOWN)
     data = (card.origin.data_version or card.origin.data_sha256)[:10]
-    return f"{len(card.labels)} classes ({shown}), data {data}, from {card.origin.weights}"
+    return f"{len(card.labels)} classes ({shown}), data {data}, from {began_from(card.origin)}"
 
 
-def keep_weights(folder: Path, backbone: str) -> str:
+def keep_weights(folder: Path, backbone: str, split: Path | None) -> str:
     """Put the network of a trained model into the user's cache; return the hash of its file.
 
     What was frozen in it comes from its own pretrained weights; its head is left out. The file says
-    what it was trained on.
+    what it was trained on; beside it stands on which images, those of its own weights among them.
+    ``split``: the table of the model, None where nobody has it.
 
     Raises:
         ArtifactError: the model is incomplete.
@@ -312,8 +337,11 @@ def keep_weights(folder: Path, backbone: str) -> str:
             f"the registered model is built on {origin.backbone}; expected {backbone}. Change "
             f"embed.backbone or embed.weights in params.yaml."
         )
-    content = save(network_tensors(model), {PRETRAINED_ON: _trained_on(model.card)})
+    content = save(network_tensors(model), stating(_trained_on(model.card)))
     digest = hashlib.sha256(content).hexdigest()
     with files.writing_cache(registered_file(digest).parent):
         files.write_bytes(registered_file(digest), content)
+        if split is not None:
+            rows = [row for row in load_split(split) if row.split == "train"]
+            keep_images_of(registered_file(digest), with_earlier(origin, file_keys(rows)))
     return digest

@@ -124,7 +124,7 @@ class Training:
         self.feed, self.recipe, self.device = feed, recipe, device
         self.checkpoints, self.state = checkpoints, State()
         self.images = Examples(rows, np.zeros_like(rows))
-        self.steps = -(-len(rows) // recipe.batch_size)  # of an epoch
+        self.steps = len(self._order())  # of an epoch
         with torch.inference_mode():
             width = network.eval()(feed.plain(rows[:1])).shape[1]
         with torch.random.fork_rng(devices=()):
@@ -161,13 +161,13 @@ class Training:
             _log.info("resumed from the checkpoint at %s", self._place())
         state, recipe = self.state, self.recipe
         first, last = state.step, recipe.epochs * self.steps
-        saved, order = time.monotonic(), self._order()
+        saved, order = time.monotonic(), self._order(first // self.steps)
         total, done = recipe.epochs * len(self.images), first * len(self.images) // self.steps
         with meter("images, in two views", total=total, done=done) as shown:
             for step in range(first, last):
                 epoch, number = divmod(step, self.steps)
                 if number == 0:
-                    order = self._order()
+                    order = self._order(epoch)
                 self._take_step(order[number])
                 state.step = step + 1
                 if number + 1 == self.steps:
@@ -188,12 +188,16 @@ class Training:
         epoch, number = divmod(self.state.step, self.steps)
         return f"epoch {epoch + 1} of {self.recipe.epochs}, step {number + 1} of {self.steps}"
 
-    def _order(self) -> list[npt.NDArray[np.int64]]:
-        """Return the places of the images of each step of the current epoch."""
-        epoch, seed = self.state.step // self.steps, self.recipe.seed
-        return batches(
-            self.images, size=self.recipe.batch_size, seed=seed, epoch=epoch, weights=None
-        )
+    def _order(self, epoch: int = 0) -> list[npt.NDArray[np.int64]]:
+        """Return the places of the images of each step of an epoch.
+
+        One image alone has none to be told from: it goes with the batch before.
+        """
+        seed, size = self.recipe.seed, self.recipe.batch_size
+        found = batches(self.images, size=size, seed=seed, epoch=epoch, weights=None)
+        if len(found) > 1 and len(found[-1]) < 2:
+            found[-2:] = [np.concatenate(found[-2:])]
+        return found
 
     def _take_step(self, places: npt.NDArray[np.int64]) -> None:
         recipe, state = self.recipe, self.state

@@ -1,9 +1,9 @@
 """Stage ``train``: fit a linear probe on the features; where more is open, fine-tune from there."""
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from tlpipe.training import linear_probe
 from tlpipe.training import model as models
 from tlpipe.training.model import Dataset, Step
 from tlpipe.training.recipe import Recipe, class_weights
+
+if TYPE_CHECKING:
+    from tlpipe.training.checkpoint import Checkpoints
 
 _log = logging.getLogger(__name__)
 HISTORY = ("step", "train_loss", "validation_loss", "validation_accuracy", "l2")
@@ -71,7 +74,7 @@ def run(
         _learn(data, pixels, model.parent / _CHECKPOINTS, params, lambda _: None)
         return
     with files.locked(model.parent / _LOCK, "a training"):
-        learned = _learn(data, pixels, model.parent / _CHECKPOINTS, params, record)
+        learned, checkpoints = _learn(data, pixels, model.parent / _CHECKPOINTS, params, record)
         card = _card(data, learned)
         models.save(model, models.Model(card, learned.stages, learned.head), learned.held_out)
         _save_history(history, learned.steps, first=learned.first)
@@ -79,7 +82,8 @@ def run(
             names = ("validation_accuracy", "validation_loss", "epoch", "l2")
             known = {name: getattr(card, name) for name in names}
             files.write_json(train_metrics, {"images": len(data.train), **known})
-        shutil.rmtree(model.parent / _CHECKPOINTS, ignore_errors=True)
+        if checkpoints is not None:
+            checkpoints.clear()
     if data.open_stages and learned.epoch == 0:
         _log.warning(
             "no epoch of fine-tuning was better on validation than the linear probe it starts "
@@ -204,7 +208,7 @@ def _learn(
     checkpoints: Path,
     params: Params,
     record: Callable[[Sequence[Step]], None],
-) -> models.Learned:
+) -> "tuple[models.Learned, Checkpoints | None]":
     if data.open_stages or params.hidden:
         from tlpipe.training import tuning
 
@@ -221,7 +225,7 @@ def _learn(
         kept = Step(found.best.step.train_loss, measured, found.best.l2)
     else:
         found = linear_probe.fit(read, data, data.labelled, params)
-    return models.Learned(
+    learned = models.Learned(
         stages={},
         head=(found.raw(found.head),),
         l2=found.best.l2,
@@ -231,6 +235,7 @@ def _learn(
         kept=kept or found.best.step,
         held_out=held_out or found.held_out(data.labelled),
     )
+    return learned, None
 
 
 def _card(data: Dataset, learned: models.Learned) -> models.Card:

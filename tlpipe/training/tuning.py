@@ -73,10 +73,11 @@ def tune(
     checkpoints: Path,
     recipe: Recipe,
     record: Callable[[Sequence[Step]], None],
-) -> Learned:
+) -> tuple[Learned, Checkpoints]:
     """Solve the head where it is linear, then train all that is open from there.
 
-    ``record`` is given the start and every epoch so far, after each.
+    ``record`` is given the start and every epoch so far, after each. Returns: what was learned, and
+    the checkpoints, to be cleared once it is saved.
 
     Raises:
         Interrupted: somebody asked to stop; the next call resumes from there.
@@ -94,7 +95,7 @@ def tune(
         epochs = trainer.fine_tune(task, recipe, kept, record)
         best = trainer.best_of(epochs, recipe)
         tensors = task.classifier.stages.state_dict()
-        return Learned(
+        learned = Learned(
             stages={name: tensor.cpu().numpy() for name, tensor in tensors.items()},
             head=task.classifier.folded_head(),
             l2=l2,
@@ -104,6 +105,7 @@ def tune(
             kept=epochs[best],
             held_out=_held_out(task),
         )
+        return learned, kept
 
 
 def less_memory(recipe: Recipe) -> str:
