@@ -71,14 +71,16 @@ def test_a_budget_that_is_over_begins_nothing_more(project: Workspace) -> None:
     assert content.count('"seconds": ') == 1
     path.write_text(json.dumps(json.loads(content) | {"seconds": 1e6}))
     result = project.run("tlpipe", "sweep", "--freeze", "all", "--images", "8,12", "--budget", "1h")
-    assert "1 are left; the same command goes on" in result.stdout
+    assert "1 are left; some of them need --budget" in result.stdout
     assert "left: it would take some" in result.stderr
     assert len(records(project)) == 1
 
 
 def test_a_cell_is_stopped_where_the_budget_ends(project: Workspace) -> None:
     long = ("--freeze", "none", "--images", "8,12", "--set", "train.epochs=100000")
-    result = project.call("sweep", "--budget", "90s", *long, code=6)
+    result = project.call("sweep", "--budget", "150s", *long, code=6)
+    assert "stopped: the time was up" in result.stderr  # one was at work
+    assert list((project.path / cells.FOLDER / "stopped").glob("*.json"))
     assert "nothing of the sweep came to an end" in result.stderr
     assert (len(records(project)), project.run("dvc", "exp", "list").stdout) == (0, "")
     assert not list((project.path / "artifacts/sweep").glob("work/*"))
