@@ -168,6 +168,7 @@ def test_the_limit_of_params_yaml_is_no_limit_of_a_sweep(here: Workspace) -> Non
     assert [entry.id for entry in entries(whole)] == [entries(before)[1].id]
 
 
+@pytest.mark.fault("O08")
 def test_data_that_change_meanwhile_are_not_recorded(
     here: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

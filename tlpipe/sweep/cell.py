@@ -1,6 +1,7 @@
 """One cell of a sweep: split, embed, train and measure; then its experiment, record and run."""
 
 import fcntl
+import importlib
 import logging
 import os
 import shutil
@@ -109,6 +110,9 @@ def compute(plan: Mapping[str, Any], cell: Entry, live: Live | None = None) -> d
         found = cell.sections(models())
         places = {name: work / Path(graph.PATHS[name]).name for name in (*_OF_SPLIT, *_OF_TRAIN)}
         places |= _ingested(plan, cell, found) | _frozen(plan, cell, found)
+        importlib.import_module("dvc.repo")  # once for each worker, as what imports torch
+        if "fit_on" not in cell.content["train"]:
+            importlib.import_module("tlpipe.training.tuning")
         once, began = time.monotonic() - began, time.monotonic()
         record = _trained(cell, found, places, live)
         state.check_unchanged(Path(), plan)

@@ -14,7 +14,7 @@ from tlpipe.cells import FOLDER
 from tlpipe.errors import ChangedError, Interrupted, ParamsError, TlpipeError
 from tlpipe.project import models
 from tlpipe.registry import sweeps
-from tlpipe.sweep import grid, state
+from tlpipe.sweep import experiments, grid, state
 from tlpipe.sweep.state import Entry
 from tlpipe.training.model import Step
 
@@ -206,7 +206,8 @@ def _trial(plan: Mapping[str, Any], found: "Study") -> tuple[str, str]:
         if trial.should_prune():
             raise optuna.TrialPruned
 
-    known = state.load(Path(), entry.id)
+    experiments.renew(Path(), [entry], plan["baseline"], plan["tree"])
+    known = state.load(Path(), entry.id)  # of another search
     try:
         record = known or work.compute(plan, entry, live)
     except optuna.TrialPruned:
