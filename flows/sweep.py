@@ -29,7 +29,6 @@ if __name__ != "__main__" and sys.path[:2] == [str(_flows), str(_flows.parent)]:
     del sys.path[:2]
 
 from tlpipe import cells
-from tlpipe.runtime import usable_cores
 
 if __name__ == "__main__" and cells.plan(Path())["address"] is None:
     # Whoever reaches Ray's ports runs code: on this machine alone (Ray itself would make 127.0.0.1
@@ -118,10 +117,10 @@ def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
     return states
 
 
-def runner(address: str | None, threads: int) -> Any:
+def runner(address: str | None, cores: int) -> Any:
     """Return what runs tasks: on Ray at an address, or on one of this process's own.
 
-    ``threads``: that a cell computes with.
+    ``cores``: that this machine has for cells.
     """
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
@@ -129,7 +128,7 @@ def runner(address: str | None, threads: int) -> Any:
     local = {
         "address": "local",  # or Ray would join one that runs here already
         "include_dashboard": False,
-        "num_cpus": max(threads, usable_cores()),
+        "num_cpus": cores,
         "object_store_memory": _BYTES,
     }
     return RayTaskRunner(init_kwargs=quiet | local)
@@ -154,7 +153,7 @@ if __name__ == "__main__":
     folder = Path().resolve()
     plan = cells.plan(folder)
     os.chdir(sys.prefix)  # Ray lets its workers import from the current folder
-    chosen = sweep.with_options(task_runner=runner(plan["address"], plan["threads"]))
+    chosen = sweep.with_options(task_runner=runner(plan["address"], plan["cores"]))
     with one_server(is_local=plan["address"] is None):
         end = chosen(str(folder), plan["deadline"], return_state=True)
     if not end.is_completed():

@@ -9,7 +9,6 @@
     |   `-- ImageError          one image, with a reason code
     |-- WeightsError        5   pretrained weights: absent, altered, unsafe, of another network
     |-- ArtifactError       6   a stage's file: missing, incomplete, altered, of another run
-    |   `-- ChangedError        what a sweep reads changes while it is at work
     |-- ParityError         7   the exported graph differs from the trained model
     |-- RegistryError       8   MLflow: nothing there, content that differs
     |   `-- UnreachableError    it does not answer, or not as expected
@@ -71,10 +70,6 @@ class ArtifactError(TlpipeError):
     """A file that a stage wrote is missing, incomplete, altered or of another run."""
 
     exit_code = 6
-
-
-class ChangedError(ArtifactError):
-    """What a sweep reads is not what it was when the sweep began: nothing is said of its cells."""
 
 
 class ParityError(TlpipeError):

@@ -16,7 +16,7 @@ from tlpipe.backbones import activations as stored
 from tlpipe.backbones import embed
 from tlpipe.cells import FOLDER
 from tlpipe.data import ingest, split
-from tlpipe.errors import ArtifactError, ChangedError, TlpipeError
+from tlpipe.errors import ArtifactError, DataError, TlpipeError
 from tlpipe.params import Section
 from tlpipe.progress import duration
 from tlpipe.project import models
@@ -99,7 +99,7 @@ def compute(plan: Mapping[str, Any], cell: Entry, live: Live | None = None) -> d
     ``live``: is given the epochs so far; without it, the test images are measured, too.
 
     Raises:
-        ChangedError: the data are not those that the cell is named by.
+        ArtifactError: the data are not those that the cell is named by.
         TlpipeError: a stage fails.
     """
     work = _WORK / cell.id
@@ -223,7 +223,7 @@ def _ingested(
     """Return where images lie as another backbone wants them; nothing where it wants the same.
 
     Raises:
-        ChangedError: the source has other images than the project has read.
+        DataError: the source has other images than the project has read.
     """
     if not cell.ingested:
         return {}
@@ -236,7 +236,7 @@ def _ingested(
             version = versioning.data_version(Path())
             own = Path(graph.PATHS["pixels"], "index.json")
             if version != files.read_json(own)["data_version"]:
-                raise ChangedError(
+                raise DataError(
                     "the source has other images than the project has read, which the sweep is "
                     "named by; expected the same. Give the same command again."
                 )

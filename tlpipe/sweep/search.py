@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlpipe import params
 from tlpipe.cells import FOLDER
-from tlpipe.errors import ChangedError, Interrupted, ParamsError, TlpipeError
+from tlpipe.errors import DataError, Interrupted, ParamsError, TlpipeError
 from tlpipe.project import models
 from tlpipe.registry import sweeps
 from tlpipe.sweep import experiments, grid, state
@@ -214,9 +214,10 @@ def _trial(plan: Mapping[str, Any], found: "Study") -> tuple[str, str]:
         found.tell(trial, state=optuna.trial.TrialState.PRUNED)
         sweeps.record(Path(), plan["run"], [_of_pruned(entry, trial)])
         return "Pruned", _said(found.trials[trial.number])
-    except (Interrupted, ChangedError):  # it says nothing of this trial
+    except (Interrupted, DataError):  # it says nothing of this trial
         raise
     except TlpipeError as error:  # such as a loss that is no number: others may do better
+        state.check_unchanged(Path(), plan)
         said = " ".join(str(error).split())
         trial.set_user_attr(_FAILED, said)
         found.tell(trial, state=optuna.trial.TrialState.FAIL)

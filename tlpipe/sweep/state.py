@@ -18,7 +18,7 @@ import yaml
 from tlpipe import cells, code_digest, files, graph, params
 from tlpipe.backbones import embed
 from tlpipe.cells import FOLDER, PLAN
-from tlpipe.errors import ArtifactError, ChangedError
+from tlpipe.errors import ArtifactError
 from tlpipe.params import Section
 from tlpipe.project import code
 from tlpipe.runtime import usable_cores
@@ -139,11 +139,11 @@ def check_unchanged(root: Path, plan: Mapping[str, Any]) -> None:
     """Check that all that cells read is what it was when the plan named them.
 
     Raises:
-        ChangedError: it is not.
+        ArtifactError: it is not.
     """
     now = seen(root)
     if changed := [name for name, found in plan["seen"].items() if now[name] != found]:
-        raise ChangedError(
+        raise ArtifactError(
             f"{', '.join(changed)} changed while the sweep was at work; expected the images and "
             f"the split that its cells are named by. Give the same command again when what "
             f"changes them has ended."

@@ -17,6 +17,7 @@ from tlpipe.errors import ArtifactError, ParamsError
 from tlpipe.params import Section
 from tlpipe.project import models
 from tlpipe.registry import sweeps
+from tlpipe.runtime import usable_cores
 from tlpipe.sweep import cell as work
 from tlpipe.sweep import experiments, grid, report, state
 from tlpipe.sweep import search as searches
@@ -157,6 +158,7 @@ def plan(
         "tree": tree,
         "train_images": available,
         "threads": threads,
+        "cores": max(threads, usable_cores()),
         "seen": seen,
         "deadline": deadline,
         "budget": budget,
