@@ -243,7 +243,7 @@ def test_what_a_budget_has_stopped_comes_last_and_says_what_it_needs(
         raise TimeoutError
 
     with monkeypatch.context() as patch:
-        patch.setattr(cell.train, "run", stop)
+        patch.setattr("tlpipe.training.train.run", stop)
         with pytest.raises(TimeoutError):
             cells.work(Path.cwd(), 0, None)
     stopped = files.read_json(cells.stopped(Path(), entries(made)[0].id))["seconds"]
