@@ -6,6 +6,7 @@ project under the same path, and the same packages.
 """
 
 # ruff: noqa: E402
+import math
 import os
 import secrets
 import sys
@@ -47,6 +48,7 @@ from prefect_ray.context import remote_options
 from prefect_ray.task_runners import PrefectRayFuture
 
 _QUIET_S = 30.0  # after which something is said of a cell that is at work
+_GRACE_S = 20.0  # after the deadline, for a task to end by itself
 _LEAST_S = 1.0  # of a task: none at all would be no limit
 _BYTES = 80_000_000  # the least that Ray takes for objects; a cell gives a line of text
 
@@ -74,7 +76,7 @@ def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
     # Each trial learns from those before.
     most = 1 if plan["search"] else max(int(sum(count // each for count in machines)), 1)
     waiting = list(plan["todo"])
-    at_work: dict[Any, tuple[int, PrefectRayFuture[Any]]] = {}
+    at_work: dict[Any, tuple[int, PrefectRayFuture[Any], float]] = {}
     states: list[State[None]] = []
     said, began = "", time.time()
     while waiting or at_work:
@@ -83,14 +85,23 @@ def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
             number = waiting.pop(0)
             seconds = None if deadline is None else max(deadline - time.time(), _LEAST_S)
             named = work.with_options(name=cells.title(plan, number), timeout_seconds=seconds)
-            with remote_options(num_cpus=each):
+            with remote_options(num_cpus=each, max_retries=0):
                 future = cast(PrefectRayFuture[Any], named.submit(workspace, number, deadline))
-            at_work[future.wrapped_future] = number, future
-        ended, _ = ray.wait(list(at_work), timeout=_QUIET_S)
-        for reference in ended:
-            number, future = at_work.pop(reference)
-            future.wait()
-            state = future.state
+            at_work[future.wrapped_future] = number, future, time.time()
+        end = math.inf if deadline is None else deadline + _GRACE_S
+        patience = min(_QUIET_S, max(end - time.time(), 0.0))
+        ended, others = ray.wait(list(at_work), num_returns=1, timeout=patience)
+        is_over = time.time() >= end
+        for reference in [*ended, *(others if is_over else ())]:
+            number, future, since = at_work.pop(reference)
+            if reference in ended:
+                future.wait()
+                state = future.state
+            else:  # it does not return
+                ray.cancel(reference, force=True)
+                if plan["search"] is None:
+                    cells.note_stopped(root, plan["cells"][number]["id"], time.time() - since)
+                state = Completed(name="TimedOut")
             if state.name == "TimedOut":
                 state = Completed(name="Stopped", message="the time was up")
             states.append(state)
@@ -106,10 +117,10 @@ def sweep(workspace: str, deadline: float | None = None) -> list[State[None]]:
     return states
 
 
-def runner(address: str | None, threads: int) -> Any:
+def runner(address: str | None, cores: int) -> Any:
     """Return what runs tasks: on Ray at an address, or on one of this process's own.
 
-    ``threads``: that a cell computes with.
+    ``cores``: that this machine has for cells.
     """
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
@@ -117,7 +128,7 @@ def runner(address: str | None, threads: int) -> Any:
     local = {
         "address": "local",  # or Ray would join one that runs here already
         "include_dashboard": False,
-        "num_cpus": max(threads, len(os.sched_getaffinity(0))),
+        "num_cpus": cores,
         "object_store_memory": _BYTES,
     }
     return RayTaskRunner(init_kwargs=quiet | local)
@@ -142,7 +153,7 @@ if __name__ == "__main__":
     folder = Path().resolve()
     plan = cells.plan(folder)
     os.chdir(sys.prefix)  # Ray lets its workers import from the current folder
-    chosen = sweep.with_options(task_runner=runner(plan["address"], plan["threads"]))
+    chosen = sweep.with_options(task_runner=runner(plan["address"], plan["cores"]))
     with one_server(is_local=plan["address"] is None):
         end = chosen(str(folder), plan["deadline"], return_state=True)
     if not end.is_completed():

@@ -71,6 +71,16 @@ def work(workspace: Path, number: int, deadline: float | None) -> Outcome:
     return Outcome(name, f"{said}; {time.monotonic() - began:.2f} s")
 
 
+def stopped(workspace: Path, cell: str) -> Path:
+    """Return where it is written how long a cell has worked which a budget stopped."""
+    return workspace / FOLDER / "stopped" / f"{cell}.json"
+
+
+def note_stopped(workspace: Path, cell: str, seconds: float) -> None:
+    """Write how long a cell had worked when it was stopped: it takes longer than that."""
+    files.write_json(stopped(workspace, cell), {"seconds": seconds})
+
+
 def last_said(workspace: Path, since: float) -> str:
     """Return the last line that a cell at work has written; nothing where there is none.
 

@@ -71,14 +71,16 @@ def test_a_budget_that_is_over_begins_nothing_more(project: Workspace) -> None:
     assert content.count('"seconds": ') == 1
     path.write_text(json.dumps(json.loads(content) | {"seconds": 1e6}))
     result = project.run("tlpipe", "sweep", "--freeze", "all", "--images", "8,12", "--budget", "1h")
-    assert "1 are left; the same command goes on" in result.stdout
+    assert "1 are left; some of them need --budget" in result.stdout
     assert "left: it would take some" in result.stderr
     assert len(records(project)) == 1
 
 
 def test_a_cell_is_stopped_where_the_budget_ends(project: Workspace) -> None:
     long = ("--freeze", "none", "--images", "8,12", "--set", "train.epochs=100000")
-    result = project.call("sweep", "--budget", "90s", *long, code=6)
+    result = project.run("tlpipe", "sweep", "--budget", "150s", *long, code=6)
+    assert "stopped: the time was up" in result.stderr  # one was at work
+    assert list((project.path / cells.FOLDER / "stopped").glob("*.json"))
     assert "nothing of the sweep came to an end" in result.stderr
     assert (len(records(project)), project.run("dvc", "exp", "list").stdout) == (0, "")
     assert not list((project.path / "artifacts/sweep").glob("work/*"))
@@ -120,3 +122,24 @@ def test_a_ray_that_runs_already_does_the_cells(project: Workspace, tmp_path: Pa
             if one.is_running():
                 one.kill()
         head.wait(PATIENCE_S)
+
+
+def test_a_cell_that_does_not_end_is_stopped_by_force(project: Workspace, tmp_path: Path) -> None:
+    """As where compiled code does not come back: no signal ends it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import signal, sys, time\n"
+        "from importlib.abc import MetaPathFinder\n"
+        "class Stuck(MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'tlpipe.sweep.cell' and 'default_worker' in sys.argv[0]:\n"
+        "            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\n"
+        "            time.sleep(3600)\n"
+        "sys.meta_path.insert(0, Stuck())\n"
+    )
+    known = project.environment().get("PYTHONPATH", "")
+    paths = os.pathsep.join(filter(None, (str(tmp_path), known)))
+    stuck = Workspace(project.path, {**project.env, "PYTHONPATH": paths})
+    words = ("sweep", "--freeze", "all", "--images", "8", "--budget", "90s")
+    result = stuck.run("tlpipe", *words, code=6)
+    assert "stopped: the time was up" in result.stderr
+    assert list((project.path / cells.FOLDER / "stopped").glob("*.json"))

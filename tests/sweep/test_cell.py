@@ -1,6 +1,7 @@
 """Cells, done in this process: real stages, DVC, Git and MLflow; no Ray."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -75,7 +76,11 @@ def test_a_cell_is_what_dvc_makes_of_a_project_with_its_parameters(here: Workspa
         for stage in state.STAGES:
             assert lock["stages"][stage] == expected["stages"][stage], (entry.name, stage)
         measured = files.read_json(alone / "artifacts/evaluate/report.json")["precisions"]["fp32"]
-        found = record(made, number)["test"]
+        # Plain shares at both levels, by other code than that of training.
+        known = record(made, number)
+        own = known["validation"]["validation_accuracy"]
+        assert known["validation_accuracy"] == pytest.approx(own)
+        found = known["test"]
         assert {key: found[key] for key in ("value", "low", "high")} == pytest.approx(
             {key: measured["accuracy"][key] for key in ("value", "low", "high")}
         )
@@ -148,6 +153,126 @@ def test_images_limit_training_alone_and_more_contain_fewer(here: Workspace) -> 
     for seed in range(2):
         assert trains[8, seed] < trains[12, seed] < trains[None, 0]
     assert trains[8, 0] != trains[8, 1]
+
+
+def test_the_limit_of_params_yaml_is_no_limit_of_a_sweep(here: Workspace) -> None:
+    """As 'dvc exp apply' of a cell leaves it."""
+    before = plan("all", images=(8, None))
+    here.configure("split", images=8)
+    here.run("dvc", "repro", "split")
+    after = plan("all", images=(8, None))
+    assert after["train_images"] == before["train_images"] > 8
+    assert [entry.id for entry in entries(after)] == [entry.id for entry in entries(before)]
+    # All of them by their number are all of them.
+    whole = plan("all", images=(before["train_images"], None), seeds=2)
+    assert [entry.id for entry in entries(whole)] == [entries(before)[1].id]
+
+
+@pytest.mark.fault("O08")
+def test_data_that_change_meanwhile_are_not_recorded(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = Path("splits.csv")
+    text = table.read_text()
+    made = plan("all", images=(8,))
+    original = cell.tested
+
+    def elsewhere(*given: Any) -> Any:
+        table.write_text(text + text.splitlines()[-1].replace("t", "x") + "\n")
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, "tested", elsewhere)
+        ((name, said),) = work(made)
+    said = said.rpartition("; ")[0]  # the seconds
+    assert name == "Failed"
+    assert said.startswith("splits.csv changed while the sweep was at work; expected the images")
+    ((name, again),) = work(made)
+    assert (name, again.rpartition("; ")[0]) == ("Failed", said)
+    assert state.load(Path(), entries(made)[0].id) is None
+    assert here.run("dvc", "exp", "list", "--name-only").stdout == ""
+    table.write_text(text)
+    assert work(made)[0][0] == "Completed"
+
+
+def test_a_cell_that_is_done_hangs_on_the_project_as_it_is(here: Workspace) -> None:
+    made = plan("all", images=(8,))
+    work(made)
+    (name,) = (entry.name for entry in entries(made))
+    stages = record(made, 0)["stages"]
+    params = here.path / "params.yaml"
+    params.write_text(params.read_text() + "# edited since\n")
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.invalid")
+    here.run("git", *who, "commit", "-q", "--allow-empty", "-m", "more")
+
+    def again() -> list[int]:
+        todo: list[int] = plan("all", images=(8,))["todo"]
+        return todo
+
+    def listed() -> list[str]:
+        return here.run("dvc", "exp", "list", "--name-only").stdout.split()
+
+    assert (again(), listed()) == ([], [name])
+    assert "# edited since" in here.run("git", "show", f"{experiment(made, 0)}:params.yaml").stdout
+    kept = experiment(made, 0)
+    assert (again(), experiment(made, 0)) == ([], kept)
+    # Its reference is gone, and a git that was killed has left its lock.
+    here.run("dvc", "exp", "remove", name)
+    commit = here.run("git", "rev-parse", "HEAD").stdout.strip()
+    lock = here.path / ".git/refs/exps" / commit[:2] / commit[2:] / f"{name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    assert (again(), listed()) == ([], [name])
+    # Its outputs are gone.
+    here.run("dvc", "gc", "--workspace", "--force")
+    assert again() == [0]
+    assert work(made)[0][0] == "Completed"
+    assert (again(), record(made, 0)["stages"]) == ([], stages)
+
+
+def test_what_a_budget_has_stopped_comes_last_and_says_what_it_needs(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan("all", "none", images=(8,))
+    assert made["todo"] == [0, 1]
+    assert cell.expected(made, entries(made)[0]) == 0.0
+    files.write_json(cells.PLAN, made | {"deadline": time.time()})
+
+    def stop(**_: Any) -> None:
+        raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tlpipe.training.train.run", stop)
+        with pytest.raises(TimeoutError):
+            cells.work(Path.cwd(), 0, None)
+    stopped = files.read_json(cells.stopped(Path(), entries(made)[0].id))["seconds"]
+    assert cell.expected(made, entries(made)[0]) > stopped > 0
+    assert plan("all", "none", images=(8,))["todo"] == [1, 0]
+    cells.note_stopped(Path(), entries(made)[0].id, 600.0)
+    files.write_json(cells.PLAN, made)
+    assert cells.work(Path.cwd(), 1, None).name == "Completed"
+    known = record(made, 1)
+    assert cell.expected(made, entries(made)[1]) == known["seconds"]
+    assert known["seconds_once"] > 0
+    result = report.collect(Path(), made | {"budget": 300.0, "room": 200.0})
+    assert report.conclusion(result)[0] == (
+        "1 are left; some of them need --budget 17m or more, or none at all"
+    )
+    assert cell.too_long(0.0, time.time() - 1) == "the time was up"
+
+
+def test_activations_of_other_data_are_taken_away(here: Workspace) -> None:
+    made = plan("all", images=(8,))
+    work(made)
+    folder = cells.FOLDER / "frozen"
+    (kept,) = folder.iterdir()
+    plan("none", images=(8,))  # another level may come back
+    assert [*folder.iterdir()] == [kept]
+    table = Path("splits.csv")
+    table.write_text(table.read_text() + f"{64 * 'a'},train\n")
+    plan("none", images=(8,))
+    assert [*folder.iterdir()] == []
 
 
 def test_more_images_than_there_are_is_an_error(here: Workspace) -> None:
@@ -259,7 +384,7 @@ def test_the_interval_is_of_test_images_and_seeds_are_averaged(here: Workspace) 
 def test_a_project_without_a_commit_says_what_to_do(here: Workspace) -> None:
     shutil.rmtree(here.path / ".git")
     (here.path / ".dvc" / "config").write_text("[core]\n    no_scm = true\n")
-    with pytest.raises(ParamsError, match=r"has no commit of Git; a sweep keeps its cells"):
+    with pytest.raises(ParamsError, match=r"'git rev-parse' failed in .* A sweep keeps"):
         plan("all")
 
 

@@ -41,7 +41,12 @@ def test_the_best_on_validation_is_measured_on_test_once(here: Workspace) -> Non
     assert made["todo"] == [0, 1, 2, 3]
     assert work(made, 3) == ["Completed"] * 3
     assert not [record for record in records() if "test" in record]
-    assert cells.work(Path.cwd(), 3, None).name == "Completed"
+    fewer = plan(2)  # than are done: what is left is to measure the best of all
+    assert (fewer["todo"], sweep.describe(fewer)[:30]) == ([2], "2 trials, 0 of them to do, the")
+    assert cells.work(Path.cwd(), 2, None).name == "Completed"
+    assert (plan(2)["todo"], sweep.finish(fewer).left) == ([], 0)
+    made = plan(3)
+    assert made["todo"] == []
     study = search.study(made)
     best = state.load(Path(), study.best_trial.user_attrs["cell"])
     assert best is not None

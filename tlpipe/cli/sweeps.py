@@ -107,12 +107,13 @@ def sweep(
             with_registered_weights,
             deadline=None if seconds is None else began + seconds,
             address=address,
+            budget=seconds or 0.0,
         )
         print(sweeps.describe(plan))
         sys.stdout.flush()
         failed = None
         try:
-            if plan["todo"]:
+            if plan["todo"] and (seconds is None or time.time() < began + seconds):
                 run_python(str(Path("flows", "sweep.py")), inherit=(lock,))
         except typer.Exit as end:  # what others came to is worth a picture all the same
             failed = end

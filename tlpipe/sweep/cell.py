@@ -1,6 +1,7 @@
 """One cell of a sweep: split, embed, train and measure; then its experiment, record and run."""
 
 import fcntl
+import importlib
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from tlpipe.backbones import activations as stored
 from tlpipe.backbones import embed
 from tlpipe.cells import FOLDER
 from tlpipe.data import ingest, split
-from tlpipe.errors import ArtifactError, TlpipeError
+from tlpipe.errors import ArtifactError, DataError, TlpipeError
 from tlpipe.params import Section
 from tlpipe.progress import duration
 from tlpipe.project import models
@@ -44,6 +45,7 @@ def run(root: Path, number: int, deadline: float | None) -> tuple[str, str]:
     plan = cells.plan(Path())
     with _logged(Path(), cells.title(plan, number)):
         try:
+            state.check_unchanged(Path(), plan)
             if plan["search"] is not None:
                 from tlpipe.sweep import search
 
@@ -56,7 +58,7 @@ def run(root: Path, number: int, deadline: float | None) -> tuple[str, str]:
 def _run(plan: Mapping[str, Any], cell: Entry, deadline: float | None) -> tuple[str, str]:
     known = state.measured(Path(), cell.id)
     if known is None and (needed := too_long(expected(plan, cell), deadline)):
-        return "Left", f"it would take some {needed}"
+        return "Left", needed
     record = known or compute(plan, cell)
     sweeps.record(Path(), plan["run"], [of_mlflow(record)])
     accuracy = record["test"]
@@ -67,26 +69,28 @@ def _run(plan: Mapping[str, Any], cell: Entry, deadline: float | None) -> tuple[
 
 
 def too_long(seconds: float, deadline: float | None) -> str:
-    """Return how long work is expected to take, if it would not end in time; else nothing."""
+    """Say how long work is expected to take, if it would not end in time; else nothing."""
     if deadline is None or time.time() + seconds <= deadline:
         return ""
-    return duration(seconds)
+    return f"it would take some {duration(seconds)}" if seconds else "the time was up"
 
 
 def expected(plan: Mapping[str, Any], cell: Entry) -> float:
-    """Return the seconds that a cell will take, as far as those that are done tell."""
+    """Return the seconds that a cell will take, as far as those of its level tell; 0: nothing does.
+
+    More images take longer, in proportion at most. What is done once for a level does not count.
+    """
     whole = plan["train_images"]
-    same, of_level, of_all = [0.0], [0.0], [0.0]
+    same, most = [], []
     for other in state.entries(plan):
-        if (record := state.load(Path(), other.id)) is None:
-            continue
-        of_all.append(record["seconds"])
-        if other.level == cell.level:
+        record = state.load(Path(), other.id) if other.level == cell.level else None
+        if record is not None and other.images == cell.images:
+            same.append(record["seconds"])
+        elif record is not None:
             more = (cell.images or whole) / (other.images or whole)
-            of_level.append(record["seconds"] * max(more, 1.0))
-            if other.images == cell.images:
-                same.append(record["seconds"])
-    return max(same) or max(of_level) or max(of_all)
+            most.append(record["seconds"] * max(more, 1.0))
+    known = sum(same) / len(same) if same else min(most, default=0.0)
+    return max(float(known), state.expected_of_stopped(Path(), cell.id))
 
 
 def compute(plan: Mapping[str, Any], cell: Entry, live: Live | None = None) -> dict[str, Any]:
@@ -95,13 +99,32 @@ def compute(plan: Mapping[str, Any], cell: Entry, live: Live | None = None) -> d
     ``live``: is given the epochs so far; without it, the test images are measured, too.
 
     Raises:
+        ArtifactError: the data are not those that the cell is named by.
         TlpipeError: a stage fails.
     """
     work = _WORK / cell.id
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    began = time.monotonic()
     try:
-        return _compute(plan, cell, live, work)
+        found = cell.sections(models())
+        places = {name: work / Path(graph.PATHS[name]).name for name in (*_OF_SPLIT, *_OF_TRAIN)}
+        places |= _ingested(plan, cell, found) | _frozen(plan, cell, found)
+        importlib.import_module("dvc.repo")  # once for each worker, as what imports torch
+        if "fit_on" not in cell.content["train"]:
+            importlib.import_module("tlpipe.training.tuning")
+        once, began = time.monotonic() - began, time.monotonic()
+        record = _trained(cell, found, places, live)
+        state.check_unchanged(Path(), plan)
+        record |= experiments.save(Path(), cell, places, plan["baseline"], plan["tree"])
+        record |= {"seconds": time.monotonic() - began, "seconds_once": once}
+        state.check_unchanged(Path(), plan)
+        files.write_json(state.record(Path(), cell.id), record)
+        return record
+    except BaseException:
+        if plan["deadline"] is not None and time.time() >= plan["deadline"]:
+            cells.note_stopped(Path(), cell.id, time.monotonic() - began)
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -111,11 +134,18 @@ def clear(root: Path) -> None:
     shutil.rmtree(root / _WORK, ignore_errors=True)
 
 
-def _compute(plan: Mapping[str, Any], cell: Entry, live: Live | None, work: Path) -> dict[str, Any]:
-    began = time.monotonic()
-    places = {name: work / Path(graph.PATHS[name]).name for name in (*_OF_SPLIT, *_OF_TRAIN)}
-    found = cell.sections(models())
-    places |= _ingested(cell, found) | _frozen(cell, found)
+def forget(root: Path, planned: Sequence[Entry]) -> None:
+    """Take away activations of other data or other code than those of planned cells."""
+    sources = {cell.frozen.partition("-")[0] for cell in planned}
+    for folder in (root / _FROZEN).glob("*"):
+        if folder.name.partition("-")[0] not in sources:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _trained(
+    cell: Entry, found: Mapping[str, Section], places: Mapping[str, Path], live: Live | None
+) -> dict[str, Any]:
+    """Split, train and measure; return what the record says of it."""
     seen = {name: places.get(name, Path(graph.PATHS[name])) for name in ("manifest", "pixels")}
     if (known := Path(graph.PATHS["placements"])).exists():
         shutil.copyfile(known, places["placements"])
@@ -145,17 +175,15 @@ def _compute(plan: Mapping[str, Any], cell: Entry, live: Live | None, work: Path
         "validation": files.read_json(places["train_metrics"]),
     }
     if live is None:
-        record["test"] = tested(places, seen["pixels"])
-    record["experiment"] = experiments.save(Path(), cell, places, plan["baseline"], plan["tree"])
-    record["seconds"] = time.monotonic() - began
-    files.write_json(state.record(Path(), cell.id), record)
+        record["validation_accuracy"] = tested(places, seen["pixels"], "validation")["value"]
+        record["test"] = tested(places, seen["pixels"], "test")
     return record
 
 
-def tested(places: Mapping[str, Path], pixels: Path) -> dict[str, Any]:
-    """Return the accuracy on the test images with its interval, and which are right, one by one."""
+def tested(places: Mapping[str, Path], pixels: Path, part: str) -> dict[str, Any]:
+    """Return the accuracy on one split's images with its interval, and which are right."""
     data = trained_models.load_dataset(places["activations"], places["split"])
-    examples = measure.examples_of(data, places["split"], "test")
+    examples = measure.examples_of(data, places["split"], part)
     hits = measure.hits(data, trained_models.load(places["model"]), pixels, examples)
     groups = [data.groups[row] for row in examples.rows]
     return {
@@ -171,6 +199,8 @@ def of_mlflow(record: Mapping[str, Any]) -> dict[str, Any]:
     test, validation = record.get("test"), record["validation"]
     metrics = {f"train_{key}" if key == "images" else key: validation[key] for key in validation}
     if test is not None:
+        # One measure for all: that of training counts by class where train.balance is set.
+        metrics["validation_accuracy"] = record["validation_accuracy"]
         metrics |= {"test_accuracy": test["value"], "test_images": test["images"]}
         metrics |= {f"test_accuracy_{end}": test[end] for end in ("low", "high")}
     return {
@@ -187,8 +217,14 @@ def of_mlflow(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _ingested(cell: Entry, found: Mapping[str, Section]) -> dict[str, Path]:
-    """Return where images lie as another backbone wants them; nothing where it wants the same."""
+def _ingested(
+    plan: Mapping[str, Any], cell: Entry, found: Mapping[str, Section]
+) -> dict[str, Path]:
+    """Return where images lie as another backbone wants them; nothing where it wants the same.
+
+    Raises:
+        DataError: the source has other images than the project has read.
+    """
     if not cell.ingested:
         return {}
     folder = _INGESTED / cell.ingested
@@ -197,19 +233,23 @@ def _ingested(cell: Entry, found: Mapping[str, Section]) -> dict[str, Path]:
         if not (folder / "done").exists():
             from tlpipe import versioning
 
-            ingest.run(
-                **places,
-                params=cast(ingest.Params, found["ingest"]),
-                data_version=versioning.data_version(Path()),
-            )
+            version = versioning.data_version(Path())
+            own = Path(graph.PATHS["pixels"], "index.json")
+            if version != files.read_json(own)["data_version"]:
+                raise DataError(
+                    "the source has other images than the project has read, which the sweep is "
+                    "named by; expected the same. Give the same command again."
+                )
+            ingest.run(**places, params=cast(ingest.Params, found["ingest"]), data_version=version)
+            state.check_unchanged(Path(), plan)
             files.write_bytes(folder / "done", b"")
     return places
 
 
-def _frozen(cell: Entry, found: Mapping[str, Section]) -> dict[str, Path]:
+def _frozen(plan: Mapping[str, Any], cell: Entry, found: Mapping[str, Section]) -> dict[str, Path]:
     """Return where the activations of a cell's boundary lie, which are computed once."""
     folder = _FROZEN / cell.frozen
-    places = _ingested(cell, found)
+    places = _ingested(plan, cell, found)
     activations = folder / Path(graph.PATHS["activations"]).name
     with _waiting(folder):
         try:

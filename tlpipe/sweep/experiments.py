@@ -9,14 +9,16 @@ stages are not started by it, since each would import torch anew.
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tlpipe import graph
-from tlpipe.errors import ParamsError
+from tlpipe import files, graph
+from tlpipe.errors import ArtifactError, ParamsError
+from tlpipe.sweep import state
 from tlpipe.sweep.grid import SECTIONS
 from tlpipe.sweep.state import STAGES, Entry
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _LOCK = "dvc.lock"
 _SPLITS = graph.PATHS["placements"]
+_STALE_S = 10.0
 # Of whoever has told Git no name.
 _SOMEBODY = {
     f"GIT_{role}_{key}": value
@@ -38,32 +41,94 @@ def baseline(root: Path) -> tuple[str, str]:
     """Return the commit that experiments hang on, and the tree of the project as it is now.
 
     Raises:
-        ParamsError: the project is in no Git repository, or that has no commit.
+        ArtifactError: Git fails at what follows.
+        ParamsError: Git gives no commit: there is no repository, no Git, or nothing in it.
     """
     try:
         commit = _git(root, "rev-parse", "--verify", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
+    except ArtifactError as error:
         raise ParamsError(
-            f"{root} has no commit of Git; a sweep keeps its cells as experiments of DVC, which "
-            f"hang on one. Make it: git init && git add . && git commit."
+            f"{error} A sweep keeps its cells as experiments of DVC, which hang on a commit of "
+            f"Git; expected one. Where there is none, make it: git init && git add . && git "
+            f"commit."
         ) from None
     with _index(root, commit) as env:
         _git(root, "add", "--update", env=env)
         return commit, _git(root, "write-tree", env=env)
 
 
-def save(root: Path, cell: Entry, places: Mapping[str, Path], commit: str, tree: str) -> str:
-    """Make the experiment of a cell; return its commit.
+def save(
+    root: Path, cell: Entry, places: Mapping[str, Path], commit: str, tree: str
+) -> dict[str, Any]:
+    """Make the experiment of a cell; return what its record keeps, to make it again from.
 
     ``places``: where what its stages wrote lies, by the names of ``graph.PATHS``, where that is not
     the project itself. ``commit``, ``tree``: of ``baseline``.
+
+    Raises:
+        ArtifactError: Git fails.
     """
-    lock = {"schema": "2.0", "stages": _entries(root, cell, places)}
+    splits = places["placements"].read_text(encoding="utf-8")
+    own = root / _SPLITS
+    is_own = own.exists() and own.read_text(encoding="utf-8") == splits
+    kept = {"stages": _entries(root, cell, places), "splits": None if is_own else splits}
+    return {**kept, **_hang(root, cell, kept, commit, tree)}
+
+
+def renew(root: Path, found: Iterable[Entry], commit: str, tree: str) -> None:
+    """Let cells that are done have their experiments on the project as it is now.
+
+    Where outputs have left DVC's cache, the record is taken away: that cell is computed anew.
+    """
+    from dvc.repo import Repo
+
+    known = [(cell, kept) for cell in found if (kept := state.load(root, cell.id)) is not None]
+    if not known:
+        return
+    listed = _git(root, "for-each-ref", "--format=%(objectname) %(refname)", _below(commit))
+    there = {line.partition(" ")[2]: line.partition(" ")[0] for line in listed.splitlines()}
+    with Repo(str(root)) as repo:
+        for cell, kept in known:
+            if not _has_outputs(root, repo, cell, kept["stages"]):
+                state.record(root, cell.id).unlink()
+                continue
+            now = there.get(f"{_below(commit)}/{cell.name}")
+            if (kept["tree"], kept["experiment"]) != (tree, now):
+                made = _hang(root, cell, kept, commit, tree)
+                files.write_json(state.record(root, cell.id), {**kept, **made})
+
+
+def _has_outputs(root: Path, repo: "Repo", cell: Entry, stages: Mapping[str, Any]) -> bool:
+    """Return whether DVC's cache has what the cell itself has made."""
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    odb, names = repo.cache.local, STAGES if cell.ingested else STAGES[1:]
+    for name in names:
+        outs = repo.stage.load_one(str(root / graph.FILE), name).outs
+        is_cached = {out.def_path for out in outs if out.use_cache}
+        for out in stages[name]["outs"]:
+            if out["path"] not in is_cached:
+                continue
+            oids = [out["md5"]]
+            if odb.exists(oids[0]) and oids[0].endswith(".dir"):
+                oids += [info.value for _, _, info in Tree.load(odb, HashInfo("md5", oids[0]))]
+            if not all(map(odb.exists, oids)):
+                return False
+    return True
+
+
+def _hang(
+    root: Path, cell: Entry, kept: Mapping[str, Any], commit: str, tree: str
+) -> dict[str, str]:
+    """Hang the experiment of a cell on a commit; return its own and the tree that it is made of."""
+    lock = {"schema": "2.0", "stages": kept["stages"]}
+    own = (graph.FILE, graph.LOCK, *(() if kept["splits"] else (_SPLITS,)))
     texts = {
         graph.PARAMS: _params(root, cell),
         _LOCK: yaml.safe_dump(lock, sort_keys=False),
-        _SPLITS: places["placements"].read_text(encoding="utf-8"),
-        **{name: (root / name).read_text(encoding="utf-8") for name in (graph.FILE, graph.LOCK)},
+        **({_SPLITS: kept["splits"]} if kept["splits"] else {}),
+        **{name: (root / name).read_text(encoding="utf-8") for name in own},
     }
     prefix = _git(root, "rev-parse", "--show-prefix")
     with _index(root, tree) as env:
@@ -76,8 +141,18 @@ def save(root: Path, cell: Entry, places: Mapping[str, Path], commit: str, tree:
     known = {**_SOMEBODY, **os.environ}
     with_parent = ("commit-tree", made, "-p", commit, "-m", message)
     experiment = _git(root, *with_parent, env=known if not _has_name(root) else None)
-    _git(root, "update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/{cell.name}", experiment)
-    return experiment
+    ref = f"{_below(commit)}/{cell.name}"
+    lock_of_ref = root / _git(root, "rev-parse", "--git-path", f"{ref}.lock")
+    # Git holds it for milliseconds: an old one is of a process that was killed.
+    if lock_of_ref.exists() and time.time() - lock_of_ref.stat().st_mtime > _STALE_S:
+        lock_of_ref.unlink(missing_ok=True)
+    _git(root, "update-ref", ref, experiment)
+    return {"experiment": experiment, "tree": tree}
+
+
+def _below(commit: str) -> str:
+    """Return where DVC looks for experiments that hang on a commit."""
+    return f"refs/exps/{commit[:2]}/{commit[2:]}"
 
 
 def _params(root: Path, cell: Entry) -> str:
@@ -188,14 +263,20 @@ def _has_name(root: Path) -> bool:
 def _git(
     root: Path, *arguments: str, text: str | None = None, env: Mapping[str, str] | None = None
 ) -> str:
-    found = subprocess.run(
-        ["git", *arguments],
-        cwd=root,
-        input=text,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-        encoding="utf-8",
-    )
+    try:
+        found = subprocess.run(
+            ["git", *arguments],
+            cwd=root,
+            input=text,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise ArtifactError(
+            f"'git {arguments[0]}' failed in {root}: {' '.join(said.split())}."
+        ) from None
     return found.stdout.strip()

@@ -7,7 +7,7 @@ is left out of it, so that cells that would compute the same are one.
 import copy
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -199,6 +199,22 @@ def cells(
             f"{','.join(map(str, asked.freeze))}. Take it out, or open more."
         )
     return list(found.values())
+
+
+def with_all(
+    found: Sequence[Cell],
+    available: int,
+    content: Mapping[str, Any],
+    models: Mapping[str, type[Section]],
+) -> list[Cell]:
+    """Return cells that name as many images as can train as those of all images, each once."""
+    kept: dict[str, Cell] = {}
+    for one in found:
+        if one.images == available:
+            values = {key: value for key, value in one.values.items() if key != "split.images"}
+            one = replace(cell(values, content, models, one.seed), alike=one.alike)
+        kept.setdefault(_same(one, models), one)
+    return list(kept.values())
 
 
 def _same(one: Cell, models: Mapping[str, type[Section]]) -> str:

@@ -1,5 +1,6 @@
 """What a sweep has found: a table, a picture, and what to do next."""
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,12 @@ from tlpipe.cells import FOLDER
 from tlpipe.data import charts
 from tlpipe.resampling import share_interval
 from tlpipe.sweep import state
-from tlpipe.sweep.cell import CONFIDENCE
+from tlpipe.sweep.cell import CONFIDENCE, expected
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_log = logging.getLogger(__name__)
 TABLE, PICTURE = FOLDER / "table.csv", FOLDER / "sweep.png"
 COLUMNS = (
     *("level", "option", "images", "seeds", "validation_accuracy", "test_accuracy", "low", "high"),
@@ -64,12 +66,16 @@ class Found:
         records: of the cells, or trials, that are done.
         left: how many are not.
         trials: of a search.
+        levels: how many are asked for.
+        needed: seconds of a budget that each of those left would end in; 0: the one given, or any.
     """
 
     rows: list[Row]
     records: list[dict[str, Any]]
     left: int
     trials: list[Trial]
+    levels: int = 1
+    needed: float = 0.0
 
     @property
     def done(self) -> int:
@@ -91,31 +97,52 @@ def collect(root: Path, plan: Mapping[str, Any]) -> Found:
     levels = list(dict.fromkeys(cell.level for cell in cells))
     order = sorted(found, key=lambda key: (levels.index(key[0]), key[1]))
     rows = [_row(level, images, found[level, images]) for level, images in order]
-    return Found(rows, records, len(cells) - len(records), [])
+    left = [cell for cell in cells if state.measured(root, cell.id) is None]
+    needed = _needed(plan, [expected(plan, cell) for cell in left])
+    return Found(rows, records, len(left), [], len(levels), needed)
+
+
+def _needed(plan: Mapping[str, Any], seconds: Sequence[float]) -> float:
+    """Return the seconds of a budget that what is left would end in, if it is more than there was.
+
+    ``seconds``: that each of it is expected to take.
+    """
+    longest = max(seconds, default=0.0)
+    room = plan["room"]
+    return 0.0 if room is None or longest <= room else longest + plan["budget"] - room
 
 
 def _collect_search(root: Path, plan: Mapping[str, Any]) -> Found:
     from tlpipe.sweep import search
 
     study = search.study(plan)
-    trials, records, rows = [], [], []
-    for trial in search.ended(study):
+    done = search.ended(study)
+    trials, records = [], []
+    for trial in done:
         is_whole = trial.value is not None and trial.state.name == "COMPLETE"
         least = min(trial.intermediate_values.values(), default=math.inf)
         loss = float(trial.value) if is_whole else least
         trials.append(Trial(loss, not is_whole, dict(trial.params)))
         if (record := state.load(root, trial.user_attrs["cell"])) is not None:
             records.append(record)
-            if "test" in record:
-                rows.append(_row(record["level"], record["validation"]["images"], [record]))
-    return Found(rows, records, plan["search"]["trials"] - len(trials), trials)
+    rows = []
+    if any(not trial.is_pruned for trial in trials):
+        record = state.measured(root, study.best_trial.user_attrs["cell"])
+        if record is not None:
+            rows = [_row(record["level"], record["validation"]["images"], [record])]
+    left = max(plan["search"]["trials"] - len(trials), 0)
+    return Found(rows, records, left, trials, needed=_needed(plan, [search.expected(study)]))
 
 
 def _row(level: str, images: int, records: Sequence[Mapping[str, Any]]) -> Row:
+    groups = records[0]["test"]["groups"]
+    if others := [record["name"] for record in records if record["test"]["groups"] != groups]:
+        _log.warning("%s: of other test images than %s; left out", others, records[0]["name"])
+        records = [record for record in records if record["name"] not in others]
     tests = [record["test"] for record in records]
     # Of each test image the share of seeds that are right: seeds are no other images.
     right = np.array([[hit == "1" for hit in test["hits"]] for test in tests]).mean(axis=0)
-    validation = [record["validation"]["validation_accuracy"] for record in records]
+    validation = [record["validation_accuracy"] for record in records]
     return Row(
         level=level,
         option=records[0]["option"],
@@ -217,15 +244,25 @@ def draw_trials(found: Sequence[Trial]) -> "Figure":
 def conclusion(found: Found) -> list[str]:
     """Say what is best on validation, what that is on test, what is left, what to do next."""
     said = []
-    if found.left:
+    if found.left and found.needed:
+        budget = f"--budget {math.ceil(found.needed / 60)}m"
+        said.append(f"{found.left} are left; some of them need {budget} or more, or none at all")
+    elif found.left:
         said.append(f"{found.left} are left; the same command goes on")
     if found.trials:
         return [*_of_search(found), *said]
-    most = max(row.images for row in found.rows)
+    images: dict[str, set[int]] = defaultdict(set)
+    for row in found.rows:
+        images[row.level].add(row.images)
+    common = set.intersection(*images.values()) or set.union(*images.values())
+    most = max(common)
     at_most = [row for row in found.rows if row.images == most]
     best = max(at_most, key=lambda row: row.validation)
+    among = "" if len(at_most) == found.levels else f", of {len(at_most)} of {found.levels} levels"
+    seeds = sorted({len(row.seeds) for row in at_most})
+    unequal = f", over {seeds[0]} to {seeds[-1]} seeds each" if len(seeds) > 1 else ""
     said.append(
-        f"best on validation with {most:,} training images: freeze {best.level} "
+        f"best on validation with {most:,} training images{among}{unequal}: freeze {best.level} "
         f"({best.validation:.3f}); on test {shown(best.test)}"
     )
     options = {row.option.partition(":")[0]: row for row in at_most if row.option}

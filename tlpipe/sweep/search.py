@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from tlpipe import params
 from tlpipe.cells import FOLDER
-from tlpipe.errors import Interrupted, ParamsError, TlpipeError
+from tlpipe.errors import DataError, Interrupted, ParamsError, TlpipeError
 from tlpipe.project import models
 from tlpipe.registry import sweeps
-from tlpipe.sweep import grid, state
+from tlpipe.sweep import experiments, grid, state
 from tlpipe.sweep.state import Entry
 from tlpipe.training.model import Step
 
@@ -147,6 +147,13 @@ def todo(plan: Mapping[str, Any]) -> list[int]:
     return list(range(min(len(done), trials), trials + 1))
 
 
+def cells(plan: Mapping[str, Any]) -> list[Entry]:
+    """Return the cells of the trials that have left a record."""
+    trials = [trial for trial in ended(study(plan)) if _CELL in trial.user_attrs]
+    done = [each for each in trials if state.load(Path(), each.user_attrs[_CELL]) is not None]
+    return [entry_of(plan, trial.params) for trial in done]
+
+
 def run(plan: Mapping[str, Any], number: int, deadline: float | None) -> tuple[str, str]:
     """Do the next trial, or, where all have ended, measure the best one on the test images."""
     from optuna.trial import TrialState
@@ -155,14 +162,13 @@ def run(plan: Mapping[str, Any], number: int, deadline: float | None) -> tuple[s
 
     found = study(plan)
     done = ended(found)
-    if number < len(done):
-        return "Cached", _said(done[number])
     is_last = number == plan["search"]["trials"]
+    if not is_last and number < len(done):
+        return "Cached", _said(done[number])
     if is_last and len(done) < number:
         return "Left", "trials are left, and the test images are shown to the best of all"
-    seconds = max((trial.user_attrs.get(_SECONDS, 0.0) for trial in done), default=0.0)
-    if needed := work.too_long(seconds, deadline):
-        return "Left", f"it would take some {needed}"
+    if needed := work.too_long(expected(found), deadline):
+        return "Left", needed
     if is_last and all(trial.state != TrialState.COMPLETE for trial in done):
         return "Left", "every trial failed"
     if is_last:
@@ -173,14 +179,21 @@ def run(plan: Mapping[str, Any], number: int, deadline: float | None) -> tuple[s
     return _trial(plan, found)
 
 
-def _trial(plan: Mapping[str, Any], found: "Study") -> tuple[str, str]:
-    import time
+def expected(found: "Study") -> float:
+    """Return the seconds that a whole trial will take, as far as earlier ones tell."""
+    known = [0.0]
+    for trial in found.get_trials(deepcopy=False):
+        known.append(trial.user_attrs.get(_SECONDS, 0.0))
+        if not trial.state.is_finished() and _CELL in trial.user_attrs:
+            known.append(state.expected_of_stopped(Path(), trial.user_attrs[_CELL]))
+    return max(known)
 
+
+def _trial(plan: Mapping[str, Any], found: "Study") -> tuple[str, str]:
     import optuna
 
     from tlpipe.sweep import cell as work
 
-    began = time.monotonic()
     ranges = [Range(**each) for each in plan["search"]["ranges"]]
     trial = found.ask({each.key: distribution(each) for each in ranges})
     entry = entry_of(plan, trial.params)
@@ -193,23 +206,24 @@ def _trial(plan: Mapping[str, Any], found: "Study") -> tuple[str, str]:
         if trial.should_prune():
             raise optuna.TrialPruned
 
-    known = state.load(Path(), entry.id)
+    experiments.renew(Path(), [entry], plan["baseline"], plan["tree"])
+    known = state.load(Path(), entry.id)  # of another search
     try:
         record = known or work.compute(plan, entry, live)
     except optuna.TrialPruned:
-        trial.set_user_attr(_SECONDS, time.monotonic() - began)
         found.tell(trial, state=optuna.trial.TrialState.PRUNED)
         sweeps.record(Path(), plan["run"], [_of_pruned(entry, trial)])
         return "Pruned", _said(found.trials[trial.number])
-    except Interrupted:
+    except (Interrupted, DataError):  # it says nothing of this trial
         raise
     except TlpipeError as error:  # such as a loss that is no number: others may do better
+        state.check_unchanged(Path(), plan)
         said = " ".join(str(error).split())
         trial.set_user_attr(_FAILED, said)
         found.tell(trial, state=optuna.trial.TrialState.FAIL)
         return "Pruned", f"failed: {said}"
     sweeps.record(Path(), plan["run"], [work.of_mlflow(record)])
-    trial.set_user_attr(_SECONDS, time.monotonic() - began)
+    trial.set_user_attr(_SECONDS, record["seconds"])
     found.tell(trial, record["validation"]["validation_loss"])
     return "Completed", _said(found.trials[trial.number])
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from tlpipe import code_digest, files, graph
+import yaml
+
+from tlpipe import cells, code_digest, files, graph, params
 from tlpipe.backbones import embed
 from tlpipe.cells import FOLDER, PLAN
 from tlpipe.errors import ArtifactError
@@ -24,6 +26,8 @@ from tlpipe.sweep import grid
 from tlpipe.sweep.grid import Cell
 
 STAGES = ("ingest", "split", "embed", "train")  # what a cell is made by
+_FORMAT = 2  # of records
+_LONGER = 1.5  # than until it was stopped is what a cell is thought to take
 _LONGEST_NAME = 80  # before the digits that make it unique
 _MEASURED_BY = "tlpipe.sweep.measure"
 # Without effect on what comes out.
@@ -75,11 +79,7 @@ def entry(cell: Cell, root: Path, models: Mapping[str, type[Section]], pin: Pin)
     frozen = pin(cast(embed.Params, found["embed"]))
     threads = usable_cores() if frozen.threads == "auto" else frozen.threads
     found["embed"] = frozen.model_copy(update={"threads": threads})
-    data = {
-        name: files.sha256(root / graph.PATHS[name])
-        for name in ("manifest", "placements")
-        if (root / graph.PATHS[name]).exists()
-    }
+    data = {name: _sha256(root / graph.PATHS[name]) for name in ("manifest", "placements")}
     weights = Path(frozen.weights)
     if weights.is_file():
         data["weights"] = files.sha256(weights)
@@ -87,10 +87,12 @@ def entry(cell: Cell, root: Path, models: Mapping[str, type[Section]], pin: Pin)
     is_own = own == found["ingest"]
     parts = {name: _part(name, found[name]) for name in STAGES}
     name = re.sub(r"[^A-Za-z0-9_]+", "-", f"{cell.level}-{cell.images or 'all'}-{cell.seed}")
-    own_digest = digest(parts, data, code_digest.of_closure(_MEASURED_BY))
+    own_digest = digest(parts, data, code_digest.of_closure(_MEASURED_BY), _FORMAT)
     return Entry(
         id=own_digest,
-        frozen=digest({key: parts[key] for key in ("ingest", "embed")}, data),
+        # What its folder is taken away by, when data or code are others.
+        frozen=f"{_source(parts, data)}-"
+        + digest({key: parts[key] for key in ("ingest", "embed")}, data),
         ingested="" if is_own else digest({"ingest": parts["ingest"]}, data),
         name=f"{name.strip('-')[:_LONGEST_NAME]}-{own_digest[:8]}",
         weights_sha256=frozen.weights_sha256,
@@ -104,12 +106,52 @@ def entry(cell: Cell, root: Path, models: Mapping[str, type[Section]], pin: Pin)
     )
 
 
+def _source(parts: Mapping[str, Any], data: Mapping[str, str]) -> str:
+    """Return 8 digits that name data and code, whatever the parameters of a cell are."""
+    code_of = {key: parts[key]["code"] for key in ("ingest", "embed")}
+    return digest(code_of, {key: data[key] for key in ("manifest", "placements")})[:8]
+
+
 def _own_backbone(content: Mapping[str, Any], root: Path) -> Mapping[str, Any]:
     """Return parameters with the backbone that the project itself has."""
-    from tlpipe import params
-
     own = params.read_yaml(root / graph.PARAMS).get("embed") or {}
     return {**content, "embed": own}
+
+
+def seen(root: Path) -> dict[str, str]:
+    """Return digests of what cells read of a project, and of what they state of its ``ingest``.
+
+    All of it is to stay as it is while a sweep is at work.
+    """
+    content = params.read_yaml(root / graph.PARAMS)
+    lock = root / "dvc.lock"
+    known = yaml.safe_load(lock.read_text(encoding="utf-8")) if lock.exists() else {}
+    paths = [Path(graph.PATHS[name]) for name in ("manifest", "placements")]
+    paths.append(Path(graph.PATHS["pixels"], "index.json"))
+    return {
+        **{str(path): _sha256(root / path) for path in paths},
+        graph.PARAMS: digest(content.get("ingest"), (content.get("embed") or {}).get("backbone")),
+        lock.name: digest((known.get("stages") or {}).get("ingest")),
+    }
+
+
+def check_unchanged(root: Path, plan: Mapping[str, Any]) -> None:
+    """Check that all that cells read is what it was when the plan named them.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    now = seen(root)
+    if changed := [name for name, found in plan["seen"].items() if now[name] != found]:
+        raise ArtifactError(
+            f"{', '.join(changed)} changed while the sweep was at work; expected the images and "
+            f"the split that its cells are named by. Give the same command again when what "
+            f"changes them has ended."
+        )
+
+
+def _sha256(path: Path) -> str:
+    return files.sha256(path) if path.exists() else ""
 
 
 def _part(stage: str, section: Section) -> dict[str, Any]:
@@ -139,6 +181,14 @@ def measured(root: Path, cell: str) -> dict[str, Any] | None:
     """Return the record of a cell that is done and was measured on test, as no trial is."""
     found = load(root, cell)
     return found if found is not None and "test" in found else None
+
+
+def expected_of_stopped(root: Path, cell: str) -> float:
+    """Return the seconds that a cell is thought to take which a budget stopped; 0: none did."""
+    try:
+        return _LONGER * float(files.read_json(cells.stopped(root, cell))["seconds"])
+    except ArtifactError:
+        return 0.0
 
 
 def save_plan(root: Path, plan: Mapping[str, Any]) -> None:

@@ -1,17 +1,24 @@
 """Command ``sweep``: plan the cells, let the flow do them, say what came out."""
 
 import re
+import shutil
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from tlpipe import files, graph, params
+from tlpipe import graph, params
 from tlpipe.cells import LOGS
+from tlpipe.data import split
 from tlpipe.data.manifest import load_split, rows_of
 from tlpipe.errors import ArtifactError, ParamsError
+from tlpipe.params import Section
 from tlpipe.project import models
 from tlpipe.registry import sweeps
+from tlpipe.runtime import usable_cores
+from tlpipe.sweep import cell as work
 from tlpipe.sweep import experiments, grid, report, state
 from tlpipe.sweep import search as searches
 from tlpipe.sweep.grid import Asked, Cell
@@ -19,6 +26,7 @@ from tlpipe.sweep.search import Range
 from tlpipe.sweep.state import Pin
 
 STAGES = state.STAGES
+_START_S = 60.0  # of Ray and its workers, which import torch
 _UNITS = {"h": 3600, "m": 60, "s": 1}
 PACKAGES = ("ray", "prefect_ray", "optuna")
 
@@ -101,25 +109,22 @@ def plan(
     *,
     deadline: float | None,
     address: str | None,
+    budget: float = 0.0,
 ) -> dict[str, Any]:
     """Write the plan, and let MLflow have the run of the sweep; return the plan.
 
     The images are read and split. ``name``: of MLflow's experiment; ``deadline``: in seconds since
-    1970, after which nothing is to be at work; ``address``: of a running Ray.
+    1970, after which nothing is to be at work; ``budget``: its seconds in all; ``address``: of a
+    running Ray.
 
     Raises:
         ParamsError: more images are asked for than there are, or there is no commit.
     """
-    table = load_split(Path(graph.PATHS["split"]))
-    content = params.read_yaml(Path(graph.PARAMS))
-    unused = files.read_json(Path(graph.PATHS["split_report"]))["params"].get("images")
-    if unused is not None:
-        raise ParamsError(
-            f"split.images is {unused} in params.yaml, so nobody can tell how many images could "
-            f"train. Take it out, and name numbers in --images."
-        )
-    rows = rows_of(table, "train")
-    available, classes = len(rows), len({table[row].label for row in rows})
+    content, known = params.read_yaml(Path(graph.PARAMS)), models()
+    seen = state.seen(Path())
+    labels = _labels(content, known)
+    available, classes = len(labels), len({*labels})
+    found = grid.with_all(found, available, content, known)
     for cell in found:
         if cell.images is not None and not classes <= cell.images <= available:
             raise ParamsError(
@@ -132,7 +137,6 @@ def plan(
                 f"train.batch_size is {batch}, and --images has {cell.images or available}; "
                 f"expected no step larger than all training images. Lower train.batch_size."
             )
-    known = models()
     baseline, tree = experiments.baseline(Path())
     planned = [state.entry(cell, Path(), known, pin) for cell in found]
     threads, search = max(cell.threads for cell in planned), None
@@ -145,30 +149,63 @@ def plan(
             "weights_sha256": planned[0].weights_sha256,
         }
         digest = state.digest({"ranges": search["ranges"]}, {"cell": planned[0].id})
-        planned = []
     else:
         digest = state.digest({"cells": sorted(cell.id for cell in planned)})
+    work.forget(Path(), planned)
     made: dict[str, Any] = {
         "id": digest,
         "baseline": baseline,
         "tree": tree,
         "train_images": available,
         "threads": threads,
+        "cores": max(threads, usable_cores()),
+        "seen": seen,
         "deadline": deadline,
+        "budget": budget,
+        # Seconds of a budget that are left for cells; some go by until Ray has started.
+        "room": None if deadline is None else deadline - time.time() - _START_S,
         "address": address,
-        "cells": [asdict(cell) for cell in planned],
+        "cells": [] if ranges else [asdict(cell) for cell in planned],
         "search": search,
     }
+    done = searches.cells(made) if ranges else planned
+    experiments.renew(Path(), done, baseline, tree)
     if ranges:
         made["todo"] = searches.todo(made)
     else:
-        done = [state.measured(Path(), cell.id) is not None for cell in planned]
-        made["todo"] = [number for number, is_done in enumerate(done) if not is_done]
-    words = {"cells": str(len(planned) or trials), "commit": baseline}
+        todo = [n for n, cell in enumerate(planned) if state.measured(Path(), cell.id) is None]
+        # Those that a budget has stopped come last.
+        made["todo"] = sorted(
+            todo, key=lambda n: state.expected_of_stopped(Path(), planned[n].id) > 0
+        )
+    words = {"cells": str(trials if ranges else len(planned)), "commit": baseline}
     words |= {each.key: _range(each) for each in ranges}
     made["run"] = sweeps.begin(Path(), name, digest, words)
     state.save_plan(Path(), made)
     return made
+
+
+def _labels(content: Mapping[str, Any], known: Mapping[str, type[Section]]) -> list[str]:
+    """Return the labels of all images that can train, whatever split.images says."""
+    section = dict(content.get("split") or {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(graph.PATHS["split"])
+        if section.pop("images", None) is not None:
+            section.pop("images_seed", None)
+            names = ("split", "split_report", "placements")
+            places = {name: Path(folder, Path(graph.PATHS[name]).name) for name in names}
+            shutil.copyfile(graph.PATHS["placements"], places["placements"])
+            split.run(
+                manifest=Path(graph.PATHS["manifest"]),
+                **places,
+                params=cast(
+                    split.Params,
+                    params.validate(Path(graph.PARAMS), known["split"], section, prefix="split"),
+                ),
+            )
+            path = places["split"]
+        table = load_split(path)
+    return [table[row].label for row in rows_of(table, "train")]
 
 
 def describe(made: Mapping[str, Any]) -> str:
@@ -192,8 +229,6 @@ def finish(made: Mapping[str, Any]) -> report.Found:
     Raises:
         ArtifactError: nothing came to an end yet.
     """
-    from tlpipe.sweep import cell as work
-
     work.clear(Path())
     found = report.collect(Path(), made)
     if not found.done:
