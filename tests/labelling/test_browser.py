@@ -1,6 +1,5 @@
 """The page in a real browser: what keys do, what is shown, on a wide and on a narrow screen."""
 
-import shutil
 import socket
 import threading
 import time
@@ -17,7 +16,6 @@ from tests.labelling.asked import session
 from tlpipe.labelling.page import Session, create_app
 from tlpipe.sources import decisions
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TOKEN = "t0ken"
 MANY = tuple(f"class number {n:02d}" for n in range(60))
 
@@ -36,17 +34,6 @@ def served(found: Session) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium")
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Workspace, free_port
-from tests.registry.conftest import COMMAND, Said
+from tests.registry.conftest import REGISTER, Said
 from tests.registry.test_local import register, registered
 from tests.registry.test_promotion import client_of
 from tlpipe.errors import RegistryError
@@ -170,7 +170,7 @@ def test_check_stops_before_training_where_register_would_after_it(
 ) -> None:
     assert tlpipe("check").code == 0
     client_of(released).delete_experiment("1")
-    for command in (["check"], COMMAND[1:]):
+    for command in (["check"], REGISTER):
         error = tlpipe(*command)
         assert error.code == 8
         assert "the experiment digits was deleted in MLflow" in error.error

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Workspace, free_port, server
-from tests.registry.conftest import COMMAND, Said, change_bundle, postgres
+from tests.registry.conftest import REGISTER, Said, change_bundle, postgres
 from tlpipe import bundle
 from tlpipe.errors import UnreachableError
 from tlpipe.registry import tracking
@@ -84,9 +84,9 @@ def test_a_version_goes_from_the_workspace_to_production_and_back_out_of_it(
     # Register, promote and roll back there: the registering failed first, and is replayed.
     change_bundle(released, provenance={**first.provenance, "l2": 0.5})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", down)
-    assert tlpipe(*COMMAND[1:]).code == 8
+    assert tlpipe(*REGISTER).code == 8
     monkeypatch.setenv("MLFLOW_TRACKING_URI", production)
-    assert tlpipe(*COMMAND[1:]).code == tlpipe(*COMMAND[1:]).code == 0
+    assert tlpipe(*REGISTER).code == tlpipe(*REGISTER).code == 0
     assert len(client.search_model_versions("name = 'digits'")) == 2
     assert "digits version 2 is in production" in tlpipe("promote").printed
     assert "digits version 1 is in production again" in tlpipe("rollback").printed

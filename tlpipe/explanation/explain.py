@@ -397,13 +397,14 @@ def _first_convolution(network: Network) -> nn.Conv2d | None:
 
 def _points(inputs: Inputs, network: Network, chosen: Sample) -> page.Points:
     """Return the map of images: where each lies, and what is known of it."""
+    from scipy.special import softmax
+
     rows, found = chosen.rows[chosen.on_map], chosen.features[chosen.on_map]
     fitted = set(inputs.fitted.rows.tolist())
     number = {label: n for n, label in enumerate(inputs.data.labels)}
     predicted, logits = embedding.answers(network, found)
     logits = logits / np.float32(inputs.bundle.provenance["temperature"])
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
+    probabilities = softmax(logits, axis=1).max(axis=1)
     shipped = {answer.row: answer for answer in inputs.answers}
     for place, row in enumerate(rows.tolist()):
         if row in shipped:  # what ships counts, down to its rounding

@@ -1,6 +1,5 @@
 """One cell of a sweep: split, embed, train and measure; then its experiment, record and run."""
 
-import fcntl
 import importlib
 import logging
 import os
@@ -26,7 +25,7 @@ from tlpipe.sweep import experiments, measure, state
 from tlpipe.sweep.state import Entry
 from tlpipe.training import model as trained_models
 from tlpipe.training import train
-from tlpipe.training.model import Step
+from tlpipe.training.model import Dataset, Model, Step
 
 _log = logging.getLogger(__name__)
 CONFIDENCE = 0.95
@@ -35,6 +34,7 @@ _WORK, _FROZEN, _INGESTED = FOLDER / "work", FOLDER / "frozen", FOLDER / "ingest
 _OF_INGEST = ("manifest", "rejects", "duplicates", "pixels", "data_report")
 _OF_SPLIT = ("split", "split_report", "placements")
 _OF_TRAIN = ("model", "history", "train_metrics")
+_TURN = ".waiting"  # of processes that want what one of them makes
 
 Live = Callable[[Sequence[Step]], None]
 
@@ -147,13 +147,7 @@ def _trained(
 ) -> dict[str, Any]:
     """Split, train and measure; return what the record says of it."""
     seen = {name: places.get(name, Path(graph.PATHS[name])) for name in ("manifest", "pixels")}
-    if (known := Path(graph.PATHS["placements"])).exists():
-        shutil.copyfile(known, places["placements"])
-    split.run(
-        manifest=seen["manifest"],
-        **{name: places[name] for name in _OF_SPLIT},
-        params=cast(split.Params, found["split"]),
-    )
+    split_in(places["split"].parent, seen["manifest"], found["split"])
     train.run(
         activations=places["activations"],
         pixels=seen["pixels"],
@@ -175,16 +169,29 @@ def _trained(
         "validation": files.read_json(places["train_metrics"]),
     }
     if live is None:
-        record["validation_accuracy"] = tested(places, seen["pixels"], "validation")["value"]
-        record["test"] = tested(places, seen["pixels"], "test")
+        data = trained_models.load_dataset(places["activations"], places["split"])
+        trained = trained_models.load(places["model"])
+        validation, test = (
+            tested(data, trained, places["split"], seen["pixels"], part)
+            for part in ("validation", "test")
+        )
+        record |= {"validation_accuracy": validation["value"], "test": test}
     return record
 
 
-def tested(places: Mapping[str, Path], pixels: Path, part: str) -> dict[str, Any]:
+def split_in(folder: Path, manifest: Path, section: Section) -> dict[str, Path]:
+    """Split into files of a folder, where images stay as the project places them; return those."""
+    places = {name: folder / Path(graph.PATHS[name]).name for name in _OF_SPLIT}
+    if (known := Path(graph.PATHS["placements"])).exists():
+        shutil.copyfile(known, places["placements"])
+    split.run(manifest=manifest, **places, params=cast(split.Params, section))
+    return places
+
+
+def tested(data: Dataset, trained: Model, table: Path, pixels: Path, part: str) -> dict[str, Any]:
     """Return the accuracy on one split's images with its interval, and which are right."""
-    data = trained_models.load_dataset(places["activations"], places["split"])
-    examples = measure.examples_of(data, places["split"], part)
-    hits = measure.hits(data, trained_models.load(places["model"]), pixels, examples)
+    examples = measure.examples_of(data, table, part)
+    hits = measure.hits(data, trained, pixels, examples)
     groups = [data.groups[row] for row in examples.rows]
     return {
         **share_interval(hits, groups, CONFIDENCE),
@@ -229,7 +236,7 @@ def _ingested(
         return {}
     folder = _INGESTED / cell.ingested
     places = {name: folder / Path(graph.PATHS[name]).name for name in _OF_INGEST}
-    with _waiting(folder):
+    with files.in_turn(folder / _TURN):
         if not (folder / "done").exists():
             from tlpipe import versioning
 
@@ -251,7 +258,7 @@ def _frozen(plan: Mapping[str, Any], cell: Entry, found: Mapping[str, Section]) 
     folder = _FROZEN / cell.frozen
     places = _ingested(plan, cell, found)
     activations = folder / Path(graph.PATHS["activations"]).name
-    with _waiting(folder):
+    with files.in_turn(folder / _TURN):
         try:
             stored.load(activations)
         except ArtifactError:
@@ -265,15 +272,6 @@ def _frozen(plan: Mapping[str, Any], cell: Entry, found: Mapping[str, Section]) 
                 params=cast(embed.Params, found["embed"]),
             )
     return {"activations": activations}
-
-
-@contextmanager
-def _waiting(folder: Path) -> Iterator[None]:
-    """Let one process at a time make what lies in a folder; others wait for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".waiting").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -1,17 +1,15 @@
 """Command ``sweep``: plan the cells, let the flow do them, say what came out."""
 
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tlpipe import graph, params
 from tlpipe.cells import LOGS
-from tlpipe.data import split
 from tlpipe.data.manifest import load_split, rows_of
 from tlpipe.errors import ArtifactError, ParamsError
 from tlpipe.params import Section
@@ -192,18 +190,8 @@ def _labels(content: Mapping[str, Any], known: Mapping[str, type[Section]]) -> l
         path = Path(graph.PATHS["split"])
         if section.pop("images", None) is not None:
             section.pop("images_seed", None)
-            names = ("split", "split_report", "placements")
-            places = {name: Path(folder, Path(graph.PATHS[name]).name) for name in names}
-            shutil.copyfile(graph.PATHS["placements"], places["placements"])
-            split.run(
-                manifest=Path(graph.PATHS["manifest"]),
-                **places,
-                params=cast(
-                    split.Params,
-                    params.validate(Path(graph.PARAMS), known["split"], section, prefix="split"),
-                ),
-            )
-            path = places["split"]
+            checked = params.validate(Path(graph.PARAMS), known["split"], section, prefix="split")
+            path = work.split_in(Path(folder), Path(graph.PATHS["manifest"]), checked)["split"]
         table = load_split(path)
     return [table[row].label for row in rows_of(table, "train")]
 
